@@ -1,0 +1,66 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+#
+# Every target does its own set-up; the second time that takes no time.
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+ARGS ?=
+RECIPE := sota-implementations/dvla_grpo/dvla_grpo.py
+
+export VENV PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help setup doctor train quick test lint format docs bench pins clean distclean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1|/' | awk -F '|' '{printf "%-20s%s\n", $$1, $$2}'
+	@echo
+	@echo "  ARGS='...' is handed on:  make train ARGS='seed=1'    make test ARGS='-k admission'"
+
+setup: ## make .venv with the pinned packages (system packages through apt where allowed)
+	@bash scripts/setup.sh libero dev
+
+doctor: setup ## check what usually breaks, and say how to mend it
+	@$(PY) -m torchrl_dvla doctor $(ARGS)
+
+train: setup ## asynchronous GRPO on LIBERO from the shipped checkpoint, at most 15 minutes
+	$(PY) $(RECIPE) $(ARGS)
+
+quick: setup ## the same loop on a toy environment, under two minutes
+	$(PY) $(RECIPE) --quick $(ARGS)
+
+test: setup ## the test suite and the documentation's examples
+	$(PY) -m pytest $(ARGS)
+
+lint: setup ## ruff (lint and format) and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: setup ## let ruff mend what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+docs: ## build the documentation into docs/build/html
+	@bash scripts/setup.sh libero dev docs
+	$(PY) -m sphinx -W --keep-going -b html docs/source docs/build/html $(ARGS)
+	@echo "open docs/build/html/index.html"
+
+bench: setup ## run every benchmark; each prints one JSON object as its last line
+	@set -e; for file in benchmarks/*.py; do \
+	  case "$$file" in */_*) continue;; esac; \
+	  echo "== $$file"; $(PY) "$$file" $(ARGS); done
+
+pins: ## write requirements/constraints.txt anew from .venv, after an upgrade
+	@bash scripts/pins.sh
+
+clean: ## remove what builds, tests and tools left
+	rm -rf build dist *.egg-info docs/build docs/source/reference/generated
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## the same, and the virtual environment
+	rm -rf $(VENV)

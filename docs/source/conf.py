@@ -1,0 +1,87 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Sphinx configuration: `make docs`."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torchrl_dvla
+
+warnings.filterwarnings("ignore", category=UserWarning)
+
+# -- project --------------------------------------------------------------------------------------
+project = "torchrl_dvla"
+author = "the torchrl_dvla authors"
+copyright = author
+release = torchrl_dvla.__version__
+version = ".".join(release.split(".")[:2])
+language = "en"
+
+# -- extensions, as TorchRL has them -----------------------------------------------------------------
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.viewcode",
+    "sphinx.ext.doctest",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "myst_parser",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+# Links into the documentation of others need the network, and a build must not depend on it.
+if os.environ.get("DVLA_DOCS_INTERSPHINX") == "1":
+    extensions.append("sphinx.ext.intersphinx")
+intersphinx_mapping = {
+    "python": ("https://docs.python.org/3/", None),
+    "torch": ("https://docs.pytorch.org/docs/stable/", None),
+    "tensordict": ("https://docs.pytorch.org/tensordict/stable/", None),
+    "torchrl": ("https://docs.pytorch.org/rl/stable/", None),
+}
+
+source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
+exclude_patterns = ["decisions/template.md"]
+templates_path = ["_templates"]
+master_doc = "index"
+
+# -- docstrings -----------------------------------------------------------------------------------
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_custom_sections = [("Keyword Args", "params_style"), ("Reference", "notes_style")]
+autosummary_generate = True
+# A room's page lists what its __init__ exports, wherever it is defined.
+autosummary_imported_members = True
+autosummary_ignore_module_all = False
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings name types and shapes
+# A wrapped TorchRL class must show its own signature, not that of its metaclass.
+autodoc_class_signature = "mixed"
+
+# -- Markdown -------------------------------------------------------------------------------------
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+# -- HTML -----------------------------------------------------------------------------------------
+html_theme = "pydata_sphinx_theme"
+html_title = f"{project} {release}"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_show_sourcelink = False
+html_theme_options = {
+    "logo": {"text": project},
+    "navigation_with_keys": False,
+    "show_toc_level": 2,
+    "secondary_sidebar_items": ["page-toc"],
+    "footer_start": ["copyright"],
+    "footer_end": [],
+}
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True

@@ -1,0 +1,256 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""What the recipe counts, shows and writes down."""
+
+from __future__ import annotations
+
+import math
+import re
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from tensordict import TensorDictBase
+
+from torchrl_dvla.collectors import DVLACollector, EvaluationResult
+from torchrl_dvla.data import GroupRecord, PooledReplayBuffer
+from torchrl_dvla.recording import (
+    GracefulStop,
+    ProgressBar,
+    RunReport,
+    SuccessRate,
+    TensorBoardRecorder,
+)
+
+#: Of all that collector, pool and buffer count, what is worth a chart.
+_LOGGED = re.compile(
+    r"collector/\w+|lane/\w+|weights/\w+|faults/\w+"
+    r"|memory/(pages_\w+|used_bytes|peak_bytes|internal_waste)|buffer/(groups_stored|wait_s)"
+)
+
+
+def say(text: str) -> None:
+    """Write to standard output at once, also into a pipe."""
+    print(text, flush=True)
+
+
+@dataclass
+class RunState:
+    """What of a run is neither weights nor data; a checkpoint carries it, so resumes add up."""
+
+    num_updates: int = 0
+    training_s: float = 0.0
+    #: Outcomes of the held-out episodes.
+    before: list[bool] = field(default_factory=list)
+    after: list[bool] = field(default_factory=list)
+    #: Counters of the collector, and seconds each lane was busy, while the run was training.
+    counts: dict[str, float] = field(default_factory=dict)
+    lane_busy_s: dict[str, float] = field(default_factory=dict)
+    num_learned: int = 0
+    policy_lag_sum: float = 0.0
+    policy_lag_max: int = 0
+    ended_by: str = ""
+    checkpoint: str = ""
+
+
+class Meter:
+    """Counts updates and time against their budgets, and draws the progress bar."""
+
+    _COUNTS = ("collector/decisions", "collector/env_steps", "collector/episodes")
+
+    def __init__(self, cfg: DictConfig, state: RunState, collector: DVLACollector) -> None:
+        self._cfg, self._state, self._collector = cfg, state, collector
+        minutes = cfg.train.max_minutes
+        self._max_s = math.inf if minutes is None else 60.0 * minutes
+        self._started_s = self._last_update_s = 0.0
+        self._bar: ProgressBar | None = None
+
+    def start(self) -> None:
+        """Training begins, or goes on after a resume."""
+        state = self._state
+        self._started_s = time.monotonic()
+        self._resumed_s, self._resumed_updates = state.training_s, state.num_updates
+        self._resumed = dict(state.counts), dict(state.lane_busy_s)
+        stats = self._collector.stats()
+        self._before = {name: stats.get(name, 0) for name in self._COUNTS}
+        self._next_evaluation_s = self._time_s() + 60.0 * self._cfg.eval.every_minutes
+        self._bar = ProgressBar(
+            num_updates=self._cfg.train.num_updates,
+            max_s=None if math.isinf(self._max_s) else self._max_s,
+            start_update=state.num_updates,
+            start_s=state.training_s,
+            line_every_s=self._cfg.log.line_every_s,
+        )
+
+    def budget_is_left(self) -> bool:
+        """Whether another update is allowed; the last one ends inside the time budget."""
+        state = self._state
+        if state.num_updates >= self._cfg.train.num_updates:
+            state.ended_by = "update budget"
+            return False
+        now_s = self._time_s()
+        num_done = state.num_updates - self._resumed_updates
+        mean_s = (now_s - self._resumed_s) / num_done if num_done else 0.0
+        if now_s + max(mean_s, self._last_update_s) > self._max_s:
+            state.ended_by = "time budget"
+            return False
+        return True
+
+    def evaluation_is_due(self) -> bool:
+        """Whether ``eval.every_minutes`` went by since this last said so."""
+        if self._time_s() < self._next_evaluation_s:
+            return False
+        self._next_evaluation_s = self._time_s() + 60.0 * self._cfg.eval.every_minutes
+        return True
+
+    def after_update(
+        self, metrics: Mapping[str, float], groups: Sequence[GroupRecord]
+    ) -> dict[str, float]:
+        """Count one update; returns everything that is to be logged for it."""
+        state, now_s = self._state, self._time_s()
+        self._last_update_s = now_s - state.training_s
+        state.num_updates += 1
+        stats = self._tally()
+        num_rows = sum(rollout.num_rows for group in groups for rollout in group.rollouts)
+        state.num_learned += num_rows
+        state.policy_lag_sum += num_rows * metrics.get("staleness/policy_lag_mean", 0.0)
+        lag_max = int(metrics.get("staleness/policy_lag_max", 0))
+        state.policy_lag_max = max(state.policy_lag_max, lag_max)
+        out = {name: value for name, value in stats.items() if _LOGGED.fullmatch(name)}
+        out |= metrics
+        out |= {"train/update_s": self._last_update_s, "train/rows_per_update": num_rows}
+        if self._bar is not None:
+            shown = {
+                "env steps/s": stats.get("collector/env_steps_per_s", math.nan),
+                "policy lag": metrics.get("staleness/policy_lag_mean", math.nan),
+                "success": stats.get("collector/success_rate", math.nan),
+            }
+            self._bar.update(state.num_updates, shown)
+        return out
+
+    def stop(self) -> None:
+        """Training ends; what comes after is not counted."""
+        if self._bar is not None:
+            self._tally()
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _time_s(self) -> float:
+        return self._resumed_s + time.monotonic() - self._started_s
+
+    def _tally(self) -> dict[str, float]:
+        state, stats = self._state, self._collector.stats()
+        counts, busy_s = self._resumed
+        state.training_s = self._time_s()
+        for name, before in self._before.items():
+            state.counts[name] = counts.get(name, 0) + stats.get(name, 0) - before
+        wall_s = state.training_s - self._resumed_s
+        for lane, share in self._collector.timeline.shares().items():
+            state.lane_busy_s[lane] = busy_s.get(lane, 0.0) + share * wall_s
+        return stats
+
+
+def loss_metrics(parts: Sequence[tuple[int, TensorDictBase]]) -> dict[str, float]:
+    """Mean of each output of the loss over the decisions of an update, by TensorBoard name."""
+    out: dict[str, float] = {}
+    num_rows = sum(count for count, _ in parts)
+    for key in parts[0][1].keys() if parts else ():
+        values = [(count, float(losses[key])) for count, losses in parts]
+        if key.endswith("_max") or key.startswith("max_"):
+            value = max(value for _, value in values)
+        else:
+            value = sum(count * value for count, value in values) / num_rows
+        out[("staleness/" if key.startswith("policy_lag") else "loss/") + key] = value
+    return out
+
+
+def group_metrics(buffer: PooledReplayBuffer) -> dict[str, float]:
+    """What the groups of the update were like, and which were left out, by TensorBoard name."""
+    out: dict[str, float] = {}
+    groups = buffer.cohort
+    if groups:
+        out["groups/mean_return"] = sum(group.mean_return for group in groups) / len(groups)
+        out["groups/success_rate"] = sum(group.success_rate for group in groups) / len(groups)
+        out["groups/episode_env_steps"] = sum(group.mean_length for group in groups) / len(groups)
+    num_dropped = 0.0
+    for reason, counts in buffer.drop_counts().items():
+        name = "groups/dropped_" + re.sub(r"\W+", "_", reason)
+        out[name], out[name + "_env_steps"] = counts["count"], counts["mean_length"]
+        num_dropped += counts["count"]
+    num_kept = buffer.stats()["groups_kept"]
+    if num_kept + num_dropped:
+        out["groups/kept_share"] = num_kept / (num_kept + num_dropped)
+    return out
+
+
+def record(
+    recorder: TensorBoardRecorder,
+    name: str,
+    result: EvaluationResult,
+    *,
+    step: int,
+    fps: float = 10.0,
+) -> None:
+    """Log the outcome of an evaluation, with its videos and the scenes it started from."""
+    success = SuccessRate.of(result.successes)
+    low, high = success.interval
+    num_episodes = len(result.successes)
+    recorder.scalars(
+        {
+            f"{name}/success_rate": success.rate,
+            f"{name}/success_low": low,
+            f"{name}/success_high": high,
+            f"{name}/episode_env_steps": sum(result.num_env_steps) / num_episodes,
+            f"{name}/policy_version": result.policy_version,
+        },
+        step=step,
+    )
+    for index, frames in sorted(result.frames.items()):
+        outcome = "success" if result.successes[index] else "failure"
+        recorder.video(f"{name}/episode_{index}_{outcome}", frames, step=step, fps=fps)
+    if result.frames:
+        starts = torch.stack([frames[0] for _, frames in sorted(result.frames.items())])
+        recorder.images(f"{name}/start", starts, step=step)
+    recorder.flush()
+    say(f"greedy success ({name}, policy version {result.policy_version}): {success}")
+
+
+def report_of(cfg: DictConfig, state: RunState) -> RunReport:
+    """The end table."""
+    seconds = max(state.training_s, 1e-9)
+    return RunReport(
+        name=f"{cfg.name}, seed {cfg.seed}",
+        before=SuccessRate.of(state.before) if state.before else None,
+        after=SuccessRate.of(state.after) if state.after else None,
+        lane_shares={lane: busy_s / seconds for lane, busy_s in state.lane_busy_s.items()},
+        env_steps_per_s=state.counts.get("collector/env_steps", 0) / seconds,
+        decisions_per_s=state.counts.get("collector/decisions", 0) / seconds,
+        num_updates=state.num_updates,
+        num_episodes=int(state.counts.get("collector/episodes", 0)),
+        num_env_steps=int(state.counts.get("collector/env_steps", 0)),
+        mean_policy_lag=state.policy_lag_sum / max(1, state.num_learned),
+        max_policy_lag=state.policy_lag_max,
+        training_s=state.training_s,
+        ended_by=state.ended_by,
+        checkpoint=state.checkpoint,
+    )
+
+
+def exit_code(stop: GracefulStop) -> int:
+    """0, or what a shell expects of a program that a signal ended."""
+    if stop.reason in signal.Signals.__members__:
+        return 128 + signal.Signals[stop.reason]
+    return 0

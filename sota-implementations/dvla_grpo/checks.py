@@ -1,0 +1,167 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""What can be found wrong before a process is started, is."""
+
+from __future__ import annotations
+
+import torch
+import utils
+from omegaconf import DictConfig
+from torchrl.modules.vla import VLAWrapperBase
+
+from torchrl_dvla.collectors.matching import match_policy
+from torchrl_dvla.data.schema import IMAGE_KEY, STATE_KEY
+from torchrl_dvla.envs import validate_libero
+from torchrl_dvla.memory import EnvironmentPool, SharedArena, format_bytes
+from torchrl_dvla.modules.compatibility import require_compatible
+from torchrl_dvla.recording import check_writable
+from torchrl_dvla.swimlane.messages import EnvSpecs
+
+#: Position and orientation of the gripper, and its two fingers: what LiberoChunkEnv reports.
+LIBERO_STATE_DIM = 9
+LIBERO_ACTION_DIM = 7
+_KINDS = ("checkpoint", "backbone", "tiny", "tiny_vla")
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Refuse settings that cannot work; the error names the setting and a remedy.
+
+    Raises:
+        ValueError: for a value out of range.
+        FileNotFoundError: if assets of LIBERO are missing.
+        ImportError: if LIBERO is not installed.
+    """
+    _check_policy_kind(cfg)
+    utils.make_group_config(cfg)
+    workers = utils.make_worker_config(cfg)
+    for section, names in {
+        "optim": ("lr", "minibatch_size", "num_epochs", "num_threads", "max_grad_norm"),
+        "train": ("num_updates",),
+        "checkpoint": ("every_updates", "keep"),
+        "memory": ("rows_per_page",),
+        "policy": ("temperature",),
+    }.items():
+        for name in names:
+            if not cfg[section][name] > 0:
+                raise ValueError(
+                    f"{section}.{name} must be positive, got {cfg[section][name]}. Start from the "
+                    "value in config/."
+                )
+    minutes = cfg.train.max_minutes
+    if minutes is not None and minutes <= 0:
+        raise ValueError(
+            f"train.max_minutes must be positive, got {minutes}. Use null for no limit."
+        )
+    if torch.device(cfg.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device must be one that torch sees, got {cfg.device!r} and no CUDA. Use device=cpu, "
+            "or install a CUDA build of torch on a machine with a GPU."
+        )
+    if cfg.env.backend == "libero":
+        _check_libero(cfg, workers.max_decisions)
+    elif cfg.env.backend != "toy":
+        raise ValueError(f"env.backend must be 'toy' or 'libero', got {cfg.env.backend!r}.")
+    check_writable(utils.make_path(cfg.log.dir))
+
+
+def _check_policy_kind(cfg: DictConfig) -> None:
+    kind = cfg.policy.kind
+    if kind == "flow_matching":
+        raise ValueError(
+            "policy.kind must be an action-token policy, got 'flow_matching'. GRPO needs the "
+            "log-probability of an action, and that of a flow-matching head (pi0, pi0.5) is not in "
+            f"this version. Use one of {_KINDS}."
+        )
+    if kind not in _KINDS:
+        raise ValueError(f"policy.kind must be one of {_KINDS}, got {kind!r}. Correct the name.")
+    if kind == "tiny_vla" and (cfg.env.backend != "toy" or cfg.policy.temperature != 1.0):
+        raise ValueError(
+            "policy.kind=tiny_vla must be used with env.backend=toy and policy.temperature=1.0, "
+            f"got {cfg.env.backend!r} and {cfg.policy.temperature}. Use policy.kind=tiny elsewhere."
+        )
+
+
+def _check_libero(cfg: DictConfig, max_decisions: int) -> None:
+    env = cfg.env
+    if not env.task_ids:
+        raise ValueError("env.task_ids must name at least one task, got none. Use [0].")
+    num_states = -(-cfg.eval.num_episodes // len(env.task_ids))
+    for task_id in env.task_ids:
+        validate_libero(
+            env.task_suite,
+            task_id,
+            camera_height=env.camera_height,
+            camera_width=env.camera_width,
+            chunk_size=env.chunk_size,
+            replan_interval=env.replan_interval,
+            init_state_ids=range(num_states),
+        )
+    needed = -(-env.max_episode_steps // (env.replan_interval or env.chunk_size))
+    if max_decisions < needed:
+        raise ValueError(
+            f"workers.max_decisions must be at least {needed}, got {max_decisions}: episodes of "
+            f"env.max_episode_steps={env.max_episode_steps} would be cut short. Raise one or lower "
+            "the other."
+        )
+
+
+def check_policy(cfg: DictConfig, policy: VLAWrapperBase) -> None:
+    """Refuse a policy that does not fit the environment, and pools that do not fit the memory.
+
+    Raises:
+        ValueError: if a size of the policy differs from the environment's, or the memory budget is
+            too small.
+        RuntimeError: if this machine has not that much shared memory.
+    """
+    env = cfg.env
+    if env.backend == "libero":
+        height, width = env.camera_height, env.camera_width
+        action_dim, state_dim, num_cameras = LIBERO_ACTION_DIM, LIBERO_STATE_DIM, len(env.cameras)
+    else:
+        height = width = env.image_size
+        action_dim, state_dim, num_cameras = env.action_dim, 2 * env.action_dim, 1
+    config = getattr(policy, "config", None)
+    require_compatible(
+        policy={
+            "chunk_size": policy.chunk_size,
+            "action_dim": policy.action_dim,
+            "image_shape": (3, *config.image_size) if config else (3, height, width),
+            "state_dim": config.state_dim if config else state_dim,
+        },
+        chunk_size=env.chunk_size,
+        action_dim=action_dim,
+        image_shape=(3, height, width),
+        state_dim=state_dim,
+    )
+    wanted = config.num_cameras if config else 1
+    if num_cameras != wanted:
+        raise ValueError(
+            f"env.cameras must name {wanted} camera(s), as many as the policy reads, got "
+            f"{num_cameras}. Add or remove 'robot0_eye_in_hand'."
+        )
+    observation = [
+        (IMAGE_KEY, (3, height, width), torch.uint8),
+        (STATE_KEY, (state_dim,), torch.float32),
+    ]
+    if num_cameras == 2:
+        observation.append((("observation", "wrist_image"), (3, height, width), torch.uint8))
+    specs = EnvSpecs(tuple(observation), env.chunk_size, action_dim)
+    layout = match_policy(policy, specs)
+    group, workers = utils.make_group_config(cfg), utils.make_worker_config(cfg)
+    rows_per_page = cfg.memory.rows_per_page
+    pages_per_group = -(-workers.max_decisions // rows_per_page) * group.num_candidates
+    num_groups = (group.max_policy_lag + 1) * group.groups_per_update + 1
+    num_bytes = EnvironmentPool.nbytes_for(layout, num_groups * pages_per_group, rows_per_page)
+    if cfg.memory.env_bytes is not None:
+        num_bytes = min(num_bytes, cfg.memory.env_bytes)
+    try:
+        SharedArena(num_bytes).close()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"The environment pool needs {format_bytes(num_bytes)} of shared memory "
+            f"({num_groups} groups of {pages_per_group} pages): {error} Lower "
+            "group.group_size, group.groups_per_update, group.max_policy_lag, "
+            "workers.max_decisions or the image size."
+        ) from error

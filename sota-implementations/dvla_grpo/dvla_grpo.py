@@ -1,0 +1,210 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Asynchronous GRPO of a vision-language-action policy on one machine.
+
+    python sota-implementations/dvla_grpo/dvla_grpo.py                       # LIBERO, CPU
+    python sota-implementations/dvla_grpo/dvla_grpo.py --quick               # toy task, 2 minutes
+    python sota-implementations/dvla_grpo/dvla_grpo.py checkpoint.resume=auto
+
+Every setting is in ``config/*.yaml``; README.md beside this file explains them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import hydra
+import utils
+from bookkeeping import (
+    Meter,
+    RunState,
+    exit_code,
+    group_metrics,
+    loss_metrics,
+    record,
+    report_of,
+    say,
+)
+from checks import check_policy, check_settings
+from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDictBase
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from torchrl_dvla.collectors import DVLACollector, EpisodeSpec, EvaluationResult
+from torchrl_dvla.objectives import GRPOLoss
+from torchrl_dvla.recording import (
+    CheckpointDirectory,
+    GracefulStop,
+    StopRequested,
+    TensorBoardRecorder,
+    rng_state,
+    set_rng_state,
+)
+
+
+@hydra.main(version_base="1.3", config_path="config", config_name="libero")
+def main(cfg: DictConfig) -> None:
+    with GracefulStop() as stop:
+        try:
+            train(cfg, stop)
+        except StopRequested:
+            say(f"{stop.reason}: ended before training began")
+    sys.exit(exit_code(stop))
+
+
+def train(cfg: DictConfig, stop: GracefulStop) -> None:
+    # -- build: whatever is wrong with the settings ends the run here, before a process starts ----
+    check_settings(cfg)
+    utils.make_deterministic(cfg)
+    resumed = utils.make_resumed_checkpoint(cfg)
+    policy = utils.make_policy(cfg)
+    check_policy(cfg, policy)
+    loss = utils.make_loss(cfg, policy)
+    optimizer, scheduler = utils.make_optimizer(cfg, loss)
+    held_out, subset = utils.make_evaluation_episodes(cfg)
+    state = RunState()
+    if resumed is not None:
+        resumed.load_policy(policy)
+        optimizer.load_state_dict(resumed.state["optimizer"])
+        scheduler.load_state_dict(resumed.state["scheduler"])
+        set_rng_state(resumed.state["rng"])
+        state = RunState(**resumed.state["run"])
+    run_folder = utils.make_run_folder(cfg, resumed)
+    checkpoints = CheckpointDirectory(run_folder / "checkpoints", keep=cfg.checkpoint.keep)
+
+    with contextlib.ExitStack() as stack:
+        recorder = stack.enter_context(
+            TensorBoardRecorder(run_folder, start_step=state.num_updates if resumed else None)
+        )
+        recorder.text("settings", f"```yaml\n{OmegaConf.to_yaml(cfg)}```", step=state.num_updates)
+        say(f"run folder: {run_folder}\nwatch it:   tensorboard --logdir {run_folder}")
+        with stop.interruptible():
+            collector = utils.make_collector(cfg, policy)
+        stack.callback(collector.shutdown)
+        buffer = collector.replay_buffer
+        if resumed is not None:
+            collector.load_state_dict(resumed.state["collector"])
+            buffer.load_state_dict(resumed.state["buffer"])
+        meter = stack.enter_context(Meter(cfg, state, collector))
+        # A learner that waits for groups does not see a signal: this wakes it.
+        stop.on_request(lambda: buffer.close(reason="the run was asked to stop"))
+
+        def save() -> None:
+            parts = {
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "collector": collector.state_dict(),
+                "buffer": buffer.state_dict(),
+                "rng": rng_state(),
+                "run": asdict(state),
+            }
+            settings = OmegaConf.to_container(cfg, resolve=True)
+            path = checkpoints.save(state.num_updates, policy, parts, config=settings)
+            state.checkpoint = str(path)
+
+        # -- loop: the other lanes work by themselves; learn from what is ready, and publish ------
+        try:
+            if held_out and not state.before:
+                with stop.interruptible():
+                    result = evaluate(cfg, collector, held_out)
+                state.before = result.successes
+                record(recorder, "eval", result, step=state.num_updates, fps=cfg.eval.video_fps)
+            collector.start()
+            meter.start()
+            evaluation = None
+            while meter.budget_is_left():
+                metrics = learn(cfg, loss, optimizer, scheduler, collector, stop)
+                if stop.requested:
+                    break
+                collector.update_policy_weights_()
+                metrics = meter.after_update(metrics, buffer.cohort)
+                recorder.scalars(metrics, step=state.num_updates)
+                if evaluation is None and subset and meter.evaluation_is_due():
+                    evaluation = collector.evaluate(subset)
+                elif evaluation is not None and evaluation.done():
+                    record(recorder, "eval_subset", evaluation.result(), step=state.num_updates)
+                    evaluation = None
+                if state.num_updates % cfg.checkpoint.every_updates == 0:
+                    save()
+            meter.stop()
+            with collector.pause(), stop.interruptible():
+                save()
+                if held_out:
+                    result = evaluate(cfg, collector, held_out)
+                    state.after = result.successes
+                    record(recorder, "eval", result, step=state.num_updates, fps=cfg.eval.video_fps)
+        except StopRequested:
+            pass
+        if stop.requested:
+            say(f"{stop.reason}: saving a checkpoint")
+            meter.stop()
+            state.ended_by = str(stop.reason)
+            save()
+        report = report_of(cfg, state)
+        recorder.text("report", report.to_markdown(), step=state.num_updates)
+
+    # -- shut down: every lane has ended and every file is closed ---------------------------------
+    report.save(run_folder / "report.json")
+    say(report.to_text())
+
+
+def learn(
+    cfg: DictConfig,
+    loss: GRPOLoss,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    collector: DVLACollector,
+    stop: GracefulStop,
+) -> dict[str, float]:
+    """One learner update: every minibatch of the next groups; returns its metrics."""
+    loss.version = collector.policy_version
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parts: list[tuple[int, TensorDictBase]] = []
+    norms: list[float] = []
+    try:
+        for batch in collector.replay_buffer:
+            with collector.timeline.span("gradient"):
+                batch = batch.to(cfg.device)
+                normaliser = loss.normaliser(batch)
+                # Gradients of micro-batches add up to that of the minibatch.
+                for part in batch.split(cfg.optim.micro_batch_size or len(batch)):
+                    losses = loss(part, normaliser=normaliser)
+                    sum(
+                        value for key, value in losses.items() if key.startswith("loss_")
+                    ).backward()
+                    parts.append((len(part), losses.detach().cpu()))
+                norms.append(float(clip_grad_norm_(parameters, cfg.optim.max_grad_norm)))
+                optimizer.step()
+                optimizer.zero_grad()
+                scheduler.step()
+            if stop.requested:
+                break
+    except RuntimeError:
+        if not stop.requested:  # closing the buffer is how the stop wakes this loop
+            raise
+    metrics = loss_metrics(parts) | group_metrics(collector.replay_buffer)
+    metrics["optim/lr"] = scheduler.get_last_lr()[0]
+    metrics["optim/grad_norm"] = sum(norms) / max(1, len(norms))
+    return metrics
+
+
+def evaluate(
+    cfg: DictConfig, collector: DVLACollector, episodes: Sequence[EpisodeSpec]
+) -> EvaluationResult:
+    """Play held-out episodes greedily and wait for their outcome."""
+    say(f"evaluating: {len(episodes)} held-out episodes")
+    evaluation = collector.evaluate(episodes, num_frames_episodes=cfg.eval.num_videos)
+    return evaluation.result(cfg.eval.timeout_s)
+
+
+if __name__ == "__main__":
+    # `--quick` is the toy configuration, for a first look.
+    sys.argv = ["--config-name=toy" if arg == "--quick" else arg for arg in sys.argv]
+    main()

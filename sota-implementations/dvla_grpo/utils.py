@@ -1,0 +1,264 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""From settings to objects."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch.optim.lr_scheduler import LambdaLR
+from torchrl.data.vla import UniformActionTokenizer
+from torchrl.envs import EnvBase
+from torchrl.modules.vla import TinyVLA, VLAWrapperBase
+
+from torchrl_dvla.collectors import (
+    DVLACollector,
+    EpisodeSpec,
+    GroupConfig,
+    InferenceConfig,
+    InitStateSchedule,
+    WorkerConfig,
+)
+from torchrl_dvla.data import PooledReplayBuffer
+from torchrl_dvla.envs import LiberoChunkEnv, ToyChunkEnv, libero_tasks
+from torchrl_dvla.modules import TinyBackboneConfig, TransformersVLA
+from torchrl_dvla.objectives import GRPOLoss
+from torchrl_dvla.recording import Checkpoint, check_writable
+from torchrl_dvla.weight_update import AsyncWeightUpdater
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TOY_INSTRUCTION = "push the T-shaped block onto the target"
+#: Seeds of the scenes of an evaluation count down from here; those of training count up from
+#: ``seed * 1_000_003``, so no training scene of a run is ever evaluated.
+LAST_SEED = 2**31 - 1
+
+
+def make_deterministic(cfg: DictConfig) -> None:
+    """Seed every generator of this process, and share out the cores."""
+    random.seed(cfg.seed)
+    np.random.seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    torch.set_num_threads(cfg.optim.num_threads)
+
+
+def make_path(path: str) -> Path:
+    """A path of the settings: relative to where the recipe was started, else to the repository."""
+    given = Path(path).expanduser()
+    return given if given.is_absolute() or given.exists() else REPOSITORY / given
+
+
+# -- environments ---------------------------------------------------------------------------------
+
+
+def make_task_names(cfg: DictConfig) -> list[str]:
+    """Names of the tasks, which are also the keys of the environment factories."""
+    if cfg.env.backend == "toy":
+        return ["toy"]
+    return [f"{cfg.env.task_suite}/{task_id}" for task_id in cfg.env.task_ids]
+
+
+def make_instructions(cfg: DictConfig) -> list[str]:
+    """What the policy will be told."""
+    if cfg.env.backend == "toy":
+        return [TOY_INSTRUCTION]
+    tasks = libero_tasks(cfg.env.task_suite)
+    return [tasks[task_id].instruction for task_id in cfg.env.task_ids]
+
+
+def make_env_factories(cfg: DictConfig) -> dict[str, Callable[[], EnvBase]]:
+    """An environment factory for each task."""
+    kwargs = OmegaConf.to_container(cfg.env, resolve=True)
+    backend = kwargs.pop("backend")
+    if backend == "toy":
+        return {"toy": functools.partial(ToyChunkEnv, **kwargs)}
+    suite, task_ids = kwargs.pop("task_suite"), kwargs.pop("task_ids")
+    names = make_task_names(cfg)
+    return {
+        name: functools.partial(LiberoChunkEnv, suite, task_id, **kwargs)
+        for name, task_id in zip(names, task_ids, strict=True)
+    }
+
+
+def make_evaluation_episodes(cfg: DictConfig) -> tuple[list[EpisodeSpec], list[EpisodeSpec]]:
+    """Held-out episodes, and an evenly spread subset of them for looks in between.
+
+    LIBERO's are its benchmark init states, on which training never starts; the toy task's are
+    seeds.
+    """
+    names, count = make_task_names(cfg), cfg.eval.num_episodes
+    is_libero = cfg.env.backend == "libero"
+    episodes = [
+        EpisodeSpec(names[k % len(names)], LAST_SEED - k, k // len(names) if is_libero else -1)
+        for k in range(count)
+    ]
+    size = min(cfg.eval.subset_episodes, count)
+    return episodes, [episodes[k * count // size] for k in range(size)]
+
+
+# -- policy ---------------------------------------------------------------------------------------
+
+
+def make_policy(cfg: DictConfig) -> VLAWrapperBase:
+    """The learner's policy, on its device."""
+    settings = cfg.policy
+    if settings.kind == "checkpoint":
+        policy = TransformersVLA.from_pretrained(
+            make_path(settings.checkpoint),
+            freeze_vision=settings.freeze_vision,
+            freeze_language=settings.freeze_language,
+            dtype=settings.dtype,
+            temperature=settings.temperature,
+        )
+    elif settings.kind == "backbone":
+        policy = TransformersVLA.from_backbone(
+            settings.backbone,
+            action_dim=settings.action_dim,
+            chunk_size=cfg.env.chunk_size,
+            image_size=tuple(settings.image_size),
+            state_dim=settings.state_dim,
+            freeze_vision=bool(settings.freeze_vision),
+            freeze_language=bool(settings.freeze_language),
+            dtype=settings.dtype,
+            policy_kwargs={"temperature": settings.temperature},
+            seed=cfg.seed,
+        )
+    elif settings.kind == "tiny":
+        policy = TransformersVLA.tiny(
+            make_instructions(cfg),
+            action_dim=settings.action_dim,
+            chunk_size=cfg.env.chunk_size,
+            state_dim=settings.state_dim,
+            action_tokenizer=UniformActionTokenizer(settings.vocab_size, low=-1.0, high=1.0),
+            backbone=TinyBackboneConfig(**settings.backbone),
+            seed=cfg.seed,
+            temperature=settings.temperature,
+        )
+    else:
+        policy = TinyVLA(
+            action_dim=settings.action_dim,
+            chunk_size=cfg.env.chunk_size,
+            action_head="tokens",
+            vocab_size=settings.vocab_size,
+            hidden_dim=settings.hidden_dim,
+            action_tokenizer=UniformActionTokenizer(settings.vocab_size, low=-1.0, high=1.0),
+            output_mode="both",
+            log_probs_mode="token",
+            return_vla_action_container=False,
+        )
+    return policy.to(cfg.device)
+
+
+def make_loss(cfg: DictConfig, policy: VLAWrapperBase) -> GRPOLoss:
+    """The objective; with a KL term, the policy as it is now is the reference."""
+    settings = cfg.loss
+    reference = None
+    if settings.kl_to_ref_coeff is not None:
+        reference = copy.deepcopy(policy).requires_grad_(False)
+    return GRPOLoss(
+        policy,
+        clip_epsilon=tuple(settings.clip_epsilon),
+        dual_clip=settings.dual_clip,
+        ratio_level=settings.ratio_level,
+        reduction=settings.reduction,
+        entropy_coeff=settings.entropy_coeff,
+        kl_to_ref_coeff=settings.kl_to_ref_coeff,
+        kl_estimator=settings.kl_estimator,
+        reference_network=reference,
+    )
+
+
+def make_optimizer(cfg: DictConfig, loss: GRPOLoss) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """AdamW over what is trained, and a learning rate that rises linearly, then stays."""
+    settings = cfg.optim
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in loss.parameters() if parameter.requires_grad],
+        lr=settings.lr,
+        betas=tuple(settings.betas),
+        weight_decay=settings.weight_decay,
+    )
+    warmup = max(1, settings.warmup_steps)
+    return optimizer, LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+
+
+# -- collection -----------------------------------------------------------------------------------
+
+
+def make_group_config(cfg: DictConfig) -> GroupConfig:
+    """Groups, and how stale they may be."""
+    settings = OmegaConf.to_container(cfg.group, resolve=True)
+    if settings["return_bounds"] is not None:
+        settings["return_bounds"] = tuple(settings["return_bounds"])
+    return GroupConfig(**settings)
+
+
+def make_worker_config(cfg: DictConfig) -> WorkerConfig:
+    """Environment workers."""
+    return WorkerConfig(**OmegaConf.to_container(cfg.workers, resolve=True))
+
+
+def make_replay_buffer_factory(cfg: DictConfig) -> Callable[..., PooledReplayBuffer]:
+    """The buffer between collection and learning, but for its memory, which the collector adds."""
+    return functools.partial(
+        PooledReplayBuffer,
+        batch_size=cfg.optim.minibatch_size,
+        num_epochs=cfg.optim.num_epochs,
+        timeout_s=cfg.train.timeout_s,
+        seed=cfg.seed,
+    )
+
+
+def make_collector(cfg: DictConfig, policy: VLAWrapperBase) -> DVLACollector:
+    """The collector with its replay buffer: workers are up, nothing is collected yet."""
+    return DVLACollector(
+        make_env_factories(cfg),
+        policy,
+        replay_buffer=make_replay_buffer_factory(cfg),
+        group=make_group_config(cfg),
+        workers=make_worker_config(cfg),
+        inference=InferenceConfig(**OmegaConf.to_container(cfg.inference, resolve=True)),
+        weight_sync_schemes={"policy": AsyncWeightUpdater()},
+        schedule=InitStateSchedule(make_task_names(cfg), seed=cfg.seed),
+        rows_per_page=cfg.memory.rows_per_page,
+        env_bytes=cfg.memory.env_bytes,
+        seed=cfg.seed,
+    )
+
+
+# -- what a run leaves behind ---------------------------------------------------------------------
+
+
+def make_resumed_checkpoint(cfg: DictConfig) -> Checkpoint | None:
+    """The checkpoint to go on from, read and found whole, or ``None`` for a new run."""
+    resume = cfg.checkpoint.resume
+    if resume is None:
+        return None
+    if resume != "auto":
+        path = make_path(resume)
+        inside = sorted(path.glob("checkpoints/update_*"))
+        return Checkpoint.load(inside[-1] if inside else path)
+    runs = make_path(cfg.log.dir) / cfg.name
+    found = sorted(runs.glob("*/checkpoints/update_*"), key=lambda path: path.stat().st_mtime)
+    return Checkpoint.load(found[-1]) if found else None
+
+
+def make_run_folder(cfg: DictConfig, resumed: Checkpoint | None) -> Path:
+    """The folder of this run: that of the resumed one, or a new one named after the time."""
+    if resumed is not None:
+        return check_writable(resumed.path.parents[1])
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    stem = make_path(cfg.log.dir) / cfg.name / f"{now}_seed{cfg.seed}"
+    folder, number = stem, 1
+    while folder.exists():
+        number += 1
+        folder = stem.with_name(f"{stem.name}_{number}")
+    return check_writable(folder)

@@ -1,0 +1,133 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Episodes in child processes: one simulator each, seeds handed out as they come free."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import utils
+from omegaconf import DictConfig
+from tensordict import TensorDict
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from tqdm import tqdm
+
+from torchrl_dvla.envs.demonstrations import LiberoExpertEnv, record_demonstration
+from torchrl_dvla.modules import TransformersVLA
+
+# what a child process keeps between episodes: building a simulator takes seconds
+_env: LiberoExpertEnv
+_policy: TransformersVLA | None
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """Outcome of one evaluation episode."""
+
+    task_id: int
+    init_state_id: int
+    success: bool
+    num_env_steps: int
+
+
+def record_missing(cfg: DictConfig, folder: Path) -> None:
+    """Record the demonstrations that *folder* does not hold yet."""
+    for task_id in cfg.env.task_ids:
+        paths = {
+            seed: folder / f"{cfg.env.task_suite}_{task_id}" / f"{seed:06d}.safetensors"
+            for seed in range(
+                cfg.demonstrations.first_seed,
+                cfg.demonstrations.first_seed + cfg.demonstrations.num_per_task,
+            )
+        }
+        jobs = [(seed, path) for seed, path in paths.items() if not path.exists()]
+        if not jobs:
+            continue
+        with _pool(cfg, task_id, None, min(cfg.demonstrations.num_processes, len(jobs))) as pool:
+            num_solved = 0
+            bar = _finished(pool, _record, [(cfg, *job) for job in jobs], f"recording task {task_id}")
+            for num_done, solved in enumerate(bar, start=1):
+                num_solved += solved
+                bar.set_postfix_str(f"expert solved {num_solved}/{num_done}")
+
+
+def evaluate(cfg: DictConfig, checkpoint: Path, *, greedy: bool) -> list[EpisodeResult]:
+    """Play the benchmark's init states, which no demonstration starts from."""
+    results: list[EpisodeResult] = []
+    for task_id in cfg.env.task_ids:
+        jobs = [(cfg, init_state_id, greedy) for init_state_id in range(cfg.evaluation.num_episodes)]
+        with _pool(cfg, task_id, checkpoint, cfg.evaluation.num_processes) as pool:
+            name = f"{'greedy' if greedy else 'sampled'} evaluation of task {task_id}"
+            bar = _finished(pool, _play, jobs, name)
+            for num_done, result in enumerate(bar, start=1):
+                results.append(result)
+                num_solved = sum(r.success for r in results if r.task_id == task_id)
+                bar.set_postfix_str(f"solved {num_solved}/{num_done}")
+    return results
+
+
+@contextmanager
+def _pool(
+    cfg: DictConfig, task_id: int, checkpoint: Path | None, num_processes: int
+) -> Iterator[ProcessPoolExecutor]:
+    # spawn: a simulator's GL context does not survive a fork
+    pool = ProcessPoolExecutor(
+        num_processes,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start,
+        initargs=(cfg, task_id, checkpoint),
+    )
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _finished(
+    pool: ProcessPoolExecutor, function: Callable[..., Any], jobs: list[tuple[Any, ...]], name: str
+) -> tqdm:
+    futures = [pool.submit(function, *job) for job in jobs]
+    results = (future.result() for future in as_completed(futures))
+    return tqdm(results, total=len(jobs), desc=name, unit="episode")
+
+
+# ---- what runs in a child
+
+
+def _start(cfg: DictConfig, task_id: int, checkpoint: Path | None) -> None:
+    global _env, _policy
+    torch.set_num_threads(1)
+    _env = utils.make_env(cfg, task_id, recording=checkpoint is None)
+    _policy = None if checkpoint is None else TransformersVLA.from_pretrained(checkpoint).eval()
+
+
+def _record(cfg: DictConfig, seed: int, path: Path) -> bool:
+    demonstration = record_demonstration(_env, seed=seed, noise=utils.make_noise(cfg))
+    demonstration.save(path)
+    return demonstration.info.success
+
+
+def _play(cfg: DictConfig, init_state_id: int, greedy: bool) -> EpisodeResult:
+    assert _policy is not None
+    torch.manual_seed(cfg.evaluation.seed + init_state_id)
+    _env.set_seed(cfg.evaluation.seed + init_state_id)
+    exploration = ExplorationType.DETERMINISTIC if greedy else ExplorationType.RANDOM
+    tensordict = _env.reset(TensorDict({"init_state_id": torch.tensor([init_state_id])}, []))
+    done = False
+    while not done:
+        with torch.no_grad(), set_exploration_type(exploration):
+            decision = _policy(tensordict.unsqueeze(0)).squeeze(0)
+        tensordict = _env.step(decision)["next"]
+        done = bool(tensordict["done"])
+    return EpisodeResult(
+        _env.task_id, init_state_id, bool(tensordict["success"]), _env.num_env_steps
+    )

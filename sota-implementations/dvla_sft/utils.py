@@ -1,0 +1,167 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Factories of the supervised recipe: from the config to the pieces."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import to_absolute_path
+from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDictBase
+from torch.optim.lr_scheduler import LambdaLR
+from torchrl.data import TensorDictReplayBuffer
+from torchrl.data.vla import UniformActionTokenizer
+
+from torchrl_dvla.data.augmentation import RandomShift, StateNoise
+from torchrl_dvla.data.demonstrations import (
+    Demonstration,
+    RestoreInstruction,
+    make_demonstration_buffer,
+    stack_demonstrations,
+)
+from torchrl_dvla.data.schema import ACTION_CHUNK_KEY, IMAGE_KEY, STATE_KEY
+from torchrl_dvla.envs.demonstrations import ActionNoise, LiberoExpertEnv
+from torchrl_dvla.modules import TinyBackboneConfig, TransformersVLA
+from torchrl_dvla.objectives.bc import ActionTokenBCLoss
+
+_MIN_STATE_STD = 0.02
+
+
+def make_run_folder(cfg: DictConfig) -> Path:
+    """Folder of snapshots and report: Hydra's output folder of this run."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def make_demonstration_folder(cfg: DictConfig) -> Path:
+    """Folder that demonstrations of all runs share."""
+    folder = Path(to_absolute_path(cfg.demonstrations.folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def make_env(cfg: DictConfig, task_id: int, *, recording: bool) -> LiberoExpertEnv:
+    """One simulator, as for training; while recording it observes more often."""
+    return LiberoExpertEnv(
+        cfg.env.task_suite,
+        task_id,
+        chunk_size=cfg.env.chunk_size,
+        replan_interval=cfg.demonstrations.label_interval if recording else None,
+        camera_height=cfg.env.image_size,
+        camera_width=cfg.env.image_size,
+        max_episode_steps=cfg.env.max_episode_steps,
+        shadows=cfg.env.shadows,
+        msaa=cfg.env.msaa,
+        env_kwargs=OmegaConf.to_container(cfg.env.env_kwargs),
+    )
+
+
+def make_noise(cfg: DictConfig) -> ActionNoise:
+    """Disturbance of recorded episodes."""
+    return ActionNoise(**cfg.demonstrations.noise)
+
+
+def make_demonstrations(cfg: DictConfig, found: list[Demonstration]) -> list[Demonstration]:
+    """Those of the folder that this run asks for."""
+    seeds = range(
+        cfg.demonstrations.first_seed,
+        cfg.demonstrations.first_seed + cfg.demonstrations.num_per_task,
+    )
+    return [
+        demo
+        for demo in found
+        if demo.info.task_suite == cfg.env.task_suite
+        and demo.info.task_id in cfg.env.task_ids
+        and demo.info.seed in seeds
+    ]
+
+
+def make_tokenizer(cfg: DictConfig) -> UniformActionTokenizer:
+    """Uniform bins whose outermost centres are -1 and +1.
+
+    An odd number of bins has a centre at 0: standing still, full speed and both gripper commands
+    are then exact.
+    """
+    edge = cfg.policy.num_bins / (cfg.policy.num_bins - 1)
+    return UniformActionTokenizer(cfg.policy.num_bins, low=-edge, high=edge)
+
+
+def make_splits(
+    cfg: DictConfig, demonstrations: list[Demonstration]
+) -> tuple[TensorDictBase, TensorDictBase, list[str]]:
+    """Decisions to train on, decisions of other episodes to validate on, and the instructions."""
+    step = max(2, len(demonstrations) // cfg.training.num_validation_demonstrations)
+    held_out = demonstrations[::step][: cfg.training.num_validation_demonstrations]
+    rest = [demo for demo in demonstrations if demo not in held_out]
+    tokenizer = make_tokenizer(cfg)
+    rows, instructions = stack_demonstrations([*rest, *held_out], tokenizer)
+    num_training = sum(len(demo.rows) for demo in rest)
+    return rows[:num_training], rows[num_training:], instructions
+
+
+def make_policy(
+    cfg: DictConfig, instructions: list[str], rows: TensorDictBase
+) -> TransformersVLA:
+    """A random policy of the sizes in the config, fitting the recorded data."""
+    policy = TransformersVLA.tiny(
+        instructions,
+        action_dim=rows.get(ACTION_CHUNK_KEY).shape[-1],
+        chunk_size=cfg.env.chunk_size,
+        state_dim=rows.get(STATE_KEY).shape[-1],
+        action_tokenizer=make_tokenizer(cfg),
+        backbone=TinyBackboneConfig(
+            image_size=rows.get(IMAGE_KEY).shape[-1], **cfg.policy.backbone
+        ),
+        tokens_per_step=cfg.policy.tokens_per_step,
+        seed=cfg.seed,
+    )
+    state = rows.get(STATE_KEY)
+    # an entry that hardly moves must not be blown up to unit scale: its next change would swamp all
+    policy.state_projector.set_statistics(state.mean(0), state.std(0).clamp_min(_MIN_STATE_STD))
+    return policy
+
+
+def make_buffer(
+    cfg: DictConfig, rows: TensorDictBase, instructions: list[str]
+) -> TensorDictReplayBuffer:
+    """Replay buffer with the augmentations of the config."""
+    return make_demonstration_buffer(
+        rows,
+        instructions,
+        batch_size=cfg.training.batch_size,
+        transforms=[RandomShift(cfg.training.max_shift), StateNoise(cfg.training.state_noise)],
+    )
+
+
+def make_validation_batch(rows: TensorDictBase, instructions: list[str]) -> TensorDictBase:
+    """All held-out decisions as one batch, without augmentation."""
+    return RestoreInstruction(instructions)(rows)
+
+
+def make_loss(policy: TransformersVLA) -> ActionTokenBCLoss:
+    """Negative log-likelihood of the expert's tokens."""
+    return ActionTokenBCLoss(policy)
+
+
+def make_optimizer(
+    cfg: DictConfig, loss: ActionTokenBCLoss
+) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """AdamW, warmed up, then a cosine down to a twentieth."""
+    optimizer = torch.optim.AdamW(
+        loss.parameters(),
+        lr=cfg.training.lr,
+        weight_decay=cfg.training.weight_decay,
+        betas=(0.9, 0.95),
+    )
+
+    def scale(step: int) -> float:
+        warm_up = min(1.0, (step + 1) / cfg.training.num_warmup_steps)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / cfg.training.num_steps)
+        return warm_up * (0.05 + 0.95 * cosine)
+
+    return optimizer, LambdaLR(optimizer, scale)

@@ -1,0 +1,79 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""A small collector that the tests of this folder share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tensordict.nn import InteractionType
+from torchrl.data.vla import UniformActionTokenizer
+from torchrl.modules.vla import TinyVLA
+
+from torchrl_dvla.collectors import DVLACollector, GroupConfig, InferenceConfig, WorkerConfig
+from torchrl_dvla.data import PooledReplayBuffer
+from torchrl_dvla.testing import CountingChunkEnv
+
+ENV_KWARGS: dict[str, Any] = {
+    "action_dim": 2,
+    "chunk_size": 4,
+    "max_env_steps": 12,
+    "length": "heavy_tailed",
+}
+
+
+def make_policy(action_dim: int = 2, chunk_size: int = 4) -> TinyVLA:
+    torch.manual_seed(0)
+    return TinyVLA(
+        action_dim=action_dim,
+        chunk_size=chunk_size,
+        action_head="tokens",
+        vocab_size=8,
+        hidden_dim=16,
+        output_mode="both",
+        log_probs_mode="token",
+        return_vla_action_container=False,
+        action_tokenizer=UniformActionTokenizer(8, low=-1.0, high=1.0),
+        default_interaction_type=InteractionType.RANDOM,
+    )
+
+
+@pytest.fixture
+def make_collector() -> Iterator[Callable[..., DVLACollector]]:
+    """Builds collectors on :class:`CountingChunkEnv`; all are shut down after the test."""
+    built: list[DVLACollector] = []
+
+    def make(
+        create_env_fn: Any = None,
+        *,
+        workers: dict[str, Any] | None = None,
+        inference: InferenceConfig = InferenceConfig(where="thread"),
+        batch_size: int = 16,
+        num_epochs: int = 1,
+        policy: Any = None,
+        **kwargs: Any,
+    ) -> DVLACollector:
+        group = kwargs.pop("group", None) or GroupConfig(group_size=3, groups_per_update=2)
+        collector = DVLACollector(
+            create_env_fn or functools.partial(CountingChunkEnv, **ENV_KWARGS),
+            policy or make_policy(),
+            replay_buffer=functools.partial(
+                PooledReplayBuffer, batch_size=batch_size, num_epochs=num_epochs, timeout_s=60.0
+            ),
+            group=group,
+            workers=WorkerConfig(**{"num_workers": 1, "max_decisions": 4, **(workers or {})}),
+            inference=inference,
+            **kwargs,
+        )
+        built.append(collector)
+        return collector
+
+    yield make
+    for collector in built:
+        collector.shutdown()

@@ -1,0 +1,260 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The collector against an environment whose every answer is known, in real processes."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchrl_dvla.collectors import EpisodeSpec, GroupConfig, InferenceConfig
+from torchrl_dvla.data.schema import (
+    ADVANTAGE_KEY,
+    DECISION_INDEX_KEY,
+    DONE_KEY,
+    GROUP_ID_KEY,
+    IMAGE_KEY,
+    INSTRUCTION_KEY,
+    POLICY_VERSION_KEY,
+    REWARD_KEY,
+    ROLLOUT_ID_KEY,
+    STATE_KEY,
+    SUCCESS_KEY,
+)
+from torchrl_dvla.testing import CountingChunkEnv, Fault, FaultyEnvFactory
+
+from .conftest import ENV_KWARGS, make_policy
+
+make_env = functools.partial(CountingChunkEnv, **ENV_KWARGS)
+
+
+def shared_memory_files() -> set[str]:
+    """Named segments; semaphores that a torchrl.ReplayBuffer makes go with the buffer."""
+    names = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
+    return {name for name in names if not name.startswith("sem.")}
+
+
+def rollouts_of(batches: list) -> dict[int, torch.Tensor]:
+    """Row numbers of every rollout of one update, by rollout id, in the order of its decisions."""
+    rows = torch.cat(batches)
+    out = {}
+    for rollout_id in rows[ROLLOUT_ID_KEY].unique().tolist():
+        chosen = rows[(rows[ROLLOUT_ID_KEY] == rollout_id).squeeze(-1)]
+        out[rollout_id] = chosen[chosen[DECISION_INDEX_KEY].squeeze(-1).argsort()]
+    return out
+
+
+@pytest.mark.parametrize("where", ["thread", "process"])
+def test_rows_hold_what_the_environment_did(make_collector, where):
+    collector = make_collector(inference=InferenceConfig(where=where), workers={"num_workers": 2})
+    collector.start()
+    rollouts = rollouts_of([batch.clone() for batch in collector.replay_buffer])
+    groups: dict[int, set] = {}
+    oracle = make_env()
+    for rows in rollouts.values():
+        num = rows.shape[0]
+        assert rows[DECISION_INDEX_KEY].squeeze(-1).tolist() == list(range(num))
+        assert rows[DONE_KEY].squeeze(-1).tolist() == [False] * (num - 1) + [True]
+        assert (rows[POLICY_VERSION_KEY] == 0).all()
+        assert rows[INSTRUCTION_KEY][0] == oracle.instruction
+        # The image counts decisions and right steps: a row of another rollout would not fit.
+        assert rows[IMAGE_KEY][:, 1, 0, 0].tolist() == list(range(num))
+        target = rows[STATE_KEY][0, :2]
+        right = ((rows["vla_action", "chunk"] @ target) > 0) & ~rows["action_is_pad"]
+        counted = torch.cat([torch.zeros(1, dtype=torch.long), right.sum(-1).cumsum(0)[:-1]])
+        assert rows[IMAGE_KEY][:, 2, 0, 0].tolist() == counted.tolist()
+        assert float(rows[REWARD_KEY].sum()) == float(rows[SUCCESS_KEY].any())
+        groups.setdefault(int(rows[GROUP_ID_KEY][0]), set()).add(int(rows[IMAGE_KEY][0, 0, 0, 0]))
+    assert len(groups) == 2
+    assert all(len(scenes) == 1 for scenes in groups.values()), "a group shares its scene"
+    assert len(rollouts) == 6
+
+
+def test_advantages_are_those_of_the_groups_returns(make_collector):
+    collector = make_collector()
+    collector.start()
+    rollouts = rollouts_of([batch.clone() for batch in collector.replay_buffer])
+    by_group: dict[int, list] = {}
+    for rows in rollouts.values():
+        entry = (float(rows[REWARD_KEY].sum()), float(rows[ADVANTAGE_KEY][0]))
+        assert (rows[ADVANTAGE_KEY] == entry[1]).all()
+        by_group.setdefault(int(rows[GROUP_ID_KEY][0]), []).append(entry)
+    for entries in by_group.values():
+        returns = torch.tensor([entry[0] for entry in entries])
+        assert 0 < returns.mean() < 1, "a group without contrast teaches nothing"
+        centred = torch.tensor([entry[1] for entry in entries])
+        assert torch.equal(centred > 0, returns > returns.mean())
+        assert abs(float(centred.sum())) < 1e-5
+
+
+@pytest.mark.parametrize("max_policy_lag", [0, 1, 3])
+def test_policy_lag_never_exceeds_the_bound(make_collector, max_policy_lag):
+    group = GroupConfig(group_size=3, groups_per_update=1, max_policy_lag=max_policy_lag)
+    collector = make_collector(group=group, workers={"num_workers": 2})
+    collector.start()
+    lags = []
+    for update in range(8):
+        for batch in collector.replay_buffer:
+            lags += (update - batch[POLICY_VERSION_KEY]).flatten().tolist()
+        collector.update_policy_weights_()
+        assert collector.policy_version == update + 1
+    assert 0 <= min(lags) and max(lags) <= max_policy_lag
+
+
+def test_published_weights_take_the_next_decisions(make_collector):
+    policy = make_policy()
+    collector = make_collector(
+        policy=policy, group=GroupConfig(group_size=3, groups_per_update=1, max_policy_lag=0)
+    )
+    collector.start()
+    for _ in collector.replay_buffer:
+        pass
+    with torch.no_grad():  # from now on the first action of a chunk is 7, 7; chance decides the others
+        for parameter in policy.head.parameters():
+            parameter.zero_()
+        policy.head.bias.view(4, 2, 8)[0, :, 7] = 50.0
+    collector.update_policy_weights_(policy)
+    rows = torch.cat([batch.clone() for batch in collector.replay_buffer])
+    assert (rows[POLICY_VERSION_KEY] == 1).all()
+    assert (rows["vla_action", "tokens"][:, 0] == 7).all()
+    assert not (rows["vla_action", "tokens"][:, 1:] == 7).all()
+
+
+def test_iterating_yields_one_update_at_a_time(make_collector):
+    collector = make_collector()
+    for version, data in enumerate(collector):
+        assert data[GROUP_ID_KEY].unique().numel() == 2
+        collector.update_policy_weights_()
+        if version == 2:
+            break
+    assert collector.stats()["collector/groups_kept"] >= 6
+
+
+def test_evaluation_runs_beside_training_and_keeps_its_order(make_collector):
+    collector = make_collector(workers={"num_workers": 2})
+    episodes = [EpisodeSpec("default", seed=5, init_state_id=k) for k in range(7)]
+    before = collector.evaluate(episodes, num_frames_episodes=2).result(60.0)
+    collector.start()
+    during = collector.evaluate(episodes, num_frames_episodes=2)
+    for _ in collector.replay_buffer:
+        pass
+    # Greedy decisions of one version in the same scenes: the same episodes.
+    assert during.result(60.0).successes == before.successes
+    assert during.result().num_env_steps == before.num_env_steps
+    env = make_env()
+    for index in (0, 1):
+        scene = env.scene(5, index)
+        assert int(before.frames[index][0, 0, 0, 0]) == scene.scene_id
+    assert sorted(before.frames) == [0, 1]
+
+
+def test_pause_admits_no_group(make_collector):
+    collector = make_collector()
+    collector.start()
+    with collector.pause():
+        admitted = collector.stats()["collector/groups_admitted"]
+        episodes = [EpisodeSpec("default", 0)] * 3
+        collector.evaluate(episodes).result(60.0)
+        assert collector.stats()["collector/groups_admitted"] == admitted
+    for _ in collector.replay_buffer:
+        pass
+
+
+@pytest.mark.parametrize("kind", ["kill", "raise"])
+@pytest.mark.parametrize("place", ["reset", "step"])
+def test_a_lost_worker_loses_no_rollout(make_collector, tmp_path, kind, place):
+    fault = Fault(kind, place, at=2, once_path=str(tmp_path / "struck"))
+    collector = make_collector(FaultyEnvFactory(make_env, [fault]))
+    collector.start()
+    rollouts = rollouts_of([batch.clone() for batch in collector.replay_buffer])
+    assert Path(tmp_path / "struck").exists()
+    assert len(rollouts) == 6
+    for rows in rollouts.values():
+        assert rows[DECISION_INDEX_KEY].squeeze(-1).tolist() == list(range(rows.shape[0]))
+    assert collector.stats()["faults/workers_replaced"] == 1
+
+
+@pytest.mark.parametrize("kind", ["hang", "stall"])
+def test_a_hung_worker_is_replaced_at_its_deadline(make_collector, tmp_path, kind):
+    fault = Fault(kind, "step", at=2, once_path=str(tmp_path / "struck"))
+    collector = make_collector(FaultyEnvFactory(make_env, [fault]), workers={"step_timeout_s": 1.0})
+    collector.start()
+    assert len(rollouts_of([batch.clone() for batch in collector.replay_buffer])) == 6
+    assert collector.stats()["faults/workers_replaced"] == 1
+
+
+def test_a_killed_inference_process_is_restarted(make_collector):
+    collector = make_collector(inference=InferenceConfig(where="process"))
+    collector.start()
+    for _ in collector.replay_buffer:
+        pass
+    collector.update_policy_weights_()
+    victim = next(p for p in multiprocessing.active_children() if p.name == "dvla-inference")
+    os.kill(victim.pid, signal.SIGKILL)
+    seen = 0
+    for _ in range(3):
+        for batch in collector.replay_buffer:
+            seen = max(seen, int(batch[POLICY_VERSION_KEY].max()))
+        collector.update_policy_weights_()
+    assert seen >= 1, "the new process serves the newest weights"
+    assert collector.stats()["faults/inference_restarts"] == 1
+
+
+def test_a_constructor_that_always_raises_is_reported_once(make_collector):
+    factory = FaultyEnvFactory(make_env, [Fault("raise", "constructor")])
+    with pytest.raises(RuntimeError, match="injected at constructor"):
+        make_collector(factory, workers={"num_workers": 2})
+    assert not [p for p in multiprocessing.active_children() if p.name.startswith("dvla-env")]
+
+
+def test_failures_without_end_reach_the_learner(make_collector):
+    fault = Fault("raise", "step", at=1, repeat=True)
+    collector = make_collector(FaultyEnvFactory(make_env, [fault]), workers={"max_failures": 1})
+    collector.start()
+    with pytest.raises(RuntimeError, match="(?s)max_failures.*injected at step 1"):
+        for _ in collector.replay_buffer:
+            pass
+
+
+def test_a_policy_of_another_chunk_is_refused(make_collector):
+    with pytest.raises(ValueError, match=r"chunk_size=4, action_dim=2.*got \[5, 2\]"):
+        make_collector(policy=make_policy(chunk_size=5))
+
+
+def test_a_budget_below_one_update_is_refused(make_collector):
+    with pytest.raises(ValueError, match="env_bytes must hold the groups of one update"):
+        make_collector(env_bytes="20KB")
+
+
+def test_shutdown_leaves_no_process_and_no_shared_memory(make_collector):
+    before = shared_memory_files()
+    collector = make_collector(inference=InferenceConfig(where="process"), workers={"num_workers": 2})
+    collector.start()
+    for _ in collector.replay_buffer:
+        pass
+    collector.shutdown()
+    assert not [p for p in multiprocessing.active_children() if p.name.startswith("dvla")]
+    assert shared_memory_files() <= before
+
+
+def test_a_resumed_collector_begins_unfinished_groups_anew(make_collector):
+    first = make_collector()
+    first.start()
+    for _ in first.replay_buffer:
+        pass
+    first.shutdown()
+    state = first.state_dict()
+    reopened = [spec for spec in state["queue"]["reopened"]]
+    second = make_collector()
+    second.load_state_dict(state)
+    taken = [second._queue._reopened[k] for k in range(len(reopened))]
+    assert [tuple(spec) for spec in taken] == reopened
+    assert second.state_dict()["schedule"] == state["schedule"]

@@ -1,0 +1,58 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""What every test runs under."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before torch is imported anywhere: the tests' own processes share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing may be fetched while testing.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+HAS_LIBERO = importlib.util.find_spec("libero") is not None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    faulthandler.enable()
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    no_libero = pytest.mark.skip(reason="LIBERO is not installed: pip install torchrl-dvla[libero]")
+    no_gpu = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "libero" in item.keywords and not HAS_LIBERO:
+            item.add_marker(no_libero)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers, whichever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_in_shared_memory() -> Iterator[None]:
+    """The suite leaves /dev/shm as it found it (torch's own files go with their processes)."""
+    folder = Path("/dev/shm")
+    before = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    yield
+    gc.collect()
+    after = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    own = {name for name in after - before if "dvla" in name}
+    assert not own, f"left in /dev/shm: {sorted(own)}"

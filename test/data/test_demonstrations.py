@@ -1,0 +1,132 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Demonstrations on disk and in a replay buffer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data.vla import UniformActionTokenizer
+
+from torchrl_dvla.data.augmentation import RandomShift, StateNoise, shift_image
+from torchrl_dvla.data.demonstrations import (
+    Demonstration,
+    DemonstrationInfo,
+    load_demonstrations,
+    make_demonstration_buffer,
+    stack_demonstrations,
+)
+
+
+def make_demo(seed=0, instruction="pick", success=True, num_rows=3):
+    generator = torch.Generator().manual_seed(seed)
+    rows = TensorDict(
+        {
+            "observation": {
+                "image": torch.randint(0, 256, (num_rows, 3, 8, 8), generator=generator).byte(),
+                "state": torch.full((num_rows, 2), float(seed)),
+            },
+            "vla_action": {"chunk": torch.zeros(num_rows, 4, 2)},
+            "action_is_pad": torch.zeros(num_rows, 4, dtype=torch.bool),
+        },
+        [num_rows],
+    )
+    info = DemonstrationInfo(instruction, "suite", 0, seed, success, num_env_steps=4 * num_rows)
+    return Demonstration(rows, info)
+
+
+def test_round_trip(tmp_path):
+    demo = make_demo(seed=5, instruction="put the bowl\non the 'plate'")
+    demo.save(tmp_path / "deep" / "5.safetensors")
+    loaded = Demonstration.load(tmp_path / "deep" / "5.safetensors")
+    assert loaded.info == demo.info
+    assert (loaded.rows == demo.rows).all()
+    assert loaded.rows["observation", "image"].dtype == torch.uint8
+    # nothing but the file is left behind
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["5.safetensors"]
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    path = tmp_path / "0.safetensors"
+    make_demo().save(path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="Delete it and record it again"):
+        Demonstration.load(path)
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="must be a demonstration file"):
+        Demonstration.load(tmp_path / "model.safetensors")
+
+
+def test_only_successes_are_learned_from(tmp_path):
+    make_demo(seed=1).save(tmp_path / "1.safetensors")
+    make_demo(seed=2, success=False).save(tmp_path / "2.safetensors")
+    assert [d.info.seed for d in load_demonstrations(tmp_path)] == [1]
+    assert [d.info.seed for d in load_demonstrations(tmp_path, only_success=False)] == [1, 2]
+
+
+def test_an_empty_folder_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="with 0 files"):
+        load_demonstrations(tmp_path)
+
+
+def test_stack_tokenises_and_numbers_instructions():
+    demos = [make_demo(1, "pick"), make_demo(2, "place", num_rows=2), make_demo(3, "pick")]
+    # three bins of width 2/3: -1/3, +1/3 are the edges, so 0 is token 1 and 0.5 is token 2
+    demos[1].rows["vla_action", "chunk"][0, 0, 0] = 0.5
+    rows, instructions = stack_demonstrations(demos, UniformActionTokenizer(3, low=-1.0, high=1.0))
+    assert rows.shape == (8,)
+    assert instructions == ["pick", "place"]
+    assert rows["instruction_id"].flatten().tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
+    assert rows["vla_action", "tokens"][3].tolist() == [[2, 1], [1, 1], [1, 1], [1, 1]]
+
+
+def test_buffer_visits_each_row_once_an_epoch_and_restores_instructions():
+    demos = [make_demo(seed, instruction) for seed, instruction in ((1, "pick"), (2, "place"))]
+    rows, instructions = stack_demonstrations(demos, UniformActionTokenizer(3, low=-1.0, high=1.0))
+    buffer = make_demonstration_buffer(rows, instructions, batch_size=3)
+    batches = [buffer.sample(), buffer.sample()]
+    seeds = [int(s) for b in batches for s in b["observation", "state"][:, 0]]
+    assert sorted(seeds) == [1, 1, 1, 2, 2, 2]
+    words = [word for b in batches for word in b["language_instruction"]]
+    assert words == [{1: "pick", 2: "place"}[seed] for seed in seeds]
+
+
+def test_augmentation_leaves_the_stored_rows_alone():
+    rows, instructions = stack_demonstrations(
+        [make_demo()], UniformActionTokenizer(3, low=-1.0, high=1.0)
+    )
+    buffer = make_demonstration_buffer(
+        rows, instructions, batch_size=3, transforms=[RandomShift(4), StateNoise(1.0)]
+    )
+    buffer.sample()
+    assert (buffer.storage[:]["observation", "image"] == rows["observation", "image"]).all()
+    assert (buffer.storage[:]["observation", "state"] == 0).all()
+
+
+def test_batch_larger_than_the_data_is_refused():
+    rows, instructions = stack_demonstrations(
+        [make_demo()], UniformActionTokenizer(3, low=-1.0, high=1.0)
+    )
+    with pytest.raises(ValueError, match=r"must be in \[1, 3\]"):
+        make_demonstration_buffer(rows, instructions, batch_size=4)
+
+
+def test_shift_moves_pixels_down_and_right():
+    image = torch.arange(9).reshape(1, 1, 3, 3).expand(2, 1, 3, 3)
+    moved = shift_image(image, torch.tensor([[1, 0], [0, -1]]))
+    assert moved[0, 0].tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, 5]]
+    assert moved[1, 0].tolist() == [[1, 2, 2], [4, 5, 5], [7, 8, 8]]
+
+
+@pytest.mark.parametrize(("transform", "name"), [(RandomShift, "max_shift"), (StateNoise, "scale")])
+def test_negative_augmentation_is_refused(transform, name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
+        transform(-1)

@@ -1,0 +1,66 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Labels and noise of recorded demonstrations, and the expert on real LIBERO."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+
+from torchrl_dvla.envs.demonstrations import (
+    ActionNoise,
+    LiberoExpertEnv,
+    chunk_labels,
+    record_demonstration,
+)
+
+
+def test_labels_overlap_and_repeat_the_last_action():
+    actions = np.arange(5.0)[:, None] * [1.0, 10.0]
+    chunks, pad = chunk_labels(actions, chunk_size=4, interval=2)
+    assert chunks.dtype == torch.float32
+    assert chunks[..., 0].tolist() == [[0, 1, 2, 3], [2, 3, 4, 4], [4, 4, 4, 4]]
+    assert chunks[1, :, 1].tolist() == [20, 30, 40, 40]
+    assert pad.int().tolist() == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 1, 1]]
+
+
+def test_a_push_lasts_and_spares_the_gripper():
+    noise = ActionNoise(push=0.3, push_steps=6, jitter=0.0)
+    drawn = [noise.sequence(15, np.random.default_rng(seed)) for seed in range(64)]
+    assert drawn[0].shape == (15, 7)
+    for sequence in drawn:
+        assert (sequence[:6] == sequence[0]).all()
+        assert (sequence[12:] == sequence[12]).all()
+        assert (sequence[:, 6] == 0).all()
+    # a third of the episodes is undisturbed, the others are pushed by 0.15 or 0.3
+    still = sum(not sequence.any() for sequence in drawn)
+    assert 10 <= still <= 34
+    size = np.sqrt(np.mean([s[:, :3] ** 2 for s in drawn]))
+    assert size == pytest.approx(0.3 * np.sqrt((0 + 0.25 + 1) / 3), rel=0.25)
+
+
+@pytest.mark.libero
+def test_expert_solves_a_real_scene():
+    env = LiberoExpertEnv(
+        "libero_object", 3, replan_interval=4, max_episode_steps=160, shadows=False, msaa=False
+    )
+    try:
+        demo = record_demonstration(env, seed=7, noise=ActionNoise())
+        assert demo.info.success
+        # 118 env steps are what a careful expert needs here
+        assert demo.info.num_env_steps < 110
+        num_rows = -(-demo.info.num_env_steps // 4)
+        assert demo.rows["observation", "image"].shape == (num_rows, 3, 128, 128)
+        assert demo.rows["vla_action", "chunk"].abs().max() <= 1
+        num_padded = [max(0, 4 * t + 8 - demo.info.num_env_steps) for t in range(num_rows)]
+        assert demo.rows["action_is_pad"].sum(-1).tolist() == num_padded
+        # the first decision saw what an ordinary reset shows
+        env.set_seed(7)
+        first = env.reset(TensorDict({"init_state_id": torch.tensor([-1])}, []))
+        assert (first["observation", "image"] == demo.rows["observation", "image"][0]).all()
+    finally:
+        env.close()

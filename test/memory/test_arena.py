@@ -1,0 +1,183 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+
+import pytest
+import torch
+
+from torchrl_dvla.memory import SharedArena, arena, available_bytes, limits, parse_bytes
+
+
+def test_views_share_bytes_and_begin_zeroed():
+    shared = SharedArena(4096)
+    a = shared.tensor(0, (4,), torch.int32)
+    b = shared.tensor(4, (2, 2), torch.int16)
+    assert a.tolist() == [0, 0, 0, 0]
+    a[1] = 0x00020001
+    assert b.tolist() == [[1, 2], [0, 0]]
+    shared.close()
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape", "message"),
+    [(60, (2,), "must stay within"), (-4, (1,), "must stay within"), (2, (1,), "multiple of 4")],
+)
+def test_views_outside_or_misaligned_are_refused(offset, shape, message):
+    shared = SharedArena(64)
+    with pytest.raises(ValueError, match=message):
+        shared.tensor(offset, shape, torch.float32)
+    shared.close()
+
+
+def test_a_pickled_arena_maps_the_same_bytes():
+    shared = SharedArena(64)
+    other = pickle.loads(pickle.dumps(shared))
+    assert shared.is_owner
+    assert not other.is_owner
+    shared.tensor(0, (8,), torch.int64)[3] = 7
+    assert other.tensor(0, (8,), torch.int64)[3] == 7
+    # The copy's end is no end for the owner.
+    other.close()
+    assert shared.tensor(0, (8,), torch.int64)[3] == 7
+    shared.close()
+
+
+def test_close_frees_physical_memory_under_live_views():
+    def shared_kib():
+        with open("/proc/self/status") as status:
+            return int(next(line for line in status if line.startswith("RssShmem")).split()[1])
+
+    before = shared_kib()
+    shared = SharedArena(32 << 20)
+    view = shared.tensor(0, (32 << 20,)).fill_(1)
+    assert shared_kib() - before >= 32 << 10
+    shared.close()
+    shared.close()
+    assert shared_kib() - before < 1 << 10
+    assert view[12345] == 0  # a late reader sees zeros and does not crash
+    with pytest.raises(RuntimeError, match="closed"):
+        shared.tensor(0, (1,))
+    with pytest.raises(RuntimeError, match="cannot be sent"):
+        pickle.dumps(shared)
+
+
+def test_file_descriptor_is_closed_by_the_finalizer():
+    def links():
+        return [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if alive(fd)]
+
+    def alive(fd):
+        return os.path.lexists(f"/proc/self/fd/{fd}")
+
+    before = sum("torchrl_dvla" in link for link in links())
+    shared = SharedArena(64)
+    assert sum("torchrl_dvla" in link for link in links()) > before
+    del shared
+    gc.collect()
+    assert sum("torchrl_dvla" in link for link in links()) == before
+
+
+def test_too_little_memory_is_an_error_with_a_remedy(monkeypatch):
+    monkeypatch.setattr(arena, "available_bytes", lambda: 1 << 20)
+    with pytest.raises(RuntimeError, match=r"got 2097152 \(2.0 MiB\): only 1.0 MiB .* Lower"):
+        SharedArena(2 << 20)
+
+
+def test_a_full_file_system_is_the_same_error(monkeypatch):
+    def full(fd, offset, length):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(arena.os, "posix_fallocate", full)
+    with pytest.raises(RuntimeError, match=r"No space left on device\. Lower the byte budget"):
+        SharedArena(64)
+
+
+def test_without_memfd_an_unlinked_file_serves(monkeypatch):
+    monkeypatch.delattr(arena.os, "memfd_create")
+    names = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    shared = SharedArena(64)
+    shared.tensor(0, (64,))[:] = 3
+    if names:
+        assert set(os.listdir("/dev/shm")) <= names
+    shared.close()
+
+
+def test_an_arena_of_a_dead_or_reused_descriptor_is_refused():
+    shared = SharedArena(64)
+    make, (pid, fd, (device, inode), nbytes) = shared.__reduce__()
+    with pytest.raises(RuntimeError, match="is gone"):
+        make(pid, fd, (device, inode + 1), nbytes)
+    with pytest.raises(RuntimeError, match="cannot be opened"):
+        make(2**22 + 1, fd, (device, inode), nbytes)
+    shared.close()
+
+
+class _FakeCudart:
+    def __init__(self, code=0):
+        self.code, self.registered = code, {}
+
+    def cudaHostRegister(self, pointer, nbytes, flags):
+        self.registered[pointer] = nbytes
+        return self.code
+
+    def cudaHostUnregister(self, pointer):
+        del self.registered[pointer]
+        return 0
+
+
+def test_pinning_registers_the_whole_arena_once(monkeypatch):
+    cudart = _FakeCudart()
+    shared = SharedArena(128)
+    assert not shared.pin()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    assert shared.pin()
+    assert shared.pin()
+    assert cudart.registered == {shared.tensor(0, (1,)).data_ptr(): 128}
+    shared.close()
+    assert cudart.registered == {}
+
+
+def test_a_refused_pin_names_the_remedy(monkeypatch):
+    shared = SharedArena(128)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: _FakeCudart(code=2))
+    with pytest.raises(RuntimeError, match="ulimit -l"):
+        shared.pin()
+    shared.close()
+
+
+def test_available_bytes_takes_the_tightest_limit(monkeypatch):
+    monkeypatch.setattr(limits, "_meminfo_available", lambda: 100)
+    monkeypatch.setattr(limits, "_cgroup_available", lambda: [70, 80])
+    assert available_bytes() == 70
+    monkeypatch.setattr(limits, "_meminfo_available", lambda: None)
+    monkeypatch.setattr(limits, "_cgroup_available", list)
+    assert available_bytes() is None
+
+
+def test_cgroup_limits_count_reclaimable_cache(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 300\n")
+    assert limits._read_int(tmp_path / "memory.max") == 1000
+    assert limits._reclaimable(tmp_path) == 300
+    (tmp_path / "memory.max").write_text("max\n")
+    assert limits._read_int(tmp_path / "memory.max") is None
+
+
+@pytest.mark.parametrize("text", ["12 parsecs", "GB", "-3"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(ValueError, match="size must be"):
+        parse_bytes(text)
+
+
+def test_sizes():
+    assert parse_bytes("2GB") == 2 * 2**30
+    assert parse_bytes("0.5 mib") == 2**19
+    assert parse_bytes("64b") == parse_bytes("64") == 64

@@ -1,0 +1,242 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+import pickle
+import threading
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    precondition,
+    rule,
+)
+
+from torchrl_dvla.memory import Page, PageLedger, PageState
+
+
+def test_life_of_a_page():
+    ledger = PageLedger(3, rows_per_page=4, row_bytes=10)
+    a, b = ledger.lease("worker 0", 7), ledger.lease("worker 0", 7)
+    assert (a, b) == (0, 1)
+    assert ledger.seal([a, b], num_rows=5) == [0, 1]
+    assert ledger.stats()["internal_waste"] == 1 - 5 / 8
+    ledger.store([a, b])
+    assert ledger.stats()["pages_stored"] == 2
+    ledger.free([a, b])
+    stats = ledger.stats()
+    assert stats["pages_free"] == 3
+    assert stats["internal_waste"] == 0.0
+    assert stats["internal_waste_total"] == 1 - 5 / 8
+    assert (stats["used_bytes"], stats["peak_bytes"], stats["reserved_bytes"]) == (0, 80, 120)
+    ledger.check()
+
+
+def test_pages_leased_ahead_come_back_when_the_rollout_is_sealed():
+    ledger = PageLedger(3, rows_per_page=2)
+    pages = [ledger.lease("worker", 0) for _ in range(3)]
+    assert ledger.seal(pages, num_rows=2) == [0]
+    assert ledger.num_free_pages == 2
+    with pytest.raises(RuntimeError, match=r"Page 1 was freed and has a new life"):
+        ledger.free(pages)
+    assert ledger.state(0) is PageState.SEALED  # an error changes nothing
+    ledger.check()
+
+
+def test_errors_name_the_page_and_its_state():
+    ledger = PageLedger(4, rows_per_page=2)
+    page = ledger.lease("worker")
+    with pytest.raises(RuntimeError, match="Page 0 is leased and cannot be stored"):
+        ledger.store([page])
+    ledger.free([page])
+    with pytest.raises(RuntimeError, match="Page 0 was freed and has a new life"):
+        ledger.free([page])
+    with pytest.raises(RuntimeError, match="Page 0 is free and cannot be freed"):
+        ledger.free([0])
+    with pytest.raises(RuntimeError, match="belongs to another pool"):
+        PageLedger(4, 2).free([page])
+    with pytest.raises(ValueError, match="between 0 and 3, got 4"):
+        ledger.free([4])
+    a, b = ledger.lease("worker 0", 0), ledger.lease("worker 1", 1)
+    with pytest.raises(RuntimeError, match="several rollouts"):
+        ledger.seal([a, b], 3)
+    with pytest.raises(RuntimeError, match="pages must differ"):
+        ledger.seal([a, a], 3)
+    for num_rows in (0, 3):
+        with pytest.raises(ValueError, match="num_rows must be between 1 and the 2"):
+            ledger.seal([a], num_rows)
+
+
+def test_a_stale_handle_cannot_touch_the_next_life_of_its_page():
+    ledger = PageLedger(1, rows_per_page=2)
+    old = ledger.lease("first")
+    ledger.reclaim("first")
+    new = ledger.lease("second")
+    assert int(old) == int(new)
+    for move in (lambda: ledger.seal([old], 1), lambda: ledger.free([old])):
+        with pytest.raises(RuntimeError, match="new life"):
+            move()
+    assert ledger.seal([pickle.loads(pickle.dumps(new))], 1) == [new]
+
+
+def test_promises_keep_pages_for_those_who_were_promised():
+    ledger = PageLedger(3, rows_per_page=2)
+    assert ledger.reserve(2)
+    assert ledger.num_free_pages == 1
+    assert not ledger.reserve(2)
+    ledger.lease("outsider", reserved=False)
+    with pytest.raises(RuntimeError, match=r"No free page is left: 2 free \(2 promised\)"):
+        ledger.lease("outsider", reserved=False)
+    ledger.lease("insider")
+    ledger.lease("insider")
+    with pytest.raises(RuntimeError, match="No free page"):
+        ledger.lease("insider")
+    ledger.check()
+    with pytest.raises(ValueError, match="between 0 and the 0 promised"):
+        ledger.unreserve(1)
+    with pytest.raises(ValueError, match="between 0 and the pool's 3, got 4"):
+        ledger.reserve(4)
+
+
+def test_reclaim_takes_only_what_was_being_written_and_can_keep_the_promise():
+    ledger = PageLedger(4, rows_per_page=2)
+    done = ledger.lease("worker", 0)
+    ledger.seal([done], 2)
+    ledger.reserve(2)
+    ledger.lease("worker", 1)
+    assert ledger.reclaim("worker", keep_reserved=True) == [1]
+    assert ledger.state(done) is PageState.SEALED
+    assert ledger.stats()["pages_reserved"] == 2
+    assert ledger.reclaim("worker") == []
+    assert ledger.reclaim("nobody") == []
+    assert ledger.stats()["pages_reclaimed"] == 1
+    ledger.check()
+
+
+def test_a_waiting_reserve_is_woken_by_free_and_its_wait_is_counted():
+    ledger = PageLedger(1, rows_per_page=1)
+    page = ledger.lease("worker")
+    granted = []
+    waiter = threading.Thread(target=lambda: granted.append(ledger.reserve(1, timeout_s=30)))
+    waiter.start()
+    ledger.free([page])
+    waiter.join(30)
+    assert granted == [True]
+    ledger.unreserve(1)
+    ledger.lease("worker")
+    assert not ledger.wait(timeout_s=0.0)
+    assert ledger.stats()["page_wait_s"] > 0
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Random lives of pages against a model that only knows who put what into which page."""
+
+    NUM_PAGES, ROWS = 6, 3
+
+    def __init__(self):
+        super().__init__()
+        self.ledger = PageLedger(self.NUM_PAGES, self.ROWS)
+        self.content = [None] * self.NUM_PAGES  # what the owner wrote
+        self.leased: dict[str, dict[int, list[Page]]] = {}
+        self.promised = 0
+        self.num_rollouts = 0
+
+    sealed = Bundle("sealed")
+    stored = Bundle("stored")
+    dead = Bundle("dead")
+
+    def write(self, pages, rollout):
+        for page in pages:
+            self.content[page] = rollout
+
+    def verify(self, pages, rollout):
+        assert [self.content[page] for page in pages] == [rollout] * len(pages)
+
+    @rule(num_pages=st.integers(0, NUM_PAGES))
+    def reserve(self, num_pages):
+        fits = num_pages <= self.ledger.num_free_pages
+        assert self.ledger.reserve(num_pages) == fits
+        self.promised += num_pages * fits
+
+    @precondition(lambda self: self.promised)
+    @rule(data=st.data())
+    def unreserve(self, data):
+        num_pages = data.draw(st.integers(1, self.promised))
+        self.ledger.unreserve(num_pages)
+        self.promised -= num_pages
+
+    @rule(owner=st.sampled_from("abc"), new=st.booleans(), reserved=st.sampled_from([None, False]))
+    def lease(self, owner, new, reserved):
+        from_promise = reserved is None and self.promised > 0
+        if not from_promise and not self.ledger.num_free_pages:
+            with pytest.raises(RuntimeError, match="page is left"):
+                self.ledger.lease(owner, 0, reserved=reserved)
+            return
+        rollouts = self.leased.setdefault(owner, {})
+        if new or not rollouts:
+            self.num_rollouts += 1
+            rollout = self.num_rollouts
+        else:
+            rollout = max(rollouts)
+        page = self.ledger.lease(owner, rollout, reserved=reserved)
+        self.promised -= from_promise
+        rollouts.setdefault(rollout, []).append(page)
+        self.write([page], rollout)
+
+    @precondition(lambda self: any(self.leased.values()))
+    @rule(target=sealed, data=st.data())
+    def seal(self, data):
+        owner = data.draw(st.sampled_from([o for o, r in self.leased.items() if r]))
+        rollout = data.draw(st.sampled_from(sorted(self.leased[owner])))
+        pages = self.leased[owner].pop(rollout)
+        num_rows = data.draw(st.integers(1, len(pages) * self.ROWS))
+        used = self.ledger.seal(pages, num_rows)
+        assert used == pages[: -(-num_rows // self.ROWS)]
+        return rollout, used
+
+    @rule(target=stored, item=consumes(sealed))
+    def store(self, item):
+        self.verify(item[1], item[0])
+        self.ledger.store(item[1])
+        return item
+
+    @rule(target=dead, item=st.one_of(consumes(sealed), consumes(stored)))
+    def free(self, item):
+        self.verify(item[1], item[0])
+        self.ledger.free(item[1])
+        return item
+
+    @rule(owner=st.sampled_from("abc"))
+    def kill(self, owner):
+        pages = [p for pages in self.leased.pop(owner, {}).values() for p in pages]
+        assert self.ledger.reclaim(owner) == sorted(int(page) for page in pages)
+
+    @rule(item=dead)
+    def use_after_free(self, item):
+        before = self.ledger.stats()
+        for move in (self.ledger.store, self.ledger.free, lambda pages: self.ledger.seal(pages, 1)):
+            with pytest.raises(RuntimeError):
+                move(item[1])
+        after = self.ledger.stats()
+        assert {k: v for k, v in after.items() if k != "page_wait_s"} == {
+            k: v for k, v in before.items() if k != "page_wait_s"
+        }
+
+    @invariant()
+    def every_page_has_one_owner(self):
+        self.ledger.check()
+        for rollouts in self.leased.values():
+            for rollout, pages in rollouts.items():
+                self.verify(pages, rollout)
+        assert self.ledger.stats()["pages_reserved"] == self.promised
+
+
+TestLedger = LedgerMachine.TestCase
+TestLedger.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

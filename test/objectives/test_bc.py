@@ -1,0 +1,82 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Behaviour cloning of action tokens."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torch.distributions import Categorical, Independent
+
+from torchrl_dvla.objectives.bc import ActionTokenBCLoss
+
+
+class TablePolicy(TensorDictModule):
+    """Token policy over 3 bins whose logits are its only parameter, ``[chunk=2, A=1, 3]``."""
+
+    def __init__(self, logits, token_level=True):
+        super().__init__(nn.Identity(), in_keys=["observation"], out_keys=["observation"])
+        self.table = nn.Parameter(torch.tensor(logits))
+        self.token_level = token_level
+
+    def get_dist(self, tensordict):
+        dist = Categorical(logits=self.table.expand(len(tensordict), -1, -1, -1))
+        return dist if self.token_level else Independent(dist, 2)
+
+
+# probabilities 1/4, 1/4, 1/2 at the first env step, uniform at the second
+LOGITS = [[[0.0, 0.0, math.log(2.0)]], [[0.0, 0.0, 0.0]]]
+
+
+def batch(pad=(False, False)):
+    return TensorDict(
+        {
+            "observation": torch.zeros(2, 1),
+            "vla_action": {"tokens": torch.tensor([[[2], [0]], [[0], [1]]])},
+            "action_is_pad": torch.tensor([[False, False], list(pad)]),
+        },
+        [2],
+    )
+
+
+def test_loss_is_the_mean_negative_log_likelihood():
+    out = ActionTokenBCLoss(TablePolicy(LOGITS))(batch())
+    expected = (math.log(2) + math.log(3) + math.log(4) + math.log(3)) / 4
+    assert out["loss_bc"].item() == pytest.approx(expected)
+    # likely tokens are 2 and 0: right in the first row, wrong in the second
+    assert out["accuracy"].item() == pytest.approx(0.5)
+
+
+def test_padded_env_steps_do_not_count():
+    out = ActionTokenBCLoss(TablePolicy(LOGITS))(batch(pad=(False, True)))
+    assert out["loss_bc"].item() == pytest.approx((math.log(2) + math.log(3) + math.log(4)) / 3)
+    assert out["accuracy"].item() == pytest.approx(2 / 3)
+
+
+def test_gradient_is_probability_minus_target():
+    loss = ActionTokenBCLoss(TablePolicy(LOGITS), reduction="sum")
+    loss(batch())["loss_bc"].backward()
+    (grad,) = (p.grad for p in loss.parameters())
+    # two rows: 2 * (1/4, 1/4, 1/2) - targets {2, 0}, and 2 * 1/3 - targets {0, 1}
+    assert grad[0, 0].tolist() == pytest.approx([-0.5, 0.5, 0.0])
+    assert grad[1, 0].tolist() == pytest.approx([-1 / 3, -1 / 3, 2 / 3])
+
+
+def test_the_batch_is_left_alone():
+    data = batch()
+    before = data.clone()
+    ActionTokenBCLoss(TablePolicy(LOGITS))(data)
+    assert set(data.keys(True)) == set(before.keys(True))
+
+
+def test_sequence_level_policies_are_refused():
+    loss = ActionTokenBCLoss(TablePolicy(LOGITS, token_level=False))
+    with pytest.raises(ValueError, match='log_probs_mode="token"'):
+        loss(batch())

@@ -1,0 +1,110 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from torchrl_dvla.recording import ProgressBar, RunReport, SuccessRate, wilson_interval
+
+
+@pytest.mark.parametrize(
+    ("num_successes", "num_trials", "low", "high"),
+    # Worked by hand with z = 1.959964: n = 10, p = 0 gives (0, z^2 / (n + z^2)).
+    [(0, 10, 0.0, 0.27753), (5, 10, 0.23659, 0.76341), (10, 10, 0.72247, 1.0)],
+)
+def test_wilson_interval(num_successes, num_trials, low, high):
+    assert wilson_interval(num_successes, num_trials) == pytest.approx((low, high), abs=1e-5)
+
+
+@pytest.mark.parametrize(("num_successes", "num_trials"), [(1, 0), (-1, 3), (4, 3)])
+def test_wilson_interval_wants_counts(num_successes, num_trials):
+    with pytest.raises(ValueError, match=r"num_successes must lie in \[0, num_trials\]"):
+        wilson_interval(num_successes, num_trials)
+
+
+def test_success_rate_counts():
+    rate = SuccessRate.of([True, False, True, True])
+    assert (rate.num_successes, rate.num_episodes, rate.rate) == (3, 4, 0.75)
+
+
+def _report(**changes):
+    figures = {
+        "name": "toy, seed 0",
+        "before": SuccessRate(1, 10),
+        "after": None,
+        "lane_shares": {"sampling": 0.914, "gradient": 0.5},
+        "env_steps_per_s": 31.25,
+        "decisions_per_s": 4.0,
+        "num_updates": 12,
+        "num_episodes": 96,
+        "num_env_steps": 1000,
+        "mean_policy_lag": 0.755,
+        "max_policy_lag": 1,
+        "training_s": 125.4,
+        "ended_by": "SIGTERM",
+        "checkpoint": "",
+    }
+    return RunReport(**(figures | changes))
+
+
+def test_the_table_says_what_was_and_was_not_measured(tmp_path):
+    report = _report()
+    text = report.to_text()
+    assert "greedy success before  10.0 % (1/10, 95 % interval 1.8-40.4)" in text
+    assert "greedy success after   not evaluated" in text
+    assert "lanes busy             sampling 91 %, gradient 50 %" in text
+    assert "policy lag             mean 0.76, max 1" in text
+    assert "training time          2 min 05 s (ended by SIGTERM)" in text
+    assert "checkpoint             none" in text
+    report.save(tmp_path / "report.json")
+    loaded = json.loads((tmp_path / "report.json").read_text())
+    assert loaded["before"] == {"num_successes": 1, "num_episodes": 10}
+    assert loaded["after"] is None
+    assert "| updates | 12 |" in report.to_markdown()
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_bar_shows_the_budget_that_runs_out_first():
+    bar = ProgressBar(num_updates=10, max_s=1e9, file=io.StringIO())
+    bar.update(7, {"lag": 1})
+    assert bar.line().startswith("[##############      ]  70 % | update 7/10 | ")
+    assert bar.line().endswith(" | lag 1")
+    late = ProgressBar(num_updates=10, max_s=1000.0, start_s=900.0, file=io.StringIO())
+    assert late.fraction == pytest.approx(0.9, abs=1e-3)
+    assert "15:00 of 16:40" in late.line()
+
+
+def test_a_terminal_line_is_redrawn_in_place(monkeypatch):
+    out = _Terminal()
+    monkeypatch.setenv("COLUMNS", "60")
+    bar = ProgressBar(num_updates=2, file=out)
+    bar.update(1, {"success": 0.5})
+    bar.message("evaluation: 3 of 4")
+    bar.close()
+    redrawn = out.getvalue().split("\r\x1b[K")
+    assert max(map(len, redrawn)) <= 60
+    assert "evaluation: 3 of 4\n" in redrawn
+    assert out.getvalue().endswith("\n")
+
+
+def test_a_file_gets_few_lines():
+    out = io.StringIO()
+    bar = ProgressBar(num_updates=100, file=out, line_every_s=1e9)
+    for update in range(100):
+        bar.update(update, {"success": float("nan")})
+    assert out.getvalue().count("\n") == 1
+    assert "success -" in out.getvalue()
+
+
+def test_a_bar_needs_an_end():
+    with pytest.raises(ValueError, match="num_updates or max_s must be given"):
+        ProgressBar()

@@ -1,0 +1,97 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from torchrl_dvla.recording import GracefulStop, StopRequested
+
+TIMEOUT_S = 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_a_note_and_raises_nothing(number):
+    with GracefulStop() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+        assert stop.reason == number.name
+
+
+def test_a_blocked_wait_is_ended_by_its_callback():
+    with GracefulStop() as stop:
+        woken = threading.Event()
+        threads = []
+        stop.on_request(lambda: (threads.append(threading.current_thread()), woken.set()))
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert woken.wait(TIMEOUT_S)
+        # Never the interrupted thread: it may hold the lock that the callback wants.
+        assert threads[0] is not threading.main_thread()
+
+
+def test_a_late_callback_is_called_at_once():
+    with GracefulStop() as stop:
+        early, late = threading.Event(), threading.Event()
+        stop.on_request(early.set)
+        stop.request("time")
+        assert early.wait(TIMEOUT_S)
+        stop.on_request(late.set)
+        assert late.is_set()
+        assert stop.reason == "time"
+
+
+def test_an_interruptible_region_is_left():
+    with GracefulStop() as stop:
+        with pytest.raises(StopRequested, match="SIGINT"):
+            with stop.interruptible():
+                os.kill(os.getpid(), signal.SIGINT)
+                threading.Event().wait(TIMEOUT_S)
+        assert stop.requested
+
+
+def test_an_interruptible_region_is_not_entered_after_a_request():
+    with GracefulStop() as stop:
+        stop.request("time")
+        with pytest.raises(StopRequested, match="time"):
+            with stop.interruptible():
+                raise AssertionError("entered")
+
+
+def test_no_except_exception_takes_it_for_a_failure():
+    assert not issubclass(StopRequested, Exception)
+
+
+def test_a_second_signal_interrupts_at_once():
+    with GracefulStop():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt, match="second request"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_previous_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with GracefulStop():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not [t for t in threading.enumerate() if t.name == "graceful-stop"]
+
+
+def test_it_belongs_to_the_main_thread():
+    errors = []
+
+    def enter():
+        try:
+            GracefulStop().__enter__()
+        except ValueError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join(TIMEOUT_S)
+    assert errors[0].startswith("GracefulStop must be entered in the main thread, got 'Thread-")

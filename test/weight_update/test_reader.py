@@ -1,0 +1,253 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from torchrl_dvla.weight_update import WeightStore
+
+
+class Zoo(nn.Module):
+    """Tied weights, a transposed parameter, channels_last, buffers of several dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(6, 4)
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embedding.weight
+        self.transposed = nn.Parameter(torch.randn(3, 5).t())
+        self.conv = nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("table", torch.randn(4, 4)[:, ::2], persistent=False)
+        self.blocks = nn.ModuleList([nn.Linear(2, 2)] * 2)  # one module in two places
+
+
+def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def assert_same(served: nn.Module, source: nn.Module) -> None:
+    for name, tensor in weights_of(source).items():
+        torch.testing.assert_close(weights_of(served)[name], tensor, rtol=0, atol=0)
+
+
+@pytest.fixture
+def zoo() -> Iterator[tuple[Zoo, WeightStore]]:
+    source = Zoo()
+    with WeightStore(source) as store:
+        yield source, store
+
+
+def test_every_kind_of_weight_is_adopted_in_place(zoo: tuple[Zoo, WeightStore]) -> None:
+    source, store = zoo
+    served, reader = Zoo(), store.reader("a")
+    before = weights_of(served)
+    reader.adopt_into(served)
+    assert_same(served, source)
+    # The Parameter objects stay: optimizers, hooks and references to them do not notice.
+    assert all(weights_of(served)[name] is tensor for name, tensor in before.items())
+    assert served.head.weight is served.embedding.weight
+    assert served.transposed.stride() == source.transposed.stride() == (1, 5)
+    assert served.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for tensor in weights_of(source).values():
+            tensor.add_(1)
+    store.publish()
+    assert reader.adopt_into(served) == 1
+    assert_same(served, source)
+
+
+def test_readers_share_memory_instead_of_copying_it(zoo: tuple[Zoo, WeightStore]) -> None:
+    _, store = zoo
+    first, second = Zoo(), Zoo()
+    readers = store.reader("a"), store.reader("b")
+    for reader, module in zip(readers, (first, second), strict=True):
+        reader.adopt_into(module)
+    with torch.no_grad():
+        first.conv.weight[0, 0, 0, 0] = 123.0
+    assert second.conv.weight[0, 0, 0, 0].item() == 123.0
+
+
+def test_modules_on_the_meta_device_get_real_weights(zoo: tuple[Zoo, WeightStore]) -> None:
+    source, store = zoo
+    with torch.device("meta"):
+        served = Zoo()
+    reader = store.reader("a")
+    reader.adopt_into(served)
+    assert_same(served, source)
+    assert served.head.weight is served.embedding.weight
+    assert not any(p.requires_grad for p in served.parameters())
+    with torch.no_grad():
+        source.conv.bias.fill_(4.0)
+    store.publish()
+    reader.adopt_into(served)
+    assert_same(served, source)
+
+
+def test_a_module_of_another_precision_keeps_it_and_lets_the_slot_go() -> None:
+    source, served = nn.Linear(4, 2), nn.Linear(4, 2).double()
+    with WeightStore(source) as store:
+        reader = store.reader("a")
+        reader.adopt_into(served)
+        assert served.weight.dtype == torch.float64
+        torch.testing.assert_close(served.weight, source.weight.double(), rtol=0, atol=0)
+        # Nothing is pinned, so three slots never defer, however long this reader rests.
+        for _ in range(5):
+            store.publish()
+        assert store.stats().num_deferred == 0
+
+
+def test_a_copying_reader_leaves_the_modules_memory_alone(zoo: tuple[Zoo, WeightStore]) -> None:
+    source, store = zoo
+    served, reader = Zoo(), store.reader("a")
+    addresses = {name: t.data_ptr() for name, t in weights_of(served).items()}
+    reader.adopt_into(served, copy=True)
+    assert_same(served, source)
+    assert addresses == {name: t.data_ptr() for name, t in weights_of(served).items()}
+
+
+def test_all_modules_of_a_reader_move_together() -> None:
+    source, actor, evaluator = (nn.Linear(1, 1) for _ in range(3))
+    with WeightStore(source) as store:
+        reader = store.reader("a")
+        reader.adopt_into(actor), reader.adopt_into(evaluator)
+        with torch.no_grad():
+            source.weight.fill_(8.0)
+        store.publish()
+        assert reader.adopt_into(actor) == 1
+        assert evaluator.weight.item() == 8.0
+        # ... and so does what pin() moves.
+        with torch.no_grad():
+            source.weight.fill_(9.0)
+        store.publish()
+        version, weights = reader.pin()
+        assert (version, weights["weight"].item()) == (2, 9.0)
+        assert actor.weight.item() == 9.0
+
+
+def test_pin_holds_and_unpin_lets_go() -> None:
+    source = nn.Linear(1, 1)
+    with WeightStore(source) as store:
+        pins = [store.reader(index) for index in range(2)]
+        pins[0].pin()
+        store.publish()
+        pins[1].pin()
+        store.publish(), store.publish()
+        assert store.stats().num_deferred == 1
+        pins[0].unpin(), pins[1].unpin()
+        pins[0].wait(3, timeout_s=30.0)
+        store.publish(), store.publish()
+        assert store.stats().num_deferred == 1
+        assert pins[0].pin()[0] == 5
+        assert pins[0].pin()[0] == 5  # nothing new: the same pin
+
+
+def test_after_unpin_the_next_adoption_points_at_whole_weights_again() -> None:
+    source, served = nn.Linear(1, 1), nn.Linear(1, 1)
+    with WeightStore(source) as store:
+        reader = store.reader("a")
+        reader.adopt_into(served)
+        reader.unpin()
+        for value in range(1, 5):
+            with torch.no_grad():
+                source.weight.fill_(value)
+            store.publish()
+        assert reader.adopt_into(served) == 4
+        assert served.weight.item() == 4.0
+
+
+def test_the_published_module_and_a_second_reader_are_refused() -> None:
+    source, served = nn.Linear(1, 1), nn.Linear(1, 1)
+    with WeightStore(source) as store:
+        first, second = store.reader("first"), store.reader("second")
+        with pytest.raises(ValueError, match="learner's own"):
+            first.adopt_into(source)
+        first.adopt_into(served)
+        with pytest.raises(ValueError, match="'first' serves"):
+            second.adopt_into(served)
+        first.detach(served)
+        second.adopt_into(served)
+
+
+def test_a_reader_tied_otherwise_than_the_store_is_refused() -> None:
+    def build(tied: bool) -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+        if tied:
+            model[1].weight = model[0].weight
+        return model
+
+    with WeightStore(build(tied=False)) as store:
+        with pytest.raises(ValueError, match=r"must not tie '1.weight' to '0.weight'"):
+            store.reader("a").adopt_into(build(tied=True))
+    with WeightStore(build(tied=True)) as store:  # the other way round every name has its tensor
+        served = build(tied=False)
+        store.reader("a").adopt_into(served)
+        assert served[0].weight.data_ptr() == served[1].weight.data_ptr()
+
+
+def test_a_module_keeps_its_reader_alive() -> None:
+    source, served = nn.Linear(1, 1), nn.Linear(1, 1)
+    with WeightStore(source) as store:
+        store.reader("a").adopt_into(served)
+        gc.collect()
+        first = served.weight.item()
+        for value in range(5):
+            with torch.no_grad():
+                source.weight.fill_(value)
+            store.publish()
+        assert served.weight.item() == first  # still pinned
+        del served
+        gc.collect()
+        assert store.dead_readers() == ["a"]
+        store.release("a")
+
+
+def test_detach_gives_private_memory() -> None:
+    source, served = nn.Linear(1, 1), nn.Linear(1, 1)
+    with WeightStore(source) as store:
+        reader = store.reader("a")
+        reader.adopt_into(served)
+        first = served.weight.item()
+        reader.detach(served)
+        reader.close()
+        for value in range(5):
+            with torch.no_grad():
+                source.weight.fill_(value)
+            store.publish()
+        assert served.weight.item() == first
+
+
+def test_one_reader_serves_one_holder() -> None:
+    with WeightStore(nn.Linear(1, 1)) as store:
+        reader = store.reader("a")
+        twin = copy.copy(reader)  # as two children that were given one reader would have
+        reader.pin()
+        with pytest.raises(RuntimeError, match="in use by another"):
+            twin.pin()
+        reader.close()
+        with pytest.raises(RuntimeError, match="released"):
+            twin.pin()
+
+
+def test_reading_inside_inference_mode() -> None:
+    source, served = nn.Linear(1, 1), nn.Linear(1, 1)
+    with WeightStore(source) as store:
+        reader = store.reader("a")
+        with torch.inference_mode():
+            reader.adopt_into(served)
+        with torch.no_grad():
+            source.weight.fill_(2.0)
+        store.publish()
+        with torch.inference_mode():
+            assert reader.adopt_into(served) == 1
+            assert served(torch.ones(1)).item() == 2.0 + source.bias.item()
+        assert not served.weight.is_inference()

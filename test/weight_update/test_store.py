@@ -1,0 +1,329 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from torchrl_dvla.weight_update import WeightReader, WeightStore
+
+
+def constant(value: float, **kwargs: int) -> nn.Linear:
+    module = nn.Linear(kwargs.get("width", 4), 2)
+    return set_constant(module, value)
+
+
+def set_constant(module: nn.Linear, value: float) -> nn.Linear:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(value)
+    return module
+
+
+def value_of(module: nn.Module) -> float:
+    (value,) = {float(v) for p in module.parameters() for v in p.detach().reshape(-1)}
+    return value
+
+
+@pytest.fixture
+def learner() -> nn.Linear:
+    return constant(0.0)
+
+
+@pytest.fixture
+def store(learner: nn.Linear) -> Iterator[WeightStore]:
+    with WeightStore(learner) as store:
+        yield store
+
+
+def readers_of(store: WeightStore, count: int) -> list[tuple[WeightReader, nn.Linear]]:
+    return [(store.reader(index), constant(-1.0)) for index in range(count)]
+
+
+def test_versions_count_up_from_the_first(store: WeightStore, learner: nn.Linear) -> None:
+    assert (store.version, store.offered_version) == (0, 0)
+    assert [store.publish(), store.publish()] == [1, 2]
+    assert store.publish(version=10) == 10
+    with pytest.raises(ValueError, match="version must grow, got 10 after 10"):
+        store.publish(version=10)
+    assert store.version == store.offered_version == 10
+    with WeightStore(learner, first_version=120) as resumed:
+        assert (resumed.version, resumed.publish()) == (120, 121)
+
+
+def test_a_reader_skips_versions_and_is_never_queued_for(
+    store: WeightStore, learner: nn.Linear
+) -> None:
+    ((reader, served),) = readers_of(store, 1)
+    for value in range(1, 8):
+        set_constant(learner, value)
+        store.publish()
+    assert reader.adopt_into(served) == 7  # late: it gets the newest at once
+    assert value_of(served) == 7.0
+    for value in range(8, 11):
+        set_constant(learner, value)
+        store.publish()
+    assert reader.adopt_into(served) == 10
+    stats = store.adoption_stats()["0"]
+    assert (stats.version, stats.num_adoptions, stats.num_skipped) == (10, 2, 2)
+    assert 0.0 < stats.latency_p50_s <= stats.latency_p99_s
+    assert store.adopted_versions() == {"0": 10}
+
+
+def test_what_a_reader_holds_does_not_change_under_it(
+    store: WeightStore, learner: nn.Linear
+) -> None:
+    ((reader, served),) = readers_of(store, 1)
+    reader.adopt_into(served)
+    for value in range(1, 10):
+        set_constant(learner, value)
+        store.publish()
+        assert value_of(served) == 0.0
+
+
+def test_the_worked_trace_of_the_module(store: WeightStore, learner: nn.Linear) -> None:
+    (p, p_module), (q, q_module) = readers_of(store, 2)
+    p.adopt_into(p_module), q.adopt_into(q_module)
+    store.publish(constant(1.0))
+    assert q.adopt_into(q_module) == 1
+    store.publish(constant(2.0))
+    assert store.stats().num_deferred == 0
+    # Slots 0 and 1 are pinned and 2 is offered: version 3 is taken at once, and deferred.
+    assert store.publish(constant(3.0)) == 3
+    assert (store.version, store.offered_version) == (3, 2)
+    assert store.stats().num_deferred == 1
+    assert p.adopt_into(p_module) == 2  # leaves slot 0, into which version 3 moves
+    assert p.wait(3, timeout_s=30.0) == 3
+    assert (value_of(p_module), value_of(q_module)) == (2.0, 1.0)
+    assert p.adopt_into(p_module) == 3
+    assert q.adopt_into(q_module) == 3
+    assert value_of(p_module) == value_of(q_module) == 3.0
+    assert store.stats().num_coalesced == 0
+
+
+def test_deferred_versions_coalesce(store: WeightStore) -> None:
+    (p, p_module), (q, q_module) = readers_of(store, 2)
+    p.adopt_into(p_module), q.adopt_into(q_module)
+    store.publish(constant(1.0))
+    q.adopt_into(q_module)
+    store.publish(constant(2.0))
+    for value in range(3, 9):
+        assert store.publish(constant(value)) == value
+    assert (store.version, store.offered_version) == (8, 2)
+    assert store.stats().num_coalesced == 5  # 3 to 7 were never seen
+    with pytest.raises(ValueError, match="finite"):
+        store.publish(constant(float("nan")))
+    p.unpin()
+    assert q.wait(8, timeout_s=30.0) == 8  # the refused version did not hurt the deferred one
+    q.adopt_into(q_module)
+    assert value_of(q_module) == 8.0
+
+
+def test_readers_plus_two_slots_never_defer(learner: nn.Linear) -> None:
+    with WeightStore(learner, num_slots=5) as store:
+        served = readers_of(store, 3)
+        for version, (reader, module) in enumerate(served):
+            assert reader.adopt_into(module) == version  # three readers on three versions
+            store.publish()
+        for _ in range(10):
+            store.publish()
+        assert store.stats().num_deferred == 0
+        assert store.adopted_versions() == {"0": 0, "1": 1, "2": 2}
+
+
+def test_weights_that_are_not_finite_are_refused(store: WeightStore, learner: nn.Linear) -> None:
+    ((reader, served),) = readers_of(store, 1)
+    reader.adopt_into(served)
+    store.publish(constant(1.0))
+    bad = constant(2.0)
+    with torch.no_grad():
+        bad.weight[1, 2] = float("inf")
+    with pytest.raises(ValueError, match=r"infinity in weight \(1 of 8 elements\)"):
+        store.publish(bad)
+    assert (store.version, store.offered_version, store.stats().num_refused) == (1, 1, 1)
+    reader.adopt_into(served)
+    assert value_of(served) == 1.0
+    assert store.publish(constant(3.0)) == 2
+    with WeightStore(bad, check_finite=False) as trusting:
+        assert trusting.publish() == 1
+    with pytest.raises(ValueError, match="finite"):
+        WeightStore(bad)
+
+
+def test_pause_takes_versions_without_showing_them(store: WeightStore) -> None:
+    (early, early_module), (late, late_module) = readers_of(store, 2)
+    early.adopt_into(early_module)
+    store.pause()
+    assert [store.publish(constant(v)) for v in (1.0, 2.0)] == [1, 2]
+    with pytest.raises(ValueError, match="finite"):
+        store.publish(constant(float("nan")))
+    assert not early.has_update()
+    assert late.adopt_into(late_module) == 0
+    store.resume()
+    assert (early.adopt_into(early_module), late.adopt_into(late_module)) == (2, 2)
+    assert value_of(early_module) == value_of(late_module) == 2.0
+    assert store.stats().num_coalesced == 1
+
+
+def test_a_second_layout_is_listed(store: WeightStore) -> None:
+    with pytest.raises(ValueError, match=r"weight: shape \(2, 5\), the store has \(2, 4\)"):
+        store.publish(constant(0.0, width=5))
+    ((reader, _),) = readers_of(store, 1)
+    with pytest.raises(ValueError, match="module must have the parameters"):
+        reader.adopt_into(constant(0.0, width=5))
+
+
+def test_two_learners_are_refused(store: WeightStore, learner: nn.Linear) -> None:
+    errors: list[str] = []
+
+    def second_learner(step: str) -> None:
+        if step == "copying":
+            thread = threading.Thread(target=publish)
+            thread.start()
+            thread.join()
+
+    def publish() -> None:
+        try:
+            store.publish()
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    store.set_gate(second_learner)
+    assert store.publish() == 1
+    assert len(errors) == 1
+    assert "one learner at a time" in errors[0]
+    with pytest.raises(TypeError, match="reader"):
+        pickle.dumps(store)
+
+
+def test_places_for_readers(learner: nn.Linear) -> None:
+    with WeightStore(learner, max_readers=2) as store:
+        first = store.reader("a")
+        with pytest.raises(ValueError, match="'a'"):
+            store.reader("a")
+        store.reader("b")
+        with pytest.raises(RuntimeError, match="All 2 places"):
+            store.reader("c")
+        first.adopt_into(constant(0.0))
+        with pytest.raises(RuntimeError, match="alive"):
+            store.release("a")
+        store.release(first)
+        assert list(store.adopted_versions()) == ["b"]
+        assert store.reader("c").row == first.row
+        with pytest.raises(KeyError, match="No reader is called 'a'"):
+            store.release("a")
+        with pytest.raises(RuntimeError, match="closed"):
+            first.adopt_into(constant(0.0))
+
+
+def test_wait_names_who_is_behind(store: WeightStore) -> None:
+    (fast, fast_module), (slow, slow_module) = readers_of(store, 2)
+    store.publish()
+    fast.adopt_into(fast_module)
+    with pytest.raises(TimeoutError, match=r"by \{'1': -1\}"):
+        store.wait(timeout_s=0.0)
+    slow.adopt_into(slow_module)
+    store.wait(timeout_s=0.0)
+    store.publish()
+    with pytest.raises(TimeoutError, match=r"\{'0': 1, '1': 1\}"):
+        store.wait(2, timeout_s=0.0)
+    store.wait(1, timeout_s=0.0)
+
+
+def test_a_closed_store_leaves_its_readers_their_weights(learner: nn.Linear) -> None:
+    store = WeightStore(set_constant(learner, 5.0))
+    reader, served = store.reader("a"), constant(0.0)
+    reader.adopt_into(served)
+    store.close()
+    store.close()
+    assert value_of(served) == 5.0
+    assert reader.adopt_into(served) == 0
+    assert not reader.is_writer_alive()
+    with pytest.raises(TimeoutError, match="is gone"):
+        reader.wait(1, timeout_s=0.0)
+    with pytest.raises(RuntimeError, match="closed"):
+        store.publish()
+
+
+def test_frozen_weights_are_stored_once_and_shared(learner: nn.Linear) -> None:
+    def build() -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        model[0].requires_grad_(False)
+        return model
+
+    source, served = build(), build()
+    with WeightStore(source, trainable_only=True) as store:
+        reader = store.reader("a")
+        reader.adopt_into(served)
+        frozen, live = served[0].weight.data_ptr(), served[1].weight.data_ptr()
+        torch.testing.assert_close(served[0].weight, source[0].weight, rtol=0, atol=0)
+        with torch.no_grad():
+            source[1].weight.add_(1.0)
+        store.publish()
+        reader.adopt_into(served)
+        assert served[0].weight.data_ptr() == frozen
+        assert served[1].weight.data_ptr() != live
+        torch.testing.assert_close(served[1].weight, source[1].weight, rtol=0, atol=0)
+        assert store.stats().bytes_total == 2 * 4 * (64 + 8)
+
+
+def test_the_error_of_a_narrow_transport_is_measured() -> None:
+    source = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        source.weight.fill_(1.0 + 2.0**-9)  # between the bfloat16 values 1 and 1 + 2**-7
+    with WeightStore(source, transport_dtype=torch.bfloat16) as store:
+        assert store.cast_error() == pytest.approx(2.0**-9 / (1.0 + 2.0**-9))
+        exact, narrow = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False).bfloat16()
+        reader = store.reader("a")
+        reader.adopt_into(exact), reader.adopt_into(narrow)
+        assert exact.weight.dtype == torch.float32  # copied and widened
+        assert exact.weight.item() == narrow.weight.item() == 1.0
+    with WeightStore(source) as store:
+        assert store.cast_error() == 0.0
+
+
+def test_a_checksum_finds_whoever_writes_adopted_weights(learner: nn.Linear) -> None:
+    with WeightStore(set_constant(learner, 1.0), checksum=True) as store:
+        (good, good_module), (bad, bad_module) = readers_of(store, 2)
+        bad.adopt_into(bad_module)
+        set_constant(bad_module, 3.0)  # writes the slot
+        with pytest.raises(RuntimeError, match="another checksum"):
+            good.adopt_into(good_module)
+
+
+def test_bad_sizes() -> None:
+    with pytest.raises(ValueError, match="num_slots must be from 3"):
+        WeightStore(nn.Linear(1, 1), num_slots=2)
+    with pytest.raises(ValueError, match="max_readers"):
+        WeightStore(nn.Linear(1, 1), max_readers=0)
+
+
+def test_counters(store: WeightStore) -> None:
+    for _ in range(3):
+        store.publish()
+    stats = store.stats()
+    assert stats.num_publishes == 4  # the first version counts
+    assert stats.bytes_total == 4 * 4 * (8 + 2)
+    assert 0.0 < stats.stall_last_s <= stats.stall_max_s <= stats.stall_total_s
+
+
+def test_a_deepcopy_of_a_served_module_owns_its_memory(
+    store: WeightStore, learner: nn.Linear
+) -> None:
+    ((reader, served),) = readers_of(store, 1)
+    reader.adopt_into(served)
+    snapshot = copy.deepcopy(served)
+    for value in range(1, 6):
+        store.publish(constant(value))
+        reader.adopt_into(served)
+    assert value_of(snapshot) == 0.0
+    assert value_of(served) == 5.0

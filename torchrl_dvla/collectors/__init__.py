@@ -1,0 +1,26 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Collectors: from lanes to groups in the replay buffer."""
+
+from torchrl_dvla.collectors.configs import GroupConfig, InferenceConfig, WorkerConfig
+from torchrl_dvla.collectors.dvla import DVLACollector
+from torchrl_dvla.collectors.evaluation import Evaluation, EvaluationResult
+from torchrl_dvla.collectors.placement import NodePlacement, Placement
+from torchrl_dvla.collectors.schedule import EpisodeSpec, InitStateSchedule
+from torchrl_dvla.collectors.topology_aware import TopologyAwareCollector
+
+__all__ = [
+    "DVLACollector",
+    "EpisodeSpec",
+    "Evaluation",
+    "EvaluationResult",
+    "GroupConfig",
+    "InferenceConfig",
+    "InitStateSchedule",
+    "NodePlacement",
+    "Placement",
+    "TopologyAwareCollector",
+    "WorkerConfig",
+]

@@ -1,0 +1,137 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""What a collector is asked to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+__all__ = ["GroupConfig", "InferenceConfig", "WorkerConfig"]
+
+
+def _require_positive(name: str, value: float) -> None:
+    if value <= 0:
+        raise ValueError(f"{name} must be positive, got {value}. Set it to 1 or more.")
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Groups of rollouts, and how stale they may be when they are learned from.
+
+    Args:
+        group_size (int): rollouts of one initial state whose returns are compared; at least 2.
+        candidate_group_size (int, optional): rollouts sampled for a group, of which ``group_size``
+            are kept, chosen for contrast. Defaults to ``group_size``.
+        groups_per_update (int): groups that one learner update takes.
+        max_policy_lag (int): versions of the weights that may lie between taking a decision and
+            learning from it. 0 is the synchronous loop.
+        return_bounds (tuple, optional): a group is learned from only if its mean return lies strictly
+            between these. Groups whose returns are all equal are always left out: their advantages
+            are zero.
+        normalise_std (bool): divide advantages by the group's standard deviation.
+        max_drought (int): groups without contrast in a row after which a warning says so; sampling
+            goes on, and the warning is repeated after as many again.
+
+    Examples:
+        >>> GroupConfig(group_size=1)
+        Traceback (most recent call last):
+        ...
+        ValueError: group_size must be at least 2, got 1. A group compares rollouts of one initial \
+state: one rollout has no advantage.
+    """
+
+    group_size: int = 8
+    candidate_group_size: int | None = None
+    groups_per_update: int = 4
+    max_policy_lag: int = 1
+    return_bounds: tuple[float, float] | None = None
+    normalise_std: bool = True
+    max_drought: int = 16
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise ValueError(
+                f"group_size must be at least 2, got {self.group_size}. A group compares rollouts of "
+                "one initial state: one rollout has no advantage."
+            )
+        if self.candidate_group_size is not None and self.candidate_group_size < self.group_size:
+            raise ValueError(
+                f"candidate_group_size must be at least group_size ({self.group_size}), got "
+                f"{self.candidate_group_size}. Leave it out to keep every rollout."
+            )
+        if self.max_policy_lag < 0:
+            raise ValueError(
+                f"max_policy_lag must be at least 0, got {self.max_policy_lag}. 0 is the synchronous "
+                "loop."
+            )
+        _require_positive("groups_per_update", self.groups_per_update)
+        _require_positive("max_drought", self.max_drought)
+
+    @property
+    def num_candidates(self) -> int:
+        """Rollouts sampled for one group."""
+        return self.candidate_group_size or self.group_size
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """Environment workers.
+
+    Args:
+        num_workers (int): processes.
+        envs_per_worker (int): rollouts that a worker holds open at once.
+        max_decisions (int): decisions after which a rollout is truncated.
+        reset_timeout_s (float): seconds after which a reset counts as hung and its worker is replaced.
+        step_timeout_s (float): the same for one decision.
+        start_timeout_s (float): seconds for the construction of the first environments.
+        stop_timeout_s (float): seconds that workers get to end before they are killed.
+        max_failures (int): failures in a row, without a finished rollout between them, that end the
+            run.
+        num_threads (int): intra-op torch threads of a worker.
+        env_vars (Mapping): environment variables of the workers.
+        start_method (str): how processes are started.
+    """
+
+    num_workers: int = 2
+    envs_per_worker: int = 1
+    max_decisions: int = 64
+    reset_timeout_s: float = 120.0
+    step_timeout_s: float = 60.0
+    start_timeout_s: float = 300.0
+    stop_timeout_s: float = 3.0
+    max_failures: int = 5
+    num_threads: int = 1
+    env_vars: Mapping[str, str] = field(default_factory=dict)
+    start_method: Literal["forkserver", "spawn"] = "forkserver"
+
+    def __post_init__(self) -> None:
+        for name in ("num_workers", "envs_per_worker", "max_decisions", "max_failures"):
+            _require_positive(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """The inference lane.
+
+    Args:
+        where (str): ``"process"`` (default), or ``"thread"`` of the learner's process.
+        max_batch_size (int, optional): rows of one policy call. Defaults to no limit.
+        num_threads (int): intra-op torch threads of the process.
+    """
+
+    where: Literal["process", "thread"] = "process"
+    max_batch_size: int | None = None
+    num_threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.where not in ("process", "thread"):
+            raise ValueError(
+                f"where must be 'process' or 'thread', got {self.where!r}. Take 'process' unless the "
+                "policy cannot be pickled."
+            )
+        if self.max_batch_size is not None:
+            _require_positive("max_batch_size", self.max_batch_size)

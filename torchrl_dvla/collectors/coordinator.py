@@ -1,0 +1,426 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The loop that keeps environments and policy busy and decides nothing twice."""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from torchrl_dvla.collectors.configs import InferenceConfig, WorkerConfig
+from torchrl_dvla.collectors.counters import CollectionCounters
+from torchrl_dvla.collectors.rollout import Rollout, Slot, SlotState
+from torchrl_dvla.collectors.rollout_queue import RolloutQueue
+from torchrl_dvla.data.instructions import InstructionTable
+from torchrl_dvla.data.schema import (
+    DECISION_INDEX_KEY,
+    GROUP_ID_KEY,
+    IMAGE_KEY,
+    INSTRUCTION_ID_KEY,
+    ROLLOUT_ID_KEY,
+)
+from torchrl_dvla.memory import EnvironmentPool
+from torchrl_dvla.swimlane import InferenceProcess, InferenceThread, SamplingLane, Timeline
+from torchrl_dvla.swimlane.messages import (
+    EnvSpecs,
+    Failed,
+    Infer,
+    Ready,
+    Reset,
+    Snapshot,
+    Step,
+    Stepped,
+    UsePool,
+)
+
+__all__ = ["Coordinator"]
+
+_log = logging.getLogger("torchrl_dvla")
+
+#: States that end by a deadline, and the limit of :class:`WorkerConfig` that sets it.
+_DEADLINES = {
+    SlotState.STARTING: "start_timeout_s",
+    SlotState.RESETTING: "reset_timeout_s",
+    SlotState.STEPPING: "step_timeout_s",
+}
+
+
+class Coordinator:
+    """Runs rollouts on the sampling and inference lanes of one node, in one thread.
+
+    It is the single owner of page ownership and of every rollout's state, so nothing here needs a
+    lock; workers and policy write only the rows that it tells them (invariant 2). One pass of the
+    loop fills idle environments, sends the rows that wait to the policy, and then sleeps until a
+    message, a deadline or :meth:`wake` ends the sleep.
+
+    Args:
+        sampling (SamplingLane): environment workers that are ready.
+        start_inference (Callable): starts the inference lane; called again if it dies.
+        pool (EnvironmentPool): rows.
+        queue (RolloutQueue): what to run next.
+        instructions (InstructionTable): strings by id.
+        on_rollout (Callable): takes the finished rollouts of training groups and owns their pages
+            from then on.
+        timeline (Timeline): takes the spans.
+        counters (CollectionCounters): takes the counts.
+        workers (WorkerConfig): limits of the sampling lane.
+        inference (InferenceConfig): limits of the inference lane.
+    """
+
+    def __init__(
+        self,
+        *,
+        sampling: SamplingLane,
+        start_inference: Callable[[], InferenceProcess | InferenceThread],
+        pool: EnvironmentPool,
+        queue: RolloutQueue,
+        instructions: InstructionTable,
+        on_rollout: Callable[[Rollout], None],
+        timeline: Timeline,
+        counters: CollectionCounters,
+        workers: WorkerConfig,
+        inference: InferenceConfig,
+    ) -> None:
+        self._sampling = sampling
+        self._start_inference = start_inference
+        self._inference = start_inference()
+        self._pool = pool
+        self._queue = queue
+        self._instructions = instructions
+        self._on_rollout = on_rollout
+        self._timeline = timeline
+        self._counters = counters
+        self._workers = workers
+        self._max_batch_size = inference.max_batch_size
+        self._slots = [
+            Slot(worker, env_index)
+            for worker in range(workers.num_workers)
+            for env_index in range(workers.envs_per_worker)
+        ]
+        self._ready: deque[Slot] = deque()
+        #: The decisions that are being taken; a slot may change hands meanwhile, a rollout does not.
+        self._batch: list[tuple[Slot, Rollout]] = []
+        self._num_instructions_sent = 0
+        self._num_failures = 0
+        self._ids = {
+            key: pool.rows.get(key).numpy()
+            for key in (INSTRUCTION_ID_KEY, GROUP_ID_KEY, ROLLOUT_ID_KEY, DECISION_INDEX_KEY)
+        }
+        self._selector = selectors.DefaultSelector()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, None)
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="dvla-coordinator", daemon=True)
+        self.error: BaseException | None = None
+        self.on_error: Callable[[BaseException], None] = lambda error: None
+
+    def start(self) -> None:
+        """Begin: from here on the lanes belong to the coordinator's thread."""
+        self._connect_inference()
+        for index in range(self._workers.num_workers):
+            self._connect_worker(index)
+            self._admit_worker(index)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """End the loop's sleep: something that it may act on has changed. Any thread may call it."""
+        os.write(self._wake_write, b"x")
+
+    def stop(self) -> None:
+        """End the loop and both lanes; safe to call twice."""
+        if not self._stopping:
+            self._stopping = True
+            self.wake()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # -- the loop -------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._begin_evaluation()
+                self._fill_idle_slots()
+                self._send_batch()
+                for key, _ in self._selector.select(self._time_to_deadline()):
+                    self._receive(key)
+                self._replace_hung_workers()
+        except BaseException as error:
+            self.error = error
+            _log.debug("The coordinator ends.", exc_info=True)
+            self.on_error(error)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        self._stopping = True
+        self._queue.fail_evaluations(RuntimeError("The collector ended before the evaluation did."))
+        self._inference.stop()
+        self._sampling.stop(self._workers.stop_timeout_s)
+        self._selector.close()
+        os.close(self._wake_read)
+
+    def _receive(self, key: selectors.SelectorKey) -> None:
+        if key.data is None:
+            os.read(self._wake_read, 4096)
+        elif key.data == "inference":
+            self._receive_inference()
+        else:
+            self._receive_worker(key.data)
+
+    # -- starting rollouts ----------------------------------------------------------------------
+
+    def _begin_evaluation(self) -> None:
+        if self._queue.next_evaluation() is not None:
+            self._send_inference(Snapshot())
+
+    def _fill_idle_slots(self) -> None:
+        for slot in self._slots:
+            if slot.state is not SlotState.IDLE:
+                continue
+            rollout = self._queue.next()
+            if isinstance(rollout, str):
+                slot.idle_reason = rollout
+                continue
+            self._timeline.add_idle("sampling", slot.idle_reason, slot.enter(SlotState.RESETTING))
+            slot.rollout = rollout
+            rollout.row = self._row_of(rollout, rollout.num_decisions)
+            spec = rollout.spec
+            message = Reset(slot.env_index, spec.task, spec.seed, spec.init_state_id, rollout.row)
+            self._sampling.send(slot.worker, message)
+
+    def _row_of(self, rollout: Rollout, decision: int) -> int:
+        """The row of one decision of ``rollout``, on a newly leased page where one begins."""
+        page, offset = divmod(decision, self._pool.rows_per_page)
+        if page == len(rollout.pages):
+            rollout.pages.append(self._pool.lease(owner=rollout.rollout_id))
+        return rollout.pages[page] * self._pool.rows_per_page + offset
+
+    # -- the sampling lane ----------------------------------------------------------------------
+
+    def _receive_worker(self, index: int) -> None:
+        message = self._sampling.receive(index)
+        if isinstance(message, Ready):
+            self._on_ready(self._slot(index, message.env_index), message)
+        elif isinstance(message, Stepped):
+            self._on_stepped(self._slot(index, message.env_index), message)
+        elif isinstance(message, EnvSpecs):
+            self._admit_worker(index)
+        else:
+            self._replace_worker(index, str(message))
+
+    def _on_ready(self, slot: Slot, message: Ready) -> None:
+        rollout = _rollout_of(slot)
+        self._add_span(slot, "reset", message)
+        rollout.instruction_id = self._instructions.id(message.instruction)
+        self._await_decision(slot, rollout)
+
+    def _on_stepped(self, slot: Slot, message: Stepped) -> None:
+        rollout = _rollout_of(slot)
+        self._add_span(slot, "step", message)
+        rollout.num_decisions += 1
+        rollout.num_env_steps += message.num_env_steps
+        rollout.episode_return += message.reward
+        rollout.success |= message.success
+        self._counters.add("collector/decisions")
+        self._counters.add("collector/env_steps", message.num_env_steps)
+        if message.done:
+            slot.enter(SlotState.IDLE)
+            slot.rollout = None
+            self._finish(rollout)
+        else:
+            rollout.row = self._row_of(rollout, rollout.num_decisions)
+            self._await_decision(slot, rollout)
+
+    def _await_decision(self, slot: Slot, rollout: Rollout) -> None:
+        row = rollout.row
+        self._ids[INSTRUCTION_ID_KEY][row] = rollout.instruction_id
+        self._ids[GROUP_ID_KEY][row] = rollout.group_id
+        self._ids[ROLLOUT_ID_KEY][row] = rollout.rollout_id
+        self._ids[DECISION_INDEX_KEY][row] = rollout.num_decisions
+        slot.enter(SlotState.READY)
+        self._ready.append(slot)
+
+    def _finish(self, rollout: Rollout) -> None:
+        self._num_failures = 0
+        self._queue.finish(rollout)
+        if rollout.evaluation is None:
+            self._counters.add_episode(success=rollout.success, num_env_steps=rollout.num_env_steps)
+            self._on_rollout(rollout)
+            return
+        frames = None
+        if rollout.episode < rollout.evaluation.num_frames_episodes:
+            index = self._pool.row_index(rollout.pages, rollout.num_decisions)
+            frames = self._pool.rows.get(IMAGE_KEY).index_select(0, index)
+        self._pool.free(rollout.pages)
+        rollout.evaluation.finish_episode(
+            rollout.episode,
+            success=rollout.success,
+            episode_return=rollout.episode_return,
+            num_env_steps=rollout.num_env_steps,
+            policy_version=rollout.last_policy_version,
+            frames=frames,
+        )
+
+    # -- the inference lane ---------------------------------------------------------------------
+
+    def _send_batch(self) -> None:
+        if self._batch or not self._ready:
+            return
+        evaluation = _rollout_of(self._ready[0]).evaluation
+        limit = self._max_batch_size or len(self._slots)
+        waiting, self._ready = self._ready, deque()
+        for slot in waiting:
+            rollout = _rollout_of(slot)
+            if rollout.evaluation is evaluation and len(self._batch) < limit:
+                slot.state = SlotState.INFERRING  # since_s stays: it still waits for its decision
+                self._batch.append((slot, rollout))
+            else:
+                self._ready.append(slot)
+        self._request_batch()
+
+    def _request_batch(self) -> None:
+        rollouts = [rollout for _, rollout in self._batch]
+        evaluation = rollouts[0].evaluation
+        message = Infer(
+            rows=[rollout.row for rollout in rollouts],
+            instruction_ids=[rollout.instruction_id for rollout in rollouts],
+            new_instructions=self._instructions.since(self._num_instructions_sent),
+            greedy=evaluation is not None and evaluation.greedy,
+            use_snapshot=evaluation is not None,
+        )
+        self._num_instructions_sent = len(self._instructions)
+        self._send_inference(message)
+
+    def _receive_inference(self) -> None:
+        try:
+            message = self._inference.connection.recv()
+        except (EOFError, OSError):
+            self._restart_inference(self._inference.describe_end() + ".")
+            return
+        if isinstance(message, Failed):
+            # The same batch would fail again: an exception in the policy is the user's to mend.
+            raise RuntimeError(f"The policy failed in the inference lane:\n{message.traceback}")
+        self._timeline.add("inference", message.start_s, message.end_s, name="infer")
+        self._counters.add("collector/inference_batches")
+        batch, self._batch = self._batch, []
+        for slot, rollout in batch:
+            if rollout.abandoned:
+                self._queue.retry(rollout)
+                continue
+            rollout.stamp(message.policy_version)
+            self._timeline.add_idle("sampling", "no_decision", slot.enter(SlotState.STEPPING))
+            row, next_row = rollout.row, -1
+            if rollout.num_decisions + 1 < self._workers.max_decisions:
+                next_row = self._row_of(rollout, rollout.num_decisions + 1)
+            self._sampling.send(slot.worker, Step(slot.env_index, row, next_row))
+
+    def _send_inference(self, message: Infer | Snapshot | UsePool) -> None:
+        try:
+            self._inference.connection.send(message)
+        except OSError:
+            pass  # its death shows at the next receive
+
+    def _connect_inference(self) -> None:
+        self._selector.register(self._inference.connection, selectors.EVENT_READ, "inference")
+        self._send_inference(UsePool(self._pool.worker_view()))
+
+    # -- faults ---------------------------------------------------------------------------------
+
+    def _connect_worker(self, index: int) -> None:
+        self._selector.register(self._sampling.workers[index].connection, selectors.EVENT_READ, index)
+
+    def _admit_worker(self, index: int) -> None:
+        """Worker ``index`` has built its environment: let it work."""
+        self._sampling.send(index, UsePool(self._pool.worker_view()))
+        for slot in self._slots_of(index):
+            slot.enter(SlotState.IDLE)
+
+    def _replace_worker(self, index: int, reason: str) -> None:
+        """Worker ``index`` is lost: take its rows back, sample its rollouts again, start another."""
+        _log.warning("%s is replaced: %s", self._sampling.workers[index].name, reason)
+        self._counters.add("faults/workers_replaced")
+        self._num_failures += 1
+        if self._num_failures > self._workers.max_failures:
+            raise RuntimeError(
+                f"max_failures ({self._workers.max_failures}) environment workers in a row ended "
+                f"without finishing a rollout. The last one said:\n{reason}"
+            )
+        self._selector.unregister(self._sampling.workers[index].connection)
+        # replace() returns when the kernel has ended the process: from then on it writes no row.
+        self._sampling.replace(index)
+        self._connect_worker(index)
+        for slot in self._slots_of(index):
+            rollout, slot.rollout = slot.rollout, None
+            if rollout is not None and slot.state is SlotState.INFERRING:
+                rollout.abandoned = True  # the policy still writes its row
+            elif rollout is not None:
+                self._queue.retry(rollout)
+            if slot.state is SlotState.READY:
+                self._ready.remove(slot)
+            slot.enter(SlotState.STARTING)
+            slot.idle_reason = "worker_lost"
+
+    def _restart_inference(self, reason: str) -> None:
+        """The inference lane is lost: start another with the newest weights, repeat the request."""
+        _log.warning("The inference lane is restarted: %s", reason)
+        self._counters.add("faults/inference_restarts")
+        self._num_failures += 1
+        if self._num_failures > self._workers.max_failures:
+            raise RuntimeError(
+                f"The inference lane was lost {self._num_failures} times without a finished rollout "
+                f"between. The last time: {reason}"
+            )
+        self._selector.unregister(self._inference.connection)
+        self._inference.stop(0.0)
+        self._inference = self._start_inference()
+        self._connect_inference()
+        self._num_instructions_sent = 0
+        if self._queue.evaluating:
+            self._send_inference(Snapshot())
+        if self._batch:
+            self._request_batch()
+
+    def _time_to_deadline(self) -> float | None:
+        deadlines = [self._deadline(slot) for slot in self._slots if slot.state in _DEADLINES]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _deadline(self, slot: Slot) -> float:
+        return slot.since_s + getattr(self._workers, _DEADLINES[slot.state])
+
+    def _replace_hung_workers(self) -> None:
+        now_s = time.monotonic()
+        for slot in self._slots:
+            if slot.state in _DEADLINES and self._deadline(slot) < now_s:
+                limit = _DEADLINES[slot.state]
+                seconds = getattr(self._workers, limit)
+                self._replace_worker(
+                    slot.worker, f"{slot.state.value} took more than {limit}={seconds:g} s."
+                )
+
+    # -- helpers --------------------------------------------------------------------------------
+
+    def _add_span(self, slot: Slot, name: str, message: Ready | Stepped) -> None:
+        track = f"worker {slot.worker}"
+        self._timeline.add("sampling", message.start_s, message.end_s, track=track, name=name)
+
+    def _slot(self, worker: int, env_index: int) -> Slot:
+        return self._slots[worker * self._workers.envs_per_worker + env_index]
+
+    def _slots_of(self, worker: int) -> list[Slot]:
+        size = self._workers.envs_per_worker
+        return self._slots[worker * size : (worker + 1) * size]
+
+
+def _rollout_of(slot: Slot) -> Rollout:
+    if slot.rollout is None:
+        raise RuntimeError(f"{slot} must hold a rollout, got none. This is a bug of the coordinator.")
+    return slot.rollout

@@ -1,0 +1,434 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The collector of one machine."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import NonTensorStack, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.collectors import BaseCollector
+from torchrl.envs import EnvBase
+from torchrl.weight_update import WeightSyncScheme
+
+from torchrl_dvla.collectors.configs import GroupConfig, InferenceConfig, WorkerConfig
+from torchrl_dvla.collectors.coordinator import Coordinator
+from torchrl_dvla.collectors.counters import CollectionCounters
+from torchrl_dvla.collectors.evaluation import Evaluation
+from torchrl_dvla.collectors.group_sink import GroupSink
+from torchrl_dvla.collectors.matching import match_policy
+from torchrl_dvla.collectors.rollout_queue import RolloutQueue
+from torchrl_dvla.collectors.schedule import EpisodeSpec, InitStateSchedule
+from torchrl_dvla.data import Admission, GroupAssembler, InstructionTable, PooledReplayBuffer
+from torchrl_dvla.data.schema import INSTRUCTION_ID_KEY, INSTRUCTION_KEY
+from torchrl_dvla.memory import EnvironmentPool, RowLayout
+from torchrl_dvla.swimlane import InferenceProcess, InferenceThread, SamplingLane, Timeline
+from torchrl_dvla.weight_update import AsyncWeightUpdater, WeightReader
+
+__all__ = ["DVLACollector"]
+
+EnvFactory = Callable[[], EnvBase]
+
+
+class DVLACollector(BaseCollector):
+    """Collects groups of rollouts while the learner learns from the groups before.
+
+    Environment workers (sampling lane) write observations into shared pages; an inference lane reads
+    those rows, takes all waiting decisions in one policy call under the newest whole version of the
+    weights, and writes them back; a finished group changes hands page by page into the replay
+    buffer, from which the learner draws (gradient lane); :meth:`update_policy_weights_` publishes
+    the result (distribution lane) without waiting for anyone.
+
+    Staleness is bounded by admission: a group is begun only while it can be learned from within
+    ``group.max_policy_lag`` versions, see :class:`~torchrl_dvla.data.Admission`. Nothing that was
+    sampled is discarded for its age.
+
+    A worker that dies, raises, or hangs beyond its deadline is replaced and its rollouts are sampled
+    again from the same initial state; so is an inference process that dies.
+
+    Args:
+        create_env_fn (Callable or Mapping): environment factory, or factories by task name. The
+            environment speaks the decision-level schema: action ``("vla_action", "chunk")``
+            ``[chunk, A]``, observation under ``"observation"``.
+        policy (TensorDictModuleBase, optional): the learner's policy; it writes
+            ``("vla_action", "tokens")``, ``("vla_action", "log_probs")`` (one a token) and
+            ``("vla_action", "chunk")``.
+
+    Keyword Args:
+        policy_factory (Callable, optional): builds the policy of the inference lane, in the lane.
+            Defaults to sending ``policy`` there.
+        replay_buffer (Callable): builds the replay buffer when the layout of a row is known; called
+            with ``pool``, ``admission`` and ``instructions``. ``functools.partial(PooledReplayBuffer,
+            batch_size=64)`` is all it takes. The buffer is :attr:`replay_buffer` afterwards.
+        group (GroupConfig): groups and staleness.
+        workers (WorkerConfig): the sampling lane.
+        inference (InferenceConfig): the inference lane.
+        weight_sync_schemes (dict, optional): ``{"policy": AsyncWeightUpdater()}``, the default.
+        schedule (InitStateSchedule, optional): initial states of the groups. Defaults to scenes
+            sampled by seed, task after task.
+        rows_per_page (int): decisions of one page of the environment pool.
+        env_bytes (int or str, optional): byte budget of the environment pool. Defaults to what the lag
+            bound can ever use.
+        seed (int): seed of the initial states and of sampled tokens.
+
+    Raises:
+        ValueError: if an argument is out of range, if the budget cannot hold the groups of one
+            update, or if policy and environment do not fit each other.
+        RuntimeError: with the worker's traceback if an environment cannot be built.
+
+    Examples:
+        >>> from torchrl_dvla.collectors import DVLACollector, GroupConfig, WorkerConfig
+        >>> from torchrl_dvla.data import PooledReplayBuffer
+        >>> collector = DVLACollector(  # doctest: +SKIP
+        ...     make_env,
+        ...     policy,
+        ...     replay_buffer=functools.partial(PooledReplayBuffer, batch_size=64),
+        ...     group=GroupConfig(group_size=8, groups_per_update=4, max_policy_lag=1),
+        ...     workers=WorkerConfig(num_workers=2, max_decisions=32),
+        ... )
+        >>> collector.start()  # doctest: +SKIP
+        >>> for batch in collector.replay_buffer:  # doctest: +SKIP
+        ...     update(batch)
+        >>> collector.update_policy_weights_()  # doctest: +SKIP
+        >>> collector.shutdown()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        create_env_fn: EnvFactory | Mapping[str, EnvFactory],
+        policy: TensorDictModuleBase,
+        *,
+        policy_factory: Callable[[], TensorDictModuleBase] | None = None,
+        replay_buffer: Callable[..., PooledReplayBuffer],
+        group: GroupConfig = GroupConfig(),
+        workers: WorkerConfig = WorkerConfig(),
+        inference: InferenceConfig = InferenceConfig(),
+        weight_sync_schemes: dict[str, WeightSyncScheme] | None = None,
+        schedule: InitStateSchedule | None = None,
+        rows_per_page: int = 8,
+        env_bytes: int | str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if isinstance(create_env_fn, Mapping):
+            self._factories = dict(create_env_fn)
+        else:
+            self._factories = {"default": create_env_fn}
+        self.schedule = schedule or InitStateSchedule(tuple(self._factories), seed=seed)
+        unknown = set(self.schedule.tasks) - set(self._factories)
+        if unknown:
+            raise ValueError(
+                f"schedule must name tasks of create_env_fn ({sorted(self._factories)}), got "
+                f"{sorted(unknown)}. Add a factory for each."
+            )
+        self._policy = policy
+        self._policy_factory = policy_factory
+        self._workers, self._inference_config = workers, inference
+        schemes = weight_sync_schemes or {"policy": AsyncWeightUpdater()}
+        updater = schemes.get("policy")
+        if len(schemes) != 1 or not isinstance(updater, AsyncWeightUpdater):
+            raise ValueError(
+                "weight_sync_schemes must be {'policy': AsyncWeightUpdater(...)}, got "
+                f"{schemes}. Other schemes write under their readers' feet or make the learner wait."
+            )
+        self._weight_sync_schemes = schemes
+        self._weight_updater = None
+        self._updater = updater
+        self._reader: WeightReader | None = None
+        self._seed = seed
+        self._closed = False
+        self.group = group
+        self.timeline = Timeline()
+        self._counters = CollectionCounters()
+        sampling = SamplingLane(
+            self._factories,
+            workers.num_workers,
+            envs_per_worker=workers.envs_per_worker,
+            num_threads=workers.num_threads,
+            env_vars=workers.env_vars,
+            start_method=workers.start_method,
+        )
+        try:
+            layout = match_policy(policy, sampling.wait_ready(workers.start_timeout_s))
+            self._pool = self._make_pool(layout, rows_per_page, env_bytes)
+            self._coordinator = self._build(sampling, replay_buffer)
+        except BaseException:
+            sampling.stop(workers.stop_timeout_s)
+            raise
+        self._coordinator.start()
+
+    def _make_pool(
+        self, layout: RowLayout, rows_per_page: int, env_bytes: int | str | None
+    ) -> EnvironmentPool:
+        group = self.group
+        pages_per_group = -(-self._workers.max_decisions // rows_per_page) * group.num_candidates
+        if env_bytes is None:
+            # One group more than the lag bound admits, so that evaluations find room beside it.
+            num_groups = (group.max_policy_lag + 1) * group.groups_per_update + 1
+            return EnvironmentPool(layout, num_groups * pages_per_group, rows_per_page)
+        pool = EnvironmentPool.from_budget(layout, env_bytes, rows_per_page)
+        needed = group.groups_per_update * pages_per_group
+        if pool.num_pages < needed:
+            pool.close()
+            raise ValueError(
+                f"env_bytes must hold the groups of one update ({needed} pages of {pool.page_bytes} "
+                f"bytes), got {env_bytes} ({pool.num_pages} pages). Raise env_bytes, or lower "
+                "groups_per_update, group_size or max_decisions."
+            )
+        return pool
+
+    def _build(
+        self, sampling: SamplingLane, replay_buffer: Callable[..., PooledReplayBuffer]
+    ) -> Coordinator:
+        group, pool = self.group, self._pool
+        self._instructions = instructions = InstructionTable()
+        admission = Admission(group.groups_per_update, group.max_policy_lag)
+        self.replay_buffer = replay_buffer(
+            pool=pool, admission=admission, instructions=instructions
+        )
+        self._queue = RolloutQueue(
+            self.schedule,
+            admission,
+            num_candidates=group.num_candidates,
+            pages_per_rollout=-(-self._workers.max_decisions // pool.rows_per_page),
+            pool=pool,
+        )
+        sink = GroupSink(
+            GroupAssembler(
+                pool,
+                group.group_size,
+                group.candidate_group_size,
+                return_bounds=group.return_bounds,
+                normalise_std=group.normalise_std,
+            ),
+            pool=pool,
+            queue=self._queue,
+            replay_buffer=self.replay_buffer,
+            counters=self._counters,
+            max_drought=group.max_drought,
+        )
+        self._updater.init_on_sender(model_id="policy", model=self._policy, num_workers=0)
+        self._updater.connect()
+        coordinator = Coordinator(
+            sampling=sampling,
+            start_inference=self._start_inference,
+            pool=pool,
+            queue=self._queue,
+            instructions=instructions,
+            on_rollout=sink.add,
+            timeline=self.timeline,
+            counters=self._counters,
+            workers=self._workers,
+            inference=self._inference_config,
+        )
+        coordinator.on_error = self._on_error
+        admission.add_listener(coordinator.wake)
+        return coordinator
+
+    # -- life -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to collect in the background."""
+        self._require_running()
+        self.timeline.start()
+        self._admit(True)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Begin no new group inside this context; groups that have begun are finished."""
+        was_admitting = self._queue.admitting.is_set()
+        self._admit(False)
+        try:
+            yield
+        finally:
+            self._admit(was_admitting)
+
+    def shutdown(
+        self,
+        timeout: float | None = None,
+        close_env: bool = True,
+        raise_on_error: bool = True,
+    ) -> None:
+        """End all lanes and free the environment pool; safe to call twice.
+
+        Keyword Args:
+            raise_on_error (bool): raise the error that ended the collection, if one did and the
+                learner has not seen it.
+        """
+        del timeout, close_env  # the lanes have deadlines of their own, and always close their envs
+        if self._closed:
+            return
+        self._closed = True
+        self._coordinator.stop()
+        self.replay_buffer.close(reason="the collector was shut down")
+        self._updater.shutdown()
+        self._pool.close()
+
+    def _start_inference(self) -> InferenceProcess | InferenceThread:
+        config = self._inference_config
+        if self._reader is not None:  # the lane before this one is gone
+            self._updater.store.release(self._reader)
+        self._reader = reader = self._updater.reader("inference")
+        if config.where == "thread":
+            factory = self._policy_factory or functools.partial(copy.deepcopy, self._policy)
+            return InferenceThread(factory, reader)
+        return InferenceProcess(
+            self._policy_factory or functools.partial(_identity, self._policy),
+            reader,
+            num_threads=config.num_threads,
+            seed=self._seed,
+            start_method=self._workers.start_method,
+        )
+
+    def _on_error(self, error: BaseException) -> None:
+        self.replay_buffer.close(reason=f"the collection ended with an error:\n{error}", error=error)
+
+    def _admit(self, admitting: bool) -> None:
+        if admitting:
+            self._queue.admitting.set()
+        else:
+            self._queue.admitting.clear()
+        self._coordinator.wake()
+
+    def _require_running(self) -> None:
+        if self._closed:
+            raise RuntimeError("The collector was shut down. Build a new one.")
+        if self._coordinator.error is not None:
+            raise RuntimeError(
+                "The collection has ended with an error. Build a new collector."
+            ) from self._coordinator.error
+
+    # -- data -----------------------------------------------------------------------------------
+
+    def iterator(self) -> Iterator[TensorDictBase]:
+        """Yield all rows of one update's groups at a time, ``[num_rows]``.
+
+        Call :meth:`update_policy_weights_` once for each item.
+        """
+        self.start()
+        while True:
+            update = iter(self.replay_buffer)
+            next(update)  # waits for the groups
+            groups = self.replay_buffer.cohort
+            rows = torch.cat([group.row_index(self._pool) for group in groups])
+            data = self._pool.rows[rows]
+            texts = self._instructions.texts(data.get(INSTRUCTION_ID_KEY))
+            data.set(INSTRUCTION_KEY, NonTensorStack(*texts))
+            # The data is a copy: the groups count as learned, and the next publication is theirs.
+            update.close()  # type: ignore[attr-defined]
+            yield data
+
+    def evaluate(
+        self,
+        episodes: Sequence[EpisodeSpec],
+        *,
+        greedy: bool = True,
+        num_frames_episodes: int = 0,
+    ) -> Evaluation:
+        """Play ``episodes`` on the collector's own workers, before any new training rollout.
+
+        All episodes are played with a private copy of the weights that are newest when the
+        evaluation begins, so training may go on meanwhile.
+
+        Args:
+            episodes (sequence of EpisodeSpec): what to play.
+
+        Keyword Args:
+            greedy (bool): take the most likely tokens instead of sampling.
+            num_frames_episodes (int): episodes, from the first, whose camera images are kept.
+
+        Returns:
+            The evaluation; its ``result()`` waits.
+        """
+        evaluation = Evaluation(
+            episodes, greedy=greedy, num_frames_episodes=num_frames_episodes
+        )
+        unknown = {spec.task for spec in episodes} - set(self._factories)
+        if unknown:
+            raise ValueError(
+                f"episodes must name tasks of create_env_fn ({sorted(self._factories)}), got "
+                f"{sorted(unknown)}."
+            )
+        self._require_running()
+        self._queue.add_evaluation(evaluation)
+        self._coordinator.wake()
+        return evaluation
+
+    # -- weights --------------------------------------------------------------------------------
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the newest published weights; 0 before the first update."""
+        return self._updater.version
+
+    def update_policy_weights_(self, *args: Any, **kwargs: Any) -> None:
+        """Publish the learner's weights: the policy version grows by one.
+
+        Takes the arguments of :meth:`torchrl.collectors.BaseCollector.update_policy_weights_`;
+        without any, the weights of ``policy`` are published. Nobody is waited for.
+        """
+        with self.timeline.span("distribution", "publish"):
+            super().update_policy_weights_(*args, **kwargs)
+        if self.replay_buffer.admission is not None:
+            self.replay_buffer.admission.advance()  # its listener wakes the coordinator
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def set_seed(self, seed: int, static_seed: bool = False) -> int:
+        """Seed the initial states of the groups to come."""
+        del static_seed
+        self.schedule.seed = self._seed = seed
+        return seed
+
+    def stats(self) -> dict[str, Any]:
+        """Scalars by TensorBoard name; see the guide's page on metrics."""
+        out: dict[str, Any] = self._counters.stats()
+        for lane, share in self.timeline.shares().items():
+            out[f"lane/{lane}_busy"] = share
+        for (lane, reason), share in self.timeline.idle_shares().items():
+            out[f"lane/{lane}_idle_{reason}"] = share
+        out.update({f"memory/{key}": value for key, value in self._pool.stats().items()})
+        out.update({f"buffer/{key}": value for key, value in self.replay_buffer.stats().items()})
+        out["collector/groups_admitted"] = self._queue.num_groups_admitted
+        out["weights/version"] = self.policy_version
+        return out
+
+    def state_dict(self) -> OrderedDict[str, Any]:
+        """Cursor, counters and unfinished groups; the buffer has a state of its own."""
+        return OrderedDict(
+            schedule=self.schedule.state_dict(),
+            counters=self._counters.state_dict(),
+            queue=self._queue.state_dict(),
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken; call it before :meth:`start`.
+
+        Raises:
+            RuntimeError: if a group was begun already.
+        """
+        if self._queue.num_groups_admitted:
+            raise RuntimeError("load_state_dict must be called before start().")
+        self.schedule.load_state_dict(state_dict["schedule"])
+        self._counters.load_state_dict(state_dict["counters"])
+        self._queue.load_state_dict(state_dict["queue"])
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(tasks={list(self._factories)}, group={self.group}, "
+            f"workers={self._workers.num_workers}x{self._workers.envs_per_worker}, "
+            f"inference={self._inference_config.where!r})"
+        )
+
+
+def _identity(policy: TensorDictModuleBase) -> TensorDictModuleBase:
+    return policy

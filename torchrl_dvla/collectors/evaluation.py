@@ -1,0 +1,116 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Evaluation episodes that run beside training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+
+from torchrl_dvla.collectors.schedule import EpisodeSpec
+
+__all__ = ["Evaluation", "EvaluationResult"]
+
+
+@dataclass
+class EvaluationResult:
+    """What the episodes of one evaluation did, in the order in which they were asked for.
+
+    Args:
+        successes (list of bool): success of each episode.
+        episode_returns (list of float): summed reward of each episode.
+        num_env_steps (list of int): length of each episode in env steps.
+        policy_version (int): version of the weights, one for all episodes.
+        frames (dict): camera images ``uint8 [T, 3, H, W]``, one a decision, by episode number, for
+            the episodes that were to keep them.
+    """
+
+    successes: list[bool]
+    episode_returns: list[float]
+    num_env_steps: list[int]
+    policy_version: int
+    frames: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def success_rate(self) -> float:
+        """Share of successful episodes."""
+        return sum(self.successes) / len(self.successes)
+
+
+class Evaluation:
+    """An evaluation under way; :meth:`result` waits for it.
+
+    Args:
+        episodes (sequence of EpisodeSpec): what to play.
+
+    Keyword Args:
+        greedy (bool): take the most likely tokens instead of sampling.
+        num_frames_episodes (int): episodes, from the first, whose images are kept.
+    """
+
+    def __init__(
+        self, episodes: Sequence[EpisodeSpec], *, greedy: bool, num_frames_episodes: int
+    ) -> None:
+        if not episodes:
+            raise ValueError("episodes must hold at least one EpisodeSpec, got none. Add some.")
+        self.episodes = list(episodes)
+        self.greedy = greedy
+        self.num_frames_episodes = num_frames_episodes
+        self._finished: dict[int, tuple[bool, float, int, int]] = {}
+        self._frames: dict[int, torch.Tensor] = {}
+        self._future: Future[EvaluationResult] = Future()
+
+    @property
+    def num_finished(self) -> int:
+        """Episodes that have ended."""
+        return len(self._finished)
+
+    def done(self) -> bool:
+        """Whether the result is there."""
+        return self._future.done()
+
+    def result(self, timeout_s: float | None = None) -> EvaluationResult:
+        """Wait for the result.
+
+        Raises:
+            TimeoutError: if it is not there after ``timeout_s`` seconds.
+            RuntimeError: if the collector ended before the evaluation.
+        """
+        return self._future.result(timeout_s)
+
+    def finish_episode(
+        self,
+        index: int,
+        *,
+        success: bool,
+        episode_return: float,
+        num_env_steps: int,
+        policy_version: int,
+        frames: torch.Tensor | None = None,
+    ) -> None:
+        """Called by the collector at the end of episode ``index``."""
+        self._finished[index] = (success, episode_return, num_env_steps, policy_version)
+        if frames is not None:
+            self._frames[index] = frames
+        if len(self._finished) < len(self.episodes):
+            return
+        ordered = [self._finished[k] for k in range(len(self.episodes))]
+        self._future.set_result(
+            EvaluationResult(
+                successes=[entry[0] for entry in ordered],
+                episode_returns=[entry[1] for entry in ordered],
+                num_env_steps=[entry[2] for entry in ordered],
+                policy_version=ordered[0][3],
+                frames=self._frames,
+            )
+        )
+
+    def fail(self, error: Exception) -> None:
+        """Called by the collector when it ends before the evaluation does."""
+        if not self._future.done():
+            self._future.set_exception(error)

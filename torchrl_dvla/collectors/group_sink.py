@@ -1,0 +1,90 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Where finished rollouts go: into groups, and kept groups into the replay buffer."""
+
+from __future__ import annotations
+
+import logging
+
+from torchrl_dvla.collectors.counters import CollectionCounters
+from torchrl_dvla.collectors.rollout import Rollout
+from torchrl_dvla.collectors.rollout_queue import RolloutQueue
+from torchrl_dvla.data import GroupAssembler, PooledReplayBuffer, RolloutRecord
+from torchrl_dvla.memory import EnvironmentPool
+
+__all__ = ["GroupSink"]
+
+_log = logging.getLogger("torchrl_dvla")
+
+
+class GroupSink:
+    """Seals the pages of finished rollouts, completes their groups, and passes them on.
+
+    Args:
+        assembler (GroupAssembler): computes advantages and decides which groups are learned from.
+
+    Keyword Args:
+        pool (EnvironmentPool): owner of the pages.
+        queue (RolloutQueue): told when a group is complete.
+        replay_buffer (PooledReplayBuffer): adopts kept groups.
+        counters (CollectionCounters): takes the counts.
+        max_drought (int): groups dropped in a row after which a warning is given.
+    """
+
+    def __init__(
+        self,
+        assembler: GroupAssembler,
+        *,
+        pool: EnvironmentPool,
+        queue: RolloutQueue,
+        replay_buffer: PooledReplayBuffer,
+        counters: CollectionCounters,
+        max_drought: int,
+    ) -> None:
+        self._assembler = assembler
+        self._pool = pool
+        self._queue = queue
+        self._replay_buffer = replay_buffer
+        self._counters = counters
+        self._max_drought = max_drought
+        self._num_dropped_in_a_row = 0
+
+    def add(self, rollout: Rollout) -> None:
+        """Take one finished rollout of a training group; the coordinator calls it."""
+        pages = self._pool.seal(rollout.pages, rollout.num_decisions)
+        group = self._assembler.add(
+            RolloutRecord(
+                rollout_id=rollout.rollout_id,
+                group_id=rollout.group_id,
+                pages=pages,
+                num_rows=rollout.num_decisions,
+                episode_return=rollout.episode_return,
+                success=rollout.success,
+                num_env_steps=rollout.num_env_steps,
+                first_policy_version=rollout.first_policy_version,
+                last_policy_version=rollout.last_policy_version,
+                task=rollout.spec.task,
+                seed=rollout.spec.seed,
+                init_state_id=rollout.spec.init_state_id,
+            )
+        )
+        if group is None:
+            return
+        self._queue.close_group(rollout.group_id)
+        self._replay_buffer.extend(group)
+        if group.kept:
+            self._num_dropped_in_a_row = 0
+            self._counters.add("collector/groups_kept")
+            return
+        self._counters.add("collector/groups_dropped")
+        self._num_dropped_in_a_row += 1
+        if self._num_dropped_in_a_row % self._max_drought == 0:
+            _log.warning(
+                "%d groups in a row were left out, the last because of %s. Sampling goes on. If this "
+                "stays so, the tasks are too easy or too hard for the policy: choose others, raise "
+                "candidate_group_size, or sample at a higher temperature.",
+                self._num_dropped_in_a_row,
+                group.drop_reason,
+            )

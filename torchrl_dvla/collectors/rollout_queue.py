@@ -1,0 +1,158 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Which rollout runs next."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from torchrl_dvla.collectors.evaluation import Evaluation
+from torchrl_dvla.collectors.rollout import Rollout
+from torchrl_dvla.collectors.schedule import EpisodeSpec
+from torchrl_dvla.data import Admission
+from torchrl_dvla.memory import EnvironmentPool
+
+__all__ = ["RolloutQueue"]
+
+
+class RolloutQueue:
+    """Hands out rollouts: evaluation episodes first, then open groups, then a newly admitted group.
+
+    A group is admitted as a whole (invariant 5), and only once the pool has promised it the pages that
+    its rollouts may need at most. So a rollout that has begun always gets its next page, and the pool
+    cannot deadlock.
+
+    Args:
+        schedule (Iterator of EpisodeSpec): initial states of the groups.
+        admission (Admission): grants groups by staleness.
+        num_candidates (int): rollouts of one group.
+        pages_per_rollout (int): pages that a rollout of the greatest length needs.
+        pool (EnvironmentPool): gives and takes back the promises.
+    """
+
+    def __init__(
+        self,
+        schedule: Iterator[EpisodeSpec],
+        admission: Admission,
+        *,
+        num_candidates: int,
+        pages_per_rollout: int,
+        pool: EnvironmentPool,
+    ) -> None:
+        self._schedule = schedule
+        self._admission = admission
+        self._num_candidates = num_candidates
+        self._pages_per_rollout = pages_per_rollout
+        self._pool = pool
+        self._pending: deque[Rollout] = deque()
+        self._running: set[Rollout] = set()
+        self._evaluations: deque[Evaluation] = deque()
+        self._evaluation_pending: deque[Rollout] = deque()
+        self._lock = threading.Lock()
+        self.admitting = threading.Event()
+        self.num_groups_admitted = 0
+        self.num_rollouts = 0
+        #: Initial states of the groups that are not finished, by group.
+        self._open_groups: dict[int, EpisodeSpec] = {}
+        self._reopened: deque[EpisodeSpec] = deque()
+
+    def add_evaluation(self, evaluation: Evaluation) -> None:
+        """Queue an evaluation; evaluations run one after the other."""
+        with self._lock:
+            self._evaluations.append(evaluation)
+
+    def next_evaluation(self) -> Evaluation | None:
+        """The evaluation to begin now, if the one before has ended; its episodes become due."""
+        with self._lock:
+            while self._evaluations and self._evaluations[0].done():
+                self._evaluations.popleft()
+            if not self._evaluations or self._evaluation_pending:
+                return None
+            evaluation = self._evaluations[0]
+            if any(rollout.evaluation is evaluation for rollout in self._running):
+                return None
+            for episode, spec in enumerate(evaluation.episodes):
+                self._evaluation_pending.append(
+                    Rollout(spec, -1, self.num_rollouts, evaluation, episode)
+                )
+                self.num_rollouts += 1
+            return evaluation
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether an evaluation has begun and not ended."""
+        with self._lock:
+            return bool(self._evaluations) and not self._evaluations[0].done()
+
+    def next(self) -> Rollout | str:
+        """The next rollout to run, or the reason why none may."""
+        if self._evaluation_pending:
+            if not self._pool.reserve(self._pages_per_rollout):
+                return "no_page"
+            return self._run(self._evaluation_pending.popleft())
+        if self._pending:
+            return self._run(self._pending.popleft())
+        if not self.admitting.is_set():
+            return "paused"
+        num_pages = self._pages_per_rollout * self._num_candidates
+        if not self._pool.reserve(num_pages):
+            return "no_page"
+        if not self._admission.admit(self.num_groups_admitted):
+            self._pool.unreserve(num_pages)
+            return "no_admission"
+        spec = self._reopened.popleft() if self._reopened else next(self._schedule)
+        self._open_groups[self.num_groups_admitted] = spec
+        for _ in range(self._num_candidates):
+            self._pending.append(Rollout(spec, self.num_groups_admitted, self.num_rollouts))
+            self.num_rollouts += 1
+        self.num_groups_admitted += 1
+        return self._run(self._pending.popleft())
+
+    def finish(self, rollout: Rollout) -> None:
+        """``rollout`` has ended: what it did not take of its promised pages is free for others."""
+        self._running.discard(rollout)
+        self._pool.unreserve(self._pages_per_rollout - len(rollout.pages))
+
+    def close_group(self, group_id: int) -> None:
+        """All rollouts of the group are finished."""
+        self._open_groups.pop(group_id, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, and the initial states of unfinished groups: a resumed run begins them anew."""
+        return {
+            "num_groups_admitted": self.num_groups_admitted,
+            "num_rollouts": self.num_rollouts,
+            "reopened": [tuple(spec) for spec in self._open_groups.copy().values()],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken; unfinished groups come first."""
+        self.num_groups_admitted = state_dict["num_groups_admitted"]
+        self.num_rollouts = state_dict["num_rollouts"]
+        self._reopened = deque(EpisodeSpec(*spec) for spec in state_dict["reopened"])
+
+    def retry(self, rollout: Rollout) -> None:
+        """``rollout`` was lost with its worker: sample it again, before anything new."""
+        self._running.discard(rollout)
+        self._pool.reclaim(rollout.rollout_id, keep_reserved=True)
+        if rollout.evaluation is None:
+            self._pending.appendleft(rollout.fresh_copy())
+        else:  # the promise of an evaluation episode is made when it begins
+            self._pool.unreserve(self._pages_per_rollout)
+            self._evaluation_pending.appendleft(rollout.fresh_copy())
+
+    def fail_evaluations(self, error: Exception) -> None:
+        """End the evaluations that can no longer finish."""
+        with self._lock:
+            for evaluation in self._evaluations:
+                evaluation.fail(error)
+            self._evaluations.clear()
+
+    def _run(self, rollout: Rollout) -> Rollout:
+        self._running.add(rollout)
+        return rollout

@@ -1,0 +1,96 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Augmentation of observations for supervised training."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.envs.transforms import Transform
+
+from torchrl_dvla.data.schema import IMAGE_KEY, STATE_KEY
+
+__all__ = ["RandomShift", "StateNoise", "shift_image"]
+
+
+def shift_image(image: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Move images by whole pixels; the border pixels fill what comes in.
+
+    Args:
+        image (torch.Tensor): images ``[B, C, H, W]`` of any dtype.
+        shift (torch.Tensor): int64 ``[B, 2]``, rows down and columns to the right.
+
+    Returns:
+        torch.Tensor: images ``[B, C, H, W]``.
+
+    Examples:
+        >>> import torch
+        >>> shift_image(torch.tensor([[[[1, 2, 3]]]]), torch.tensor([[0, 1]]))
+        tensor([[[[1, 1, 2]]]])
+    """
+    num, _, height, width = image.shape
+    rows = torch.arange(height, device=image.device) - shift[:, :1]
+    columns = torch.arange(width, device=image.device) - shift[:, 1:]
+    batch = torch.arange(num, device=image.device)[:, None, None]
+    # indexing [B, H, W, C] keeps the channels of a pixel together, one gather for all of them
+    moved = image.permute(0, 2, 3, 1)[
+        batch, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]
+    ]
+    return moved.permute(0, 3, 1, 2)
+
+
+class RandomShift(Transform):
+    """Shifts each sampled image by up to a few pixels, the same for a whole image.
+
+    Args:
+        max_shift (int): largest shift of rows and of columns, in pixels. Defaults to 4.
+
+    Raises:
+        ValueError: if *max_shift* is negative.
+
+    Reference:
+        Kostrikov, Yarats, Fergus, "Image Augmentation Is All You Need", 2020,
+        https://arxiv.org/abs/2004.13649.
+    """
+
+    def __init__(self, max_shift: int = 4) -> None:
+        if max_shift < 0:
+            raise ValueError(
+                f"max_shift must be at least 0, got {max_shift}. 0 leaves images as they are."
+            )
+        super().__init__()
+        self.max_shift = max_shift
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Shift the images of a sampled batch ``[B]``."""
+        image = tensordict.get(IMAGE_KEY)
+        limits = (-self.max_shift, self.max_shift + 1)
+        shift = torch.randint(*limits, (len(image), 2), device=image.device)
+        return tensordict.set(IMAGE_KEY, shift_image(image, shift))
+
+
+class StateNoise(Transform):
+    """Adds Gaussian noise to the proprioception of a sampled batch.
+
+    A policy that may trust its joint readings to the last digit learns to replay trajectories by
+    them and stops looking; a little noise keeps the image worth reading.
+
+    Args:
+        scale (float): standard deviation, in the state's own units. Defaults to 0.003.
+
+    Raises:
+        ValueError: if *scale* is negative.
+    """
+
+    def __init__(self, scale: float = 0.003) -> None:
+        if scale < 0:
+            raise ValueError(f"scale must be at least 0, got {scale}. 0 leaves states as they are.")
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Disturb the states of a sampled batch ``[B]``."""
+        state = tensordict.get(STATE_KEY)
+        return tensordict.set(STATE_KEY, state + self.scale * torch.randn_like(state))

@@ -1,0 +1,258 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Expert demonstrations at decision level: one file each, and the replay buffer they are learned from.
+
+A demonstration holds what a supervised policy needs and no more: one image per labelled decision (a
+transition with root and next images would be twice as large) and the chunk of expert actions that
+follows it. Files are safetensors, written under a temporary name and renamed, so an interrupted
+recording leaves no half file and goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tensordict import NonTensorStack, TensorDict, TensorDictBase
+from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
+from torchrl.data.vla import ActionTokenizerBase
+from torchrl.envs.transforms import Transform
+
+from torchrl_dvla.data.schema import (
+    ACTION_CHUNK_KEY,
+    ACTION_IS_PAD_KEY,
+    ACTION_TOKENS_KEY,
+    IMAGE_KEY,
+    INSTRUCTION_ID_KEY,
+    INSTRUCTION_KEY,
+    STATE_KEY,
+)
+
+__all__ = [
+    "Demonstration",
+    "DemonstrationInfo",
+    "RestoreInstruction",
+    "load_demonstrations",
+    "make_demonstration_buffer",
+    "stack_demonstrations",
+]
+
+_FORMAT = "torchrl_dvla.demonstration.v1"
+_ENTRIES = {
+    "image": IMAGE_KEY,
+    "state": STATE_KEY,
+    "chunk": ACTION_CHUNK_KEY,
+    "action_is_pad": ACTION_IS_PAD_KEY,
+}
+
+
+@dataclass(frozen=True)
+class DemonstrationInfo:
+    """Where a demonstration comes from.
+
+    Attributes:
+        instruction (str): the task in words.
+        task_suite (str): name of the suite.
+        task_id (int): index in the suite.
+        seed (int): seed of the scene.
+        success (bool): whether the episode reached the goal.
+        num_env_steps (int): length of the episode.
+    """
+
+    instruction: str
+    task_suite: str
+    task_id: int
+    seed: int
+    success: bool
+    num_env_steps: int
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One episode of an expert.
+
+    Attributes:
+        rows (TensorDictBase): ``[T]`` decisions with ``("observation", "image")`` uint8
+            ``[T, 3, H, W]``, ``("observation", "state")`` ``[T, S]``, ``("vla_action", "chunk")``
+            ``[T, chunk, A]`` and ``"action_is_pad"`` ``[T, chunk]`` (True = after the episode's end).
+        info (DemonstrationInfo): its origin.
+    """
+
+    rows: TensorDictBase
+    info: DemonstrationInfo
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to *path* as safetensors, whole or not at all.
+
+        Args:
+            path (path): the file to write; its folder is made if missing.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: self.rows.get(key).contiguous() for name, key in _ENTRIES.items()}
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        metadata = {"format": _FORMAT, "info": json.dumps(asdict(self.info))}
+        try:
+            save_file(tensors, unfinished, metadata=metadata)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Demonstration:
+        """Read a file written by :meth:`save`.
+
+        Args:
+            path (path): the file.
+
+        Returns:
+            The :class:`Demonstration`.
+
+        Raises:
+            ValueError: if the file is damaged or is not a demonstration.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(
+                        f"path must be a demonstration file ({_FORMAT}), got {path} of format "
+                        f"{metadata.get('format')!r}. Record it with Demonstration.save."
+                    )
+                tensors = {name: file.get_tensor(name) for name in _ENTRIES}
+        except SafetensorError as err:
+            raise ValueError(
+                f"path must be a whole demonstration file, got {path} ({err}). "
+                "Delete it and record it again."
+            ) from err
+        rows = TensorDict({}, batch_size=[len(tensors["state"])])
+        for name, key in _ENTRIES.items():
+            rows.set(key, tensors[name])
+        return cls(rows, DemonstrationInfo(**json.loads(metadata["info"])))
+
+
+def load_demonstrations(
+    folder: str | os.PathLike[str], *, only_success: bool = True
+) -> list[Demonstration]:
+    """Read every demonstration of a folder, in the order of the file names.
+
+    Args:
+        folder (path): folder of ``*.safetensors`` files; sub-folders are read too.
+
+    Keyword Args:
+        only_success (bool): leave out episodes that missed their goal. Defaults to ``True``.
+
+    Returns:
+        List of :class:`Demonstration`.
+
+    Raises:
+        FileNotFoundError: if the folder has no usable demonstration.
+    """
+    files = sorted(Path(folder).rglob("*.safetensors"))
+    found = [Demonstration.load(file) for file in files]
+    kept = [demo for demo in found if demo.info.success or not only_success]
+    if not kept:
+        raise FileNotFoundError(
+            f"folder must hold demonstrations, got {folder} with {len(files)} files, "
+            f"{len(kept)} of them usable. Record some first."
+        )
+    return kept
+
+
+def stack_demonstrations(
+    demonstrations: Iterable[Demonstration], tokenizer: ActionTokenizerBase
+) -> tuple[TensorDictBase, list[str]]:
+    """Join demonstrations into one batch of labelled decisions.
+
+    Args:
+        demonstrations (iterable of Demonstration): at least one, all of the same shapes.
+        tokenizer (ActionTokenizerBase): encodes the chunks.
+
+    Returns:
+        The rows ``[N]`` with ``("vla_action", "tokens")`` and ``"instruction_id"``, and the side
+        table of instructions that the ids point into.
+    """
+    instructions: list[str] = []
+    parts = []
+    for demo in demonstrations:
+        if demo.info.instruction not in instructions:
+            instructions.append(demo.info.instruction)
+        rows = demo.rows.copy()
+        rows.set(ACTION_TOKENS_KEY, tokenizer.encode(rows.get(ACTION_CHUNK_KEY)))
+        ids = torch.full((len(rows), 1), instructions.index(demo.info.instruction))
+        rows.set(INSTRUCTION_ID_KEY, ids)
+        parts.append(rows)
+    return torch.cat(parts), instructions
+
+
+class RestoreInstruction(Transform):
+    """Writes ``"language_instruction"`` from ``"instruction_id"`` when a batch is sampled.
+
+    Args:
+        instructions (list of str): the side table.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> batch = TensorDict({"instruction_id": torch.tensor([[1], [0]])}, [2])
+        >>> list(RestoreInstruction(["pick", "place"])(batch)["language_instruction"])
+        ['place', 'pick']
+    """
+
+    def __init__(self, instructions: list[str]) -> None:
+        super().__init__()
+        self.instructions = list(instructions)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Add the strings to a sampled batch ``[B]``."""
+        ids = tensordict.get(INSTRUCTION_ID_KEY).flatten().tolist()
+        tensordict.set(INSTRUCTION_KEY, NonTensorStack(*[self.instructions[i] for i in ids]))
+        return tensordict
+
+
+def make_demonstration_buffer(
+    rows: TensorDictBase,
+    instructions: list[str],
+    *,
+    batch_size: int,
+    transforms: Iterable[Transform] = (),
+) -> TensorDictReplayBuffer:
+    """Replay buffer that goes through labelled decisions without replacement.
+
+    Args:
+        rows (TensorDictBase): decisions ``[N]`` of :func:`stack_demonstrations`.
+        instructions (list of str): their side table.
+
+    Keyword Args:
+        batch_size (int): decisions of a sampled batch.
+        transforms (iterable of Transform): applied to each sampled batch, such as
+            :class:`~torchrl_dvla.data.augmentation.RandomShift`.
+
+    Returns:
+        A filled :class:`~torchrl.data.TensorDictReplayBuffer`.
+
+    Raises:
+        ValueError: if there are fewer rows than a batch holds.
+    """
+    if not 0 < batch_size <= len(rows):
+        raise ValueError(
+            f"batch_size must be in [1, {len(rows)}], the number of decisions, got {batch_size}. "
+            "Record more demonstrations or lower it."
+        )
+    buffer = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(len(rows)),
+        sampler=SamplerWithoutReplacement(),
+        batch_size=batch_size,
+    )
+    buffer.extend(rows)
+    for transform in (RestoreInstruction(instructions), *transforms):
+        buffer.append_transform(transform)
+    return buffer

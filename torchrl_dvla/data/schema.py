@@ -1,0 +1,87 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Keys of one decision.
+
+TorchRL's canonical VLA schema (:mod:`torchrl.data.vla`) names what a policy reads and writes. This
+module adds what asynchronous, group-relative training needs to know about a decision besides: who
+took it, under which weights, and for which group. A *row* is one decision; ``A`` is the action
+dimension, ``chunk`` the chunk size, ``S`` the proprioception size.
+
+=================================  =======  ============  ==========================================
+key                                dtype    shape         written by
+=================================  =======  ============  ==========================================
+``("observation", "image")``       uint8    [3, H, W]     env worker
+``("observation", "state")``       float32  [S]           env worker
+``"instruction_id"``               int64    [1]           env worker (strings live in a side table)
+``("vla_action", "tokens")``       int64    [chunk, A]    inference lane
+``("vla_action", "chunk")``        float32  [chunk, A]    inference lane
+``("vla_action", "log_probs")``    float32  [chunk, A]    inference lane
+``"policy_version"``               int64    [1]           inference lane
+``"action_is_pad"``                bool     [chunk]       env worker; True = never executed
+``"group_id"``, ``"rollout_id"``   int64    [1]           env worker
+``"decision_index"``               int64    [1]           env worker
+``"advantage"``                    float32  [1]           group assembly
+``("next", "reward")``             float32  [1]           env worker
+``("next", "done")`` and siblings  bool     [1]           env worker
+=================================  =======  ============  ==========================================
+"""
+
+from __future__ import annotations
+
+from tensordict import NestedKey
+from torchrl.data.vla import (
+    ACTION_CHUNK_KEY,
+    ACTION_IS_PAD_KEY,
+    ACTION_TOKENS_KEY,
+    IMAGE_KEY,
+    INSTRUCTION_KEY,
+    OBSERVATION_KEY,
+    STATE_KEY,
+    VLA_ACTION_KEY,
+)
+
+__all__ = [
+    "ACTION_CHUNK_KEY",
+    "ACTION_IS_PAD_KEY",
+    "ACTION_TOKENS_KEY",
+    "ADVANTAGE_KEY",
+    "DECISION_INDEX_KEY",
+    "DONE_KEY",
+    "GROUP_ID_KEY",
+    "IMAGE_KEY",
+    "INIT_STATE_ID_KEY",
+    "INSTRUCTION_ID_KEY",
+    "INSTRUCTION_KEY",
+    "OBSERVATION_KEY",
+    "POLICY_VERSION_KEY",
+    "REWARD_KEY",
+    "ROLLOUT_ID_KEY",
+    "SAMPLE_LOG_PROB_KEY",
+    "STATE_KEY",
+    "SUCCESS_KEY",
+    "TERMINATED_KEY",
+    "TRUNCATED_KEY",
+    "VLA_ACTION_KEY",
+]
+
+#: Log-probabilities of the sampled tokens under the behaviour policy.
+SAMPLE_LOG_PROB_KEY: NestedKey = ("vla_action", "log_probs")
+#: Version of the weights that took the decision.
+POLICY_VERSION_KEY: NestedKey = "policy_version"
+#: Group of rollouts that share one initial state.
+GROUP_ID_KEY: NestedKey = "group_id"
+ROLLOUT_ID_KEY: NestedKey = "rollout_id"
+#: Position of the decision in its rollout, from 0.
+DECISION_INDEX_KEY: NestedKey = "decision_index"
+ADVANTAGE_KEY: NestedKey = "advantage"
+#: Index of the instruction in the side table of strings.
+INSTRUCTION_ID_KEY: NestedKey = "instruction_id"
+#: Read by environments at reset: which initial state to start from; -1 or absent lets them sample.
+INIT_STATE_ID_KEY: NestedKey = "init_state_id"
+REWARD_KEY: NestedKey = ("next", "reward")
+DONE_KEY: NestedKey = ("next", "done")
+TERMINATED_KEY: NestedKey = ("next", "terminated")
+TRUNCATED_KEY: NestedKey = ("next", "truncated")
+SUCCESS_KEY: NestedKey = ("next", "success")

@@ -1,0 +1,189 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Recording the scripted expert through the environment that policies are trained in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+
+from torchrl_dvla.data.demonstrations import Demonstration, DemonstrationInfo
+from torchrl_dvla.data.schema import (
+    ACTION_CHUNK_KEY,
+    ACTION_IS_PAD_KEY,
+    IMAGE_KEY,
+    INIT_STATE_ID_KEY,
+    STATE_KEY,
+)
+from torchrl_dvla.envs.expert import ExpertConfig, PickPlaceExpert
+from torchrl_dvla.envs.expert_geometry import FloatArray
+from torchrl_dvla.envs.expert_scene import ExpertScene
+from torchrl_dvla.envs.libero_env import LiberoChunkEnv
+
+__all__ = ["ActionNoise", "LiberoExpertEnv", "chunk_labels", "record_demonstration"]
+
+
+class LiberoExpertEnv(LiberoChunkEnv):
+    """:class:`LiberoChunkEnv` that also lets a controller decide at every env step.
+
+    A scripted expert closes its loop on the simulator's state at each env step, a policy only at
+    each decision. Here the expert drives the env steps between two observations, so demonstrations
+    show the very frames a policy will see, and as few of them are rendered.
+    """
+
+    def step_with(self, controller: Callable[[], FloatArray]) -> TensorDictBase:
+        """Execute one decision, asking *controller* for the action of each env step.
+
+        Args:
+            controller (callable): returns an action ``[A]``; called ``replan_interval`` times, or
+                less where the episode ends.
+
+        Returns:
+            What :meth:`step` would write under ``"next"``.
+        """
+        success = truncated = False
+        num_executed = 0
+        while num_executed < self.replan_interval and not (success or truncated):
+            success = self._physics.env_step(np.asarray(controller(), dtype=np.float64))
+            num_executed += 1
+            self._elapsed += 1
+            truncated = self._elapsed >= (self.max_episode_steps or self._elapsed + 1)
+        pad = torch.arange(self.chunk_size) >= num_executed
+        out = self._observation(success=success, pad=pad)
+        out["done"] = torch.tensor([success or truncated])
+        return out
+
+
+@dataclass(frozen=True)
+class ActionNoise:
+    """Disturbance of the executed actions; the recorded labels stay clean (DART).
+
+    A clone that errs leaves the states its demonstrations went through. Demonstrations under noise
+    go through such states too and show the way back. A push that lasts some env steps displaces the
+    arm, independent noise of the same size would average out.
+
+    Attributes:
+        push (float): standard deviation of a constant offset of the position action, redrawn every
+            ``push_steps`` env steps. Rotations get 0.3 times as much.
+        push_steps (int): how long a push lasts.
+        jitter (float): standard deviation of what is drawn anew at each env step.
+
+    Reference:
+        Laskey et al., "DART: Noise Injection for Robust Imitation Learning", 2017,
+        https://arxiv.org/abs/1703.09327.
+    """
+
+    push: float = 0.3
+    push_steps: int = 6
+    jitter: float = 0.05
+
+    def sequence(self, num_env_steps: int, rng: np.random.Generator) -> FloatArray:
+        """Draw the noise of an episode.
+
+        Args:
+            num_env_steps (int): length of the episode.
+            rng (numpy Generator): source of randomness.
+
+        Returns:
+            Array ``[num_env_steps, 7]``; the gripper's column is zero.
+        """
+        num_pushes = -(-num_env_steps // self.push_steps)
+        # some episodes are left alone, so that the undisturbed way is shown too
+        scale = rng.choice([0.0, 0.5, 1.0])
+        size = scale * np.array([1.0, 1.0, 1.0, 0.3, 0.3, 0.3, 0.0])
+        pushes = self.push * rng.standard_normal((num_pushes, 7))
+        jitter = self.jitter * rng.standard_normal((num_env_steps, 7))
+        return (np.repeat(pushes, self.push_steps, axis=0)[:num_env_steps] + jitter) * size
+
+
+def chunk_labels(
+    actions: FloatArray, chunk_size: int, interval: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Label each decision with the expert's next ``chunk_size`` actions.
+
+    Args:
+        actions (array): the expert's actions ``[L, A]`` of an episode.
+        chunk_size (int): length of a label.
+        interval (int): env steps between decisions; labels overlap if it is shorter than a chunk.
+
+    Returns:
+        Chunks ``[T, chunk, A]`` float32 and the mask ``[T, chunk]`` of what lies behind the
+        episode's end, where the last action is repeated.
+
+    Examples:
+        >>> chunks, pad = chunk_labels(np.array([[1.0], [2.0], [3.0]]), chunk_size=3, interval=2)
+        >>> chunks[:, :, 0].tolist()
+        [[1.0, 2.0, 3.0], [3.0, 3.0, 3.0]]
+        >>> pad.tolist()
+        [[False, False, False], [False, True, True]]
+    """
+    starts = torch.arange(0, len(actions), interval)
+    index = starts[:, None] + torch.arange(chunk_size)
+    pad = index >= len(actions)
+    labels = torch.as_tensor(np.asarray(actions, dtype=np.float32))
+    return labels[index.clamp(max=len(actions) - 1)], pad
+
+
+def record_demonstration(
+    env: LiberoExpertEnv,
+    *,
+    seed: int,
+    noise: ActionNoise | None = None,
+    config: ExpertConfig | None = None,
+) -> Demonstration:
+    """Record one episode of the expert on a scene sampled by *seed*.
+
+    The label of a decision is the chunk of clean actions from there on. With
+    ``env.replan_interval`` shorter than ``env.chunk_size`` the labels overlap: an episode gives more
+    decisions to learn from, at the price of more frames.
+
+    Args:
+        env (LiberoExpertEnv): the environment.
+
+    Keyword Args:
+        seed (int): decides scene, noise and the expert's second tries.
+        noise (ActionNoise, optional): disturbance of what is executed. Defaults to none.
+        config (ExpertConfig, optional): speeds and tolerances of the expert.
+
+    Returns:
+        The :class:`~torchrl_dvla.data.demonstrations.Demonstration`, successful or not.
+    """
+    env.set_seed(seed)
+    observation = env.reset(TensorDict({INIT_STATE_ID_KEY: torch.tensor([-1])}, []))
+    expert = PickPlaceExpert(ExpertScene(env.robosuite_env), config=config, seed=seed)
+    rng = np.random.default_rng(seed)
+    disturbances = np.zeros((env.max_episode_steps, 7))
+    if noise is not None:
+        disturbances = noise.sequence(env.max_episode_steps, rng)
+    actions: list[FloatArray] = []
+
+    def controller() -> FloatArray:
+        action = np.clip(expert.act(), -1.0, 1.0)
+        actions.append(action)
+        return np.clip(action + disturbances[len(actions) - 1], -1.0, 1.0)
+
+    seen: list[TensorDictBase] = []
+    done = False
+    while not done:
+        seen.append(observation.select(IMAGE_KEY, STATE_KEY))
+        observation = env.step_with(controller)
+        done = bool(observation["done"])
+    rows = torch.stack(seen).to_tensordict()
+    chunks, pad = chunk_labels(np.stack(actions), env.chunk_size, env.replan_interval)
+    rows.set(ACTION_CHUNK_KEY, chunks)
+    rows.set(ACTION_IS_PAD_KEY, pad)
+    info = DemonstrationInfo(
+        instruction=str(env.instruction),
+        task_suite=env.task_suite,
+        task_id=env.task_id,
+        seed=seed,
+        success=bool(observation["success"]),
+        num_env_steps=len(actions),
+    )
+    return Demonstration(rows, info)

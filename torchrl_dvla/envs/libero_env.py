@@ -1,0 +1,415 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""LIBERO at the pace of a chunked policy: one step is one decision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.envs import LiberoEnv
+
+from torchrl_dvla.data.schema import (
+    ACTION_CHUNK_KEY,
+    ACTION_IS_PAD_KEY,
+    INIT_STATE_ID_KEY,
+)
+from torchrl_dvla.envs.libero_init_states import check_init_state_id, init_state_table
+from torchrl_dvla.envs.libero_physics import LiberoPhysics
+from torchrl_dvla.envs.libero_render import FrameRenderer
+from torchrl_dvla.envs.libero_scene import LiberoScene, SceneSampler
+from torchrl_dvla.envs.libero_setup import choose_gl_backend, quiet_stdout, validate_libero
+from torchrl_dvla.envs.libero_specs import decision_specs
+
+__all__ = ["LiberoChunkEnv"]
+
+_ACTION_DIM = 7
+_MAX_SCENE_TRIES = 20
+# some definitions drop objects from a metre above the table
+_MAX_EXTRA_SETTLE_STEPS = 60
+# robosuite's own limit, in env steps since the reset, settling included
+_ROBOSUITE_HORIZON = 1000
+
+
+class LiberoChunkEnv(LiberoEnv):
+    """LIBERO environment whose step is one decision of a chunked policy.
+
+    :class:`torchrl.envs.LiberoEnv` renders two cameras at every env step, of which a policy that
+    decides every ``replan_interval`` env steps reads one frame from one camera. This environment
+    executes the whole chunk, stops inside it at success or truncation, and renders once, the cameras
+    it was asked for. Frames, states, rewards and done flags at decision boundaries are those of
+    ``TransformedEnv(LiberoEnv(...), MultiAction.from_vla(stack_rewards=False))``, bit for bit, for
+    the same seed, init state and actions.
+
+    Observations have the keys of :class:`~torchrl.envs.LiberoEnv`: ``("observation", "image")`` uint8
+    ``[3, H, W]``, with a second camera ``("observation", "wrist_image")``, ``("observation", "state")``
+    float32 ``[S]``, ``"language_instruction"``, ``"success"`` bool ``[1]``. The action is
+    ``("vla_action", "chunk")`` float32 ``[chunk_size, 7]``. Each step also writes ``"action_is_pad"``
+    bool ``[chunk_size]``: ``True`` for env steps of the chunk that were not executed, since the
+    episode ended or ``replan_interval`` was reached.
+
+    **Which scene.** ``env.set_seed(seed)`` before ``env.reset(tensordict)`` makes the scene exactly
+    repeatable, in any process and after any history: the members of a GRPO group pass the same seed
+    and ``"init_state_id"`` (int64 ``[1]`` in the reset tensordict) and start bit-identical. An init
+    state fixes the movable objects; the seed also fixes the fixtures, which LIBERO places anew at
+    each reset. ``-1`` samples the movable objects too, from the distribution in the task's
+    definition; such scenes are not among the 50 of the benchmark, and are drawn again where an object
+    would not come to rest or the goal already holds. Without the key, ``init_state_mode`` decides.
+
+    Args:
+        task_suite (str): one of :data:`~torchrl_dvla.envs.LIBERO_SUITES`.
+        task_id (int): task index inside the suite.
+
+    Keyword Args:
+        chunk_size (int): env steps in an action chunk. Defaults to 8.
+        replan_interval (int, optional): env steps executed per decision. Defaults to ``chunk_size``.
+        camera_height (int): frame height in pixels. Defaults to 128.
+        camera_width (int): frame width in pixels. Defaults to 128.
+        cameras (sequence of str): one or two camera names. Defaults to ``("agentview",)``; add
+            ``"robot0_eye_in_hand"`` for the wrist.
+        max_episode_steps (int): truncation horizon in env steps. Defaults to 512.
+        init_states (str or array): the table that ``"init_state_id"`` points into: ``"benchmark"``
+            (the task's 50), ``"sampled"`` (none: every scene is sampled) or an array ``[N, D]`` of
+            flattened simulator states. Defaults to ``"benchmark"``.
+        init_state_mode (str): what a reset without ``"init_state_id"`` does: ``"sampled"`` as for
+            ``-1``; ``"random"``, ``"cycle"`` or ``"fixed"`` pick from the table as in
+            :class:`~torchrl.envs.LiberoWrapper`. Defaults to ``"sampled"``.
+        init_state_id (int): the one of ``"fixed"``. Defaults to 0.
+        soft_reset (bool): keep model and textures at a reset. ``False`` rebuilds them, for the same
+            result in seconds instead of a fraction of one. Defaults to ``True``.
+        shadows (bool): render shadows and reflections. Defaults to ``True``.
+        msaa (bool): render with 4 samples per pixel. Defaults to ``True``.
+        settle_steps (int): env steps without motion at the start. Defaults to 10.
+        from_pixels (bool): also write the frame as ``"pixels"`` ``[H, W, 3]``, which
+            :class:`~torchrl.record.VideoRecorder` reads. Defaults to ``False``.
+        proprio_keys (tuple of str): robosuite observations concatenated into the state.
+        render_gpu_device_id (int, optional): EGL device.
+        env_kwargs (dict, optional): further arguments of LIBERO's ``ControlEnv``.
+        seed (int, optional): as :meth:`set_seed`.
+        device (torch.device, optional): device of the output.
+
+    Raises:
+        ValueError: for an unknown suite, camera, task id, image size or init state.
+        ImportError: if LIBERO is not installed.
+        FileNotFoundError: if LIBERO's files are incomplete.
+
+    Examples:
+        >>> from torchrl_dvla.envs import LiberoChunkEnv
+        >>> env = LiberoChunkEnv("libero_object", 0, chunk_size=8)  # doctest: +SKIP
+        >>> env.rollout(3)["observation", "image"].shape  # doctest: +SKIP
+        torch.Size([3, 3, 128, 128])
+
+    Reference:
+        Liu et al., *LIBERO: Benchmarking Knowledge Transfer for Lifelong Robot Learning*,
+        https://arxiv.org/abs/2306.03310.
+    """
+
+    def __init__(
+        self,
+        task_suite: str,
+        task_id: int,
+        *,
+        chunk_size: int = 8,
+        replan_interval: int | None = None,
+        camera_height: int = 128,
+        camera_width: int = 128,
+        cameras: Sequence[str] = ("agentview",),
+        max_episode_steps: int = 512,
+        init_states: Literal["benchmark", "sampled"] | np.ndarray = "benchmark",
+        init_state_mode: Literal["sampled", "random", "cycle", "fixed"] = "sampled",
+        init_state_id: int = 0,
+        soft_reset: bool = True,
+        shadows: bool = True,
+        msaa: bool = True,
+        settle_steps: int = 10,
+        from_pixels: bool = False,
+        proprio_keys: Sequence[str] = (
+            "robot0_eef_pos",
+            "robot0_eef_quat",
+            "robot0_gripper_qpos",
+        ),
+        render_gpu_device_id: int | None = None,
+        env_kwargs: dict[str, Any] | None = None,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        task = validate_libero(
+            task_suite,
+            task_id,
+            camera_height=camera_height,
+            camera_width=camera_width,
+            chunk_size=chunk_size,
+            replan_interval=replan_interval,
+        )
+        if isinstance(cameras, str) or not 1 <= len(cameras) <= 2:
+            raise ValueError(
+                "cameras must be a sequence of one or two names, got "
+                f"{cameras!r}. The first becomes 'image', the second 'wrist_image'."
+            )
+        if max_episode_steps < 1:
+            raise ValueError(
+                f"max_episode_steps must be at least 1, got {max_episode_steps}. Count env steps."
+            )
+        table = init_state_table(task, init_states, mode=init_state_mode, index=init_state_id)
+        choose_gl_backend()
+        self._task = task
+        self._chunk_size = chunk_size
+        self._num_executed_max = chunk_size if replan_interval is None else replan_interval
+        self._soft_reset = soft_reset
+        self._table = table
+        self._pick_mode = init_state_mode
+        self._render_kwargs: dict[str, Any] = {
+            "height": camera_height,
+            "width": camera_width,
+            "shadows": shadows,
+            "msaa": msaa,
+            "device_id": -1 if render_gpu_device_id is None else render_gpu_device_id,
+        }
+        self._camera_names = tuple(cameras)
+        # reproducible under torch.manual_seed until set_seed is called
+        self._sampler = SceneSampler(int(torch.randint(2**31 - 1, ())))
+        self._observed: dict[str, np.ndarray] = {}
+        self._renderer: FrameRenderer | None = None
+        env_kwargs = dict(env_kwargs or {})
+        env_kwargs.setdefault(
+            "horizon",
+            max(
+                _ROBOSUITE_HORIZON,
+                max_episode_steps + settle_steps + _MAX_EXTRA_SETTLE_STEPS + 1,
+            ),
+        )
+        super().__init__(
+            task_suite=task_suite,
+            task_id=task_id,
+            camera_height=camera_height,
+            camera_width=camera_width,
+            env_kwargs=env_kwargs,
+            instruction=task.instruction,
+            init_states=table,
+            init_state_mode="random" if init_state_mode == "sampled" else init_state_mode,
+            init_state_id=init_state_id,
+            camera=self._camera_names[0],
+            wrist_camera=self._camera_names[1] if len(cameras) == 2 else None,
+            from_pixels=from_pixels,
+            proprio_keys=tuple(proprio_keys),
+            max_episode_steps=max_episode_steps,
+            settle_steps=settle_steps,
+            device=device,
+        )
+        if seed is not None:
+            self.set_seed(seed)
+
+    # ------------------------------------------------------------------ construction
+
+    def _build_env(  # type: ignore[override]
+        self,
+        task_suite: str,
+        task_id: int,
+        camera_height: int,
+        camera_width: int,
+        env_kwargs: dict[str, Any],
+    ) -> Any:
+        with quiet_stdout():
+            from libero.libero.envs.env_wrapper import ControlEnv
+
+            # robosuite's renderer and image observables stay off: see FrameRenderer
+            with SceneSampler(0).lend():
+                env = ControlEnv(
+                    bddl_file_name=str(self._task.bddl_file),
+                    has_renderer=False,
+                    has_offscreen_renderer=False,
+                    use_camera_obs=False,
+                    hard_reset=False,
+                    **env_kwargs,
+                )
+        self.task_suite = task_suite
+        self.task_id = task_id
+        self._attach(env.env)
+        return env
+
+    def _attach(self, robosuite_env: Any) -> None:
+        self._scene = LiberoScene(robosuite_env)
+        self._physics = LiberoPhysics(robosuite_env, self._sample)
+        if self._renderer is not None:
+            self._renderer.close()
+        self._renderer = FrameRenderer(
+            robosuite_env.sim.model._model, self._camera_names, **self._render_kwargs
+        )
+        self._robosuite = robosuite_env
+
+    def _make_specs(self, env: Any) -> None:
+        low, high = env.env.action_spec
+        self._action_dim = len(low)
+        self._sample_state()
+        specs = decision_specs(
+            low=low,
+            high=high,
+            chunk_size=self._chunk_size,
+            state_dim=self._read_state(self._observed).numel(),
+            height=self._render_kwargs["height"],
+            width=self._render_kwargs["width"],
+            instruction=str(self.instruction),
+            has_wrist_image=self.wrist_camera is not None,
+            has_pixels=self.from_pixels,
+            device=self.device,
+        )
+        self.observation_spec = specs.observation
+        self.full_action_spec = specs.action
+        self.reward_spec = specs.reward
+        self.done_spec = specs.done
+
+    def _init_env(self) -> None:
+        """The init-state arguments are checked before the simulator is built."""
+
+    # ------------------------------------------------------------------ views
+
+    @property
+    def robosuite_env(self) -> Any:
+        """The robosuite environment underneath, for privileged reads (experts, probes)."""
+        return self._robosuite
+
+    @property
+    def chunk_size(self) -> int:
+        """Env steps in an action chunk."""
+        return self._chunk_size
+
+    @property
+    def replan_interval(self) -> int:
+        """Env steps executed per decision."""
+        return self._num_executed_max
+
+    @property
+    def num_env_steps(self) -> int:
+        """Env steps executed in this episode, settling not counted."""
+        return self._elapsed
+
+    # ------------------------------------------------------------------ reset
+
+    def _set_seed(self, seed: int | None) -> None:
+        if seed is not None:
+            self._sampler.seed(seed % 2**32)
+            self._rng.manual_seed(seed)
+
+    def _pick_init_state(self, tensordict: TensorDictBase | None) -> np.ndarray | None:
+        index = None
+        if tensordict is not None:
+            index = tensordict.get(INIT_STATE_ID_KEY, None)
+        if index is not None:
+            chosen = check_init_state_id(int(index.item()), len(self._table))
+            return None if chosen < 0 else self._table[chosen]
+        if self._pick_mode == "sampled":
+            return None
+        return self._select_init_state()
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
+        init_state = self._pick_init_state(tensordict)
+        with self._sampler.lend():
+            success = self._start(init_state) if init_state is not None else self._start_sampled()
+        self._elapsed = 0
+        self._episode_count += 1
+        pad = torch.zeros(self._chunk_size, dtype=torch.bool)
+        out = self._observation(success=success, pad=pad)
+        out.update(self.full_done_spec.zero())
+        return out
+
+    def _start(self, init_state: np.ndarray | None) -> bool:
+        """Set up one episode and let it settle; returns whether the goal holds."""
+        if not self._soft_reset:
+            self._rebuild()
+        num_forced = self._scene.reset(init_state)
+        self._physics.clock.start(num_forced)
+        self._sample()
+        success = bool(self._robosuite._check_success())
+        for _ in range(self.settle_steps):
+            success = self._physics.env_step(self._dummy_action)
+        return success
+
+    def _start_sampled(self) -> bool:
+        """As :meth:`_start` with placements from the task's definition, until they are valid."""
+        for _ in range(_MAX_SCENE_TRIES):
+            success = self._start(None)
+            for _ in range(_MAX_EXTRA_SETTLE_STEPS):
+                if self._scene.is_settled():
+                    break
+                success = self._physics.env_step(self._dummy_action)
+            if self._scene.is_settled() and not success:
+                return success
+        raise RuntimeError(
+            f"a sampled scene must come to rest unsolved within {_MAX_SCENE_TRIES} tries, got none. "
+            "Use the benchmark's init states for this task."
+        )
+
+    def _rebuild(self) -> None:
+        with quiet_stdout(), SceneSampler(0).lend():
+            robosuite_env = self._robosuite
+            robosuite_env._destroy_sim()
+            robosuite_env.object_property_initializers.clear()
+            robosuite_env._load_model()
+            robosuite_env._initialize_sim()
+            robosuite_env._reset_internal()
+        self._attach(robosuite_env)
+
+    # ------------------------------------------------------------------ step
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        chunk = tensordict.get(ACTION_CHUNK_KEY)
+        actions = chunk.detach().cpu().numpy().astype(np.float64)
+        if actions.shape != (self._chunk_size, self._action_dim):
+            raise ValueError(
+                f"{ACTION_CHUNK_KEY} must have shape [{self._chunk_size}, {self._action_dim}], got "
+                f"{list(actions.shape)}. Build the policy and the environment with the same "
+                "chunk_size and action dimension."
+            )
+        num_executed = 0
+        success = truncated = False
+        for action in actions[: self._num_executed_max]:
+            success = self._physics.env_step(action)
+            num_executed += 1
+            self._elapsed += 1
+            truncated = bool(self._robosuite.done) or (
+                self.max_episode_steps is not None and self._elapsed >= self.max_episode_steps
+            )
+            if success or truncated:
+                break
+        pad = torch.arange(self._chunk_size) >= num_executed
+        out = self._observation(success=success, pad=pad)
+        out["reward"] = torch.tensor([float(success)])
+        out["terminated"] = torch.tensor([success])
+        out["truncated"] = torch.tensor([truncated and not success])
+        out["done"] = torch.tensor([success or truncated])
+        return out
+
+    # ------------------------------------------------------------------ observation
+
+    def _sample(self) -> None:
+        """Take down what robosuite's sensors would read now."""
+        self._sample_state()
+        assert self._renderer is not None
+        self._renderer.capture(self._robosuite.sim.data._data)
+
+    def _sample_state(self) -> None:
+        observables = self._robosuite._observables if hasattr(self, "_robosuite") else {}
+        cache: dict[str, np.ndarray] = {}
+        for key in self.proprio_keys:
+            self._observed[key] = cache[key] = np.array(observables[key]._sensor(cache))
+
+    def _observation(self, *, success: bool, pad: torch.Tensor) -> TensorDict:
+        assert self._renderer is not None
+        frames = self._renderer.draw()
+        observed = dict(self._observed)
+        for camera, frame in zip(self._camera_names, frames, strict=True):
+            observed[f"{camera}_image"] = frame
+        out = self._read_obs(observed, success=success)
+        out[ACTION_IS_PAD_KEY] = pad
+        return out
+
+    def close(self, *, raise_if_closed: bool = True) -> None:
+        """Free the simulator and its GL resources."""
+        if getattr(self, "_renderer", None) is not None:
+            self._renderer.close()
+        super().close(raise_if_closed=raise_if_closed)

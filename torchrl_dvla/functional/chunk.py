@@ -1,0 +1,195 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Action chunks: which of their steps were executed, and averages over those alone."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+
+__all__ = [
+    "Reduction",
+    "executed_mask",
+    "masked_mean",
+    "masked_sum",
+    "reduction_normaliser",
+    "reduction_weights",
+]
+
+#: How a loss over ``[*B, chunk, A]`` becomes a scalar; see :func:`reduction_weights`.
+Reduction = Literal["token_mean", "sequence_mean", "fixed_length", "sum", "none"]
+
+
+def executed_mask(action_is_pad: torch.Tensor, action_dim: int) -> torch.Tensor:
+    """Mask of the action tokens whose env step was executed.
+
+    An episode may end inside a chunk. What the policy chose for the steps after that had no effect,
+    so these tokens carry no information about the return and must not be learned from.
+
+    Args:
+        action_is_pad (torch.Tensor): boolean ``[*B, chunk]``, ``True`` = never executed.
+        action_dim (int): number of tokens per env step, ``A``.
+
+    Returns:
+        torch.Tensor: boolean ``[*B, chunk, A]``, ``True`` = executed.
+
+    Raises:
+        ValueError: if *action_is_pad* is not boolean.
+
+    Examples:
+        >>> import torch
+        >>> executed_mask(torch.tensor([[False, True]]), action_dim=3)
+        tensor([[[ True,  True,  True],
+                 [False, False, False]]])
+    """
+    if action_is_pad.dtype != torch.bool:
+        raise ValueError(
+            f"action_is_pad must be boolean, got {action_is_pad.dtype}. Its negation would be "
+            "bitwise: convert it with .bool()."
+        )
+    return (~action_is_pad).unsqueeze(-1).expand(*action_is_pad.shape, action_dim)
+
+
+def masked_sum(
+    values: torch.Tensor, mask: torch.Tensor, dim: tuple[int, ...] | None = None
+) -> torch.Tensor:
+    """Sum of the selected values.
+
+    Masked values are replaced rather than multiplied by zero, so what a padded position holds, NaN
+    included, has no part in the result or its gradient.
+
+    Args:
+        values (torch.Tensor): values ``[*B]``.
+        mask (torch.Tensor): boolean, broadcastable to ``[*B]``, ``True`` = counts.
+        dim (tuple of int, optional): dimensions to sum over; all by default.
+
+    Returns:
+        torch.Tensor: the sum over *dim*.
+
+    Examples:
+        >>> import torch
+        >>> masked_sum(torch.tensor([1.0, torch.nan]), torch.tensor([True, False]))
+        tensor(1.)
+    """
+    selected = torch.where(mask, values, torch.zeros_like(values))
+    return selected.sum() if dim is None else selected.sum(dim)
+
+
+def masked_mean(
+    values: torch.Tensor, mask: torch.Tensor, dim: tuple[int, ...] | None = None
+) -> torch.Tensor:
+    """Mean of the selected values; zero where nothing is selected.
+
+    Args:
+        values (torch.Tensor): values ``[*B]``.
+        mask (torch.Tensor): boolean of the same shape, ``True`` = counts.
+        dim (tuple of int, optional): dimensions to average over; all by default.
+
+    Returns:
+        torch.Tensor: the mean over *dim*.
+
+    Examples:
+        >>> import torch
+        >>> mask = torch.tensor([[True, True], [True, False], [False, False]])
+        >>> masked_mean(torch.tensor([[1.0, 3.0], [4.0, 9.0], [9.0, 9.0]]), mask, dim=(-1,))
+        tensor([2., 4., 0.])
+    """
+    count = mask.sum() if dim is None else mask.sum(dim)
+    return masked_sum(values, mask, dim) / count.clamp_min(1)
+
+
+def reduction_weights(mask: torch.Tensor, reduction: Reduction) -> torch.Tensor:
+    """Weight of each token in the reduced loss, before the normaliser.
+
+    ======================  ==================================  =================================
+    *reduction*             weight of an executed token         normaliser
+    ======================  ==================================  =================================
+    ``"token_mean"``        1                                   executed tokens
+    ``"sequence_mean"``     1 / executed tokens of its chunk    chunks with an executed token
+    ``"fixed_length"``      1                                   chunks x ``chunk`` x ``A``
+    ``"sum"``, ``"none"``   1                                   1
+    ======================  ==================================  =================================
+
+    ``"token_mean"`` (DAPO) gives every executed token the same say, ``"sequence_mean"`` (GRPO)
+    every decision. ``"fixed_length"`` (Dr. GRPO) divides by what a chunk could hold, a constant, so
+    the size of a token's gradient does not depend on how much of which chunk was executed.
+
+    Args:
+        mask (torch.Tensor): boolean ``[*B, chunk, A]``, ``True`` = executed.
+        reduction (str): one of the above.
+
+    Returns:
+        torch.Tensor: weights ``[*B, chunk, A]``, zero where masked.
+
+    Raises:
+        ValueError: if *reduction* is unknown.
+
+    Examples:
+        >>> import torch
+        >>> mask = torch.tensor([[[True], [True]], [[True], [False]]])
+        >>> reduction_weights(mask, "sequence_mean").flatten(1)
+        tensor([[0.5000, 0.5000],
+                [1.0000, 0.0000]])
+
+    Reference:
+        Yu et al., "DAPO", 2025, https://arxiv.org/abs/2503.14476; Shao et al., "DeepSeekMath",
+        2024, https://arxiv.org/abs/2402.03300; Liu et al., "Understanding R1-Zero-Like Training",
+        2025, https://arxiv.org/abs/2503.20783.
+    """
+    _check_reduction(reduction)
+    weights = mask.to(torch.get_default_dtype())
+    if reduction == "sequence_mean":
+        weights = weights / weights.sum((-2, -1), keepdim=True).clamp_min(1)
+    return weights
+
+
+def reduction_normaliser(
+    mask: torch.Tensor, reduction: Reduction, row_weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What the weighted sum of a batch is divided by; see :func:`reduction_weights`.
+
+    The mean reductions' normalisers are additive: those of the parts of a batch sum to that of the
+    batch. Losses of micro-batches, each divided by the *whole* batch's normaliser, therefore sum to
+    the loss of the whole batch. ``"sum"`` and ``"none"`` divide by one.
+
+    Args:
+        mask (torch.Tensor): boolean ``[*B, chunk, A]``, ``True`` = executed.
+        reduction (str): one of :data:`Reduction`.
+        row_weight (torch.Tensor, optional): weight of each decision, broadcastable to
+            ``[*B, 1, 1]``.
+
+    Returns:
+        torch.Tensor: scalar, zero if nothing was executed.
+
+    Raises:
+        ValueError: if *reduction* is unknown.
+
+    Examples:
+        >>> import torch
+        >>> mask = torch.tensor([[[True], [True]], [[True], [False]], [[False], [False]]])
+        >>> [float(reduction_normaliser(mask, name)) for name in
+        ...  ("token_mean", "sequence_mean", "fixed_length")]
+        [3.0, 2.0, 6.0]
+    """
+    _check_reduction(reduction)
+    if reduction in ("sum", "none"):
+        return torch.ones((), device=mask.device)
+    if reduction == "fixed_length":
+        counted = torch.ones_like(mask)
+    elif reduction == "sequence_mean":
+        counted = mask.flatten(-2).any(-1)[..., None, None]
+    else:
+        counted = mask
+    weights = counted.to(torch.get_default_dtype())
+    return weights.sum() if row_weight is None else (weights * row_weight).sum()
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in get_args(Reduction):
+        raise ValueError(
+            f"reduction must be one of {list(get_args(Reduction))}, got {reduction!r}. "
+            "'token_mean' is the usual choice."
+        )

@@ -1,0 +1,222 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Importance ratios between the learner's policy and the ones the data came from."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = [
+    "LOG_RATIO_BOUND",
+    "behavior_weight",
+    "clipped_surrogate",
+    "effective_sample_size",
+    "log_ratio",
+    "outside_clip",
+]
+
+#: Largest magnitude of a log-ratio. ``exp(20)`` is 4.9e8: far outside of any trust region, yet its
+#: square and a sum of thousands of them are finite in float32.
+LOG_RATIO_BOUND = 20.0
+
+
+def log_ratio(
+    log_prob: torch.Tensor, behavior_log_prob: torch.Tensor, *, bound: float = LOG_RATIO_BOUND
+) -> torch.Tensor:
+    r"""Log of the importance ratio :math:`\log \pi_\theta(a) - \log \pi_b(a)`, clamped.
+
+    The result is clamped to ``[-bound, bound]`` so that its exponential can neither overflow nor
+    turn a product with a zero advantage into NaN. A sample beyond the bound keeps its value but
+    passes no gradient. Half-precision inputs are promoted to float32 first: bfloat16 keeps eight
+    bits, which would make a ratio of 1.003 equal to one.
+
+    Args:
+        log_prob (torch.Tensor): log-probabilities under the policy in the numerator ``[*B]``.
+        behavior_log_prob (torch.Tensor): log-probabilities under the policy in the denominator
+            ``[*B]``; treated as a constant.
+
+    Keyword Args:
+        bound (float): largest magnitude of the result. Defaults to :data:`LOG_RATIO_BOUND`.
+
+    Returns:
+        torch.Tensor: log-ratios ``[*B]``.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Examples:
+        >>> import torch
+        >>> log_ratio(torch.tensor([-1.0, 0.0]), torch.tensor([-1.5, -100.0]))
+        tensor([ 0.5000, 20.0000])
+    """
+    if log_prob.shape != behavior_log_prob.shape:
+        raise ValueError(
+            f"behavior_log_prob must have the shape of log_prob {list(log_prob.shape)}, got "
+            f"{list(behavior_log_prob.shape)}. Broadcasting would pair samples with the wrong "
+            "probabilities."
+        )
+    difference = _promoted(log_prob) - _promoted(behavior_log_prob.detach())
+    return difference.clamp(-bound, bound)
+
+
+def clipped_surrogate(
+    log_ratio: torch.Tensor,
+    advantage: torch.Tensor,
+    *,
+    clip_low: float | torch.Tensor = 0.2,
+    clip_high: float | torch.Tensor = 0.2,
+    dual_clip: float | None = None,
+) -> torch.Tensor:
+    r"""Pessimistic surrogate gain of PPO with separate lower and upper clips.
+
+    .. math::
+        g = \min\bigl(r A, \operatorname{clip}(r, 1 - \epsilon_l, 1 + \epsilon_h) A\bigr),
+        \qquad r = e^{\text{log\_ratio}}
+
+    With ``dual_clip=c`` the gain of a negative advantage is further bounded below by :math:`c A`:
+    a stale sample whose ratio has grown without limit then stops pulling instead of dominating the
+    batch.
+
+    Args:
+        log_ratio (torch.Tensor): log-ratios to the policy that the trust region is centred on
+            ``[*B]``.
+        advantage (torch.Tensor): advantages, broadcastable to ``[*B]``.
+
+    Keyword Args:
+        clip_low (float or torch.Tensor): :math:`\epsilon_l` in ``[0, 1)``. Defaults to ``0.2``.
+        clip_high (float or torch.Tensor): :math:`\epsilon_h >= 0`; larger than *clip_low* leaves
+            unlikely actions room to grow (clip-higher). Defaults to ``0.2``.
+        dual_clip (float, optional): bound :math:`c > 1 + \epsilon_h` on the ratio of negative
+            advantages.
+
+    Returns:
+        torch.Tensor: gains ``[*B]``, to be maximised.
+
+    Examples:
+        >>> import torch
+        >>> ratio = torch.tensor([0.5, 1.0, 1.25, 2.0])
+        >>> clipped_surrogate(ratio.log(), torch.tensor(1.0), clip_low=0.2, clip_high=0.28)
+        tensor([0.5000, 1.0000, 1.2500, 1.2800])
+        >>> clipped_surrogate(torch.tensor(10.0).log(), torch.tensor(-1.0), dual_clip=3.0)
+        tensor(-3.)
+
+    Reference:
+        Schulman et al., "Proximal Policy Optimization Algorithms", 2017,
+        https://arxiv.org/abs/1707.06347; Yu et al., "DAPO", 2025,
+        https://arxiv.org/abs/2503.14476 (clip-higher); Ye et al., "Mastering Complex Control in
+        MOBA Games", 2020, https://arxiv.org/abs/1912.09729 (dual clip).
+    """
+    ratio = log_ratio.exp()
+    low = 1 - torch.as_tensor(clip_low, dtype=ratio.dtype, device=ratio.device)
+    high = 1 + torch.as_tensor(clip_high, dtype=ratio.dtype, device=ratio.device)
+    gain = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    if dual_clip is not None:
+        gain = torch.where(advantage < 0, torch.maximum(gain, dual_clip * advantage), gain)
+    return gain
+
+
+def outside_clip(
+    log_ratio: torch.Tensor,
+    *,
+    clip_low: float | torch.Tensor = 0.2,
+    clip_high: float | torch.Tensor = 0.2,
+) -> torch.Tensor:
+    """Which ratios have left the trust region, whatever the sign of their advantage.
+
+    Args:
+        log_ratio (torch.Tensor): log-ratios ``[*B]``.
+
+    Keyword Args:
+        clip_low (float or torch.Tensor): lower clip. Defaults to ``0.2``.
+        clip_high (float or torch.Tensor): upper clip. Defaults to ``0.2``.
+
+    Returns:
+        torch.Tensor: boolean ``[*B]``, ``True`` = outside of ``[1 - clip_low, 1 + clip_high]``.
+
+    Examples:
+        >>> import torch
+        >>> outside_clip(torch.tensor([0.7, 0.9, 1.25]).log(), clip_high=0.28)
+        tensor([ True, False, False])
+    """
+    ratio = log_ratio.exp()
+    return (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
+
+
+def behavior_weight(proximal_log_ratio: torch.Tensor, *, cap: float | None = None) -> torch.Tensor:
+    r"""Truncated weight that corrects the decoupled objective for stale data.
+
+    The trust region of PPO does not have to be centred on the policy that took the data. Decoupled
+    PPO centres it on a recent *proximal* policy and corrects for the age of the data by a constant
+    factor:
+
+    .. math::
+        w = \min\Bigl(\frac{\pi_{prox}(a)}{\pi_b(a)}, c\Bigr), \qquad
+        J = \mathbb{E}_{\pi_b}\bigl[w \cdot g(\pi_\theta / \pi_{prox}, A)\bigr]
+
+    with :math:`g` the :func:`clipped_surrogate`. Truncation at :math:`c` trades a little bias for a
+    bounded variance.
+
+    Args:
+        proximal_log_ratio (torch.Tensor): ``log_ratio(proximal_log_prob, behavior_log_prob)``
+            ``[*B]``.
+
+    Keyword Args:
+        cap (float, optional): the bound :math:`c`. ``None`` leaves the weight untruncated.
+
+    Returns:
+        torch.Tensor: weights ``[*B]`` without gradient.
+
+    Examples:
+        >>> import torch
+        >>> behavior_weight(torch.tensor([0.5, 4.0]).log(), cap=2.0)
+        tensor([0.5000, 2.0000])
+
+    Reference:
+        Hilton et al., "Batch size-invariance for policy optimization", 2022,
+        https://arxiv.org/abs/2110.00641; Fu et al., "AReaL", 2025,
+        https://arxiv.org/abs/2505.24298.
+    """
+    weight = proximal_log_ratio.detach().exp()
+    return weight if cap is None else weight.clamp_max(cap)
+
+
+def effective_sample_size(
+    log_ratio: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    r"""Share of the samples that the importance weights leave effective.
+
+    .. math::
+        \frac{1}{n} \frac{(\sum_i r_i)^2}{\sum_i r_i^2} \in [1 / n, 1]
+
+    One when all ratios are equal; near ``1 / n`` when a single sample carries the batch. Ratios are
+    scaled by their maximum first, so none can overflow.
+
+    Args:
+        log_ratio (torch.Tensor): log-ratios ``[*B]``.
+        mask (torch.Tensor, optional): boolean ``[*B]``, ``True`` = the sample counts.
+
+    Returns:
+        torch.Tensor: scalar; zero if no sample counts.
+
+    Examples:
+        >>> import torch
+        >>> effective_sample_size(torch.tensor([1.0, 3.0]).log())
+        tensor(0.8000)
+
+    Reference:
+        Kong, "A note on importance sampling using standardized weights", 1992.
+    """
+    values = log_ratio.detach()
+    if mask is None:
+        mask = torch.ones_like(values, dtype=torch.bool)
+    values = values.masked_fill(~mask, -torch.inf)
+    # Scaled to a maximum of one; an empty selection keeps exp(-inf) = 0 everywhere.
+    weight = (values - values.amax().clamp_min(-1e30)).exp()
+    num_samples = mask.sum().clamp_min(1)
+    return weight.sum().square() / (num_samples * weight.square().sum().clamp_min(1e-30))
+
+
+def _promoted(log_prob: torch.Tensor) -> torch.Tensor:
+    return log_prob.float() if log_prob.dtype in (torch.float16, torch.bfloat16) else log_prob

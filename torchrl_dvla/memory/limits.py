@@ -1,0 +1,131 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""How much memory a pool may ask for, and sizes in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["available_bytes", "format_bytes", "parse_bytes"]
+
+_UNITS = {"b": 0, "kb": 1, "mb": 2, "gb": 3, "tb": 4, "kib": 1, "mib": 2, "gib": 3, "tib": 4}
+_UNITS |= {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def available_bytes() -> int | None:
+    """Memory that this process can still take without swapping, in bytes.
+
+    The least of what the kernel calls available and what the control groups of this process (the
+    limit of a container) leave. Anonymous shared memory counts against both; asking the kernel for
+    more than this is answered by the out-of-memory killer, not by an error, so pools ask here
+    first.
+
+    Returns:
+        int or None: bytes, or ``None`` where the kernel does not say.
+    """
+    found = [size for size in (_meminfo_available(), *_cgroup_available()) if size is not None]
+    return min(found) if found else None
+
+
+def _meminfo_available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _cgroup_available() -> list[int]:
+    try:
+        memberships = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in memberships:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root = Path("/sys/fs/cgroup/memory")
+            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        # Inside a container the path in /proc may name a folder of the host: take the root then.
+        # A limit may be set on any ancestor, so walk up.
+        if not folder.is_dir():
+            folder = root
+        for level in (folder, *folder.parents):
+            free = _read_int(level / limit), _read_int(level / usage)
+            if free[0] is not None and free[1] is not None:
+                found.append(max(0, free[0] - free[1] + _reclaimable(level)))
+            if level == root:
+                break
+    return found
+
+
+def _reclaimable(folder: Path) -> int:
+    """Page cache that the kernel drops before it calls the group full."""
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    stats = dict(line.split()[:2] for line in lines if line.strip())
+    return int(stats.get("inactive_file", stats.get("total_inactive_file", 0)))
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # absent, or "max"
+        return None
+
+
+def format_bytes(size: float) -> str:
+    """``size`` in the largest binary unit that keeps it at least 1.
+
+    Examples:
+        >>> format_bytes(0), format_bytes(1536), format_bytes(3 * 2**30)
+        ('0 B', '1.5 KiB', '3.0 GiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes from a number or a string such as ``"512MB"`` or ``"1.5 GiB"`` (binary units).
+
+    Args:
+        size (int or str): the size.
+
+    Raises:
+        ValueError: if *size* is negative or not a size.
+
+    Examples:
+        >>> parse_bytes("1.5 KiB"), parse_bytes(7)
+        (1536, 7)
+    """
+    if isinstance(size, str):
+        text = size.strip().lower().replace("_", "")
+        number = text.rstrip("bikmgt ")
+        unit = text[len(number) :].strip()
+        try:
+            parsed = int(float(number) * 1024 ** _UNITS[unit])
+        except (KeyError, ValueError):
+            raise ValueError(
+                f"size must be a number of bytes or a string like '512MB', got {size!r}. "
+                "Units are B, KB, MB, GB, TB."
+            ) from None
+    else:
+        parsed = int(size)
+    if parsed < 0:
+        raise ValueError(f"size must be at least 0 bytes, got {size}. Give the bytes to reserve.")
+    return parsed

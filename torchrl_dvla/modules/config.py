@@ -1,0 +1,179 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Everything that makes one policy differ from another, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle
+
+__all__ = ["TransformersVLAConfig"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TransformersVLAConfig:
+    """Architecture of a :class:`TransformersVLA`; what ``config.json`` holds.
+
+    Args:
+        backbone (dict): ``to_dict()`` of the transformers config, ``"model_type"`` included.
+        action_dim (int): action dimension ``A``.
+        chunk_size (int): env steps per decision.
+        action_tokenizer (dict): see :func:`action_tokenizer_to_dict`.
+        image_size (tuple of int): height and width of the camera images the policy is given.
+        state_dim (int): size of the proprioception vector; 0 for a policy that reads none.
+        num_cameras (int): 1, or 2 to read ``("observation", "wrist_image")`` as well.
+        tokens_per_step (int): action queries per env step, a divisor of ``action_dim``. One query
+            predicts ``action_dim / tokens_per_step`` tokens: 1 is cheapest, ``action_dim`` is the
+            layout of OpenVLA-OFT.
+        prompt_style (PromptStyle): the strings around images and instruction.
+        pixel_style (PixelStyle): normalisation of pixels.
+        bidirectional_prompt (bool): whether prompt tokens see later prompt tokens.
+        freeze_vision (bool): whether the vision tower is left out of training.
+        freeze_language (bool): whether the language model is left out of training.
+        dtype (str): ``"float32"``, ``"bfloat16"`` or ``"float16"``, of the backbone. The action
+            head and everything after it is float32.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Reference:
+        Kim et al., "Fine-Tuning Vision-Language-Action Models: Optimizing Speed and Success", 2025.
+        https://arxiv.org/abs/2502.19645
+    """
+
+    backbone: dict[str, Any]
+    action_dim: int
+    chunk_size: int
+    action_tokenizer: dict[str, Any]
+    image_size: tuple[int, int]
+    state_dim: int = 0
+    num_cameras: int = 1
+    tokens_per_step: int = 1
+    prompt_style: PromptStyle = field(default_factory=PromptStyle)
+    pixel_style: PixelStyle = field(default_factory=PixelStyle)
+    bidirectional_prompt: bool = False
+    freeze_vision: bool = False
+    freeze_language: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", tuple(int(side) for side in self.image_size))
+        for name in ("action_dim", "chunk_size", "tokens_per_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, got {getattr(self, name)}. Take it from the "
+                    "environment's action spec."
+                )
+        if self.action_dim % self.tokens_per_step:
+            raise ValueError(
+                f"tokens_per_step must divide action_dim={self.action_dim}, got "
+                f"{self.tokens_per_step}. Use 1 or {self.action_dim}."
+            )
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            raise ValueError(
+                f"image_size must be (height, width), both positive, got {self.image_size}. Give "
+                "the size of the camera images."
+            )
+        if self.num_cameras not in (1, 2):
+            raise ValueError(
+                f"num_cameras must be 1 or 2, got {self.num_cameras}. The schema has a primary and "
+                "a wrist camera."
+            )
+        if self.state_dim < 0:
+            raise ValueError(
+                f"state_dim must not be negative, got {self.state_dim}. Use 0 for a policy without "
+                "proprioception."
+            )
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {self.dtype!r}.")
+        if "model_type" not in self.backbone:
+            raise ValueError(
+                f"backbone must contain 'model_type', got keys {sorted(self.backbone)[:8]}. Pass "
+                "to_dict() of a transformers config."
+            )
+
+    @property
+    def num_queries(self) -> int:
+        """Number of action queries in the token stream."""
+        return self.chunk_size * self.tokens_per_step
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The backbone's dtype."""
+        return _DTYPES[self.dtype]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a dict of plain JSON types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TransformersVLAConfig:
+        """Rebuild what :meth:`to_dict` wrote.
+
+        Args:
+            data (dict): the fields.
+
+        Returns:
+            The config.
+
+        Raises:
+            ValueError: if a field is missing or unknown.
+        """
+        fields = {entry.name: entry for entry in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - set(fields))
+        missing = sorted(
+            name
+            for name, entry in fields.items()
+            if name not in data
+            and entry.default is dataclasses.MISSING
+            and entry.default_factory is dataclasses.MISSING
+        )
+        if unknown or missing:
+            raise ValueError(
+                f"data must hold the fields of {cls.__name__}, got unknown {unknown} and missing "
+                f"{missing}. The checkpoint was written by another version of torchrl_dvla."
+            )
+        data = dict(data)
+        for name, kind in (("prompt_style", PromptStyle), ("pixel_style", PixelStyle)):
+            if isinstance(data.get(name), dict):
+                data[name] = kind(**data[name])
+        return cls(**data)
+
+    def differences(self, other: TransformersVLAConfig) -> list[str]:
+        """List the fields in which another config differs, as ``"name: mine != other's"``.
+
+        Freezing is no part of the architecture and does not count.
+
+        Args:
+            other (TransformersVLAConfig): the config to compare with.
+
+        Returns:
+            One line a difference; nested fields have dotted names.
+        """
+        mine, others = _flatten(self.to_dict()), _flatten(other.to_dict())
+        ignored = ("freeze_vision", "freeze_language", "backbone.transformers_version")
+        return [
+            f"{name}: {mine.get(name)!r} != {others.get(name)!r}"
+            for name in sorted(mine.keys() | others.keys())
+            if name not in ignored and mine.get(name) != others.get(name)
+        ]
+
+
+def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{name}."))
+        else:
+            # JSON has no tuples.
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat

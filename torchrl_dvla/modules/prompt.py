@@ -1,0 +1,208 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""From a batch of instructions to token ids, positions and attention."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from torchrl_dvla.modules.backbones import PromptStyle, VLABackbone
+
+__all__ = ["Prompt", "PromptBuilder"]
+
+#: Attention biases of more elements than this are built anew at each call.
+_MAX_CACHED_BIAS = 2**16
+
+
+class Prompt(NamedTuple):
+    """What a batch of instructions makes of the token stream.
+
+    The stream is ``frame | instruction | padding | queries``. The *frame* (text around images,
+    image features, proprioception) has one layout for all rows; the instruction is padded on the
+    right to the longest of the batch.
+    """
+
+    #: Instruction token ids, int64 ``[B, L]``.
+    token_ids: torch.Tensor
+    #: Position of every stream token, int64 ``[axes, B, S]``.
+    position_ids: torch.Tensor
+    #: Added to attention scores, 0 or -inf, ``[B or 1, 1, S, S]``.
+    attention_bias: torch.Tensor
+
+
+class PromptBuilder:
+    """Tokenises instructions, lays out the stream and remembers both.
+
+    Who sees whom:
+
+    - a prompt token sees the prompt up to itself, or all of it if ``bidirectional``;
+    - a query sees the whole prompt and every query: action tokens are decoded in parallel;
+    - nobody sees padding, and the prompt does not see the queries.
+
+    The positions of queries count from the end of their own instruction, so that a row does not
+    depend on how long the others of its batch are.
+
+    Nothing here depends on parameters, so results are kept: an episode asks for the same prompt
+    hundreds of times.
+
+    Args:
+        backbone (VLABackbone): supplies position ids of images and the longest possible stream.
+        tokenizer (PreTrainedTokenizerBase): turns instructions into ids.
+
+    Keyword Args:
+        style (PromptStyle): the strings around images and instruction.
+        num_cameras (int): images per decision.
+        use_state (bool): whether the frame ends in a proprioception token.
+        num_queries (int): action queries at the end of the stream.
+        bidirectional (bool): whether prompt tokens see later prompt tokens.
+        cache_size (int): number of distinct batches, and of distinct instructions, remembered.
+    """
+
+    def __init__(
+        self,
+        backbone: VLABackbone,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        style: PromptStyle,
+        num_cameras: int,
+        use_state: bool,
+        num_queries: int,
+        bidirectional: bool,
+        cache_size: int = 256,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._template = style.instruction
+        self._num_queries = num_queries
+        self._bidirectional = bidirectional
+        self._max_tokens = backbone.max_tokens
+        self._cache_size = cache_size
+        self._ids: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._prompts: OrderedDict[tuple, Prompt] = OrderedDict()
+
+        #: Text ids before the first image, before each image and after each image.
+        self.start_ids = self._encode(style.start)
+        self.image_start_ids = self._encode(style.image_start)
+        self.image_end_ids = self._encode(style.image_end)
+
+        axes = backbone.num_position_axes
+        pieces: list[torch.Tensor] = []
+        position = backbone.first_position
+
+        def text(length: int) -> None:
+            nonlocal position
+            pieces.append(torch.arange(position, position + length).expand(axes, -1))
+            position += length
+
+        text(len(self.start_ids))
+        for _ in range(num_cameras):
+            text(len(self.image_start_ids))
+            image, position = backbone.image_positions(position)
+            pieces.append(image)
+            text(len(self.image_end_ids))
+        text(int(use_state))
+        self._frame_positions = torch.cat(pieces, -1)
+        self._next_position = position
+
+    @property
+    def frame_length(self) -> int:
+        """Number of stream tokens before the instruction."""
+        return self._frame_positions.shape[-1]
+
+    def _encode(self, text: str) -> torch.Tensor:
+        if not text:
+            return torch.empty(0, dtype=torch.int64)
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def instruction_ids(self, instruction: str) -> torch.Tensor:
+        """Return the token ids ``[L]`` of one instruction inside its template."""
+        ids = self._ids.get(instruction)
+        if ids is None:
+            ids = self._encode(self._template.format(instruction=instruction))
+            if len(ids) == 0:
+                raise ValueError(
+                    f"language_instruction must contain at least one token, got {instruction!r}. "
+                    "Give every episode the description of its task."
+                )
+            self._ids[instruction] = ids
+            if len(self._ids) > self._cache_size:
+                self._ids.popitem(last=False)
+        return ids
+
+    def __call__(
+        self, instructions: list[str], *, device: torch.device, dtype: torch.dtype
+    ) -> Prompt:
+        """Lay out a batch.
+
+        Args:
+            instructions (list of str): ``B`` instructions.
+
+        Keyword Args:
+            device (torch.device): where the tensors are wanted.
+            dtype (torch.dtype): dtype of the attention bias, that of the language model.
+
+        Returns:
+            The :class:`Prompt` of the batch.
+
+        Raises:
+            ValueError: if an instruction is empty or the stream is too long for the backbone.
+        """
+        key = (*instructions, device, dtype)
+        prompt = self._prompts.get(key)
+        if prompt is None:
+            prompt = self._build(instructions, dtype)
+            prompt = Prompt(*(tensor.to(device) for tensor in prompt))
+            # Batches of the serving path are small and come again; those of a shuffled learner are
+            # neither, and their masks would fill memory.
+            if prompt.attention_bias.numel() <= _MAX_CACHED_BIAS:
+                self._prompts[key] = prompt
+                if len(self._prompts) > self._cache_size:
+                    self._prompts.popitem(last=False)
+        return prompt
+
+    def _build(self, instructions: list[str], dtype: torch.dtype) -> Prompt:
+        rows = [self.instruction_ids(instruction) for instruction in instructions]
+        lengths = torch.tensor([len(row) for row in rows])
+        token_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        text_length = token_ids.shape[1]
+        prompt_length = self.frame_length + text_length
+        num_tokens = prompt_length + self._num_queries
+        if num_tokens > self._max_tokens:
+            raise ValueError(
+                f"the stream must not exceed the {self._max_tokens} tokens the backbone attends "
+                f"to, got {num_tokens}. Use fewer cameras, a smaller image or a shorter chunk."
+            )
+
+        batch = len(rows)
+        axes = self._frame_positions.shape[0]
+        text = self._next_position + torch.arange(text_length).expand(batch, -1)
+        queries = self._next_position + lengths[:, None] + torch.arange(self._num_queries)
+        position_ids = torch.cat(
+            [
+                self._frame_positions[:, None].expand(-1, batch, -1),
+                text.expand(axes, -1, -1),
+                queries.expand(axes, -1, -1),
+            ],
+            -1,
+        )
+
+        visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool)
+        if not self._bidirectional:
+            visible[:prompt_length, :prompt_length].tril_()
+        visible[:prompt_length, prompt_length:] = False
+        visible = visible.expand(batch if lengths.min() < text_length else 1, 1, -1, -1)
+        if len(visible) > 1:
+            column = torch.arange(num_tokens)
+            padding = (column >= self.frame_length + lengths[:, None]) & (column < prompt_length)
+            # Every row sees the frame at least: no softmax over nothing, hence no NaN.
+            visible = visible & ~padding[:, None, None, :]
+        bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
+        return Prompt(token_ids, position_ids, bias)

@@ -1,0 +1,113 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Behaviour cloning of action tokens: the supervised stage before reinforcement learning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import dispatch
+from torchrl.objectives import BCLoss
+
+from torchrl_dvla.data.schema import ACTION_IS_PAD_KEY, ACTION_TOKENS_KEY
+
+__all__ = ["ActionTokenBCLoss"]
+
+
+class ActionTokenBCLoss(BCLoss):
+    """Negative log-likelihood of an expert's action tokens.
+
+    :class:`~torchrl.objectives.BCLoss` compares what the actor *writes* at the action key with the
+    expert's action. A token policy writes sampled tokens, which carry no gradient; this subclass asks
+    for the distribution of the tokens instead, and leaves padded env steps out of the mean.
+
+    Args:
+        actor_network (TensorDictModule): a token policy whose ``get_dist`` gives token-level
+            log-probabilities ``[*B, chunk, A]`` (``log_probs_mode="token"``).
+
+    Keyword Args:
+        reduction (str, optional): ``"mean"`` (default), ``"sum"`` or ``"none"``, over the tokens of
+            unpadded env steps.
+
+    Returns:
+        A tensordict with ``"loss_bc"``, the loss, and ``"accuracy"``, the share of tokens whose most
+        likely value is the expert's (no gradient).
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import NonTensorStack, TensorDict
+        >>> from torchrl.modules.vla import TinyVLA
+        >>> policy = TinyVLA(
+        ...     action_dim=2, chunk_size=4, action_head="tokens", vocab_size=5, log_probs_mode="token"
+        ... )
+        >>> batch = TensorDict(
+        ...     {
+        ...         "observation": {
+        ...             "image": torch.zeros(3, 3, 16, 16, dtype=torch.uint8),
+        ...             "state": torch.zeros(3, 6),
+        ...         },
+        ...         "language_instruction": NonTensorStack("pick", "pick", "place"),
+        ...         "vla_action": {"tokens": torch.zeros(3, 4, 2, dtype=torch.int64)},
+        ...         "action_is_pad": torch.zeros(3, 4, dtype=torch.bool),
+        ...     },
+        ...     [3],
+        ... )
+        >>> _ = policy(batch.clone())
+        >>> ActionTokenBCLoss(policy)(batch)["loss_bc"].shape
+        torch.Size([])
+    """
+
+    @dataclass
+    class _AcceptedKeys(BCLoss._AcceptedKeys):
+        """Keys read by the loss.
+
+        Attributes:
+            action (NestedKey): the expert's tokens, int64 ``[*B, chunk, A]``.
+            pad_mask (NestedKey, optional): bool ``[*B, chunk]``, True = padded env step.
+        """
+
+        action: NestedKey = ACTION_TOKENS_KEY
+        pad_mask: NestedKey | None = ACTION_IS_PAD_KEY
+
+    default_keys = _AcceptedKeys
+    out_keys = ["loss_bc", "accuracy"]
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Compute the loss of a batch of expert decisions.
+
+        Args:
+            tensordict (TensorDictBase): the policy's observations and the expert's tokens, ``[*B]``.
+
+        Returns:
+            TensorDict with ``"loss_bc"`` and ``"accuracy"``.
+
+        Raises:
+            ValueError: if the policy's log-probabilities are not token-level.
+        """
+        tokens = tensordict.get(self.tensor_keys.action)
+        with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
+            dist = self.actor_network.get_dist(tensordict)
+        log_prob = dist.log_prob(tokens)
+        if log_prob.shape != tokens.shape:
+            raise ValueError(
+                "actor_network must have token-level log-probabilities of the tokens' shape "
+                f"{tuple(tokens.shape)}, got {tuple(log_prob.shape)}. "
+                'Build the policy with log_probs_mode="token".'
+            )
+        pad_key = self.tensor_keys.pad_mask
+        pad = None if pad_key is None else tensordict.get(pad_key, None)
+        valid = None if pad is None else ~pad
+        hit = (dist.mode == tokens).to(log_prob.dtype)
+        out = TensorDict(
+            {
+                "loss_bc": self._reduce_loss(-log_prob, mask=valid),
+                "accuracy": self._reduce_loss(hit.detach(), mask=valid, reduction="mean"),
+            }
+        )
+        self._clear_weakrefs(tensordict, out, "actor_network_params")
+        return out

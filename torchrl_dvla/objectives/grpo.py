@@ -1,0 +1,332 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""GRPO for policies that act in chunks of discretised actions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch
+
+from torchrl_dvla import functional as F
+from torchrl_dvla.data import schema
+from torchrl_dvla.objectives._checks import (
+    check_actor,
+    check_choice,
+    check_clip,
+    check_reference,
+    check_shapes,
+)
+from torchrl_dvla.objectives._token_policy import TokenPolicyLoss, masked_log_ratio
+
+__all__ = ["GRPOLoss"]
+
+RatioLevel = Literal["token", "sequence", "sequence_mean"]
+Importance = Literal["behavior", "decoupled"]
+KLEstimator = Literal["k2", "k3", "exact"]
+
+
+class GRPOLoss(TokenPolicyLoss):
+    r"""Clipped, critic-free policy loss over action tokens.
+
+    For executed tokens :math:`a` of a decision with group-relative advantage :math:`A` and
+    importance ratio :math:`r = \pi_\theta(a) / \pi_b(a)` to the policy that took it,
+
+    .. math::
+        \mathcal{L} = -\frac{1}{Z} \sum w \min\bigl(r A,
+            \operatorname{clip}(r, 1 - \epsilon_l, 1 + \epsilon_h) A\bigr)
+
+    where *reduction* sets the weights :math:`w` and the normaliser :math:`Z`
+    (:func:`~torchrl_dvla.functional.reduction_weights`). ``action_is_pad`` masks the env steps that
+    were never executed because the episode ended inside the chunk. The actor runs once per call.
+    Log-ratios are clamped (:data:`~torchrl_dvla.functional.LOG_RATIO_BOUND`): no ratio overflows.
+
+    Gradient accumulation: give every micro-batch the normaliser of the whole batch, and their
+    losses and gradients sum to those of the whole batch::
+
+        total = loss.normaliser(batch)
+        for part in batch.split(8):
+            losses = loss(part, normaliser=total)
+            (losses["loss_objective"] + losses["loss_entropy"]).backward()
+
+    Args:
+        actor_network (TensorDictModuleBase): a token policy whose ``get_dist`` returns a
+            categorical distribution over ``[*B, chunk, A]``, for instance any token
+            :class:`~torchrl.modules.vla.VLAWrapperBase`.
+
+    Keyword Args:
+        clip_epsilon (float or tuple of float): clip range, symmetric or ``(low, high)``. Defaults
+            to ``(0.2, 0.28)``.
+        dual_clip (float, optional): bound on the ratio of negative advantages, ``> 1 + high``.
+        ratio_level (str): ``"token"`` (one ratio per token), ``"sequence"`` (one per decision: the
+            product over its executed tokens) or ``"sequence_mean"`` (their geometric mean, GSPO).
+            Defaults to ``"token"``.
+        importance (str): centre of the clip range. ``"behavior"``: the policy that took the action.
+            ``"decoupled"``: a recent proximal policy, the age of the data being corrected by a
+            truncated weight (:func:`~torchrl_dvla.functional.behavior_weight`); needs
+            :meth:`write_proximal_log_prob`. Defaults to ``"behavior"``.
+        behavior_weight_cap (float, optional): bound of that weight. Defaults to ``5.0``.
+        reduction (str): ``"token_mean"``, ``"sequence_mean"``, ``"fixed_length"``, ``"sum"`` or
+            ``"none"``. Defaults to ``"token_mean"``.
+        entropy_coeff (float): weight of the entropy bonus; ``0`` writes no ``loss_entropy``.
+            Defaults to ``0.0``.
+        kl_to_ref_coeff (float, optional): weight of the divergence from a reference policy;
+            ``None`` writes no ``loss_kl``.
+        kl_estimator (str): ``"k3"``, ``"k2"`` (from the sampled tokens) or ``"exact"`` (sum over
+            the vocabulary; needs *reference_network*). Defaults to ``"k3"``.
+        reference_network (TensorDictModuleBase, optional): frozen reference policy. Without it,
+            the reference's log-probabilities are read from the batch.
+
+    The output holds ``loss_objective``, ``loss_entropy`` and ``loss_kl`` (if enabled) and,
+    detached: ``kl_approx`` (k3 estimate of the divergence from the behaviour policy),
+    ``clip_fraction`` (ratios outside of the clip range), ``entropy``, ``ESS`` (share of effective
+    samples), ``max_ratio``, ``advantage_mean``, ``advantage_std``, ``kl_to_ref`` (if enabled) and
+    ``behavior_weight`` (mean; decoupled only). Once ``loss.version`` is set to the learner's
+    version and the batch carries ``policy_version``, also ``policy_lag_mean``, ``policy_lag_max``.
+
+    Raises:
+        ValueError: for an actor without token distribution, or an option out of range.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import NonTensorStack, TensorDict
+        >>> from torchrl.modules.vla import TinyVLA
+        >>> policy = TinyVLA(action_dim=2, chunk_size=4, action_head="tokens", vocab_size=8,
+        ...                  log_probs_mode="token", return_vla_action_container=False)
+        >>> batch = TensorDict({
+        ...     "observation": {"image": torch.zeros(3, 3, 16, 16, dtype=torch.uint8),
+        ...                     "state": torch.zeros(3, 5)},
+        ...     "language_instruction": NonTensorStack("push", "pull", "push"),
+        ...     "action_is_pad": torch.zeros(3, 4, dtype=torch.bool),
+        ...     "advantage": torch.tensor([[1.0], [-1.0], [0.0]]),
+        ... }, batch_size=[3])
+        >>> with torch.no_grad():
+        ...     batch = policy(batch)
+        >>> loss = GRPOLoss(policy)
+        >>> losses = loss(batch)
+        >>> losses["loss_objective"].backward()
+        >>> float(losses["ESS"]), float(losses["clip_fraction"])
+        (1.0, 0.0)
+
+    Reference:
+        Shao et al., "DeepSeekMath", 2024, https://arxiv.org/abs/2402.03300; Yu et al., "DAPO",
+        2025, https://arxiv.org/abs/2503.14476; Zheng et al., "Group Sequence Policy Optimization",
+        2025, https://arxiv.org/abs/2507.18071; Hilton et al., "Batch size-invariance for policy
+        optimization", 2022, https://arxiv.org/abs/2110.00641.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Keys that :meth:`set_keys` can change.
+
+        Attributes:
+            action (NestedKey): sampled tokens ``[*B, chunk, A]``.
+            sample_log_prob (NestedKey): their behaviour log-probabilities ``[*B, chunk, A]``.
+            advantage (NestedKey): advantage of the decision ``[*B, 1]``.
+            pad_mask (NestedKey): optional boolean ``[*B, chunk]``, ``True`` = never executed.
+            proximal_log_prob (NestedKey): ``[*B, chunk, A]``, read if decoupled.
+            ref_log_prob (NestedKey): ``[*B, chunk, A]``, read without *reference_network*.
+            policy_version (NestedKey): optional ``[*B, 1]``.
+            weight (NestedKey, optional): weight of each decision ``[*B, 1]``; off by default.
+        """
+
+        action: NestedKey = schema.ACTION_TOKENS_KEY
+        sample_log_prob: NestedKey = schema.SAMPLE_LOG_PROB_KEY
+        advantage: NestedKey = schema.ADVANTAGE_KEY
+        pad_mask: NestedKey = schema.ACTION_IS_PAD_KEY
+        proximal_log_prob: NestedKey = "proximal_log_prob"
+        ref_log_prob: NestedKey = "ref_log_prob"
+        policy_version: NestedKey = schema.POLICY_VERSION_KEY
+        weight: NestedKey | None = None
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+    _schedulable_buffers = frozenset(
+        {"clip_epsilon_low", "clip_epsilon_high", "entropy_coeff", "kl_to_ref_coeff"}
+    )
+
+    def __init__(
+        self,
+        actor_network: TensorDictModuleBase,
+        *,
+        clip_epsilon: float | tuple[float, float] = (0.2, 0.28),
+        dual_clip: float | None = None,
+        ratio_level: RatioLevel = "token",
+        importance: Importance = "behavior",
+        behavior_weight_cap: float | None = 5.0,
+        reduction: F.Reduction = "token_mean",
+        entropy_coeff: float = 0.0,
+        kl_to_ref_coeff: float | None = None,
+        kl_estimator: KLEstimator = "k3",
+        reference_network: TensorDictModuleBase | None = None,
+    ) -> None:
+        check_actor(actor_network)
+        clip_low, clip_high = check_clip(clip_epsilon, dual_clip, behavior_weight_cap)
+        check_choice("ratio_level", ratio_level, get_args(RatioLevel))
+        check_choice("importance", importance, get_args(Importance))
+        check_choice("reduction", reduction, get_args(F.Reduction))
+        check_choice("kl_estimator", kl_estimator, get_args(KLEstimator))
+        check_reference(actor_network, reference_network, kl_to_ref_coeff, kl_estimator)
+        super().__init__(actor_network, reference_network)
+        self.dual_clip = dual_clip
+        self.ratio_level = ratio_level
+        self.importance = importance
+        self.behavior_weight_cap = behavior_weight_cap
+        self.reduction = reduction
+        self.kl_estimator = kl_estimator
+        self._use_entropy = entropy_coeff != 0
+        self._use_kl = kl_to_ref_coeff is not None
+        device = next((p.device for p in self.parameters()), None)
+        for name, value in (
+            ("clip_epsilon_low", clip_low),
+            ("clip_epsilon_high", clip_high),
+            ("entropy_coeff", entropy_coeff),
+            ("kl_to_ref_coeff", kl_to_ref_coeff or 0.0),
+        ):
+            self.register_buffer(name, torch.tensor(float(value), device=device))
+
+    def _list_in_keys(self) -> list[NestedKey]:
+        keys = self.tensor_keys
+        wanted = [keys.action, keys.sample_log_prob, keys.advantage, keys.pad_mask]
+        wanted.append(keys.policy_version)
+        if self.importance == "decoupled":
+            wanted.append(keys.proximal_log_prob)
+        if self._use_kl and self.reference_network is None:
+            wanted.append(keys.ref_log_prob)
+        if keys.weight is not None:
+            wanted.append(keys.weight)
+        return [*self.actor_network.in_keys, *wanted]
+
+    def _list_out_keys(self) -> list[NestedKey]:
+        keys = ["loss_objective"]
+        keys += ["loss_entropy"] if self._use_entropy else []
+        keys += ["loss_kl", "kl_to_ref"] if self._use_kl else []
+        keys += ["behavior_weight"] if self.importance == "decoupled" else []
+        keys += ["kl_approx", "clip_fraction", "entropy", "ESS", "max_ratio"]
+        return [*keys, "advantage_mean", "advantage_std"]
+
+    # -- the loss --------------------------------------------------------------------------------
+    @dispatch
+    def forward(
+        self, tensordict: TensorDictBase, *, normaliser: torch.Tensor | float | None = None
+    ) -> TensorDictBase:
+        """Compute the loss and its metrics.
+
+        Args:
+            tensordict (TensorDictBase): decisions ``[*B]``.
+
+        Keyword Args:
+            normaliser (torch.Tensor or float, optional): positive number the weighted sum is
+                divided by, usually :meth:`normaliser` of a larger batch. By default that of this
+                batch.
+
+        Returns:
+            TensorDict: scalars, see the class; the losses are ``[*B, chunk, A]`` (or ``[*B, 1, 1]``
+            with one ratio per decision) under ``reduction="none"``.
+
+        Raises:
+            KeyError: if an entry is missing.
+            ValueError: if shapes do not fit together.
+        """
+        tokens = self._get(tensordict, "action")
+        behavior = self._get(tensordict, "sample_log_prob")
+        advantage = self._get(tensordict, "advantage")
+        check_shapes(tokens, behavior, advantage)
+        mask = self._mask(tensordict, tokens)
+        dist = self._dist(tensordict, self.actor_network, self.actor_network_params)
+        log_prob = dist.log_prob(tokens)
+
+        token_log_ratio = masked_log_ratio(log_prob, behavior, mask)
+        behavior_log_ratio = self._to_level(token_log_ratio, mask)
+        level_mask = self._level_mask(mask)
+        row_weight = self._row_weight(tensordict)
+        total = self.normaliser(tensordict) if normaliser is None else normaliser
+        total = torch.as_tensor(total, dtype=torch.get_default_dtype(), device=tokens.device)
+        total = torch.where(total > 0, total, torch.ones_like(total))
+
+        def reduce(values: torch.Tensor) -> torch.Tensor:
+            weights = F.reduction_weights(level_mask, self.reduction)
+            if row_weight is not None:
+                weights = weights * row_weight
+            values = torch.where(level_mask, values, torch.zeros_like(values)) * weights
+            return (values if self.reduction == "none" else values.sum()) / total
+
+        out: dict[str, torch.Tensor] = {}
+        trust_log_ratio, weight = behavior_log_ratio, None
+        if self.importance == "decoupled":
+            proximal = self._get(tensordict, "proximal_log_prob")
+            trust_log_ratio = self._to_level(masked_log_ratio(log_prob, proximal, mask), mask)
+            proximal_log_ratio = self._to_level(masked_log_ratio(proximal, behavior, mask), mask)
+            weight = F.behavior_weight(proximal_log_ratio, cap=self.behavior_weight_cap)
+            out["behavior_weight"] = F.masked_mean(weight, level_mask)
+        gain = F.clipped_surrogate(
+            trust_log_ratio,
+            advantage.unsqueeze(-1),
+            clip_low=self.clip_epsilon_low,
+            clip_high=self.clip_epsilon_high,
+            dual_clip=self.dual_clip,
+        )
+        out["loss_objective"] = -reduce(gain if weight is None else weight * gain)
+
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._use_entropy):
+            entropy = dist.entropy()
+        out["entropy"] = F.masked_mean(entropy.detach(), mask)
+        if self._use_entropy:
+            out["loss_entropy"] = -self.entropy_coeff * reduce(self._level_mean(entropy, mask))
+        if self._use_kl:
+            kl = self._kl_to_ref(tensordict, dist, log_prob, tokens, mask)
+            out["kl_to_ref"] = F.masked_mean(kl.detach(), mask)
+            out["loss_kl"] = self.kl_to_ref_coeff * reduce(self._level_mean(kl, mask))
+
+        with torch.no_grad():
+            outside = F.outside_clip(
+                trust_log_ratio, clip_low=self.clip_epsilon_low, clip_high=self.clip_epsilon_high
+            )
+            out["clip_fraction"] = F.masked_mean(outside.to(log_prob.dtype), level_mask)
+            out["kl_approx"] = F.masked_mean(F.kl_k3(token_log_ratio), mask)
+            out["ESS"] = F.effective_sample_size(behavior_log_ratio, level_mask)
+            out["max_ratio"] = behavior_log_ratio.masked_fill(~level_mask, -torch.inf).amax().exp()
+            out["advantage_mean"] = advantage.mean()
+            out["advantage_std"] = advantage.std(correction=0)
+            out.update(self._policy_lag(tensordict))
+        td_out = TensorDict(out)
+        self._clear_weakrefs(tensordict, td_out, "actor_network_params", "reference_network_params")
+        return td_out
+
+    @torch.no_grad()
+    def normaliser(self, tensordict: TensorDictBase) -> torch.Tensor:
+        """What the weighted sum over *tensordict* is divided by; costs no forward pass.
+
+        Args:
+            tensordict (TensorDictBase): decisions ``[*B]``; tokens, masks and weights are read.
+
+        Returns:
+            torch.Tensor: scalar; zero if nothing was executed, which :meth:`forward` takes for one.
+        """
+        mask = self._mask(tensordict, self._get(tensordict, "action"))
+        return F.reduction_normaliser(
+            self._level_mask(mask), self.reduction, self._row_weight(tensordict)
+        )
+
+    # -- one ratio per token, or per decision ----------------------------------------------------
+    def _to_level(self, log_ratio: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if self.ratio_level == "token":
+            return log_ratio
+        if self.ratio_level == "sequence":
+            total = log_ratio.sum((-2, -1), keepdim=True)
+            return total.clamp(-F.LOG_RATIO_BOUND, F.LOG_RATIO_BOUND)
+        return self._level_mean(log_ratio, mask)
+
+    def _level_mask(self, mask: torch.Tensor) -> torch.Tensor:
+        return mask if self.ratio_level == "token" else mask.flatten(-2).any(-1)[..., None, None]
+
+    def _level_mean(self, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        # A mean, not a sum: entropy_coeff and kl_to_ref_coeff keep their meaning at every level.
+        if self.ratio_level == "token":
+            return values
+        return F.masked_mean(values, mask, dim=(-2, -1))[..., None, None]

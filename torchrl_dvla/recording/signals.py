@@ -1,0 +1,154 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Ending a run when it is asked to, at a point where its state is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType, TracebackType
+
+__all__ = ["GracefulStop", "StopRequested"]
+
+
+class StopRequested(BaseException):
+    """Raised inside :meth:`GracefulStop.interruptible` when the run was asked to stop.
+
+    Like :class:`KeyboardInterrupt` it derives from :class:`BaseException`, so that no
+    ``except Exception`` on the way takes it for a failure.
+    """
+
+
+class GracefulStop:
+    """Turns SIGINT and SIGTERM into a request that the training loop answers by itself.
+
+    A signal may arrive in the middle of an optimizer step or of a write to the replay buffer, when
+    raising an exception would leave half of it behind. So the handler only takes a note. Three
+    kinds of code hear about it:
+
+    - the loop reads :attr:`requested` between updates;
+    - a wait that another thread can end (a learner blocked on its replay buffer) is ended by the
+      callbacks given to :meth:`on_request`. They run in a thread of their own, because a callback
+      that takes a lock inside a signal handler can dead-lock with the code that it interrupted;
+    - a wait that holds no state (workers starting, an evaluation's result) runs inside
+      :meth:`interruptible`, where the handler does raise, :class:`StopRequested`.
+
+    A second signal raises :class:`KeyboardInterrupt` at once: the way out of a shutdown that hangs.
+
+    Only the main thread can install signal handlers; the previous ones come back on exit.
+
+    Keyword Args:
+        signals (tuple of signal.Signals): what counts as a request. Defaults to SIGINT and SIGTERM.
+
+    Raises:
+        ValueError: on entry outside the main thread.
+
+    Examples:
+        >>> import os, signal, threading
+        >>> woken = threading.Event()
+        >>> with GracefulStop() as stop:
+        ...     stop.on_request(woken.set)
+        ...     os.kill(os.getpid(), signal.SIGTERM)
+        ...     woken.wait(10)
+        ...     stop.requested, stop.reason
+        True
+        (True, 'SIGTERM')
+    """
+
+    def __init__(
+        self, *, signals: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
+    ) -> None:
+        self._signals = signals
+        self._previous: dict[signal.Signals, object] = {}
+        # SimpleQueue.put is the one inter-thread primitive documented as safe inside a handler.
+        self._inbox: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._callbacks: list[Callable[[], object]] = []
+        self._lock = threading.Lock()
+        self._called = False
+        self._thread: threading.Thread | None = None
+        self._num_interruptible = 0
+        self._reason: str | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether a stop was asked for."""
+        return self._reason is not None
+
+    @property
+    def reason(self) -> str | None:
+        """Name of the signal, or the text given to :meth:`request`; ``None`` while running."""
+        return self._reason
+
+    def request(self, reason: str) -> None:
+        """Ask for a stop from the program itself (a spent time budget, say)."""
+        if self._reason is None:
+            self._reason = reason
+            self._inbox.put(reason)
+
+    def on_request(self, callback: Callable[[], object]) -> None:
+        """Call ``callback`` once, from another thread, when a stop is asked for.
+
+        Called at once when that has happened already.
+        """
+        with self._lock:
+            if not self._called:
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """A region of the main thread that a request may leave by :class:`StopRequested`."""
+        self._num_interruptible += 1
+        try:
+            if self._reason is not None:
+                raise StopRequested(self._reason)
+            yield
+        finally:
+            self._num_interruptible -= 1
+
+    def __enter__(self) -> GracefulStop:
+        if threading.current_thread() is not threading.main_thread():
+            raise ValueError(
+                "GracefulStop must be entered in the main thread, got "
+                f"{threading.current_thread().name!r}. Only the main thread receives signals."
+            )
+        self._thread = threading.Thread(target=self._watch, name="graceful-stop", daemon=True)
+        self._thread.start()
+        for number in self._signals:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous.clear()
+        self._inbox.put(None)
+        if self._thread is not None:
+            self._thread.join()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._reason is not None:
+            raise KeyboardInterrupt(f"second request to stop ({signal.Signals(number).name})")
+        self._reason = signal.Signals(number).name
+        self._inbox.put(self._reason)
+        if self._num_interruptible:
+            raise StopRequested(self._reason)
+
+    def _watch(self) -> None:
+        while self._inbox.get() is not None:
+            with self._lock:
+                self._called = True
+                callbacks, self._callbacks = self._callbacks, []
+            for callback in callbacks:
+                callback()

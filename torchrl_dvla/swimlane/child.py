@@ -1,0 +1,117 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Starting and ending the child processes of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+__all__ = ["Child", "prepare_child"]
+
+_PR_SET_PDEATHSIG = 1
+#: What every child needs and what takes seconds to import.
+_PRELOADED = ("torchrl_dvla.swimlane.env_worker", "torchrl_dvla.swimlane.inference")
+
+
+def prepare_child(num_threads: int, env_vars: Mapping[str, str] | None = None) -> None:
+    """First call in every child process: what it must never do to its parent or outlive.
+
+    Ctrl-C reaches the whole process group, but only the parent may act on it: it ends its children
+    in order. When the parent is killed without a chance to do so, the kernel ends the child.
+
+    Args:
+        num_threads (int): intra-op threads of torch in this process.
+        env_vars (Mapping, optional): environment variables to set.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A handler of the parent's recipe must not be inherited by a forked child.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == 1 and multiprocessing.parent_process() is not None:
+            os._exit(1)  # the parent died before prctl took effect
+    os.environ.update(env_vars or {})
+    torch.set_num_threads(num_threads)
+
+
+class Child:
+    """A child process with one duplex pipe, ended for certain by :meth:`stop`.
+
+    Args:
+        target (Callable): module-level function, called in the child as ``target(connection, *args)``.
+        args (tuple): picklable arguments.
+
+    Keyword Args:
+        name (str): shown in process lists and errors.
+        start_method (str): ``"forkserver"`` (default) or ``"spawn"``. The fork server is one clean,
+            single-threaded process that has imported torch and this package: a child is there within
+            milliseconds, which is what makes a lost worker cheap to replace.
+    """
+
+    def __init__(
+        self,
+        target: Callable[..., None],
+        args: tuple[Any, ...],
+        *,
+        name: str,
+        start_method: str = "forkserver",
+    ) -> None:
+        context: Any = multiprocessing.get_context(start_method)
+        if start_method == "forkserver":
+            context.set_forkserver_preload(list(_PRELOADED))
+        self.connection: Connection
+        self.connection, theirs = context.Pipe(duplex=True)
+        self.name = name
+        self.process = context.Process(target=target, args=(theirs, *args), name=name, daemon=True)
+        try:
+            self.process.start()
+        except BaseException:
+            self.connection.close()
+            raise
+        finally:
+            # Our copy of their end must go, or the child's death would never show as end of file.
+            theirs.close()
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return int(self.process.pid)
+
+    def fileno(self) -> int:
+        """Descriptor to wait on for messages and for the child's death."""
+        return self.connection.fileno()
+
+    def exit_description(self) -> str:
+        """How the child ended, in words."""
+        code = self.process.exitcode
+        if code is None:
+            return "is still running"
+        if code < 0:
+            return f"was ended by {signal.Signals(-code).name}"
+        return f"exited with code {code}"
+
+    def kill(self) -> None:
+        """End the child now and wait until the kernel has: afterwards it writes no memory."""
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+    def stop(self, message: Any, grace_s: float) -> None:
+        """Ask the child to end; kill it when it has not within ``grace_s`` seconds."""
+        with contextlib.suppress(OSError, ValueError):
+            self.connection.send(message)
+        self.process.join(grace_s)
+        self.kill()

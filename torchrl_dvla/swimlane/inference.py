@@ -1,0 +1,247 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The inference lane: one policy call for all rows that wait."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import cloudpickle
+import torch
+from tensordict import NonTensorStack, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from torchrl_dvla.data.schema import (
+    ACTION_CHUNK_KEY,
+    ACTION_TOKENS_KEY,
+    INSTRUCTION_KEY,
+    OBSERVATION_KEY,
+    POLICY_VERSION_KEY,
+    SAMPLE_LOG_PROB_KEY,
+)
+from torchrl_dvla.swimlane.child import Child, prepare_child
+from torchrl_dvla.swimlane.messages import Failed, Infer, Inferred, Snapshot, Stop, UsePool
+from torchrl_dvla.weight_update import WeightReader
+
+__all__ = ["POLICY_OUTPUTS", "InferenceEngine", "InferenceProcess", "InferenceThread"]
+
+#: What the policy has to write for every decision.
+POLICY_OUTPUTS = (ACTION_CHUNK_KEY, ACTION_TOKENS_KEY, SAMPLE_LOG_PROB_KEY)
+
+
+class InferenceEngine:
+    """Takes decisions for rows, always under one whole version of the weights.
+
+    The newest version is adopted between two batches and never inside one (invariant 3), by pinning
+    a slot of the weight store: no weight is copied and nobody is waited for (invariant 4).
+
+    Args:
+        policy (TensorDictModuleBase): reads the canonical VLA observation, writes
+            :data:`POLICY_OUTPUTS`. Its parameters are pointed at the store's memory.
+        reader (WeightReader): the lane's place in the weight store.
+    """
+
+    def __init__(self, policy: TensorDictModuleBase, reader: WeightReader) -> None:
+        self._policy = policy.requires_grad_(False).eval()
+        self._reader = reader
+        self._snapshot: TensorDictModuleBase | None = None
+        self._snapshot_version = -1
+        self._rows: dict[Any, torch.Tensor] = {}
+        self._observation_keys: list[Any] = []
+        self._instructions: dict[int, str] = {}
+
+    def use_pool(self, rows: TensorDictBase) -> None:
+        """Take the rows that observations are read from and decisions written to."""
+        self._rows = {key: rows.get(key) for key in rows.keys(True, True)}
+        self._observation_keys = [
+            key for key in self._rows if isinstance(key, tuple) and key[0] == OBSERVATION_KEY
+        ]
+
+    def snapshot(self) -> int:
+        """Copy the newest weights aside, so that an evaluation sees one version; returns it."""
+        version = self._reader.adopt_into(self._policy)
+        if self._snapshot is None:
+            # Parameters of the deep copy own their memory: they no longer follow the store.
+            self._snapshot = copy.deepcopy(self._policy)
+        else:
+            _copy_weights(self._policy, self._snapshot)
+        self._snapshot_version = version
+        return version
+
+    @torch.no_grad()
+    def infer(self, message: Infer) -> int:
+        """Write tokens, log-probs, chunk and version of every row; returns the version.
+
+        Raises:
+            RuntimeError: if a snapshot is asked for and none was taken.
+        """
+        self._instructions.update(message.new_instructions)
+        if message.use_snapshot:
+            if self._snapshot is None:
+                raise RuntimeError("use_snapshot needs a Snapshot message first, got none.")
+            policy, version = self._snapshot, self._snapshot_version
+        else:
+            policy, version = self._policy, self._reader.adopt_into(self._policy)
+        index = torch.tensor(message.rows)
+        tensordict = TensorDict(
+            {key: self._rows[key].index_select(0, index) for key in self._observation_keys},
+            batch_size=[len(message.rows)],
+        )
+        strings = [self._instructions[instruction_id] for instruction_id in message.instruction_ids]
+        tensordict.set(INSTRUCTION_KEY, NonTensorStack(*strings))
+        mode = ExplorationType.DETERMINISTIC if message.greedy else ExplorationType.RANDOM
+        with set_exploration_type(mode):
+            tensordict = policy(tensordict)
+        for key in POLICY_OUTPUTS:
+            self._rows[key].index_copy_(0, index, tensordict.get(key).to(self._rows[key].dtype))
+        self._rows[POLICY_VERSION_KEY][index] = version
+        return version
+
+    def close(self) -> None:
+        """Give the pinned slot of the weight store back."""
+        self._reader.close()
+
+
+def _copy_weights(source: nn.Module, destination: nn.Module) -> None:
+    for theirs, ours in zip(source.parameters(), destination.parameters(), strict=True):
+        ours.data.copy_(theirs.data)
+    for theirs, ours in zip(source.buffers(), destination.buffers(), strict=True):
+        ours.copy_(theirs)
+
+
+def _serve(connection: Connection, engine: InferenceEngine) -> None:
+    """Answer messages until told to stop or until the coordinator is gone."""
+    try:
+        while True:
+            message = connection.recv()
+            start_s = time.monotonic()
+            if isinstance(message, Infer):
+                version = engine.infer(message)
+                connection.send(Inferred(version, start_s, time.monotonic()))
+            elif isinstance(message, Snapshot):
+                engine.snapshot()
+            elif isinstance(message, UsePool):
+                engine.use_pool(message.pool_view.rows)
+            elif isinstance(message, Stop):
+                return
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+    except BaseException:
+        try:
+            connection.send(Failed(traceback.format_exc()))
+        except OSError:
+            pass
+    finally:
+        engine.close()
+        connection.close()
+
+
+def _run_inference_process(
+    connection: Connection,
+    pickled_policy_factory: bytes,
+    reader: WeightReader,
+    num_threads: int,
+    seed: int,
+    env_vars: Mapping[str, str],
+) -> None:
+    prepare_child(num_threads, env_vars)
+    torch.manual_seed(seed)
+    try:
+        engine = InferenceEngine(cloudpickle.loads(pickled_policy_factory)(), reader)
+    except BaseException:
+        connection.send(Failed(traceback.format_exc()))
+        raise SystemExit(1) from None
+    _serve(connection, engine)
+
+
+class InferenceProcess:
+    """The inference lane in a process of its own: it shares no interpreter lock with the learner.
+
+    Args:
+        policy_factory (Callable): builds the policy, in the child.
+        reader (WeightReader): the lane's place in the weight store.
+
+    Keyword Args:
+        num_threads (int): intra-op threads.
+        seed (int): seed of the sampled tokens.
+        start_method (str): how the process is started.
+        env_vars (Mapping, optional): environment variables of the process.
+    """
+
+    def __init__(
+        self,
+        policy_factory: Callable[[], TensorDictModuleBase],
+        reader: WeightReader,
+        *,
+        num_threads: int = 1,
+        seed: int = 0,
+        start_method: str = "forkserver",
+        env_vars: Mapping[str, str] | None = None,
+    ) -> None:
+        payload = cloudpickle.dumps(policy_factory)
+        self._child = Child(
+            _run_inference_process,
+            (payload, reader, num_threads, seed, dict(env_vars or {})),
+            name="dvla-inference",
+            start_method=start_method,
+        )
+        self.connection = self._child.connection
+
+    @property
+    def pid(self) -> int:
+        """Process id of the lane."""
+        return self._child.pid
+
+    def describe_end(self) -> str:
+        """How the lane ended, in words."""
+        self._child.process.join(5.0)
+        return f"The inference process {self._child.exit_description()}"
+
+    def stop(self, grace_s: float = 5.0) -> None:
+        """End the lane for certain."""
+        self._child.stop(Stop(), grace_s)
+
+
+class InferenceThread:
+    """The inference lane as a thread of the learner's process, with the same life as the process.
+
+    Args:
+        policy_factory (Callable): builds the policy; it must not share parameters with the learner's.
+        reader (WeightReader): the lane's place in the weight store.
+    """
+
+    def __init__(
+        self, policy_factory: Callable[[], TensorDictModuleBase], reader: WeightReader
+    ) -> None:
+        self.connection, theirs = Pipe(duplex=True)
+        self._thread = threading.Thread(
+            target=_serve,
+            args=(theirs, InferenceEngine(policy_factory(), reader)),
+            name="dvla-inference",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def describe_end(self) -> str:
+        """How the lane ended, in words."""
+        return "The inference thread ended"
+
+    def stop(self, grace_s: float = 5.0) -> None:
+        """End the lane; a policy call in progress is waited for up to ``grace_s`` seconds."""
+        try:
+            self.connection.send(Stop())
+        except OSError:
+            pass
+        self._thread.join(grace_s)
+        self.connection.close()

