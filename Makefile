@@ -46,7 +46,7 @@ format: setup ## let ruff mend what it can
 
 docs: ## build the documentation into docs/build/html
 	@bash scripts/setup.sh libero dev docs
-	$(PY) -m sphinx -W --keep-going -b html docs/source docs/build/html $(ARGS)
+	$(PY) -m sphinx -q -W --keep-going -b html docs/source docs/build/html $(ARGS)
 	@echo "open docs/build/html/index.html"
 
 bench: setup ## run every benchmark; each prints one JSON object as its last line

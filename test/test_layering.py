@@ -108,11 +108,10 @@ def test_root_modules() -> None:
                 assert parts[1] in ROOT_MAY_IMPORT[path.stem], f"{path.name}:{line}: {name}"
 
 
-def test_recipes_and_benchmarks_do_not_need_test_doubles() -> None:
-    for folder in ("sota-implementations", "examples"):
-        for path in (PACKAGE.parent / folder).rglob("*.py"):
-            for line, name in imports(path, ""):
-                assert not name.startswith("torchrl_dvla.testing"), f"{path}:{line}"
+def test_recipes_do_not_need_test_doubles() -> None:
+    for path in (PACKAGE.parent / "sota-implementations").rglob("*.py"):
+        for line, name in imports(path, ""):
+            assert not name.startswith("torchrl_dvla.testing"), f"{path}:{line}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

@@ -23,7 +23,7 @@ release = torchrl_dvla.__version__
 version = ".".join(release.split(".")[:2])
 language = "en"
 
-# -- extensions, as TorchRL has them -----------------------------------------------------------------
+# -- extensions, as TorchRL has them --------------------------------------------------------------
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",

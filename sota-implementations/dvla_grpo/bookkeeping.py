@@ -58,6 +58,13 @@ class RunState:
     ended_by: str = ""
     checkpoint: str = ""
 
+    def progress(self, cfg: DictConfig) -> float:
+        """Share of the budget of updates or of time, whichever is further, that is used up."""
+        shares = [self.num_updates / cfg.train.num_updates]
+        if cfg.train.max_minutes is not None:
+            shares.append(self.training_s / (60.0 * cfg.train.max_minutes))
+        return min(1.0, max(shares))
+
 
 class Meter:
     """Counts updates and time against their budgets, and draws the progress bar."""
@@ -167,7 +174,7 @@ def loss_metrics(parts: Sequence[tuple[int, TensorDictBase]]) -> dict[str, float
     """Mean of each output of the loss over the decisions of an update, by TensorBoard name."""
     out: dict[str, float] = {}
     num_rows = sum(count for count, _ in parts)
-    for key in parts[0][1].keys() if parts else ():
+    for key in list(parts[0][1].keys()):
         values = [(count, float(losses[key])) for count, losses in parts]
         if key.endswith("_max") or key.startswith("max_"):
             value = max(value for _, value in values)

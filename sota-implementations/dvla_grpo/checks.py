@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 import utils
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torchrl.modules.vla import VLAWrapperBase
 
 from torchrl_dvla.collectors.matching import match_policy
@@ -54,11 +54,14 @@ def check_settings(cfg: DictConfig) -> None:
         raise ValueError(
             f"train.max_minutes must be positive, got {minutes}. Use null for no limit."
         )
-    if torch.device(cfg.device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device must be one that torch sees, got {cfg.device!r} and no CUDA. Use device=cpu, "
-            "or install a CUDA build of torch on a machine with a GPU."
-        )
+    for name in ("device", "inference_device"):
+        device = torch.device(cfg[name] or "cpu")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"{name} must be one that torch sees, got {cfg[name]!r} and "
+                f"{torch.cuda.device_count()} CUDA device(s). Use {name}=cpu, or a CUDA build of "
+                "torch on a machine with GPUs."
+            )
     if cfg.env.backend == "libero":
         _check_libero(cfg, workers.max_decisions)
     elif cfg.env.backend != "toy":
@@ -73,6 +76,11 @@ def _check_policy_kind(cfg: DictConfig) -> None:
             "policy.kind must be an action-token policy, got 'flow_matching'. GRPO needs the "
             "log-probability of an action, and that of a flow-matching head (pi0, pi0.5) is not in "
             f"this version. Use one of {_KINDS}."
+        )
+    if kind == "checkpoint" and OmegaConf.is_missing(cfg.policy, "checkpoint"):
+        raise ValueError(
+            "policy.checkpoint must be given, got nothing. Make one with the dvla_sft recipe and "
+            "pass policy.checkpoint=<its folder>."
         )
     if kind not in _KINDS:
         raise ValueError(f"policy.kind must be one of {_KINDS}, got {kind!r}. Correct the name.")

@@ -108,8 +108,8 @@ def make_evaluation_episodes(cfg: DictConfig) -> tuple[list[EpisodeSpec], list[E
 # -- policy ---------------------------------------------------------------------------------------
 
 
-def make_policy(cfg: DictConfig) -> VLAWrapperBase:
-    """The learner's policy, on its device."""
+def make_policy(cfg: DictConfig, device: str | None = None) -> VLAWrapperBase:
+    """The policy, on ``device``; by default the learner's."""
     settings = cfg.policy
     if settings.kind == "checkpoint":
         policy = TransformersVLA.from_pretrained(
@@ -143,6 +143,9 @@ def make_policy(cfg: DictConfig) -> VLAWrapperBase:
             seed=cfg.seed,
             temperature=settings.temperature,
         )
+        if settings.state_std is not None:
+            std = torch.tensor(settings.state_std)
+            policy.state_projector.set_statistics(torch.zeros_like(std), std)
     else:
         policy = TinyVLA(
             action_dim=settings.action_dim,
@@ -155,7 +158,7 @@ def make_policy(cfg: DictConfig) -> VLAWrapperBase:
             log_probs_mode="token",
             return_vla_action_container=False,
         )
-    return policy.to(cfg.device)
+    return policy.to(device or cfg.device)
 
 
 def make_loss(cfg: DictConfig, policy: VLAWrapperBase) -> GRPOLoss:
@@ -177,8 +180,14 @@ def make_loss(cfg: DictConfig, policy: VLAWrapperBase) -> GRPOLoss:
     )
 
 
-def make_optimizer(cfg: DictConfig, loss: GRPOLoss) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """AdamW over what is trained, and a learning rate that rises linearly, then stays."""
+def make_optimizer(
+    cfg: DictConfig, loss: GRPOLoss, progress: Callable[[], float]
+) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """AdamW over what is trained; the learning rate rises at first and falls with the budget.
+
+    Groups are few and noisy on a small machine: a rate that ends at ``final_lr_share`` averages over
+    the last of them instead of following each.
+    """
     settings = cfg.optim
     optimizer = torch.optim.AdamW(
         [parameter for parameter in loss.parameters() if parameter.requires_grad],
@@ -186,8 +195,12 @@ def make_optimizer(cfg: DictConfig, loss: GRPOLoss) -> tuple[torch.optim.Optimiz
         betas=tuple(settings.betas),
         weight_decay=settings.weight_decay,
     )
-    warmup = max(1, settings.warmup_steps)
-    return optimizer, LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+    warmup, final = max(1, settings.warmup_steps), settings.final_lr_share
+
+    def factor(step: int) -> float:
+        return min(1.0, (step + 1) / warmup) * (1.0 - (1.0 - final) * progress())
+
+    return optimizer, LambdaLR(optimizer, factor)
 
 
 # -- collection -----------------------------------------------------------------------------------
@@ -217,16 +230,22 @@ def make_replay_buffer_factory(cfg: DictConfig) -> Callable[..., PooledReplayBuf
     )
 
 
-def make_collector(cfg: DictConfig, policy: VLAWrapperBase) -> DVLACollector:
+def make_collector(
+    cfg: DictConfig, policy: VLAWrapperBase, *, first_version: int = 0
+) -> DVLACollector:
     """The collector with its replay buffer: workers are up, nothing is collected yet."""
+    policy_factory = None
+    if cfg.inference_device is not None:
+        policy_factory = functools.partial(make_policy, cfg, cfg.inference_device)
     return DVLACollector(
         make_env_factories(cfg),
         policy,
+        policy_factory=policy_factory,
         replay_buffer=make_replay_buffer_factory(cfg),
         group=make_group_config(cfg),
         workers=make_worker_config(cfg),
         inference=InferenceConfig(**OmegaConf.to_container(cfg.inference, resolve=True)),
-        weight_sync_schemes={"policy": AsyncWeightUpdater()},
+        weight_sync_schemes={"policy": AsyncWeightUpdater(first_version=first_version)},
         schedule=InitStateSchedule(make_task_names(cfg), seed=cfg.seed),
         rows_per_page=cfg.memory.rows_per_page,
         env_bytes=cfg.memory.env_bytes,

@@ -54,7 +54,9 @@ def record_missing(cfg: DictConfig, folder: Path) -> None:
             continue
         with _pool(cfg, task_id, None, min(cfg.demonstrations.num_processes, len(jobs))) as pool:
             num_solved = 0
-            bar = _finished(pool, _record, [(cfg, *job) for job in jobs], f"recording task {task_id}")
+            bar = _finished(
+                pool, _record, [(cfg, *job) for job in jobs], f"recording task {task_id}"
+            )
             for num_done, solved in enumerate(bar, start=1):
                 num_solved += solved
                 bar.set_postfix_str(f"expert solved {num_solved}/{num_done}")
@@ -64,7 +66,9 @@ def evaluate(cfg: DictConfig, checkpoint: Path, *, greedy: bool) -> list[Episode
     """Play the benchmark's init states, which no demonstration starts from."""
     results: list[EpisodeResult] = []
     for task_id in cfg.env.task_ids:
-        jobs = [(cfg, init_state_id, greedy) for init_state_id in range(cfg.evaluation.num_episodes)]
+        jobs = [
+            (cfg, init_state_id, greedy) for init_state_id in range(cfg.evaluation.num_episodes)
+        ]
         with _pool(cfg, task_id, checkpoint, cfg.evaluation.num_processes) as pool:
             name = f"{'greedy' if greedy else 'sampled'} evaluation of task {task_id}"
             bar = _finished(pool, _play, jobs, name)
@@ -107,7 +111,10 @@ def _start(cfg: DictConfig, task_id: int, checkpoint: Path | None) -> None:
     global _env, _policy
     torch.set_num_threads(1)
     _env = utils.make_env(cfg, task_id, recording=checkpoint is None)
-    _policy = None if checkpoint is None else TransformersVLA.from_pretrained(checkpoint).eval()
+    _policy = None
+    if checkpoint is not None:
+        temperature = cfg.evaluation.temperature
+        _policy = TransformersVLA.from_pretrained(checkpoint, temperature=temperature).eval()
 
 
 def _record(cfg: DictConfig, seed: int, path: Path) -> bool:

@@ -21,10 +21,10 @@ from torchrl.data.vla import UniformActionTokenizer
 from torchrl_dvla.data.augmentation import RandomShift, StateNoise
 from torchrl_dvla.data.demonstrations import (
     Demonstration,
-    RestoreInstruction,
     make_demonstration_buffer,
     stack_demonstrations,
 )
+from torchrl_dvla.data.instructions import InstructionTable, InstructionTransform
 from torchrl_dvla.data.schema import ACTION_CHUNK_KEY, IMAGE_KEY, STATE_KEY
 from torchrl_dvla.envs.demonstrations import ActionNoise, LiberoExpertEnv
 from torchrl_dvla.modules import TinyBackboneConfig, TransformersVLA
@@ -93,11 +93,12 @@ def make_tokenizer(cfg: DictConfig) -> UniformActionTokenizer:
 
 def make_splits(
     cfg: DictConfig, demonstrations: list[Demonstration]
-) -> tuple[TensorDictBase, TensorDictBase, list[str]]:
+) -> tuple[TensorDictBase, TensorDictBase, InstructionTable]:
     """Decisions to train on, decisions of other episodes to validate on, and the instructions."""
     step = max(2, len(demonstrations) // cfg.training.num_validation_demonstrations)
-    held_out = demonstrations[::step][: cfg.training.num_validation_demonstrations]
-    rest = [demo for demo in demonstrations if demo not in held_out]
+    chosen = range(0, len(demonstrations), step)[: cfg.training.num_validation_demonstrations]
+    held_out = [demonstrations[index] for index in chosen]
+    rest = [demo for index, demo in enumerate(demonstrations) if index not in chosen]
     tokenizer = make_tokenizer(cfg)
     rows, instructions = stack_demonstrations([*rest, *held_out], tokenizer)
     num_training = sum(len(demo.rows) for demo in rest)
@@ -105,11 +106,11 @@ def make_splits(
 
 
 def make_policy(
-    cfg: DictConfig, instructions: list[str], rows: TensorDictBase
+    cfg: DictConfig, instructions: InstructionTable, rows: TensorDictBase
 ) -> TransformersVLA:
     """A random policy of the sizes in the config, fitting the recorded data."""
     policy = TransformersVLA.tiny(
-        instructions,
+        instructions.since(0).values(),
         action_dim=rows.get(ACTION_CHUNK_KEY).shape[-1],
         chunk_size=cfg.env.chunk_size,
         state_dim=rows.get(STATE_KEY).shape[-1],
@@ -127,7 +128,7 @@ def make_policy(
 
 
 def make_buffer(
-    cfg: DictConfig, rows: TensorDictBase, instructions: list[str]
+    cfg: DictConfig, rows: TensorDictBase, instructions: InstructionTable
 ) -> TensorDictReplayBuffer:
     """Replay buffer with the augmentations of the config."""
     return make_demonstration_buffer(
@@ -138,9 +139,9 @@ def make_buffer(
     )
 
 
-def make_validation_batch(rows: TensorDictBase, instructions: list[str]) -> TensorDictBase:
+def make_validation_batch(rows: TensorDictBase, instructions: InstructionTable) -> TensorDictBase:
     """All held-out decisions as one batch, without augmentation."""
-    return RestoreInstruction(instructions)(rows)
+    return InstructionTransform(instructions).forward(rows)
 
 
 def make_loss(policy: TransformersVLA) -> ActionTokenBCLoss:

@@ -106,7 +106,7 @@ def test_policy_lag_never_exceeds_the_bound(make_collector, max_policy_lag):
             lags += (update - batch[POLICY_VERSION_KEY]).flatten().tolist()
         collector.update_policy_weights_()
         assert collector.policy_version == update + 1
-    assert 0 <= min(lags) and max(lags) <= max_policy_lag
+    assert min(lags) >= 0 and max(lags) <= max_policy_lag
 
 
 def test_published_weights_take_the_next_decisions(make_collector):
@@ -117,7 +117,7 @@ def test_published_weights_take_the_next_decisions(make_collector):
     collector.start()
     for _ in collector.replay_buffer:
         pass
-    with torch.no_grad():  # from now on the first action of a chunk is 7, 7; chance decides the others
+    with torch.no_grad():  # the first action of a chunk is 7, 7; chance decides the others
         for parameter in policy.head.parameters():
             parameter.zero_()
         policy.head.bias.view(4, 2, 8)[0, :, 7] = 50.0
@@ -219,7 +219,7 @@ def test_failures_without_end_reach_the_learner(make_collector):
     fault = Fault("raise", "step", at=1, repeat=True)
     collector = make_collector(FaultyEnvFactory(make_env, [fault]), workers={"max_failures": 1})
     collector.start()
-    with pytest.raises(RuntimeError, match="(?s)max_failures.*injected at step 1"):
+    with pytest.raises(RuntimeError, match=r"(?s)max_failures.*injected at step 1"):
         for _ in collector.replay_buffer:
             pass
 
@@ -236,7 +236,8 @@ def test_a_budget_below_one_update_is_refused(make_collector):
 
 def test_shutdown_leaves_no_process_and_no_shared_memory(make_collector):
     before = shared_memory_files()
-    collector = make_collector(inference=InferenceConfig(where="process"), workers={"num_workers": 2})
+    inference = InferenceConfig(where="process")
+    collector = make_collector(inference=inference, workers={"num_workers": 2})
     collector.start()
     for _ in collector.replay_buffer:
         pass
@@ -252,7 +253,7 @@ def test_a_resumed_collector_begins_unfinished_groups_anew(make_collector):
         pass
     first.shutdown()
     state = first.state_dict()
-    reopened = [spec for spec in state["queue"]["reopened"]]
+    reopened = list(state["queue"]["reopened"])
     second = make_collector()
     second.load_state_dict(state)
     taken = [second._queue._reopened[k] for k in range(len(reopened))]

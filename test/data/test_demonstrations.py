@@ -83,7 +83,7 @@ def test_stack_tokenises_and_numbers_instructions():
     demos[1].rows["vla_action", "chunk"][0, 0, 0] = 0.5
     rows, instructions = stack_demonstrations(demos, UniformActionTokenizer(3, low=-1.0, high=1.0))
     assert rows.shape == (8,)
-    assert instructions == ["pick", "place"]
+    assert [instructions.text(0), instructions.text(1)] == ["pick", "place"]
     assert rows["instruction_id"].flatten().tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
     assert rows["vla_action", "tokens"][3].tolist() == [[2, 1], [1, 1], [1, 1], [1, 1]]
 

@@ -15,7 +15,7 @@ from torchrl_dvla.envs.expert_scene import PlaceGoal
 
 
 class PointScene:
-    """A gripper without inertia: one unit of action moves it 2 cm, closed on the cube it holds it."""
+    """A gripper without inertia: one unit of action moves it 2 cm; closed, it holds the cube."""
 
     def __init__(self, target="plate", slip_at_height=None):
         self.goals = [PlaceGoal("on", "cube", target)]

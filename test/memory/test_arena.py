@@ -69,7 +69,9 @@ def test_close_frees_physical_memory_under_live_views():
 
 def test_file_descriptor_is_closed_by_the_finalizer():
     def links():
-        return [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if alive(fd)]
+        return [
+            os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if alive(fd)
+        ]
 
     def alive(fd):
         return os.path.lexists(f"/proc/self/fd/{fd}")

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_rows_are_contiguous_disjoint_views():
         assert field.data_ptr() % 64 == 0
         spans.append((field.data_ptr(), field.data_ptr() + field.nbytes))
     spans.sort()
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:]))
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
     # Locked: an assignment writes into shared memory, it never replaces a field.
     pointer = rows["group_id"].data_ptr()
     rows["group_id"][3] = 9
@@ -83,9 +84,7 @@ def test_dynamic_shapes_are_refused_by_name():
 
 def test_disagreeing_specs_are_refused_by_name():
     with pytest.raises(ValueError, match="agree on 'state'"):
-        RowLayout.from_specs(
-            Composite(state=Unbounded((3,))), Composite(state=Unbounded((4,)))
-        )
+        RowLayout.from_specs(Composite(state=Unbounded((3,))), Composite(state=Unbounded((4,))))
 
 
 def test_bad_fields():

@@ -16,7 +16,7 @@ from torchrl.data.vla import UniformActionTokenizer
 from torchrl_dvla.modules import TinyBackboneConfig, TransformersVLA
 
 INSTRUCTIONS = ["pick up the black bowl and place it on the plate", "open the drawer", "lift it"]
-ACTION_DIM, CHUNK, STATE_DIM, BINS = 6, 4, 5, 16
+ACTION_DIM, CHUNK, STATE_DIM, BINS = 6, 4, 6, 16
 
 #: A backbone of a few ten thousand parameters: facts about layout do not need more.
 SMALL = TinyBackboneConfig(
@@ -51,7 +51,6 @@ def observation(
 
     num_rows = torch.Size(batch).numel()
     names = instructions or [INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(num_rows)]
-    td = TensorDict({"observation": {"image": image()}}, batch_size=[num_rows or 1])
     td = TensorDict(
         {
             "observation": {

@@ -29,9 +29,7 @@ make_env = functools.partial(CountingChunkEnv, chunk_size=4, max_env_steps=10)
 def worker_and_rows():
     specs = describe_env(make_env())
     observation = {key: (shape, dtype) for key, shape, dtype in specs.observation}
-    layout = decision_layout(
-        observation, chunk_size=specs.chunk_size, action_dim=specs.action_dim
-    )
+    layout = decision_layout(observation, chunk_size=specs.chunk_size, action_dim=specs.action_dim)
     with EnvironmentPool(layout, num_pages=4, rows_per_page=4) as pool:
         worker = EnvWorker({"default": make_env}, num_envs=2)
         worker.use_pool(pool.rows)

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -247,11 +249,30 @@ def test_a_closed_store_leaves_its_readers_their_weights(learner: nn.Linear) -> 
     store.close()
     assert value_of(served) == 5.0
     assert reader.adopt_into(served) == 0
+    reader.unpin()
+    assert reader.adopt_into(served) == 0  # what is offered can still be pinned
     assert not reader.is_writer_alive()
     with pytest.raises(TimeoutError, match="is gone"):
         reader.wait(1, timeout_s=0.0)
+    assert store.adopted_versions() == {"a": 0}  # as it was at the end
+    assert store.version == 0
     with pytest.raises(RuntimeError, match="closed"):
         store.publish()
+    with pytest.raises(RuntimeError, match="closed"):
+        store.wait()
+
+
+def test_memory_goes_with_the_store_and_its_last_reader(learner: nn.Linear) -> None:
+    store = WeightStore(learner)
+    arena = weakref.ref(store._segment._arena._map)
+    reader, served = store.reader("a"), constant(0.0)
+    reader.adopt_into(served)
+    store.close()
+    gc.collect()
+    assert arena() is not None
+    del reader, served
+    gc.collect()
+    assert arena() is None
 
 
 def test_frozen_weights_are_stored_once_and_shared(learner: nn.Linear) -> None:

@@ -29,9 +29,9 @@ class GroupConfig:
         groups_per_update (int): groups that one learner update takes.
         max_policy_lag (int): versions of the weights that may lie between taking a decision and
             learning from it. 0 is the synchronous loop.
-        return_bounds (tuple, optional): a group is learned from only if its mean return lies strictly
-            between these. Groups whose returns are all equal are always left out: their advantages
-            are zero.
+        return_bounds (tuple, optional): a group is learned from only if its mean return lies
+            strictly between these. Groups whose returns are all equal are always left out: their
+            advantages are zero.
         normalise_std (bool): divide advantages by the group's standard deviation.
         max_drought (int): groups without contrast in a row after which a warning says so; sampling
             goes on, and the warning is repeated after as many again.
@@ -55,7 +55,8 @@ state: one rollout has no advantage.
     def __post_init__(self) -> None:
         if self.group_size < 2:
             raise ValueError(
-                f"group_size must be at least 2, got {self.group_size}. A group compares rollouts of "
+                f"group_size must be at least 2, got {self.group_size}. A group compares rollouts "
+                "of "
                 "one initial state: one rollout has no advantage."
             )
         if self.candidate_group_size is not None and self.candidate_group_size < self.group_size:
@@ -65,7 +66,8 @@ state: one rollout has no advantage.
             )
         if self.max_policy_lag < 0:
             raise ValueError(
-                f"max_policy_lag must be at least 0, got {self.max_policy_lag}. 0 is the synchronous "
+                f"max_policy_lag must be at least 0, got {self.max_policy_lag}. 0 is the "
+                "synchronous "
                 "loop."
             )
         _require_positive("groups_per_update", self.groups_per_update)
@@ -85,7 +87,8 @@ class WorkerConfig:
         num_workers (int): processes.
         envs_per_worker (int): rollouts that a worker holds open at once.
         max_decisions (int): decisions after which a rollout is truncated.
-        reset_timeout_s (float): seconds after which a reset counts as hung and its worker is replaced.
+        reset_timeout_s (float): seconds after which a reset counts as hung and its worker is
+            replaced.
         step_timeout_s (float): the same for one decision.
         start_timeout_s (float): seconds for the construction of the first environments.
         stop_timeout_s (float): seconds that workers get to end before they are killed.
@@ -130,7 +133,8 @@ class InferenceConfig:
     def __post_init__(self) -> None:
         if self.where not in ("process", "thread"):
             raise ValueError(
-                f"where must be 'process' or 'thread', got {self.where!r}. Take 'process' unless the "
+                f"where must be 'process' or 'thread', got {self.where!r}. Take 'process' unless "
+                "the "
                 "policy cannot be pickled."
             )
         if self.max_batch_size is not None:

@@ -11,14 +11,14 @@ import os
 import selectors
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 
+from torchrl_dvla.collectors.batcher import DecisionBatcher, LaneLostError
 from torchrl_dvla.collectors.configs import InferenceConfig, WorkerConfig
 from torchrl_dvla.collectors.counters import CollectionCounters
 from torchrl_dvla.collectors.rollout import Rollout, Slot, SlotState
 from torchrl_dvla.collectors.rollout_queue import RolloutQueue
-from torchrl_dvla.data.instructions import InstructionTable
+from torchrl_dvla.data import InstructionTable
 from torchrl_dvla.data.schema import (
     DECISION_INDEX_KEY,
     GROUP_ID_KEY,
@@ -30,11 +30,8 @@ from torchrl_dvla.memory import EnvironmentPool
 from torchrl_dvla.swimlane import InferenceProcess, InferenceThread, SamplingLane, Timeline
 from torchrl_dvla.swimlane.messages import (
     EnvSpecs,
-    Failed,
-    Infer,
     Ready,
     Reset,
-    Snapshot,
     Step,
     Stepped,
     UsePool,
@@ -89,8 +86,6 @@ class Coordinator:
         inference: InferenceConfig,
     ) -> None:
         self._sampling = sampling
-        self._start_inference = start_inference
-        self._inference = start_inference()
         self._pool = pool
         self._queue = queue
         self._instructions = instructions
@@ -98,16 +93,19 @@ class Coordinator:
         self._timeline = timeline
         self._counters = counters
         self._workers = workers
-        self._max_batch_size = inference.max_batch_size
         self._slots = [
             Slot(worker, env_index)
             for worker in range(workers.num_workers)
             for env_index in range(workers.envs_per_worker)
         ]
-        self._ready: deque[Slot] = deque()
-        #: The decisions that are being taken; a slot may change hands meanwhile, a rollout does not.
-        self._batch: list[tuple[Slot, Rollout]] = []
-        self._num_instructions_sent = 0
+        self._batcher = DecisionBatcher(
+            start_inference,
+            pool,
+            instructions,
+            max_batch_size=inference.max_batch_size or len(self._slots),
+            timeline=timeline,
+            counters=counters,
+        )
         self._num_failures = 0
         self._ids = {
             key: pool.rows.get(key).numpy()
@@ -124,14 +122,14 @@ class Coordinator:
 
     def start(self) -> None:
         """Begin: from here on the lanes belong to the coordinator's thread."""
-        self._connect_inference()
+        self._listen_to_inference(self._batcher.connect())
         for index in range(self._workers.num_workers):
             self._connect_worker(index)
             self._admit_worker(index)
         self._thread.start()
 
     def wake(self) -> None:
-        """End the loop's sleep: something that it may act on has changed. Any thread may call it."""
+        """End the loop's sleep: something has changed. Any thread may call it."""
         os.write(self._wake_write, b"x")
 
     def stop(self) -> None:
@@ -149,7 +147,7 @@ class Coordinator:
             while not self._stopping:
                 self._begin_evaluation()
                 self._fill_idle_slots()
-                self._send_batch()
+                self._batcher.dispatch()
                 for key, _ in self._selector.select(self._time_to_deadline()):
                     self._receive(key)
                 self._replace_hung_workers()
@@ -163,7 +161,7 @@ class Coordinator:
     def _close(self) -> None:
         self._stopping = True
         self._queue.fail_evaluations(RuntimeError("The collector ended before the evaluation did."))
-        self._inference.stop()
+        self._batcher.stop()
         self._sampling.stop(self._workers.stop_timeout_s)
         self._selector.close()
         os.close(self._wake_read)
@@ -172,7 +170,7 @@ class Coordinator:
         if key.data is None:
             os.read(self._wake_read, 4096)
         elif key.data == "inference":
-            self._receive_inference()
+            self._receive_decisions()
         else:
             self._receive_worker(key.data)
 
@@ -180,7 +178,7 @@ class Coordinator:
 
     def _begin_evaluation(self) -> None:
         if self._queue.next_evaluation() is not None:
-            self._send_inference(Snapshot())
+            self._batcher.snapshot()
 
     def _fill_idle_slots(self) -> None:
         for slot in self._slots:
@@ -218,13 +216,13 @@ class Coordinator:
             self._replace_worker(index, str(message))
 
     def _on_ready(self, slot: Slot, message: Ready) -> None:
-        rollout = _rollout_of(slot)
+        rollout = slot.occupant
         self._add_span(slot, "reset", message)
         rollout.instruction_id = self._instructions.id(message.instruction)
         self._await_decision(slot, rollout)
 
     def _on_stepped(self, slot: Slot, message: Stepped) -> None:
-        rollout = _rollout_of(slot)
+        rollout = slot.occupant
         self._add_span(slot, "step", message)
         rollout.num_decisions += 1
         rollout.num_env_steps += message.num_env_steps
@@ -246,8 +244,7 @@ class Coordinator:
         self._ids[GROUP_ID_KEY][row] = rollout.group_id
         self._ids[ROLLOUT_ID_KEY][row] = rollout.rollout_id
         self._ids[DECISION_INDEX_KEY][row] = rollout.num_decisions
-        slot.enter(SlotState.READY)
-        self._ready.append(slot)
+        self._batcher.add(slot)
 
     def _finish(self, rollout: Rollout) -> None:
         self._num_failures = 0
@@ -272,71 +269,28 @@ class Coordinator:
 
     # -- the inference lane ---------------------------------------------------------------------
 
-    def _send_batch(self) -> None:
-        if self._batch or not self._ready:
-            return
-        evaluation = _rollout_of(self._ready[0]).evaluation
-        limit = self._max_batch_size or len(self._slots)
-        waiting, self._ready = self._ready, deque()
-        for slot in waiting:
-            rollout = _rollout_of(slot)
-            if rollout.evaluation is evaluation and len(self._batch) < limit:
-                slot.state = SlotState.INFERRING  # since_s stays: it still waits for its decision
-                self._batch.append((slot, rollout))
-            else:
-                self._ready.append(slot)
-        self._request_batch()
-
-    def _request_batch(self) -> None:
-        rollouts = [rollout for _, rollout in self._batch]
-        evaluation = rollouts[0].evaluation
-        message = Infer(
-            rows=[rollout.row for rollout in rollouts],
-            instruction_ids=[rollout.instruction_id for rollout in rollouts],
-            new_instructions=self._instructions.since(self._num_instructions_sent),
-            greedy=evaluation is not None and evaluation.greedy,
-            use_snapshot=evaluation is not None,
-        )
-        self._num_instructions_sent = len(self._instructions)
-        self._send_inference(message)
-
-    def _receive_inference(self) -> None:
+    def _receive_decisions(self) -> None:
         try:
-            message = self._inference.connection.recv()
-        except (EOFError, OSError):
-            self._restart_inference(self._inference.describe_end() + ".")
+            batch = self._batcher.receive()
+        except LaneLostError as error:
+            self._restart_inference(str(error))
             return
-        if isinstance(message, Failed):
-            # The same batch would fail again: an exception in the policy is the user's to mend.
-            raise RuntimeError(f"The policy failed in the inference lane:\n{message.traceback}")
-        self._timeline.add("inference", message.start_s, message.end_s, name="infer")
-        self._counters.add("collector/inference_batches")
-        batch, self._batch = self._batch, []
         for slot, rollout in batch:
             if rollout.abandoned:
                 self._queue.retry(rollout)
                 continue
-            rollout.stamp(message.policy_version)
             self._timeline.add_idle("sampling", "no_decision", slot.enter(SlotState.STEPPING))
             row, next_row = rollout.row, -1
             if rollout.num_decisions + 1 < self._workers.max_decisions:
                 next_row = self._row_of(rollout, rollout.num_decisions + 1)
             self._sampling.send(slot.worker, Step(slot.env_index, row, next_row))
 
-    def _send_inference(self, message: Infer | Snapshot | UsePool) -> None:
-        try:
-            self._inference.connection.send(message)
-        except OSError:
-            pass  # its death shows at the next receive
-
-    def _connect_inference(self) -> None:
-        self._selector.register(self._inference.connection, selectors.EVENT_READ, "inference")
-        self._send_inference(UsePool(self._pool.worker_view()))
-
     # -- faults ---------------------------------------------------------------------------------
 
     def _connect_worker(self, index: int) -> None:
-        self._selector.register(self._sampling.workers[index].connection, selectors.EVENT_READ, index)
+        self._selector.register(
+            self._sampling.workers[index].connection, selectors.EVENT_READ, index
+        )
 
     def _admit_worker(self, index: int) -> None:
         """Worker ``index`` has built its environment: let it work."""
@@ -345,7 +299,7 @@ class Coordinator:
             slot.enter(SlotState.IDLE)
 
     def _replace_worker(self, index: int, reason: str) -> None:
-        """Worker ``index`` is lost: take its rows back, sample its rollouts again, start another."""
+        """Worker ``index`` is lost: sample its rollouts again, start another worker."""
         _log.warning("%s is replaced: %s", self._sampling.workers[index].name, reason)
         self._counters.add("faults/workers_replaced")
         self._num_failures += 1
@@ -365,7 +319,7 @@ class Coordinator:
             elif rollout is not None:
                 self._queue.retry(rollout)
             if slot.state is SlotState.READY:
-                self._ready.remove(slot)
+                self._batcher.withdraw(slot)
             slot.enter(SlotState.STARTING)
             slot.idle_reason = "worker_lost"
 
@@ -376,18 +330,16 @@ class Coordinator:
         self._num_failures += 1
         if self._num_failures > self._workers.max_failures:
             raise RuntimeError(
-                f"The inference lane was lost {self._num_failures} times without a finished rollout "
+                f"The inference lane was lost {self._num_failures} times without a finished "
+                "rollout "
                 f"between. The last time: {reason}"
             )
-        self._selector.unregister(self._inference.connection)
-        self._inference.stop(0.0)
-        self._inference = self._start_inference()
-        self._connect_inference()
-        self._num_instructions_sent = 0
-        if self._queue.evaluating:
-            self._send_inference(Snapshot())
-        if self._batch:
-            self._request_batch()
+        self._selector.unregister(self._inference_descriptor)
+        self._listen_to_inference(self._batcher.restart(snapshot=self._queue.evaluating))
+
+    def _listen_to_inference(self, descriptor: int) -> None:
+        self._inference_descriptor = descriptor
+        self._selector.register(descriptor, selectors.EVENT_READ, "inference")
 
     def _time_to_deadline(self) -> float | None:
         deadlines = [self._deadline(slot) for slot in self._slots if slot.state in _DEADLINES]
@@ -418,9 +370,3 @@ class Coordinator:
     def _slots_of(self, worker: int) -> list[Slot]:
         size = self._workers.envs_per_worker
         return self._slots[worker * size : (worker + 1) * size]
-
-
-def _rollout_of(slot: Slot) -> Rollout:
-    if slot.rollout is None:
-        raise RuntimeError(f"{slot} must hold a rollout, got none. This is a bug of the coordinator.")
-    return slot.rollout

@@ -42,18 +42,18 @@ EnvFactory = Callable[[], EnvBase]
 class DVLACollector(BaseCollector):
     """Collects groups of rollouts while the learner learns from the groups before.
 
-    Environment workers (sampling lane) write observations into shared pages; an inference lane reads
-    those rows, takes all waiting decisions in one policy call under the newest whole version of the
-    weights, and writes them back; a finished group changes hands page by page into the replay
-    buffer, from which the learner draws (gradient lane); :meth:`update_policy_weights_` publishes
-    the result (distribution lane) without waiting for anyone.
+    Environment workers (sampling lane) write observations into shared pages; an inference lane
+    reads those rows, takes all waiting decisions in one policy call under the newest whole version
+    of the weights, and writes them back; a finished group changes hands page by page into the
+    replay buffer, from which the learner draws (gradient lane); :meth:`update_policy_weights_`
+    publishes the result (distribution lane) without waiting for anyone.
 
     Staleness is bounded by admission: a group is begun only while it can be learned from within
     ``group.max_policy_lag`` versions, see :class:`~torchrl_dvla.data.Admission`. Nothing that was
     sampled is discarded for its age.
 
-    A worker that dies, raises, or hangs beyond its deadline is replaced and its rollouts are sampled
-    again from the same initial state; so is an inference process that dies.
+    A worker that dies, raises, or hangs beyond its deadline is replaced and its rollouts are
+    sampled again from the same initial state; so is an inference process that dies.
 
     Args:
         create_env_fn (Callable or Mapping): environment factory, or factories by task name. The
@@ -67,8 +67,9 @@ class DVLACollector(BaseCollector):
         policy_factory (Callable, optional): builds the policy of the inference lane, in the lane.
             Defaults to sending ``policy`` there.
         replay_buffer (Callable): builds the replay buffer when the layout of a row is known; called
-            with ``pool``, ``admission`` and ``instructions``. ``functools.partial(PooledReplayBuffer,
-            batch_size=64)`` is all it takes. The buffer is :attr:`replay_buffer` afterwards.
+            with ``pool``, ``admission`` and ``instructions``.
+            ``functools.partial(PooledReplayBuffer, batch_size=64)`` is all it takes. The buffer is
+            :attr:`replay_buffer` afterwards.
         group (GroupConfig): groups and staleness.
         workers (WorkerConfig): the sampling lane.
         inference (InferenceConfig): the inference lane.
@@ -76,8 +77,8 @@ class DVLACollector(BaseCollector):
         schedule (InitStateSchedule, optional): initial states of the groups. Defaults to scenes
             sampled by seed, task after task.
         rows_per_page (int): decisions of one page of the environment pool.
-        env_bytes (int or str, optional): byte budget of the environment pool. Defaults to what the lag
-            bound can ever use.
+        env_bytes (int or str, optional): byte budget of the environment pool. Defaults to what the
+            lag bound can ever use.
         seed (int): seed of the initial states and of sampled tokens.
 
     Raises:
@@ -138,7 +139,8 @@ class DVLACollector(BaseCollector):
         if len(schemes) != 1 or not isinstance(updater, AsyncWeightUpdater):
             raise ValueError(
                 "weight_sync_schemes must be {'policy': AsyncWeightUpdater(...)}, got "
-                f"{schemes}. Other schemes write under their readers' feet or make the learner wait."
+                f"{schemes}. Other schemes write under their readers' feet or make the learner "
+                "wait."
             )
         self._weight_sync_schemes = schemes
         self._weight_updater = None
@@ -180,7 +182,8 @@ class DVLACollector(BaseCollector):
         if pool.num_pages < needed:
             pool.close()
             raise ValueError(
-                f"env_bytes must hold the groups of one update ({needed} pages of {pool.page_bytes} "
+                f"env_bytes must hold the groups of one update ({needed} pages of "
+                f"{pool.page_bytes} "
                 f"bytes), got {env_bytes} ({pool.num_pages} pages). Raise env_bytes, or lower "
                 "groups_per_update, group_size or max_decisions."
             )
@@ -290,7 +293,9 @@ class DVLACollector(BaseCollector):
         )
 
     def _on_error(self, error: BaseException) -> None:
-        self.replay_buffer.close(reason=f"the collection ended with an error:\n{error}", error=error)
+        self.replay_buffer.close(
+            reason=f"the collection ended with an error:\n{error}", error=error
+        )
 
     def _admit(self, admitting: bool) -> None:
         if admitting:
@@ -349,9 +354,7 @@ class DVLACollector(BaseCollector):
         Returns:
             The evaluation; its ``result()`` waits.
         """
-        evaluation = Evaluation(
-            episodes, greedy=greedy, num_frames_episodes=num_frames_episodes
-        )
+        evaluation = Evaluation(episodes, greedy=greedy, num_frames_episodes=num_frames_episodes)
         unknown = {spec.task for spec in episodes} - set(self._factories)
         if unknown:
             raise ValueError(

@@ -82,7 +82,8 @@ class GroupSink:
         self._num_dropped_in_a_row += 1
         if self._num_dropped_in_a_row % self._max_drought == 0:
             _log.warning(
-                "%d groups in a row were left out, the last because of %s. Sampling goes on. If this "
+                "%d groups in a row were left out, the last because of %s. Sampling goes on. If "
+                "this "
                 "stays so, the tasks are too easy or too hard for the policy: choose others, raise "
                 "candidate_group_size, or sample at a higher temperature.",
                 self._num_dropped_in_a_row,

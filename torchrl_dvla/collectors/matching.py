@@ -36,7 +36,8 @@ def match_policy(policy: TensorDictModuleBase, specs: EnvSpecs) -> RowLayout:
         RowLayout: the row of one decision.
 
     Raises:
-        ValueError: if the policy writes no chunk, no tokens or no log-prob for each token, or a chunk
+        ValueError: if the policy writes no chunk, no tokens or no log-prob for each token, or a
+        chunk
             that the environment does not take.
     """
     tensordict = TensorDict(
@@ -65,7 +66,8 @@ def match_policy(policy: TensorDictModuleBase, specs: EnvSpecs) -> RowLayout:
     if action_dim != specs.action_dim or specs.chunk_size not in (-1, chunk_size):
         expected = "any" if specs.chunk_size == -1 else specs.chunk_size
         raise ValueError(
-            f"policy must write chunks of [chunk_size={expected}, action_dim={specs.action_dim}], as "
+            f"policy must write chunks of [chunk_size={expected}, action_dim={specs.action_dim}], "
+            "as "
             f"the environment takes them, got [{chunk_size}, {action_dim}]. Build the policy, or "
             "choose its checkpoint, for this environment."
         )

@@ -44,7 +44,8 @@ class Placement:
         >>> Placement(())
         Traceback (most recent call last):
         ...
-        ValueError: nodes must hold exactly one node with learner=True, got 0. Mark the node that learns.
+        ValueError: nodes must hold exactly one node with learner=True, got 0. Mark the node that
+        learns.
     """
 
     nodes: tuple[NodePlacement, ...]

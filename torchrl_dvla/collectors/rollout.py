@@ -24,7 +24,8 @@ class Rollout:
     Args:
         spec (EpisodeSpec): where it starts.
         group_id (int): its group; -1 for evaluation episodes.
-        rollout_id (int): unique in the run. A rollout that is sampled again after a failure keeps it.
+        rollout_id (int): unique in the run. A rollout that is sampled again after a failure keeps
+            it.
         evaluation (Evaluation, optional): the evaluation it belongs to.
         episode (int): its number in that evaluation.
     """
@@ -78,6 +79,13 @@ class Slot:
     rollout: Rollout | None = None
     since_s: float = field(default_factory=time.monotonic)
     idle_reason: str = "starting"
+
+    @property
+    def occupant(self) -> Rollout:
+        """The rollout that runs here."""
+        if self.rollout is None:
+            raise RuntimeError(f"{self} must hold a rollout, got none. This is a bug: report it.")
+        return self.rollout
 
     def enter(self, state: SlotState) -> float:
         """Change state; returns the seconds spent in the one before."""

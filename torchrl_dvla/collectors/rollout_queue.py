@@ -23,9 +23,9 @@ __all__ = ["RolloutQueue"]
 class RolloutQueue:
     """Hands out rollouts: evaluation episodes first, then open groups, then a newly admitted group.
 
-    A group is admitted as a whole (invariant 5), and only once the pool has promised it the pages that
-    its rollouts may need at most. So a rollout that has begun always gets its next page, and the pool
-    cannot deadlock.
+    A group is admitted as a whole (invariant 5), and only once the pool has promised it the pages
+    that its rollouts may need at most. So a rollout that has begun always gets its next page, and
+    the pool cannot deadlock.
 
     Args:
         schedule (Iterator of EpisodeSpec): initial states of the groups.

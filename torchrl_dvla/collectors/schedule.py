@@ -31,8 +31,8 @@ class InitStateSchedule(Iterator[EpisodeSpec]):
 
     Args:
         tasks (sequence of str): keys of ``create_env_fn``, taken in turn.
-        init_state_ids (sequence of int, optional): numbered initial states, taken in turn once every
-            task had the one before. Defaults to ``None``: the environment samples by seed.
+        init_state_ids (sequence of int, optional): numbered initial states, taken in turn once
+            every task had the one before. Defaults to ``None``: the environment samples by seed.
         seed (int): seeds of the scenes are ``seed * 1_000_003 + k`` for the k-th group, so that two
             runs of different seeds share no scene in their first million groups.
 

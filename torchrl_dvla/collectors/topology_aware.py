@@ -23,7 +23,8 @@ class TopologyAwareCollector(DVLACollector):
 
     Observations and actions never leave the node that made them; between nodes only weights and
     gradients travel. On a single node that is exactly a :class:`DVLACollector` with the node's
-    worker and inference settings, which is what this version runs; a plan for more nodes is refused.
+    worker and inference settings, which is what this version runs; a plan for more nodes is
+    refused.
 
     Args:
         create_env_fn (Callable or Mapping): see :class:`DVLACollector`.
@@ -60,7 +61,8 @@ class TopologyAwareCollector(DVLACollector):
         if len(placement.nodes) != 1:
             hosts = [node.host for node in placement.nodes]
             raise ValueError(
-                f"placement must have one node in this version, got {hosts}. Run one node; loops on "
+                f"placement must have one node in this version, got {hosts}. Run one node; loops "
+                "on "
                 "several nodes come with the cluster runtime."
             )
         node = placement.learner

@@ -7,12 +7,8 @@
 from __future__ import annotations
 
 from torchrl_dvla.data.admission import Admission
-from torchrl_dvla.data.groups import (
-    GroupAssembler,
-    GroupRecord,
-    RolloutRecord,
-    max_variance_subset,
-)
+from torchrl_dvla.data.assembler import GroupAssembler, max_variance_subset
+from torchrl_dvla.data.groups import GroupRecord, RolloutRecord
 from torchrl_dvla.data.instructions import InstructionTable, InstructionTransform
 from torchrl_dvla.data.replay_buffer import PooledReplayBuffer
 from torchrl_dvla.data.rows import decision_layout

@@ -2,12 +2,12 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Expert demonstrations at decision level: one file each, and the replay buffer they are learned from.
+"""Expert demonstrations at decision level: one file each, and the buffer they are learned from.
 
-A demonstration holds what a supervised policy needs and no more: one image per labelled decision (a
-transition with root and next images would be twice as large) and the chunk of expert actions that
-follows it. Files are safetensors, written under a temporary name and renamed, so an interrupted
-recording leaves no half file and goes on where it stopped.
+A demonstration holds what a supervised policy needs and no more: one image per labelled decision
+(a transition with root and next images would be twice as large) and the chunk of expert actions
+that follows it. Files are safetensors, written under a temporary name and renamed, so an
+interrupted recording leaves no half file and goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -21,25 +21,24 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tensordict import NonTensorStack, TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
 from torchrl.data.vla import ActionTokenizerBase
 from torchrl.envs.transforms import Transform
 
+from torchrl_dvla.data.instructions import InstructionTable, InstructionTransform
 from torchrl_dvla.data.schema import (
     ACTION_CHUNK_KEY,
     ACTION_IS_PAD_KEY,
     ACTION_TOKENS_KEY,
     IMAGE_KEY,
     INSTRUCTION_ID_KEY,
-    INSTRUCTION_KEY,
     STATE_KEY,
 )
 
 __all__ = [
     "Demonstration",
     "DemonstrationInfo",
-    "RestoreInstruction",
     "load_demonstrations",
     "make_demonstration_buffer",
     "stack_demonstrations",
@@ -82,7 +81,7 @@ class Demonstration:
     Attributes:
         rows (TensorDictBase): ``[T]`` decisions with ``("observation", "image")`` uint8
             ``[T, 3, H, W]``, ``("observation", "state")`` ``[T, S]``, ``("vla_action", "chunk")``
-            ``[T, chunk, A]`` and ``"action_is_pad"`` ``[T, chunk]`` (True = after the episode's end).
+            ``[T, chunk, A]`` and ``"action_is_pad"`` ``[T, chunk]`` (True = after the end).
         info (DemonstrationInfo): its origin.
     """
 
@@ -169,7 +168,7 @@ def load_demonstrations(
 
 def stack_demonstrations(
     demonstrations: Iterable[Demonstration], tokenizer: ActionTokenizerBase
-) -> tuple[TensorDictBase, list[str]]:
+) -> tuple[TensorDictBase, InstructionTable]:
     """Join demonstrations into one batch of labelled decisions.
 
     Args:
@@ -180,47 +179,20 @@ def stack_demonstrations(
         The rows ``[N]`` with ``("vla_action", "tokens")`` and ``"instruction_id"``, and the side
         table of instructions that the ids point into.
     """
-    instructions: list[str] = []
+    instructions = InstructionTable()
     parts = []
     for demo in demonstrations:
-        if demo.info.instruction not in instructions:
-            instructions.append(demo.info.instruction)
         rows = demo.rows.copy()
         rows.set(ACTION_TOKENS_KEY, tokenizer.encode(rows.get(ACTION_CHUNK_KEY)))
-        ids = torch.full((len(rows), 1), instructions.index(demo.info.instruction))
+        ids = torch.full((len(rows), 1), instructions.id(demo.info.instruction))
         rows.set(INSTRUCTION_ID_KEY, ids)
         parts.append(rows)
     return torch.cat(parts), instructions
 
 
-class RestoreInstruction(Transform):
-    """Writes ``"language_instruction"`` from ``"instruction_id"`` when a batch is sampled.
-
-    Args:
-        instructions (list of str): the side table.
-
-    Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> batch = TensorDict({"instruction_id": torch.tensor([[1], [0]])}, [2])
-        >>> list(RestoreInstruction(["pick", "place"])(batch)["language_instruction"])
-        ['place', 'pick']
-    """
-
-    def __init__(self, instructions: list[str]) -> None:
-        super().__init__()
-        self.instructions = list(instructions)
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Add the strings to a sampled batch ``[B]``."""
-        ids = tensordict.get(INSTRUCTION_ID_KEY).flatten().tolist()
-        tensordict.set(INSTRUCTION_KEY, NonTensorStack(*[self.instructions[i] for i in ids]))
-        return tensordict
-
-
 def make_demonstration_buffer(
     rows: TensorDictBase,
-    instructions: list[str],
+    instructions: InstructionTable,
     *,
     batch_size: int,
     transforms: Iterable[Transform] = (),
@@ -229,7 +201,7 @@ def make_demonstration_buffer(
 
     Args:
         rows (TensorDictBase): decisions ``[N]`` of :func:`stack_demonstrations`.
-        instructions (list of str): their side table.
+        instructions (InstructionTable): their side table.
 
     Keyword Args:
         batch_size (int): decisions of a sampled batch.
@@ -253,6 +225,6 @@ def make_demonstration_buffer(
         batch_size=batch_size,
     )
     buffer.extend(rows)
-    for transform in (RestoreInstruction(instructions), *transforms):
+    for transform in (InstructionTransform(instructions), *transforms):
         buffer.append_transform(transform)
     return buffer

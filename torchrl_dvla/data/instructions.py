@@ -147,8 +147,7 @@ class InstructionTransform(Transform):
             tensordict.set(INSTRUCTION_KEY, _stacked(texts, tensordict.batch_size))
         return tensordict
 
-    def inv(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Replace the strings of incoming data by ids."""
+    def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
         keys = set(tensordict.keys())
         if INSTRUCTION_KEY not in keys or INSTRUCTION_ID_KEY in keys:
             return tensordict

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, is_leaf_nontensor
 from torchrl.data.replay_buffers.checkpointers import StorageCheckpointerBase
 from torchrl.data.replay_buffers.storages import Storage, TensorStorage
 
@@ -168,6 +168,7 @@ class PooledStorage(TensorStorage):
 
         Raises:
             KeyError: naming fields that are missing or that rows have no place for.
+            ValueError: naming a field of another shape or type.
             RuntimeError: if the storage holds groups, or the pool has no page left.
         """
         if isinstance(data, list):
@@ -181,8 +182,8 @@ class PooledStorage(TensorStorage):
         self._grow(int(positions.max()) + 1)
         rows = self._index[positions]
         is_single = isinstance(cursor, (int, np.integer)) or data.batch_dims == 0
-        for key in self.pool.layout:
-            value = data.get(key)
+        for key, (_, dtype) in self.pool.layout.items():
+            value = data.get(key).to(dtype)
             self.pool.rows.get(key).index_copy_(0, rows, value.unsqueeze(0) if is_single else value)
         self._bump_mutation_revision()
 
@@ -377,7 +378,7 @@ class PooledStorage(TensorStorage):
 
     def _check_fields(self, data: TensorDictBase) -> None:
         layout = self.pool.layout
-        keys = set(data.keys(include_nested=True, leaves_only=True))
+        keys = set(data.keys(True, True, is_leaf=is_leaf_nontensor))
         missing = [key for key in layout if key not in keys]
         extra = [key for key in keys if key not in layout and key not in _FOREIGN_KEYS]
         if missing or extra:
@@ -386,6 +387,13 @@ class PooledStorage(TensorStorage):
                 f"{sorted(extra, key=str)}. Select the fields, or build the pool with them; "
                 "strings need an InstructionTable."
             )
+        for key, (shape, dtype) in layout.items():
+            value = data.get(key)
+            if value.shape[data.batch_dims :] != shape or not torch.can_cast(value.dtype, dtype):
+                raise ValueError(
+                    f"Field {key!r} must be {list(shape)} {dtype}, got "
+                    f"{list(value.shape[data.batch_dims :])} {value.dtype}. Cast or reshape it."
+                )
 
     def _check_checkpoint(self, state_dict: Mapping[str, Any]) -> None:
         if state_dict["signature"] != self.pool.layout.signature:

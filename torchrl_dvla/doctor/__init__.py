@@ -19,7 +19,6 @@ from importlib import metadata
 from torchrl_dvla._version import __version__
 from torchrl_dvla.doctor.findings import Check, Finding, Status, run_checks
 from torchrl_dvla.doctor.machine import (
-    available_memory,
     check_cores,
     check_folder,
     check_machine,
@@ -54,7 +53,6 @@ __all__ = [
     "Finding",
     "Status",
     "add_parser",
-    "available_memory",
     "check_cores",
     "check_cuda_build",
     "check_egl_device",

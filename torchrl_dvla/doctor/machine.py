@@ -44,28 +44,9 @@ def usable_cores(root: Path = Path("/")) -> float:
     return cores
 
 
-def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that can still be allocated: the system's, or what a control group leaves of them."""
-    available: int | None = None
-    for line in _read(root / "proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    for folder in _cgroup_folders(root):
-        # Version 2 and version 1 of the control groups name the same two numbers differently.
-        for limit_file, usage_file in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
-            limit, usage = _read(folder / limit_file), _read(folder / usage_file)
-            if limit.isdigit() and usage.isdigit():
-                left = max(0, int(limit) - int(usage))
-                available = left if available is None else min(available, left)
-    return available
-
-
 def _cgroup_folders(root: Path) -> list[Path]:
     base = root / "sys/fs/cgroup"
-    folders = [base, base / "memory"]
+    folders = [base]
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         own = base / controllers / path.lstrip("/")
@@ -226,9 +207,12 @@ def check_folder(path: str | Path, need_bytes: int = _GB) -> list[Finding]:
 
 def check_machine(log_dir: str | Path) -> list[Finding]:
     """All of the above, on this machine."""
+    # Imports torch, whose absence this package is meant to report instead of dying of it.
+    from torchrl_dvla.memory import available_bytes
+
     return [
         *check_cores(usable_cores()),
-        *check_memory(available_memory()),
+        *check_memory(available_bytes()),
         *check_shared_memory(dev_shm_free(), try_memfd()),
         *check_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE)),
         *check_folder(log_dir),

@@ -140,8 +140,8 @@ def record_demonstration(
     """Record one episode of the expert on a scene sampled by *seed*.
 
     The label of a decision is the chunk of clean actions from there on. With
-    ``env.replan_interval`` shorter than ``env.chunk_size`` the labels overlap: an episode gives more
-    decisions to learn from, at the price of more frames.
+    ``env.replan_interval`` shorter than ``env.chunk_size`` the labels overlap: an episode gives
+    more decisions to learn from, at the price of more frames.
 
     Args:
         env (LiberoExpertEnv): the environment.
@@ -174,7 +174,7 @@ def record_demonstration(
         seen.append(observation.select(IMAGE_KEY, STATE_KEY))
         observation = env.step_with(controller)
         done = bool(observation["done"])
-    rows = torch.stack(seen).to_tensordict()
+    rows = TensorDict.stack(seen)
     chunks, pad = chunk_labels(np.stack(actions), env.chunk_size, env.replan_interval)
     rows.set(ACTION_CHUNK_KEY, chunks)
     rows.set(ACTION_IS_PAD_KEY, pad)

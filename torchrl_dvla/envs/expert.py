@@ -34,7 +34,7 @@ class ExpertPhase(Enum):
 
 @dataclass(frozen=True)
 class ExpertConfig:
-    """Speeds (in action units, of which 1 commands 5 cm), distances in metres, patience in env steps.
+    """Speeds (in action units, of which 1 commands 5 cm), distances in metres, times in env steps.
 
     Attributes:
         gain (float): action per metre of position error, before clipping to ``[-1, 1]``.
@@ -108,7 +108,7 @@ class PickPlaceExpert:
         if not scene.goals:
             raise ValueError(
                 "scene must have a goal of the form (In|On object target), got none. Choose a "
-                "pick-and-place task: goals over joints (drawers, knobs, doors) are beyond this expert."
+                "pick-and-place task: goals over joints (drawers, doors) are beyond this expert."
             )
         self.scene = scene
         self.config = config or ExpertConfig()
@@ -142,7 +142,9 @@ class PickPlaceExpert:
         aside = float(np.linalg.norm(grasp.point[:2] - tool[:2]))
         turn = float(np.linalg.norm(self._turn()))
         # come down only as far as the fingers are over the object and turned its way
-        height = config.funnel_slope * max(0.0, aside - config.grasp_tolerance) + max(0.0, turn - 0.2)
+        height = config.funnel_slope * max(0.0, aside - config.grasp_tolerance) + max(
+            0.0, turn - 0.2
+        )
         target = grasp.point + [0.0, 0.0, min(height, self._hover - grasp.point[2])]
         if np.linalg.norm(grasp.point - tool) < config.grasp_tolerance or self._impatient:
             self._enter(ExpertPhase.CLOSE)
@@ -176,7 +178,10 @@ class PickPlaceExpert:
     def _lower(self) -> FloatArray:
         if self._lost():
             return self._try_again()
-        place, in_hand = self.scene.target_point(self._goal.target), self._object - self.scene.tool_position
+        place, in_hand = (
+            self.scene.target_point(self._goal.target),
+            self._object - self.scene.tool_position,
+        )
         height = place[2] + self._grasp.height_above_bottom
         target = np.array([*(place[:2] - in_hand[:2]), height])
         if self.scene.tool_position[2] - height < self.config.grasp_tolerance or self._age > 25:
@@ -252,5 +257,7 @@ class PickPlaceExpert:
         lateral = min(max_action, max_lateral) / max(1e-9, float(np.abs(move[:2]).max()))
         move[:2] *= min(1.0, lateral)
         move[2] = np.clip(move[2], -max_action, max_action)
-        turn = np.clip(self.config.turn_gain * self._turn(), -self.config.max_turn, self.config.max_turn)
+        turn = np.clip(
+            self.config.turn_gain * self._turn(), -self.config.max_turn, self.config.max_turn
+        )
         return np.concatenate([move, turn, [gripper]])

@@ -98,7 +98,9 @@ def distance_to_hull(point: ArrayLike, points: ArrayLike) -> float:
     """
     hull = ConvexHull(np.asarray(points, dtype=float)[:, :2])
     # each row of `equations` is the outward unit normal of an edge and its offset
-    return float((hull.equations[:, :2] @ np.asarray(point, dtype=float) + hull.equations[:, 2]).max())
+    return float(
+        (hull.equations[:, :2] @ np.asarray(point, dtype=float) + hull.equations[:, 2]).max()
+    )
 
 
 def downward_rotation(yaw: float) -> FloatArray:

@@ -50,6 +50,8 @@ class GraspPlanner:
         finger_offset (float): distance of an open finger from the grasp point.
         rim_inset (float): how far inside its outer edge a rim is taken.
         rim_depth (float): how far below its top a rim is taken.
+        min_clearance (float): gap between an open finger and a neighbour below which a turn is only
+            taken if all are as tight.
 
     Examples:
         >>> from torchrl_dvla.envs.expert_geometry import box_corners
@@ -66,11 +68,13 @@ class GraspPlanner:
         finger_offset: float = 0.045,
         rim_inset: float = 0.008,
         rim_depth: float = 0.018,
+        min_clearance: float = 0.005,
     ) -> None:
         self.max_width = max_width
         self.finger_offset = finger_offset
         self.rim_inset = rim_inset
         self.rim_depth = rim_depth
+        self.min_clearance = min_clearance
 
     def plan(
         self,
@@ -86,14 +90,16 @@ class GraspPlanner:
             neighbours (list of arrays): points ``[M, 3]`` of each other object.
 
         Keyword Args:
-            jitter (numpy Generator, optional): perturbs the choice, for another try after a failure.
+            jitter (numpy Generator, optional): perturbs the choice, for a try after a failure.
 
         Returns:
             The best :class:`Grasp` found.
         """
         bottom, top = float(points[:, 2].min()), float(points[:, 2].max())
         # what lies lower than the object's foot cannot be in the fingers' way
-        obstacles = [other for other in neighbours if len(other) and other[:, 2].max() > bottom + 0.02]
+        obstacles = [
+            other for other in neighbours if len(other) and other[:, 2].max() > bottom + 0.02
+        ]
         centre = (points[:, :2].max(0) + points[:, :2].min(0)) / 2
         across = [(yaw, width_along(points, yaw + np.pi / 2)) for yaw in _yaws(36)]
         if min(width for _, width in across) <= self.max_width:
@@ -112,9 +118,10 @@ class GraspPlanner:
         obstacles: list[FloatArray],
         jitter: np.random.Generator | None,
     ) -> float:
-        def cost(yaw: float, width: float) -> float:
+        def cost(yaw: float, width: float) -> tuple[bool, float]:
             gap = self._clearance(centre, yaw + np.pi / 2, obstacles)
-            return width + 0.03 * abs(yaw) - 0.5 * gap + _noise(jitter)
+            blocked = gap < self.min_clearance
+            return blocked, width + 0.03 * abs(yaw) - 0.5 * gap + _noise(jitter)
 
         return min((cost(yaw, w), yaw) for yaw, w in widths if w <= self.max_width)[1]
 
@@ -138,7 +145,9 @@ class GraspPlanner:
     def _clearance(self, xy: FloatArray, angle: float, obstacles: list[FloatArray]) -> float:
         """Smallest gap between either open finger and an obstacle, at most 6 cm."""
         reach = self.finger_offset * planar_direction(angle)
-        gaps = [distance_to_hull(xy + side * reach, other) for other in obstacles for side in (-1, 1)]
+        gaps = [
+            distance_to_hull(xy + side * reach, other) for other in obstacles for side in (-1, 1)
+        ]
         return min([0.06, *gaps])
 
 

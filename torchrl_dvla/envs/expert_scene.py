@@ -90,7 +90,7 @@ class ExpertScene:
         return np.concatenate(found) if found else np.zeros((0, 3))
 
     def target_point(self, target: str) -> FloatArray:
-        """Where the bottom of an object should be let go: the middle of the target's top, ``[3]``."""
+        """Where to let go of an object's bottom: the middle of the target's top, ``[3]``."""
         if target in self._env.obj_body_id:
             return np.array([*self.position(target)[:2], self.points(target)[:, 2].max()])
         point = self._env.sim.data.get_site_xpos(target).copy()

@@ -41,25 +41,26 @@ class LiberoChunkEnv(LiberoEnv):
 
     :class:`torchrl.envs.LiberoEnv` renders two cameras at every env step, of which a policy that
     decides every ``replan_interval`` env steps reads one frame from one camera. This environment
-    executes the whole chunk, stops inside it at success or truncation, and renders once, the cameras
-    it was asked for. Frames, states, rewards and done flags at decision boundaries are those of
-    ``TransformedEnv(LiberoEnv(...), MultiAction.from_vla(stack_rewards=False))``, bit for bit, for
-    the same seed, init state and actions.
+    executes the whole chunk, stops inside it at success or truncation, and renders once, only the
+    cameras it was asked for. Frames, states, rewards and done flags at decision boundaries are
+    those of ``TransformedEnv(LiberoEnv(...), MultiAction.from_vla(stack_rewards=False))``, bit for
+    bit, for the same seed, init state and actions.
 
-    Observations have the keys of :class:`~torchrl.envs.LiberoEnv`: ``("observation", "image")`` uint8
-    ``[3, H, W]``, with a second camera ``("observation", "wrist_image")``, ``("observation", "state")``
-    float32 ``[S]``, ``"language_instruction"``, ``"success"`` bool ``[1]``. The action is
-    ``("vla_action", "chunk")`` float32 ``[chunk_size, 7]``. Each step also writes ``"action_is_pad"``
-    bool ``[chunk_size]``: ``True`` for env steps of the chunk that were not executed, since the
-    episode ended or ``replan_interval`` was reached.
+    Observations have the keys of :class:`~torchrl.envs.LiberoEnv`: ``("observation", "image")``
+    uint8 ``[3, H, W]``, with a second camera ``("observation", "wrist_image")``,
+    ``("observation", "state")`` float32 ``[S]``, ``"language_instruction"``, ``"success"`` bool
+    ``[1]``. The action is ``("vla_action", "chunk")`` float32 ``[chunk_size, 7]``. Each step also
+    writes ``"action_is_pad"`` bool ``[chunk_size]``: ``True`` for env steps of the chunk that were
+    not executed, since the episode ended or ``replan_interval`` was reached.
 
     **Which scene.** ``env.set_seed(seed)`` before ``env.reset(tensordict)`` makes the scene exactly
     repeatable, in any process and after any history: the members of a GRPO group pass the same seed
     and ``"init_state_id"`` (int64 ``[1]`` in the reset tensordict) and start bit-identical. An init
     state fixes the movable objects; the seed also fixes the fixtures, which LIBERO places anew at
     each reset. ``-1`` samples the movable objects too, from the distribution in the task's
-    definition; such scenes are not among the 50 of the benchmark, and are drawn again where an object
-    would not come to rest or the goal already holds. Without the key, ``init_state_mode`` decides.
+    definition; such scenes are not among the 50 of the benchmark, and are drawn again where an
+    object would not come to rest or the goal already holds. Without the key, ``init_state_mode``
+    decides.
 
     Args:
         task_suite (str): one of :data:`~torchrl_dvla.envs.LIBERO_SUITES`.
@@ -67,7 +68,8 @@ class LiberoChunkEnv(LiberoEnv):
 
     Keyword Args:
         chunk_size (int): env steps in an action chunk. Defaults to 8.
-        replan_interval (int, optional): env steps executed per decision. Defaults to ``chunk_size``.
+        replan_interval (int, optional): env steps executed per decision. Defaults to
+            ``chunk_size``.
         camera_height (int): frame height in pixels. Defaults to 128.
         camera_width (int): frame width in pixels. Defaults to 128.
         cameras (sequence of str): one or two camera names. Defaults to ``("agentview",)``; add
@@ -84,6 +86,9 @@ class LiberoChunkEnv(LiberoEnv):
             result in seconds instead of a fraction of one. Defaults to ``True``.
         shadows (bool): render shadows and reflections. Defaults to ``True``.
         msaa (bool): render with 4 samples per pixel. Defaults to ``True``.
+        max_mesh_faces (int, optional): draw larger meshes with about so many faces. 4000 changes
+            few pixels of a 128 px frame and thirds the time without shadows and MSAA. Defaults to
+            ``None``, all faces.
         settle_steps (int): env steps without motion at the start. Defaults to 10.
         from_pixels (bool): also write the frame as ``"pixels"`` ``[H, W, 3]``, which
             :class:`~torchrl.record.VideoRecorder` reads. Defaults to ``False``.
@@ -109,6 +114,9 @@ class LiberoChunkEnv(LiberoEnv):
         https://arxiv.org/abs/2306.03310.
     """
 
+    # close() may run on an instance whose arguments were refused
+    _renderer: FrameRenderer | None = None
+
     def __init__(
         self,
         task_suite: str,
@@ -126,6 +134,7 @@ class LiberoChunkEnv(LiberoEnv):
         soft_reset: bool = True,
         shadows: bool = True,
         msaa: bool = True,
+        max_mesh_faces: int | None = None,
         settle_steps: int = 10,
         from_pixels: bool = False,
         proprio_keys: Sequence[str] = (
@@ -156,6 +165,10 @@ class LiberoChunkEnv(LiberoEnv):
                 f"max_episode_steps must be at least 1, got {max_episode_steps}. Count env steps."
             )
         table = init_state_table(task, init_states, mode=init_state_mode, index=init_state_id)
+        if max_mesh_faces is not None and max_mesh_faces < 1:
+            raise ValueError(
+                f"max_mesh_faces must be at least 1 or None, got {max_mesh_faces}. Try 4000."
+            )
         choose_gl_backend()
         self._task = task
         self._chunk_size = chunk_size
@@ -168,13 +181,13 @@ class LiberoChunkEnv(LiberoEnv):
             "width": camera_width,
             "shadows": shadows,
             "msaa": msaa,
+            "max_mesh_faces": max_mesh_faces,
             "device_id": -1 if render_gpu_device_id is None else render_gpu_device_id,
         }
         self._camera_names = tuple(cameras)
         # reproducible under torch.manual_seed until set_seed is called
         self._sampler = SceneSampler(int(torch.randint(2**31 - 1, ())))
         self._observed: dict[str, np.ndarray] = {}
-        self._renderer: FrameRenderer | None = None
         env_kwargs = dict(env_kwargs or {})
         env_kwargs.setdefault(
             "horizon",
@@ -206,7 +219,7 @@ class LiberoChunkEnv(LiberoEnv):
 
     # ------------------------------------------------------------------ construction
 
-    def _build_env(  # type: ignore[override]
+    def _build_env(
         self,
         task_suite: str,
         task_id: int,
@@ -340,8 +353,8 @@ class LiberoChunkEnv(LiberoEnv):
             if self._scene.is_settled() and not success:
                 return success
         raise RuntimeError(
-            f"a sampled scene must come to rest unsolved within {_MAX_SCENE_TRIES} tries, got none. "
-            "Use the benchmark's init states for this task."
+            f"a sampled scene must come to rest unsolved within {_MAX_SCENE_TRIES} tries, got "
+            "none. Use the benchmark's init states for this task."
         )
 
     def _rebuild(self) -> None:
@@ -410,6 +423,6 @@ class LiberoChunkEnv(LiberoEnv):
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Free the simulator and its GL resources."""
-        if getattr(self, "_renderer", None) is not None:
+        if self._renderer is not None:
             self._renderer.close()
         super().close(raise_if_closed=raise_if_closed)

@@ -36,8 +36,8 @@ def load_init_states(task: LiberoTask) -> np.ndarray:
         return np.asarray(torch.load(task.init_states_file, weights_only=False))
     raise FileNotFoundError(
         f"init states of {task.suite} task {task.task_id} must exist, got no file at "
-        f"{task.init_states_file}. Reinstall LIBERO, or delete {task.init_states_file.parent.parent} "
-        "to have it written anew."
+        f"{task.init_states_file}. Reinstall LIBERO, or delete "
+        f"{task.init_states_file.parent.parent} to have it written anew."
     )
 
 

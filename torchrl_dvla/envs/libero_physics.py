@@ -17,11 +17,11 @@ __all__ = ["LiberoPhysics", "SamplingClock"]
 class SamplingClock:
     """When robosuite reads its sensors.
 
-    Each of robosuite's observables counts simulated time in floats, reads its sensor once per period
-    and starts over when a period is full. A forced read (at a reset) counts as a tick, so the
-    instant of the reading moves inside the env step: it is the last substep but one after two forced
-    reads, not the first. All observables run in the same phase; this is one clock for all, with the
-    very same float operations.
+    Each of robosuite's observables counts simulated time in floats, reads its sensor once per
+    period and starts over when a period is full. A forced read (at a reset) counts as a tick, so
+    the instant of the reading moves inside the env step with the number of forced reads. All
+    observables run in the same phase; this is one clock for all, with the very same float
+    operations.
 
     Args:
         tick_s (float): simulated time of one substep.
@@ -85,8 +85,8 @@ class LiberoPhysics:
             sensors.
 
     Keyword Args:
-        compiled (bool): use compiled code where possible. Results are equal bit for bit. Defaults to
-            ``True``.
+        compiled (bool): use compiled code where possible. Results are equal bit for bit. Defaults
+            to ``True``.
     """
 
     def __init__(

@@ -7,11 +7,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from torchrl_dvla.envs.libero_meshes import with_coarse_meshes
 
 __all__ = ["FrameRenderer"]
 
@@ -28,13 +31,13 @@ class FrameRenderer:
     """Draws the frames of some cameras of one model.
 
     robosuite draws a frame at the instant an observation falls due, because the simulation then
-    moves on. A chunked policy sees one frame in ``chunk_size``, and which one is only known once the
-    chunk is over (it may end early). So the work is split: :meth:`capture` notes where every visible
-    geom is, which takes microseconds, and :meth:`draw` turns the last capture into pixels, which
-    takes a hundred milliseconds in software and is done once per decision.
+    moves on. A chunked policy sees one frame in ``chunk_size``, and which one is only known once
+    the chunk is over (it may end early). So the work is split: :meth:`capture` notes where every
+    visible geom is, which takes microseconds, and :meth:`draw` turns the last capture into pixels,
+    which takes a hundred milliseconds in software and is done once per decision.
 
-    Each renderer owns its GL context and makes it current for each frame, so that any number of them
-    in one process draw their own meshes and textures, also from different threads.
+    Each renderer owns its GL context and makes it current for each frame, so that any number of
+    them in one process draw their own meshes and textures, also from different threads.
 
     Args:
         model: the ``mujoco.MjModel``.
@@ -46,6 +49,8 @@ class FrameRenderer:
         shadows (bool): draw shadows and reflections. ``False`` changes pixels and is much faster.
             Defaults to ``True``.
         msaa (bool): smooth edges by 4 samples per pixel, as robosuite does. Defaults to ``True``.
+        max_mesh_faces (int, optional): merge vertices of larger meshes until so many faces are
+            left. Changes pixels. ``None``, the default, draws meshes as they are.
         device_id (int): GPU for EGL; -1 lets robosuite choose. Defaults to -1.
 
     Raises:
@@ -61,6 +66,7 @@ class FrameRenderer:
         width: int,
         shadows: bool = True,
         msaa: bool = True,
+        max_mesh_faces: int | None = None,
         device_id: int = -1,
     ) -> None:
         import mujoco
@@ -100,10 +106,12 @@ class FrameRenderer:
             model.vis.quality.offsamples = 0
         if not shadows:
             model.vis.quality.shadowsize = 0
+        # meshes and textures are copied into the GL context, once and for all
+        drawn = model if max_mesh_faces is None else with_coarse_meshes(model, max_mesh_faces)
         with _GL_LOCK:
             self._gl = GLContext(max_width=width, max_height=height, device_id=device_id)
             with self._current():
-                self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+                self._context = mujoco.MjrContext(drawn, mujoco.mjtFontScale.mjFONTSCALE_150)
                 mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
 
     @contextlib.contextmanager
@@ -168,16 +176,14 @@ class FrameRenderer:
 
 def _release_current() -> None:
     """Leave no context current, so that the next frame may be drawn by another thread."""
-    import os
-
     backend = os.environ.get("MUJOCO_GL", "").lower()
     if backend == "osmesa":
         from OpenGL import GL, osmesa
 
         osmesa.OSMesaMakeCurrent(None, None, GL.GL_FLOAT, 0, 0)
     elif backend == "egl":
-        from robosuite.renderers.context import egl_context
         from OpenGL import EGL
+        from robosuite.renderers.context import egl_context
 
         EGL.eglMakeCurrent(
             egl_context.EGL_DISPLAY, EGL.EGL_NO_SURFACE, EGL.EGL_NO_SURFACE, EGL.EGL_NO_CONTEXT

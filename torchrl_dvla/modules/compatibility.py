@@ -36,7 +36,10 @@ def shapes_of(env: EnvBase) -> dict[str, Any]:
         ) from None
     observations = env.full_observation_spec_unbatched
     keys = set(observations.keys(True, True))
-    shapes: dict[str, Any] = {"chunk_size": chunk.shape[-2], "action_dim": chunk.shape[-1]}
+    shapes: dict[str, Any] = {"action_dim": chunk.shape[-1]}
+    # MultiAction takes chunks of any size and says so with -1.
+    if chunk.shape[-2] > 0:
+        shapes["chunk_size"] = chunk.shape[-2]
     if IMAGE_KEY in keys:
         shapes["image_shape"] = tuple(observations[IMAGE_KEY].shape[-3:])
     if STATE_KEY in keys:

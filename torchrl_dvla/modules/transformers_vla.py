@@ -414,7 +414,8 @@ class TransformersVLA(PretrainedMixin, VLAWrapperBase):
         hidden = backbone.decode(
             embeddings, prompt.position_ids, prompt.attention_bias, len(queries)
         )
-        return self.query_head(hidden).unflatten(0, batch_shape)
+        logits = self.query_head(hidden)
+        return logits.reshape(*batch_shape, *logits.shape[1:])
 
     def _frame_text(
         self, ids: torch.Tensor, num_rows: int, device: torch.device

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import dispatch
 from torchrl.objectives import BCLoss
@@ -22,8 +21,8 @@ class ActionTokenBCLoss(BCLoss):
     """Negative log-likelihood of an expert's action tokens.
 
     :class:`~torchrl.objectives.BCLoss` compares what the actor *writes* at the action key with the
-    expert's action. A token policy writes sampled tokens, which carry no gradient; this subclass asks
-    for the distribution of the tokens instead, and leaves padded env steps out of the mean.
+    expert's action. A token policy writes sampled tokens, which carry no gradient; this subclass
+    asks for the distribution of the tokens instead, and leaves padded env steps out of the mean.
 
     Args:
         actor_network (TensorDictModule): a token policy whose ``get_dist`` gives token-level
@@ -34,15 +33,19 @@ class ActionTokenBCLoss(BCLoss):
             unpadded env steps.
 
     Returns:
-        A tensordict with ``"loss_bc"``, the loss, and ``"accuracy"``, the share of tokens whose most
-        likely value is the expert's (no gradient).
+        A tensordict with ``"loss_bc"``, the loss, and ``"accuracy"``, the share of tokens whose
+        most likely value is the expert's (no gradient).
 
     Examples:
         >>> import torch
         >>> from tensordict import NonTensorStack, TensorDict
         >>> from torchrl.modules.vla import TinyVLA
         >>> policy = TinyVLA(
-        ...     action_dim=2, chunk_size=4, action_head="tokens", vocab_size=5, log_probs_mode="token"
+        ...     action_dim=2,
+        ...     chunk_size=4,
+        ...     action_head="tokens",
+        ...     vocab_size=5,
+        ...     log_probs_mode="token",
         ... )
         >>> batch = TensorDict(
         ...     {
@@ -81,7 +84,7 @@ class ActionTokenBCLoss(BCLoss):
         """Compute the loss of a batch of expert decisions.
 
         Args:
-            tensordict (TensorDictBase): the policy's observations and the expert's tokens, ``[*B]``.
+            tensordict (TensorDictBase): observations and the expert's tokens, ``[*B]``.
 
         Returns:
             TensorDict with ``"loss_bc"`` and ``"accuracy"``.

@@ -12,7 +12,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -46,18 +47,37 @@ def prepare_child(num_threads: int, env_vars: Mapping[str, str] | None = None) -
     torch.set_num_threads(num_threads)
 
 
+@contextlib.contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Block SIGTERM in this thread, and so in every process that is started meanwhile.
+
+    ``timeout``, systemd and batch schedulers send SIGTERM to all processes of a run at once. Only
+    the parent may act on it, as with Ctrl-C: a fork server that died of it would take the workers
+    along before the parent could end them in order. A signal that comes meanwhile is delivered
+    afterwards.
+    """
+    # First, for multiprocessing unblocks the signal by itself when it starts its tracker.
+    resource_tracker.ensure_running()
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
 class Child:
     """A child process with one duplex pipe, ended for certain by :meth:`stop`.
 
     Args:
-        target (Callable): module-level function, called in the child as ``target(connection, *args)``.
+        target (Callable): module-level function, called in the child as ``target(connection,
+            *args)``.
         args (tuple): picklable arguments.
 
     Keyword Args:
         name (str): shown in process lists and errors.
         start_method (str): ``"forkserver"`` (default) or ``"spawn"``. The fork server is one clean,
-            single-threaded process that has imported torch and this package: a child is there within
-            milliseconds, which is what makes a lost worker cheap to replace.
+            single-threaded process that has imported torch and this package: a child is there
+            within milliseconds, which is what makes a lost worker cheap to replace.
     """
 
     def __init__(
@@ -76,7 +96,8 @@ class Child:
         self.name = name
         self.process = context.Process(target=target, args=(theirs, *args), name=name, daemon=True)
         try:
-            self.process.start()
+            with _sigterm_blocked():
+                self.process.start()
         except BaseException:
             self.connection.close()
             raise

@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""The sampling lane's child: environments that read chunks from rows and write observations back."""
+"""The sampling lane's child: environments that read chunks and write observations."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def describe_env(env: EnvBase) -> EnvSpecs:
             one decision.
 
     Raises:
-        ValueError: if it does not; the message names what is missing and the transform that adds it.
+        ValueError: if it does not; the message names what is missing and the transform that adds
+        it.
     """
     if env.batch_size:
         raise ValueError(
@@ -137,7 +138,9 @@ class EnvWorker:
         """Execute one chunk; returns done, success, reward, executed env steps."""
         env, tensordict = self._active[message.env_index], self._tensordicts[message.env_index]
         if env is None or tensordict is None:
-            raise RuntimeError(f"Environment {message.env_index} must be reset before it is stepped.")
+            raise RuntimeError(
+                f"Environment {message.env_index} must be reset before it is stepped."
+            )
         chunk = torch.from_numpy(self._views[ACTION_CHUNK_KEY][message.row].copy())
         tensordict.set(ACTION_CHUNK_KEY, chunk)
         tensordict = env.step(tensordict)

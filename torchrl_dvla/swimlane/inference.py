@@ -217,7 +217,8 @@ class InferenceThread:
     """The inference lane as a thread of the learner's process, with the same life as the process.
 
     Args:
-        policy_factory (Callable): builds the policy; it must not share parameters with the learner's.
+        policy_factory (Callable): builds the policy; it must not share parameters with the
+            learner's.
         reader (WeightReader): the lane's place in the weight store.
     """
 

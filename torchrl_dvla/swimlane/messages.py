@@ -63,9 +63,9 @@ class Ready(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Coordinator to worker: execute the chunk in ``row``; the next observation goes to ``next_row``.
+    """Coordinator to worker: execute the chunk in ``row``.
 
-    ``next_row == -1`` marks the last decision that the rollout may take.
+    The next observation goes to ``next_row``; -1 marks the last decision that the rollout may take.
     """
 
     env_index: int

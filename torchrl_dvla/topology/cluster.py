@@ -49,7 +49,9 @@ class ClusterSpec:
 
     def __post_init__(self) -> None:
         if not self.nodes:
-            raise ValueError("nodes must hold at least one NodeSpec, got none. Use ClusterSpec.local().")
+            raise ValueError(
+                "nodes must hold at least one NodeSpec, got none. Use ClusterSpec.local()."
+            )
 
     @classmethod
     def local(cls) -> ClusterSpec:

@@ -124,12 +124,3 @@ class WeightSegment:
             self._slots_offset + slot * self.layout.slot_bytes, (num_words,), torch.int64
         )
         return int(words.sum())
-
-    def close(self) -> None:
-        """Take no more views and readers here.
-
-        The arena itself is not closed, for that would empty it under readers that go on acting with
-        the last weights. It goes with the last view on it.
-        """
-        self.locks.close()
-        del self._arena

@@ -137,6 +137,7 @@ class WeightStore:
         self._pid = os.getpid()
         self._rows: dict[str, int] = {}
         self._is_closed = False
+        self._last_stats: dict[str, AdoptionStats] = {}
         self.layout = WeightLayout(
             source, trainable_only=trainable_only, transport_dtype=transport_dtype
         )
@@ -164,6 +165,7 @@ class WeightStore:
 
         It is below :attr:`version` while one is deferred or publishing is paused.
         """
+        self._require_writer()
         return self._ledger.offer // MAX_SLOTS
 
     def publish(self, source: WeightSource | None = None, *, version: int | None = None) -> int:
@@ -289,14 +291,20 @@ class WeightStore:
 
     def adopted_versions(self) -> dict[str, int]:
         """The version each reader has adopted; -1 for one that has not begun."""
-        return {name: self._ledger.reader_version(row) for name, row in self._open_rows().items()}
+        return {name: stats.version for name, stats in self.adoption_stats().items()}
 
     def adoption_stats(self) -> dict[str, AdoptionStats]:
-        """Adoptions, skipped versions and publish-to-adoption latency of each reader."""
+        """Adoptions, skipped versions and publish-to-adoption latency of each reader.
+
+        After :meth:`close` it is what was known then.
+        """
+        if self._is_closed:
+            return self._last_stats
         return {name: self._ledger.adoption_stats(row) for name, row in self._open_rows().items()}
 
     def dead_readers(self) -> list[str]:
         """Readers whose process ended without closing them."""
+        self._require_writer()
         return [
             name
             for name, row in self._open_rows().items()
@@ -332,12 +340,18 @@ class WeightStore:
     # -- life ----------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End publishing. Readers keep what they have pinned, and its memory with it."""
+        """End publishing; a version that is deferred is dropped.
+
+        Readers keep what is offered now. The memory goes with the last view on it, so with this
+        store and its last reader; closing the arena would empty it under those that still act.
+        """
         if self._is_closed or os.getpid() != self._pid:
             return
+        self._last_stats = self.adoption_stats()
         self._is_closed = True
         self._writer.close()
-        self._segment.close()
+        self._segment.locks.close()
+        del self._segment, self._ledger
 
     def publishes_from(self, addresses: set[int]) -> bool:
         """Whether one of the memory addresses belongs to the weights published last."""

@@ -51,12 +51,11 @@ class AsyncWeightUpdater(WeightSyncScheme):
 
     - ``DVLACollector(..., weight_sync_schemes={"policy": updater})``;
     - TorchRL's ``Collector`` and ``MultiCollector``, by the same argument. Workers point their
-    policy
-      at the store. A single-process ``Collector`` copies into its policy if that is not the very
-      module that is published;
-    - TorchRL's ``InferenceServer(weight_sync=updater)``, which asks for weights between two
-    batches.
-      Call ``updater.init_on_sender(model=...)`` first and give the server ``updater.receiver(0)``.
+      policy at the store. A single-process ``Collector`` copies into its policy, if that is not the
+      very module that is published;
+    - TorchRL's ``InferenceServer`` and ``ProcessInferenceServer``, which ask for weights between
+      two batches: ``updater.init_on_sender(model=..., num_workers=1)``, then
+      ``weight_sync=updater.receiver(0)``.
 
     Keyword Args:
         num_slots (int): see :class:`WeightStore`. Default: 3.

@@ -150,7 +150,12 @@ class SlotWriter:
         if flusher is not None:
             flusher.join()
         self.locks.close()
-        self._views = []
+        del (
+            self._views,
+            self._staging,
+            self._ledger,
+            self._segment,
+        )  # the last views of this process
 
     def _take(self, tensors: Sequence[torch.Tensor], version: int) -> None:
         if self._claimed is None:

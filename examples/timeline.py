@@ -1,0 +1,62 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Where the time goes: the timeline of the four lanes, as shares and as a trace for Perfetto.
+
+Environment, policy and learner are given stated latencies that hold no core, so the overlap is
+visible on any machine; the figures are emulated. Writes ``timeline.json``, which ui.perfetto.dev
+opens.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+
+from torchrl.data.vla import UniformActionTokenizer
+from torchrl.modules.vla import TinyVLA
+
+from torchrl_dvla import DVLACollector, PooledReplayBuffer
+from torchrl_dvla.collectors import GroupConfig, InferenceConfig, WorkerConfig
+from torchrl_dvla.testing import CountingChunkEnv
+
+STEP_S, UPDATE_S = 0.02, 0.15
+
+
+def main(path: str = "timeline.json") -> None:
+    policy = TinyVLA(
+        action_dim=2,
+        chunk_size=4,
+        action_head="tokens",
+        vocab_size=8,
+        output_mode="both",
+        log_probs_mode="token",
+        return_vla_action_container=False,
+        action_tokenizer=UniformActionTokenizer(8, low=-1.0, high=1.0),
+    )
+    collector = DVLACollector(
+        functools.partial(CountingChunkEnv, chunk_size=4, max_env_steps=16, step_latency_s=STEP_S),
+        policy,
+        replay_buffer=functools.partial(PooledReplayBuffer, batch_size=64),
+        group=GroupConfig(group_size=4, groups_per_update=2, max_policy_lag=1),
+        workers=WorkerConfig(num_workers=2, max_decisions=4),
+        inference=InferenceConfig(where="thread"),
+    )
+    collector.start()
+    for _ in range(10):
+        for _batch in collector.replay_buffer:
+            with collector.timeline.span("gradient", "update"):
+                time.sleep(UPDATE_S)  # a learner on a device: the core is free
+        collector.update_policy_weights_()
+    for lane, share in collector.timeline.shares().items():
+        print(f"{lane:<13} busy {share:.0%}")
+    print(f"lanes overlap during {collector.timeline.overlap():.0%} of the working time")
+    print(f"critical lane: {collector.timeline.critical_lane()}")
+    collector.timeline.export_chrome_trace(path)
+    collector.shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,39 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Weights for TorchRL's own collector: AsyncWeightUpdater is a WeightSyncScheme like any other.
+
+Prints the version that each worker of a MultiSyncCollector decides with.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from torch import nn
+from torchrl.collectors import MultiSyncCollector
+from torchrl.envs.custom import ToyVLAEnv
+from torchrl.modules import TensorDictModule as Module
+
+from torchrl_dvla import AsyncWeightUpdater
+
+
+def main() -> None:
+    policy = Module(nn.Linear(6, 4), in_keys=[("observation", "state")], out_keys=["action"])
+    updater = AsyncWeightUpdater()
+    collector = MultiSyncCollector(
+        [functools.partial(ToyVLAEnv)] * 2,
+        policy=policy,
+        frames_per_batch=8,
+        total_frames=32,
+        weight_sync_schemes={"policy": updater},
+    )
+    for index, _ in enumerate(collector):
+        print(f"batch {index}: published {updater.version}, adopted {updater.versions()}")
+        collector.update_policy_weights_()
+    collector.shutdown()
+
+
+if __name__ == "__main__":
+    main()

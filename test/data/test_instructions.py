@@ -1,0 +1,68 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from tensordict import NonTensorStack, TensorDict
+
+from torchrl_dvla.data import InstructionTable, InstructionTransform
+
+
+def test_ids_are_stable_and_count_up():
+    table = InstructionTable(["a"])
+    assert [table.id(text) for text in ("b", "a", "c", "b")] == [1, 0, 2, 1]
+    assert table.texts(torch.tensor([[2], [0]])) == ["c", "a"]
+    assert table.since(1) == {1: "b", 2: "c"}
+    assert len(table) == 3
+    assert "b" in table
+    assert pickle.loads(pickle.dumps(table)).text(2) == "c"
+
+
+def test_unknown_ids_and_other_types():
+    table = InstructionTable(["a"])
+    for number in (1, -1):
+        with pytest.raises(KeyError, match=f"instruction_id {number} is not among the 1 known"):
+            table.text(number)
+    with pytest.raises(TypeError, match="text must be a string, got list"):
+        table.id(["a"])
+
+
+def test_a_checkpoint_must_agree():
+    table = InstructionTable(["a", "b"])
+    table.load_state_dict({"texts": ["a", "b", "c"]})
+    assert table.id("c") == 2
+    table.load_state_dict({"texts": ["a"]})
+    assert len(table) == 3
+    with pytest.raises(ValueError, match="got 'a' where it has 'z'"):
+        table.load_state_dict({"texts": ["z"]})
+
+
+def test_transform_both_ways():
+    table = InstructionTable(["open", "close"])
+    transform = InstructionTransform(table)
+    batch = transform(TensorDict({"instruction_id": torch.tensor([[1], [0], [1]])}, [3]))
+    assert batch["language_instruction"] == ["close", "open", "close"]
+    single = transform(TensorDict({"instruction_id": torch.tensor([1])}, []))
+    assert single["language_instruction"] == "close"
+    square = transform(TensorDict({"instruction_id": torch.tensor([[[0]], [[1]]])}, [2, 1]))
+    assert square["language_instruction"] == [["open"], ["close"]]
+
+    incoming = TensorDict({"language_instruction": NonTensorStack("lift", "open")}, [2])
+    outgoing = transform.inv(incoming)
+    assert outgoing["instruction_id"].tolist() == [[2], [0]]
+    assert "language_instruction" not in outgoing
+    assert table.text(2) == "lift"
+    shared = TensorDict({}, [2]).set_non_tensor("language_instruction", "lift")
+    assert transform.inv(shared)["instruction_id"].tolist() == [[2], [2]]
+
+
+def test_other_data_passes():
+    transform = InstructionTransform(InstructionTable())
+    batch = TensorDict({"x": torch.ones(2)}, [2])
+    assert set(transform(batch).keys()) == {"x"}
+    assert set(transform.inv(batch).keys()) == {"x"}

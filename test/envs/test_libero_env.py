@@ -1,0 +1,291 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""LiberoChunkEnv on the real simulator: decisions, scenes, cameras."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.envs.utils import check_env_specs
+
+from torchrl_dvla.envs.libero_env import LiberoChunkEnv
+
+pytestmark = pytest.mark.libero
+
+SUITE, TASK = "libero_goal", 3  # has fixtures: cabinet and stove are placed anew at each reset
+FAST = {"camera_height": 32, "camera_width": 32, "shadows": False, "msaa": False}
+
+
+@pytest.fixture(scope="module")
+def env() -> Iterator[LiberoChunkEnv]:
+    env = LiberoChunkEnv(SUITE, TASK, chunk_size=4, max_episode_steps=10, **FAST)
+    yield env
+    env.close()
+
+
+def reset(env: LiberoChunkEnv, seed: int, init_state_id: int | None = None) -> TensorDictBase:
+    env.set_seed(seed)
+    if init_state_id is None:
+        return env.reset()
+    return env.reset(TensorDict({"init_state_id": torch.tensor([init_state_id])}))
+
+
+def scene_of(env: LiberoChunkEnv) -> np.ndarray:
+    """All the state that decides what happens next."""
+    simulation = env.robosuite_env.sim
+    data, model = simulation.data._data, simulation.model._model
+    gripper = env.robosuite_env.robots[0].gripper
+    parts = (
+        *(data.qpos, data.qvel, data.qacc_warmstart, data.ctrl, model.site_rgba),
+        *(model.body_pos, model.body_quat, gripper.current_action),
+    )
+    return np.concatenate([np.ravel(part) for part in parts])
+
+
+def decide(env: LiberoChunkEnv, td: TensorDictBase, chunk: torch.Tensor) -> TensorDictBase:
+    td["vla_action", "chunk"] = chunk
+    return env.step(td)["next"]
+
+
+def constant_chunk(*action: float) -> torch.Tensor:
+    return torch.tensor(action).expand(4, 7).contiguous()
+
+
+STAY = constant_chunk(0, 0, 0, 0, 0, 0, -1)
+LOWER = constant_chunk(0, 0, -1, 0, 0, 0, 1)
+
+
+def test_specs(env: LiberoChunkEnv) -> None:
+    check_env_specs(env)
+    assert env.full_action_spec["vla_action", "chunk"].shape == (4, 7)
+    td = reset(env, 0)
+    assert td["observation", "image"].shape == (3, 32, 32)
+    assert td["observation", "image"].dtype == torch.uint8
+    assert td["observation", "state"].shape == (9,)
+    assert td["language_instruction"] == "open the top drawer and put the bowl inside"
+    assert not td["success"].item()
+
+
+def test_decision_executes_the_chunk(env: LiberoChunkEnv) -> None:
+    td = reset(env, 0)
+    out = decide(env, td, STAY)
+    assert env.num_env_steps == 4
+    assert out["action_is_pad"].tolist() == [False] * 4
+    assert not out["done"].item()
+    assert out["reward"].item() == 0
+
+
+def test_truncation_inside_the_chunk(env: LiberoChunkEnv) -> None:
+    td = reset(env, 0)
+    for _ in range(2):
+        out = decide(env, td, STAY)
+        assert not out["done"].item()
+    out = decide(env, td, STAY)
+    # 4 + 4 + 2 = 10 env steps
+    assert env.num_env_steps == 10
+    assert out["action_is_pad"].tolist() == [False, False, True, True]
+    assert out["truncated"].item()
+    assert out["done"].item()
+    assert not out["terminated"].item()
+
+
+def test_success_inside_the_chunk(env: LiberoChunkEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    td = reset(env, 0)
+    answers = iter([False, True])
+    monkeypatch.setattr(env.robosuite_env, "_check_success", lambda: next(answers))
+    out = decide(env, td, STAY)
+    assert out["action_is_pad"].tolist() == [False, False, True, True]
+    assert out["success"].item()
+    assert out["terminated"].item()
+    assert out["done"].item()
+    assert not out["truncated"].item()
+    assert out["reward"].item() == 1
+
+
+def test_replan_interval(env: LiberoChunkEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env, "_num_executed_max", 3)
+    out = decide(env, reset(env, 0), STAY)
+    assert env.replan_interval == env.num_env_steps == 3
+    assert out["action_is_pad"].tolist() == [False, False, False, True]
+
+
+def test_one_frame_per_decision(env: LiberoChunkEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_drawn = []
+    draw = env._renderer.draw
+    monkeypatch.setattr(env._renderer, "draw", lambda: num_drawn.append(1) or draw())
+    td = reset(env, 0, 7)
+    assert len(num_drawn) == 1
+    decide(env, td, STAY)
+    assert len(num_drawn) == 2
+
+
+def test_wrong_chunk_is_refused(env: LiberoChunkEnv) -> None:
+    td = reset(env, 0)
+    td["vla_action", "chunk"] = torch.zeros(5, 7)
+    with pytest.raises(ValueError, match=r"must have shape \[4, 7\], got \[5, 7\]"):
+        env._step(td)
+
+
+@pytest.mark.parametrize("init_state_id", [3, -1, None])
+def test_group_shares_its_scene_whatever_came_before(
+    env: LiberoChunkEnv, init_state_id: int | None
+) -> None:
+    first = reset(env, 21, init_state_id)
+    scene = scene_of(env)
+    future = decide(env, first.clone(), LOWER)
+    # another life in between: other seed, gripper closed, arm pushed down
+    td = reset(env, 22, 4)
+    for _ in range(2):
+        decide(env, td, LOWER)
+    assert not np.array_equal(scene_of(env), scene)
+    again = reset(env, 21, init_state_id)
+    assert np.array_equal(scene_of(env), scene)
+    assert torch.equal(again["observation", "image"], first["observation", "image"])
+    assert torch.equal(again["observation", "state"], first["observation", "state"])
+    repeated = decide(env, again, LOWER)
+    assert torch.equal(repeated["observation", "image"], future["observation", "image"])
+    assert torch.equal(repeated["observation", "state"], future["observation", "state"])
+
+
+def test_seed_moves_the_fixtures_of_an_init_state(env: LiberoChunkEnv) -> None:
+    model = env.robosuite_env.sim.model._model
+    cabinet = env.robosuite_env.obj_body_id["wooden_cabinet_1"]
+    reset(env, 1, 0)
+    place = model.body_pos[cabinet].copy()
+    reset(env, 2, 0)
+    shift = np.abs(model.body_pos[cabinet] - place).max()
+    assert 1e-6 < shift < 0.03
+
+
+def test_sampled_scenes_differ_settle_and_are_unsolved(env: LiberoChunkEnv) -> None:
+    table = env.init_states
+    num_positions = env.robosuite_env.sim.model._model.nq
+    seen = []
+    for seed in range(3):
+        td = reset(env, seed, -1)
+        assert not td["success"].item()
+        assert env._scene.is_settled()
+        qpos = env.robosuite_env.sim.data._data.qpos.copy()
+        # far from each benchmark state: the arm is the same, the objects are not
+        distance = np.abs(table[:, 1 : 1 + num_positions] - qpos).max(axis=1).min()
+        assert distance > 1e-3
+        seen.append(qpos)
+    assert np.abs(seen[0] - seen[1]).max() > 1e-3
+    assert np.abs(seen[1] - seen[2]).max() > 1e-3
+
+
+def test_consecutive_resets_follow_the_stream_of_the_seed(env: LiberoChunkEnv) -> None:
+    def two() -> list[np.ndarray]:
+        env.set_seed(5)
+        scenes = []
+        for _ in range(2):
+            env.reset()
+            scenes.append(scene_of(env))
+        return scenes
+
+    first, second = two(), two()
+    assert not np.array_equal(first[0], first[1])
+    assert np.array_equal(first[0], second[0])
+    assert np.array_equal(first[1], second[1])
+
+
+def test_resets_leave_the_global_generator_alone(env: LiberoChunkEnv) -> None:
+    np.random.seed(9)
+    expected = np.random.RandomState(9).uniform()
+    reset(env, 0)
+    assert np.random.uniform() == expected
+
+
+def test_unknown_init_state_is_refused(env: LiberoChunkEnv) -> None:
+    with pytest.raises(ValueError, match="init_state_id must be from 0 to 49, or -1 to sample"):
+        reset(env, 0, 50)
+
+
+def test_scene_is_the_same_in_another_process(env: LiberoChunkEnv) -> None:
+    code = f"""
+import hashlib, torch
+from tensordict import TensorDict
+from torchrl_dvla.envs import LiberoChunkEnv
+env = LiberoChunkEnv({SUITE!r}, {TASK}, chunk_size=4, camera_height=32, camera_width=32,
+                     shadows=False, msaa=False)
+env.set_seed(33)
+td = env.reset(TensorDict({{"init_state_id": torch.tensor([6])}}))
+data = env.robosuite_env.sim.data._data
+digest = hashlib.sha256()
+for part in (data.qpos, data.qvel, td["observation", "image"].numpy()):
+    digest.update(part.tobytes())
+print(digest.hexdigest())
+"""
+    import hashlib
+
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=170, check=True
+    )
+    td = reset(env, 33, 6)
+    data = env.robosuite_env.sim.data._data
+    digest = hashlib.sha256()
+    for part in (data.qpos, data.qvel, td["observation", "image"].numpy()):
+        digest.update(part.tobytes())
+    assert process.stdout.split()[-1] == digest.hexdigest()
+
+
+def in_thread(call: Callable[[], TensorDictBase]) -> TensorDictBase:
+    result: list[TensorDictBase] = []
+    thread = threading.Thread(target=lambda: result.append(call()))
+    thread.start()
+    thread.join(120)
+    assert result, "the thread raised"
+    return result[0]
+
+
+def test_each_environment_renders_its_own_images(env: LiberoChunkEnv) -> None:
+    """robosuite 1.4 draws with the meshes of whichever environment was built last."""
+    alone = reset(env, 2, 1)["observation", "image"]
+    alone_next = decide(env, reset(env, 2, 1), LOWER)["observation", "image"]
+    other = LiberoChunkEnv("libero_object", 0, chunk_size=4, cameras=("agentview",), **FAST)
+    other_alone = reset(other, 0, 0)["observation", "image"]
+    assert (other_alone.float() - alone.float()).abs().mean() > 5
+    # interleaved, and from another thread
+    td = reset(env, 2, 1)
+    assert torch.equal(td["observation", "image"], alone)
+    assert torch.equal(reset(other, 0, 0)["observation", "image"], other_alone)
+    assert torch.equal(decide(env, td, LOWER)["observation", "image"], alone_next)
+    threaded = in_thread(lambda: reset(other, 0, 0))
+    assert torch.equal(threaded["observation", "image"], other_alone)
+    other.close()
+    # a closed neighbour takes nothing along
+    assert torch.equal(reset(env, 2, 1)["observation", "image"], alone)
+    assert torch.equal(in_thread(lambda: reset(env, 2, 1))["observation", "image"], alone)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"task_suite": "libero_moon"}, "task_suite must be one of"),
+        ({"task_id": 99}, "task_id must be from 0 to 9"),
+        ({"camera_width": -1}, "camera_width must be a whole number"),
+        ({"cameras": ()}, "cameras must be a sequence of one or two names"),
+        ({"cameras": "agentview"}, "cameras must be a sequence of one or two names"),
+        ({"max_episode_steps": 0}, "max_episode_steps must be at least 1"),
+        ({"init_states": "none"}, "init_states must be 'benchmark', 'sampled' or an array"),
+    ],
+)
+def test_bad_arguments_end_before_the_simulator_starts(
+    arguments: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the simulator was built")
+
+    monkeypatch.setattr(LiberoChunkEnv, "_build_env", fail)
+    call = {"task_suite": SUITE, "task_id": TASK, **arguments}
+    with pytest.raises(ValueError, match=message):
+        LiberoChunkEnv(**call)

@@ -1,0 +1,134 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Backbones of every family, with a few ten thousand random parameters each."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    Idefics3Config,
+    PaliGemmaConfig,
+    PreTrainedConfig,
+    Qwen2_5_VLConfig,
+    SmolVLMConfig,
+)
+
+VOCABULARY = 64
+IMAGE_TOKEN = 60
+
+_TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def smolvlm() -> PreTrainedConfig:
+    return SmolVLMConfig(
+        vision_config=_VISION, text_config={"model_type": "llama", **_TEXT}, scale_factor=2,
+        image_token_id=IMAGE_TOKEN, pad_token_id=0,
+    )  # fmt: skip
+
+
+def idefics3() -> PreTrainedConfig:
+    return Idefics3Config(
+        vision_config=_VISION, text_config={"model_type": "llama", **_TEXT}, scale_factor=2,
+        image_token_id=IMAGE_TOKEN, pad_token_id=0,
+    )  # fmt: skip
+
+
+def paligemma() -> PreTrainedConfig:
+    return PaliGemmaConfig(
+        vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **_VISION},
+        text_config={"model_type": "gemma", "head_dim": 8, **_TEXT},
+        projection_dim=32, hidden_size=32, image_token_index=IMAGE_TOKEN, vocab_size=VOCABULARY,
+    )  # fmt: skip
+
+
+def paligemma2() -> PreTrainedConfig:
+    """Gemma 2 text: soft-capped attention and sliding windows."""
+    return PaliGemmaConfig(
+        vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **_VISION},
+        text_config={
+            "model_type": "gemma2", "head_dim": 8, "sliding_window": 128,
+            "query_pre_attn_scalar": 8, **_TEXT,
+        },
+        projection_dim=32, hidden_size=32, image_token_index=IMAGE_TOKEN, vocab_size=VOCABULARY,
+    )  # fmt: skip
+
+
+def qwen2_5_vl() -> PreTrainedConfig:
+    return Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2,
+            "out_hidden_size": 32, "patch_size": 4, "spatial_merge_size": 2,
+            "temporal_patch_size": 2, "window_size": 16, "fullatt_block_indexes": [1],
+        },
+        text_config={
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+            **_TEXT,
+        },
+        image_token_id=IMAGE_TOKEN, video_token_id=61, vision_start_token_id=62,
+        vision_end_token_id=63,
+    )  # fmt: skip
+
+
+FAMILIES = {
+    "smolvlm": smolvlm,
+    "idefics3": idefics3,
+    "paligemma": paligemma,
+    "paligemma2": paligemma2,
+    "qwen2_5_vl": qwen2_5_vl,
+}
+
+
+def reference_hidden(
+    model: torch.nn.Module, ids: torch.Tensor, pixels: torch.Tensor
+) -> torch.Tensor:
+    """Hidden states of a family's own forward pass, prompt only."""
+    model_type = model.config.model_type
+    if model_type in ("smolvlm", "idefics3"):
+        return model(input_ids=ids, pixel_values=pixels[:, None], use_cache=False).last_hidden_state
+    if model_type == "paligemma":
+        # Token type 0 marks the prefix, which sees itself in both directions.
+        return model(
+            input_ids=ids,
+            pixel_values=pixels,
+            token_type_ids=torch.zeros_like(ids),
+            attention_mask=torch.ones_like(ids),
+            use_cache=False,
+        ).last_hidden_state
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, temporal_patch_size=2, do_rescale=False, do_normalize=False,
+        do_resize=False,
+    )  # fmt: skip
+    inputs = processor(
+        list(pixels.numpy()), return_tensors="pt", input_data_format="channels_first"
+    )
+    return model(
+        input_ids=ids,
+        pixel_values=inputs["pixel_values"],
+        image_grid_thw=inputs["image_grid_thw"],
+        mm_token_type_ids=(ids == IMAGE_TOKEN).int(),
+        attention_mask=torch.ones_like(ids),
+        use_cache=False,
+    ).last_hidden_state

@@ -1,0 +1,264 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Checkpoints are whole or refused, with the reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data.vla import UniformActionTokenizer, VocabTailActionTokenizer
+
+from torchrl_dvla.modules import (
+    TransformersVLA,
+    TransformersVLAConfig,
+    action_tokenizer_from_dict,
+    action_tokenizer_to_dict,
+    checkpoint,
+)
+
+Make = Callable[..., TransformersVLA]
+Observe = Callable[..., TensorDict]
+
+
+@pytest.fixture
+def folder(policy: TransformersVLA, tmp_path: Path) -> Path:
+    policy.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def weights_of(folder: Path) -> Path:
+    (path,) = folder.glob("weights-*.safetensors")
+    return path
+
+
+@torch.no_grad()
+def test_round_trip_is_exact(make_policy: Make, make_observation: Observe, tmp_path: Path):
+    policy = make_policy(seed=7)
+    policy.state_projector.set_statistics(torch.arange(6.0), torch.arange(6.0) + 1.0)
+    policy.save_pretrained(tmp_path)
+    again = TransformersVLA.from_pretrained(tmp_path, temperature=2.0)
+    assert again.config == policy.config
+    assert again.temperature == 2.0
+    mine, others = policy.state_dict(), again.state_dict()
+    assert mine.keys() == others.keys()
+    assert all(torch.equal(mine[name], others[name]) for name in mine)
+    # Buffers that are not stored must have been computed, not left empty.
+    for (name, one), (_, other) in zip(policy.named_buffers(), again.named_buffers()):
+        assert torch.equal(one, other), name
+    td = make_observation(3, instructions=["lift it", "unknown words", "Open the drawer"])
+    assert torch.equal(policy.action_logits(td), again.action_logits(td))
+
+
+def test_bfloat16_storage_rounds_once(policy: TransformersVLA, tmp_path: Path):
+    policy.save_pretrained(tmp_path / "full")
+    policy.save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    full, half = weights_of(tmp_path / "full"), weights_of(tmp_path / "half")
+    assert half.stat().st_size < 0.6 * full.stat().st_size
+    again = TransformersVLA.from_pretrained(tmp_path / "half")
+    queries = policy.query_head.queries
+    assert again.query_head.queries.dtype == torch.float32
+    assert torch.equal(again.query_head.queries, queries.bfloat16().float())
+
+
+def test_default_is_under_ten_megabytes(tmp_path: Path):
+    policy = TransformersVLA.tiny(["lift it"], action_dim=7, chunk_size=8, state_dim=8)
+    policy.save_pretrained(tmp_path)
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*")) < 10e6
+
+
+def test_overwriting_leaves_one_checkpoint(make_policy: Make, folder: Path):
+    before = weights_of(folder)
+    other = make_policy(seed=1)
+    other.save_pretrained(folder)
+    assert weights_of(folder) != before
+    assert sorted(entry.name for entry in folder.iterdir()) == sorted(
+        ["config.json", "tokenizer", weights_of(folder).name]
+    )
+    again = TransformersVLA.from_pretrained(folder)
+    assert torch.equal(again.query_head.queries, other.query_head.queries)
+
+
+@pytest.mark.parametrize("dies_at", ["weights", "config.json"])
+def test_a_writer_that_dies_leaves_the_old_checkpoint(
+    make_policy: Make, folder: Path, monkeypatch: pytest.MonkeyPatch, dies_at: str
+):
+    move = checkpoint._move
+
+    def failing(source: Path, target: Path) -> None:
+        if source.name == dies_at:
+            raise OSError(28, "No space left on device")
+        move(source, target)
+
+    monkeypatch.setattr(checkpoint, "_move", failing)
+    with pytest.raises(RuntimeError, match=r"No space left.*previous checkpoint"):
+        make_policy(seed=1).save_pretrained(folder)
+    expected = make_policy(seed=0).query_head.queries
+    assert torch.equal(TransformersVLA.from_pretrained(folder).query_head.queries, expected)
+    assert not list(folder.glob(".writing-*"))
+
+
+def test_folder_that_cannot_be_written(policy: TransformersVLA, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RuntimeError, match="folder must be writable"):
+        policy.save_pretrained(tmp_path / "file" / "inside")
+
+
+def test_load_weights_in_place(make_policy: Make, folder: Path):
+    policy = make_policy(seed=1)
+    queries = policy.query_head.queries
+    policy.load_weights(folder)
+    assert policy.query_head.queries is queries
+    assert torch.equal(queries, make_policy(seed=0).query_head.queries)
+
+
+def test_load_weights_of_another_architecture_names_what_differs(make_policy: Make, folder: Path):
+    other = make_policy(
+        tokens_per_step=2, action_tokenizer=UniformActionTokenizer(32, low=-1.0, high=1.0)
+    )
+    with pytest.raises(ValueError) as info:
+        other.load_weights(folder)
+    assert "tokens_per_step: 2 != 1" in str(info.value)
+    assert "action_tokenizer.num_bins: 32 != 16" in str(info.value)
+    assert "backbone" not in str(info.value).split("Use ")[0]
+
+
+class TestDamage:
+    def test_truncated(self, folder: Path):
+        path = weights_of(folder)
+        path.write_bytes(path.read_bytes()[:-1000])
+        with pytest.raises(ValueError, match=r"must have \d+ bytes, got \d+.*truncated"):
+            TransformersVLA.from_pretrained(folder)
+
+    def test_one_flipped_byte(self, folder: Path):
+        path = weights_of(folder)
+        data = bytearray(path.read_bytes())
+        data[-10] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"must have checksum .*corrupt"):
+            TransformersVLA.from_pretrained(folder)
+
+    def test_not_safetensors_at_all(self, folder: Path):
+        path = weights_of(folder)
+        path.write_bytes(b"\0" * path.stat().st_size)
+        with pytest.raises(ValueError, match="must be a safetensors file"):
+            TransformersVLA.from_pretrained(folder, verify=False)
+
+    @pytest.mark.parametrize(
+        ("missing", "named"),
+        [
+            ("weights-*.safetensors", "weights file 'weights-"),
+            ("config.json", "config.json"),
+            ("tokenizer/tokenizer_config.json", "tokenizer/tokenizer_config.json"),
+        ],
+    )
+    def test_missing_file_is_named(self, folder: Path, missing: str, named: str):
+        next(folder.glob(missing)).unlink()
+        with pytest.raises(FileNotFoundError, match=f"must contain .*{named}"):
+            TransformersVLA.from_pretrained(folder)
+
+    def test_missing_folder(self, tmp_path: Path):
+        with pytest.raises(FileNotFoundError, match="existing checkpoint folder"):
+            TransformersVLA.from_pretrained(tmp_path / "nowhere")
+
+    def test_config_that_is_no_json(self, folder: Path):
+        (folder / "config.json").write_text("{")
+        with pytest.raises(ValueError, match="must be valid JSON"):
+            TransformersVLA.from_pretrained(folder)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ({"model_type": "smolvlm"}, "transformers checkpoint .*from_backbone"),
+            ({"architecture": "FlowVLA"}, "must be 'TransformersVLA', got 'FlowVLA'.*FlowVLA.from"),
+            ({}, "Point to a torchrl_dvla checkpoint"),
+        ],
+    )
+    def test_another_kind_of_checkpoint(self, folder: Path, content: dict, message: str):
+        (folder / "config.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            TransformersVLA.from_pretrained(folder)
+
+    def test_another_version(self, folder: Path):
+        data = json.loads((folder / "config.json").read_text())
+        data["format_version"] = 99
+        (folder / "config.json").write_text(json.dumps(data))
+        with pytest.raises(ValueError, match="format_version .* must be 1, got 99"):
+            TransformersVLA.from_pretrained(folder)
+        data["format_version"] = 1
+        data["config"]["new_field"] = 1
+        (folder / "config.json").write_text(json.dumps(data))
+        with pytest.raises(ValueError, match=r"unknown \['new_field'\] and missing \[\]"):
+            TransformersVLA.from_pretrained(folder)
+
+    def test_weights_and_config_of_two_checkpoints(self, folder: Path):
+        data = json.loads((folder / "config.json").read_text())
+        data["config"]["chunk_size"] = 5
+        (folder / "config.json").write_text(json.dumps(data))
+        with pytest.raises(ValueError, match=r"queries is \(4, 32\) instead of \(5, 32\)"):
+            TransformersVLA.from_pretrained(folder)
+
+
+class TestConfig:
+    def test_json_round_trip(self, policy: TransformersVLA):
+        data = json.loads(json.dumps(policy.config.to_dict()))
+        again = TransformersVLAConfig.from_dict(data)
+        assert again == policy.config
+        assert again.differences(policy.config) == []
+
+    @pytest.mark.parametrize(
+        ("field", "value", "message"),
+        [
+            ("action_dim", 0, "action_dim must be at least 1, got 0"),
+            ("chunk_size", 0, "chunk_size must be at least 1"),
+            ("image_size", (0, 32), "image_size must be"),
+            ("num_cameras", 3, "num_cameras must be 1 or 2, got 3"),
+            ("state_dim", -1, "state_dim must not be negative"),
+            ("dtype", "int8", "dtype must be one of"),
+            ("backbone", {}, "must contain 'model_type'"),
+        ],
+    )
+    def test_out_of_range(self, policy: TransformersVLA, field: str, value: object, message: str):
+        with pytest.raises(ValueError, match=message):
+            TransformersVLAConfig.from_dict({**policy.config.to_dict(), field: value})
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        UniformActionTokenizer(32, low=-1.0, high=1.0),
+        UniformActionTokenizer(8, low=torch.tensor([-1.0, 0.0]), high=torch.tensor([1.0, 2.0])),
+        VocabTailActionTokenizer(64),
+        VocabTailActionTokenizer(
+            64,
+            norm_low=torch.tensor([-0.3, 0.0], dtype=torch.float64),
+            norm_high=torch.tensor([0.7, 1.0], dtype=torch.float64),
+            norm_mask=torch.tensor([True, False]),
+            gripper_binarize=True,
+        ),
+    ],
+)
+def test_action_tokenizers_survive_json(tokenizer: torch.nn.Module):
+    data = json.loads(json.dumps(action_tokenizer_to_dict(tokenizer)))
+    again = action_tokenizer_from_dict(data)
+    assert again.vocab_size == tokenizer.vocab_size
+    actions = torch.tensor([[-0.9, 0.1], [0.4, 0.8]])
+    tokens = tokenizer.encode(actions)
+    assert torch.equal(again.encode(actions), tokens)
+    assert torch.equal(again.decode(tokens), tokenizer.decode(tokens))
+
+
+def test_unknown_action_tokenizer():
+    class Other(UniformActionTokenizer):
+        pass
+
+    with pytest.raises(ValueError, match="got Other"):
+        action_tokenizer_to_dict(Other(4, low=0.0, high=1.0))
+    with pytest.raises(ValueError, match="kind must be"):
+        action_tokenizer_from_dict({"kind": "fast"})

@@ -1,0 +1,327 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Facts about the policy that can be checked by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tensordict import NonTensorStack, TensorDict
+from torch.nn import functional as F
+from torchrl.data.vla import UniformActionTokenizer
+from torchrl.envs import MultiAction, ToyVLAEnv, TransformedEnv
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from torchrl_dvla.modules import TransformersVLA
+
+Make = Callable[..., TransformersVLA]
+Observe = Callable[..., TensorDict]
+TOKENS, LOG_PROBS, CHUNK = (("vla_action", name) for name in ("tokens", "log_probs", "chunk"))
+
+
+@torch.no_grad()
+def test_writes_tokens_log_probs_and_chunk(policy: TransformersVLA, make_observation: Observe):
+    td = policy(make_observation(3))
+    assert td[TOKENS].shape == td[LOG_PROBS].shape == td[CHUNK].shape == (3, 4, 6)
+    assert td[TOKENS].dtype == torch.int64
+    # Bin centres of 16 bins over [-1, 1]: -1 + (token + 0.5) / 8.
+    torch.testing.assert_close(td[CHUNK], -1.0 + (td[TOKENS] + 0.5) / 8.0)
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (5,), (2, 3), (2, 1, 2)])
+@torch.no_grad()
+def test_any_leading_batch_shape(policy: TransformersVLA, make_observation: Observe, batch):
+    td = make_observation(*batch)
+    logits = policy.action_logits(td)
+    assert logits.shape == (*batch, 4, 6, 16)
+    flat = policy.action_logits(td.reshape(-1) if batch else td[None])
+    torch.testing.assert_close(logits.reshape(-1, 4, 6, 16), flat)
+
+
+@torch.no_grad()
+def test_greedy_takes_the_largest_logit(policy: TransformersVLA, make_observation: Observe):
+    td = make_observation(4)
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        policy(td)
+    assert torch.equal(td[TOKENS], policy.action_logits(make_observation(4)).argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+@torch.no_grad()
+def test_log_probs_are_those_of_the_sampled_distribution(
+    make_policy: Make, make_observation: Observe, temperature: float
+):
+    policy = make_policy(temperature=temperature)
+    td = make_observation(4)
+    with set_exploration_type(ExplorationType.RANDOM):
+        policy(td)
+    expected = F.log_softmax(policy.action_logits(td) / temperature, -1)
+    expected = expected.gather(-1, td[TOKENS].unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(td[LOG_PROBS], expected)
+    # What the learner computes: the importance ratio at equal weights is one.
+    torch.testing.assert_close(policy.get_dist(td).log_prob(td[TOKENS]), td[LOG_PROBS])
+    rescored = policy.log_prob(td.clone())
+    torch.testing.assert_close(rescored[LOG_PROBS], td[LOG_PROBS])
+
+
+@torch.no_grad()
+def test_stored_logits_are_before_the_temperature(make_policy: Make, make_observation: Observe):
+    policy = make_policy(temperature=2.0, return_logits=True)
+    td = policy(make_observation(2))
+    logits = td["vla_action", "logits"]
+    torch.testing.assert_close(logits, policy.action_logits(make_observation(2)))
+    # get_dist reads them and applies the temperature once.
+    torch.testing.assert_close(policy.get_dist(td).logits, F.log_softmax(logits / 2.0, -1))
+
+
+@torch.no_grad()
+def test_logits_only_for_supervised_training(policy: TransformersVLA, make_observation: Observe):
+    out = policy(make_observation(2), logits_only=True, tensordict_out=TensorDict())
+    assert set(out.keys(True, True)) == {("vla_action", "logits")}
+    torch.testing.assert_close(
+        out["vla_action", "logits"], policy.action_logits(make_observation(2))
+    )
+
+
+@torch.no_grad()
+def test_sequence_log_prob_is_the_sum_over_tokens(make_policy: Make, make_observation: Observe):
+    by_token, by_sequence = make_policy(), make_policy(log_probs_mode="sequence")
+    one, other = by_token(make_observation(3)), by_sequence(make_observation(3))
+    assert other[LOG_PROBS].shape == (3,)
+    torch.testing.assert_close(other[LOG_PROBS], one[LOG_PROBS].sum((-2, -1)))
+
+
+@torch.no_grad()
+def test_a_row_does_not_depend_on_its_batch(policy: TransformersVLA, make_observation: Observe):
+    # The rows' instructions have different lengths: alone, each is padded to another length.
+    td = make_observation(3)
+    together = policy.action_logits(td)
+    alone = torch.stack([policy.action_logits(td[i]) for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_every_input_matters(policy: TransformersVLA, make_observation: Observe):
+    td = make_observation(2)
+    logits = policy.action_logits(td)
+
+    def changed(**kwargs: object) -> torch.Tensor:
+        other = td.clone()
+        for key, value in kwargs.items():
+            other[("observation", key) if key != "language_instruction" else key] = value
+        return (policy.action_logits(other) - logits).abs().amax((-3, -2, -1))
+
+    image = td["observation", "image"].clone()
+    image[0, :, :8, :8] = 255
+    difference = changed(image=image)
+    assert difference[0] > 1e-3 and difference[1] < 1e-5
+    assert (changed(state=td["observation", "state"] + 1.0) > 1e-3).all()
+    difference = changed(language_instruction=NonTensorStack("open it", "open the drawer"))
+    assert difference[0] > 1e-3 and difference[1] < 1e-5
+
+
+@torch.no_grad()
+def test_location_of_a_patch_matters(policy: TransformersVLA):
+    """Two images with the same patches in different places are different images."""
+    patch = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    images[0, :, :8, :8] = patch
+    images[1, :, :8, 8:16] = patch  # a neighbour inside the same pixel-shuffle square
+    td = TensorDict(
+        {
+            "observation": {"image": images, "state": torch.zeros(2, 6)},
+            "language_instruction": "lift it",
+        },
+        batch_size=[2],
+    )
+    logits = policy.action_logits(td)
+    assert (logits[0] - logits[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("tokens_per_step", [1, 2, 6])
+@torch.no_grad()
+def test_queries_per_env_step(make_policy: Make, make_observation: Observe, tokens_per_step: int):
+    policy = make_policy(tokens_per_step=tokens_per_step)
+    head = policy.query_head
+    assert head.queries.shape == (4 * tokens_per_step, 32)
+    assert head.projection.out_features == 6 // tokens_per_step * 16
+    assert policy.action_logits(make_observation(2)).shape == (2, 4, 6, 16)
+    # Query q speaks for env step q // tokens_per_step, its dimensions in order.
+    hidden = torch.zeros(1, 4 * tokens_per_step, 32)
+    base = head(hidden)
+    hidden[0, 0] = 1.0
+    touched = (head(hidden) != base).any(-1)[0]
+    expected = torch.zeros(4, 6, dtype=torch.bool)
+    expected[0, : 6 // tokens_per_step] = True
+    assert torch.equal(touched, expected)
+
+
+@torch.no_grad()
+def test_wrist_camera_is_read(make_policy: Make, make_observation: Observe):
+    policy = make_policy(num_cameras=2)
+    assert ("observation", "wrist_image") in policy.in_keys
+    td = make_observation(2, wrist=True)
+    logits = policy.action_logits(td)
+    td["observation", "wrist_image"] = td["observation", "image"]
+    assert (policy.action_logits(td) - logits).abs().max() > 1e-3
+    swapped = td.clone()
+    with pytest.raises(KeyError, match="wrist_image"):
+        policy.action_logits(swapped.exclude(("observation", "wrist_image")))
+
+
+@torch.no_grad()
+def test_weights_may_live_elsewhere(make_policy: Make, make_observation: Observe):
+    """Parameters pointed at foreign memory, or swapped for a call, are the ones that count."""
+    policy, other = make_policy(), make_policy(seed=1)
+    td = make_observation(2)
+    wanted = other.action_logits(td)
+    weights = TensorDict.from_module(other).data.clone()
+    with weights.to_module(policy):
+        assert torch.equal(policy.action_logits(td), wanted)
+    assert not torch.equal(policy.action_logits(td), wanted)
+
+    shared = TensorDict.from_module(policy).data.clone().share_memory_()
+    shared_flat = shared.flatten_keys(".")
+    for name, parameter in policy.named_parameters():
+        parameter.data = shared_flat[name]
+    shared.update_(weights)
+    assert torch.equal(policy.action_logits(td), wanted)
+
+
+def test_every_parameter_gets_a_gradient(policy: TransformersVLA, make_observation: Observe):
+    loss = F.cross_entropy(
+        policy.action_logits(make_observation(3)).flatten(0, -2), torch.arange(72) % 16
+    )
+    loss.backward()
+    without = [name for name, p in policy.named_parameters() if p.grad is None]
+    assert without == []
+    zero = [name for name, p in policy.named_parameters() if not p.grad.any()]
+    # A softmax does not notice a constant added to all its scores.
+    assert all(name.endswith("k_proj.bias") for name in zero)
+
+
+def test_frozen_parts_stay(make_policy: Make, make_observation: Observe, tmp_path):
+    make_policy().save_pretrained(tmp_path)
+    policy = TransformersVLA.from_pretrained(tmp_path, freeze_vision=True, freeze_language=True)
+    policy.action_logits(make_observation(2)).sum().backward()
+    trained = {name.split(".")[0] for name, p in policy.named_parameters() if p.requires_grad}
+    assert trained == {"backbone", "state_projector", "query_head"}
+    moving = {name for name, p in policy.named_parameters() if p.grad is not None}
+    assert {name for name in moving if name.startswith("backbone")} == {
+        "backbone.model.connector.modality_projection.proj.weight"
+    }
+
+
+def test_same_seed_same_weights_and_global_generator_untouched(make_policy: Make):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    one, two, other = make_policy(seed=3), make_policy(seed=3), make_policy(seed=4)
+    assert torch.equal(torch.rand(1), expected)
+    pairs = zip(one.parameters(), two.parameters())
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(one.query_head.queries, other.query_head.queries)
+
+
+def test_learns_where_the_block_is(make_policy: Make):
+    """Behaviour cloning finds a block's column in a few seconds: location reaches the head."""
+    policy = make_policy(
+        state_dim=0, action_tokenizer=UniformActionTokenizer(4, low=-1.0, high=1.0)
+    )
+    images = torch.zeros(16, 3, 32, 32, dtype=torch.uint8)
+    column = torch.arange(16) % 4
+    for i in range(16):
+        row = i // 4 * 8
+        images[i, :, row : row + 8, 8 * column[i] : 8 * column[i] + 8] = 255
+    td = TensorDict(
+        {"observation": {"image": images}, "language_instruction": "lift it"}, batch_size=[16]
+    )
+    target = column[:, None, None].expand(16, 4, 6).flatten()
+    optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
+    for _ in range(60):
+        loss = F.cross_entropy(policy.action_logits(td).flatten(0, -2), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+    with torch.no_grad():
+        assert torch.equal(policy(td)[TOKENS].flatten(), target)
+
+
+def test_drives_a_chunked_environment(make_policy: Make):
+    def toy_chunks(**kwargs: object) -> TransformedEnv:
+        return TransformedEnv(ToyVLAEnv(**kwargs), MultiAction.from_vla(stack_rewards=False))
+
+    env = toy_chunks(action_dim=6, state_dim=6, image_shape=(3, 32, 32))
+    policy = make_policy()
+    policy.check_compatible(env)
+    with set_exploration_type(ExplorationType.RANDOM), torch.no_grad():
+        rollout = env.rollout(2, policy)
+    assert rollout[CHUNK].shape == (2, 4, 6)
+    with pytest.raises(ValueError, match="image_shape must be"):
+        policy.check_compatible(toy_chunks(action_dim=6, state_dim=6, image_shape=(3, 16, 16)))
+    with pytest.raises(ValueError, match=r"env must take actions at .*MultiAction\.from_vla"):
+        policy.check_compatible(ToyVLAEnv(action_dim=6, state_dim=6))
+
+
+class TestBadInput:
+    def test_wrong_image_size(self, policy: TransformersVLA, make_observation: Observe):
+        with pytest.raises(ValueError, match=r"\[\*B, 3, 32, 32\], got \(2, 3, 64, 64\).*Render"):
+            policy(make_observation(2, size=64))
+
+    def test_wrong_state(self, policy: TransformersVLA, make_observation: Observe):
+        with pytest.raises(ValueError, match=r"state.* must have shape \[\*B, 6\], got \(2, 9\)"):
+            policy(make_observation(2, state_dim=9))
+
+    def test_missing_key_is_named(self, policy: TransformersVLA, make_observation: Observe):
+        for key in (("observation", "image"), ("observation", "state"), "language_instruction"):
+            with pytest.raises(KeyError, match=key if isinstance(key, str) else key[1]):
+                policy(make_observation(2).exclude(key))
+
+    def test_number_of_instructions(self, policy: TransformersVLA, make_observation: Observe):
+        td = make_observation(2)
+        td.batch_size = []
+        td["language_instruction"] = NonTensorStack("lift it", "lift it", "lift it")
+        with pytest.raises(ValueError, match="must hold 2 instructions"):
+            policy.action_logits(td)
+
+    def test_empty_instruction(self, policy: TransformersVLA, make_observation: Observe):
+        with pytest.raises(ValueError, match="at least one token"):
+            policy(make_observation(1, instructions=[""]))
+
+    @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+    def test_temperature(self, make_policy: Make, temperature: float):
+        with pytest.raises(ValueError, match="temperature must be positive"):
+            make_policy(temperature=temperature)
+
+    def test_tokens_per_step(self, make_policy: Make):
+        with pytest.raises(ValueError, match="must divide action_dim=6, got 4"):
+            make_policy(tokens_per_step=4)
+
+    def test_diverged_weights_are_not_sampled_from(
+        self, policy: TransformersVLA, make_observation: Observe
+    ):
+        policy.query_head.projection.weight.data.fill_(torch.nan)
+        with set_exploration_type(ExplorationType.RANDOM), torch.no_grad():
+            with pytest.raises(ValueError, match="must be finite"):
+                policy(make_observation(1))
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"chunk_size": 8}, "chunk_size must be 4 as the policy's, got 8"),
+            ({"action_dim": 7}, "action_dim must be 6 as the policy's, got 7"),
+            ({"image_shape": (3, 64, 64)}, "image_shape must be .* got .3, 64, 64."),
+            ({"state_dim": 9}, "state_dim must be 6 as the policy's, got 9"),
+        ],
+    )
+    def test_environment_that_does_not_fit(
+        self, policy: TransformersVLA, given: dict[str, object], message: str
+    ):
+        policy.check_compatible(chunk_size=4, action_dim=6, image_shape=(3, 32, 32), state_dim=6)
+        with pytest.raises(ValueError, match=message):
+            policy.check_compatible(**given)

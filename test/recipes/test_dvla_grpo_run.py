@@ -1,0 +1,219 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from torchrl_dvla.recording import Checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "sota-implementations" / "dvla_grpo" / "dvla_grpo.py"
+#: A policy without transformers and small groups: the run is about the recipe, not about learning.
+SMALL = [
+    "--quick",
+    "policy.kind=tiny_vla",
+    "+policy.hidden_dim=16",
+    "group.group_size=4",
+    "group.groups_per_update=2",
+    "workers.envs_per_worker=2",
+    "optim.minibatch_size=32",
+    "eval.num_episodes=4",
+    "eval.subset_episodes=2",
+    "eval.every_minutes=0",
+    "checkpoint.every_updates=2",
+    "log.line_every_s=0",
+    "train.max_minutes=null",
+]
+
+
+class Run:
+    """The recipe in a process of its own, whose descendants can be told apart from all others."""
+
+    def __init__(self, tmp_path, *overrides):
+        self.mark = f"DVLA_TEST_RUN={uuid.uuid4().hex}"
+        self.tmp = tmp_path / "tmp"
+        self.tmp.mkdir(exist_ok=True)
+        key, value = self.mark.split("=")
+        env = dict(os.environ, TMPDIR=str(self.tmp), OMP_NUM_THREADS="1", **{key: value})
+        env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+        self.output = ""
+        self.process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), *SMALL, f"log.dir={tmp_path / 'runs'}", *overrides],
+            cwd=tmp_path,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def read_until(self, pattern):
+        for line in self.process.stdout:
+            self.output += line
+            if re.search(pattern, line):
+                return
+        raise AssertionError(f"{pattern!r} never came:\n{self.output}")
+
+    def finish(self):
+        self.output += self.process.stdout.read()
+        return self.process.wait()
+
+    def left_over(self):
+        """Processes and temporary files of the run that outlived it."""
+        alive = []
+        for environ in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if self.mark.encode() in environ.read_bytes().split(b"\0"):
+                    alive.append((environ.parent / "cmdline").read_bytes().replace(b"\0", b" "))
+            except OSError:
+                continue  # gone, or another user's
+        return alive + [str(path) for path in self.tmp.rglob("*") if path.is_file()]
+
+
+def _scalars(folder):
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    return events, events.Tags()["scalars"]
+
+
+@pytest.fixture(scope="module")
+def interrupted_and_resumed(tmp_path_factory):
+    """One run, ended by SIGTERM in the middle of training and then resumed to its end."""
+    tmp_path = tmp_path_factory.mktemp("run")
+    first = Run(tmp_path, "train.num_updates=1000")
+    try:
+        first.read_until(r"update 3/1000")
+        asked_s = time.monotonic()
+        # To all its processes at once, as `timeout` and systemd do: the harder case.
+        os.killpg(first.process.pid, signal.SIGTERM)
+        first.code = first.finish()
+        first.end_s = time.monotonic() - asked_s
+        first.remains = first.left_over()
+        (first.folder,) = (tmp_path / "runs" / "toy").iterdir()
+        first.checkpoint = Checkpoint.load(max((first.folder / "checkpoints").glob("update_*")))
+        first.report = json.loads((first.folder / "report.json").read_text())
+        updates = first.checkpoint.update + 3
+        second = Run(tmp_path, f"train.num_updates={updates}", "checkpoint.resume=auto")
+        try:
+            second.code = second.finish()
+        finally:
+            second.process.kill()
+        second.remains = second.left_over()
+        second.folders = list((tmp_path / "runs" / "toy").iterdir())
+        second.report = json.loads((first.folder / "report.json").read_text())
+    finally:
+        first.process.kill()
+    return first, second
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+class TestRun:
+    def test_sigterm_ends_it_within_ten_seconds(self, interrupted_and_resumed):
+        first, _ = interrupted_and_resumed
+        assert first.code == 128 + signal.SIGTERM
+        assert first.end_s < 10
+        assert "Traceback" not in first.output
+
+    def test_nothing_is_left(self, interrupted_and_resumed):
+        for run in interrupted_and_resumed:
+            assert run.remains == []
+
+    def test_the_checkpoint_is_whole_and_not_older_than_the_signal(self, interrupted_and_resumed):
+        first, _ = interrupted_and_resumed
+        assert first.checkpoint.update >= 3
+        assert set(first.checkpoint.state) == {
+            "optimizer",
+            "scheduler",
+            "collector",
+            "buffer",
+            "rng",
+            "run",
+        }
+        assert first.report["ended_by"] == "SIGTERM"
+        assert first.report["checkpoint"] == str(first.checkpoint.path)
+        assert first.report["after"] is None
+
+    def test_a_resumed_run_goes_on_and_ends(self, interrupted_and_resumed):
+        first, second = interrupted_and_resumed
+        assert second.code == 0, second.output
+        assert second.folders == [first.folder]
+        report = second.report
+        assert report["num_updates"] == first.checkpoint.update + 3
+        assert report["ended_by"] == "update budget"
+        # Greedy success before is what was measured then: it is not evaluated a second time.
+        assert report["before"] == first.report["before"]
+        assert second.output.count("evaluating:") == 1
+        assert report["after"]["num_episodes"] == 4
+        assert report["num_episodes"] > first.report["num_episodes"]
+        assert report["training_s"] > first.report["training_s"]
+        assert report["max_policy_lag"] <= 1
+        final = Checkpoint.load(
+            first.folder / "checkpoints" / f"update_{report['num_updates']:08d}"
+        )
+        assert (
+            final.state["optimizer"]["state"][0]["step"]
+            > (first.checkpoint.state["optimizer"]["state"][0]["step"])
+        )
+
+    def test_the_weight_version_goes_on(self, interrupted_and_resumed):
+        first, second = interrupted_and_resumed
+        events, _ = _scalars(first.folder)
+        versions = [(e.step, e.value) for e in events.Scalars("weights/version")]
+        assert versions == [(step, step) for step in range(1, second.report["num_updates"] + 1)]
+
+    def test_every_scalar_is_documented(self, interrupted_and_resumed):
+        first, _ = interrupted_and_resumed
+        documented = _documented_metrics()
+        _, names = _scalars(first.folder)
+        assert len(names) > 40
+        undocumented = [n for n in names if not any(re.fullmatch(d, n) for d in documented)]
+        assert undocumented == []
+
+    def test_tensorboard_has_videos_scenes_and_the_dashboard(self, interrupted_and_resumed):
+        first, _ = interrupted_and_resumed
+        events, names = _scalars(first.folder)
+        images = events.Tags()["images"]
+        assert "eval/start" in images
+        assert len([name for name in images if re.fullmatch(r"eval/episode_\d_\w+", name)]) >= 2
+        assert "custom_scalars__config__" in events.Tags()["tensors"]
+        for name in ("eval/success_rate", "eval_subset/success_rate", "lane/sampling_busy"):
+            assert name in names
+
+    def test_the_end_table_is_printed(self, interrupted_and_resumed):
+        _, second = interrupted_and_resumed
+        for label in ("greedy success before", "greedy success after", "lanes busy", "policy lag"):
+            assert re.search(rf"^{label}  +\S", second.output, re.MULTILINE)
+
+
+def _documented_metrics():
+    """Regular expressions of the names in the tables of the guide's page on metrics."""
+    page = (ROOT / "docs" / "source" / "guide" / "metrics.md").read_text()
+    names = []
+    for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE):
+        for name in re.findall(r"`([^`]+)`", row):
+            name = re.escape(name).replace(re.escape("..."), r"\w+")
+            names.append(re.sub(r"<\w+>", r"\\w+", name))
+    return names
+
+
+def test_the_dashboard_shows_only_documented_metrics():
+    from torchrl_dvla.recording import DASHBOARD
+
+    page = (ROOT / "docs" / "source" / "guide" / "metrics.md").read_text()
+    for charts in DASHBOARD.values():
+        for tags in charts.values():
+            for tag in tags:
+                assert tag.split("/")[0].removesuffix(".*") + "/" in page or "eval" in tag

@@ -1,0 +1,156 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""One policy call for all decisions that wait."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from torchrl_dvla.collectors.counters import CollectionCounters
+from torchrl_dvla.collectors.rollout import Rollout, Slot, SlotState
+from torchrl_dvla.data import InstructionTable
+from torchrl_dvla.memory import EnvironmentPool
+from torchrl_dvla.swimlane import InferenceProcess, InferenceThread, Timeline
+from torchrl_dvla.swimlane.messages import Failed, Infer, Snapshot, UsePool
+
+__all__ = ["DecisionBatcher", "LaneLostError"]
+
+
+class LaneLostError(RuntimeError):
+    """The inference lane has ended without being asked to."""
+
+
+class DecisionBatcher:
+    """Sends all rows that wait for a decision to the inference lane, one batch at a time.
+
+    While a batch is under way the next one gathers, so the batch size follows the load by itself:
+    no row waits for a batch to fill up.
+
+    Args:
+        start_inference (Callable): starts the inference lane.
+        pool (EnvironmentPool): the rows.
+        instructions (InstructionTable): strings by id.
+
+    Keyword Args:
+        max_batch_size (int): rows of one batch.
+        timeline (Timeline): takes the spans.
+        counters (CollectionCounters): takes the counts.
+    """
+
+    def __init__(
+        self,
+        start_inference: Callable[[], InferenceProcess | InferenceThread],
+        pool: EnvironmentPool,
+        instructions: InstructionTable,
+        *,
+        max_batch_size: int,
+        timeline: Timeline,
+        counters: CollectionCounters,
+    ) -> None:
+        self._start_inference = start_inference
+        self._pool = pool
+        self._instructions = instructions
+        self._max_batch_size = max_batch_size
+        self._timeline = timeline
+        self._counters = counters
+        self._waiting: deque[Slot] = deque()
+        #: The decisions that are being taken; a slot may change hands meanwhile, a rollout does
+        #: not.
+        self._batch: list[tuple[Slot, Rollout]] = []
+        self._num_instructions_sent = 0
+        self._lane = start_inference()
+
+    def connect(self) -> int:
+        """Tell a new lane where the rows are; returns the descriptor to wait on."""
+        self._num_instructions_sent = 0
+        self._send(UsePool(self._pool.worker_view()))
+        return self._lane.connection.fileno()
+
+    def restart(self, *, snapshot: bool) -> int:
+        """Start another lane, with the newest weights, and repeat the request that was lost.
+
+        Keyword Args:
+            snapshot (bool): whether an evaluation needs its copy of the weights again.
+        """
+        self._lane.stop(0.0)
+        self._lane = self._start_inference()
+        descriptor = self.connect()
+        if snapshot:
+            self.snapshot()
+        if self._batch:
+            self._request()
+        return descriptor
+
+    def stop(self) -> None:
+        """End the lane."""
+        self._lane.stop()
+
+    def snapshot(self) -> None:
+        """Have the newest weights copied aside for an evaluation."""
+        self._send(Snapshot())
+
+    def add(self, slot: Slot) -> None:
+        """The row of the slot's rollout waits for a decision."""
+        slot.enter(SlotState.READY)
+        self._waiting.append(slot)
+
+    def withdraw(self, slot: Slot) -> None:
+        """The slot's rollout is lost before its decision was begun."""
+        self._waiting.remove(slot)
+
+    def dispatch(self) -> None:
+        """Begin the next batch, if none is under way and a row waits."""
+        if self._batch or not self._waiting:
+            return
+        evaluation = self._waiting[0].occupant.evaluation
+        waiting, self._waiting = self._waiting, deque()
+        for slot in waiting:
+            rollout = slot.occupant
+            if rollout.evaluation is evaluation and len(self._batch) < self._max_batch_size:
+                slot.state = SlotState.INFERRING  # since_s stays: it still waits for its decision
+                self._batch.append((slot, rollout))
+            else:
+                self._waiting.append(slot)
+        self._request()
+
+    def receive(self) -> list[tuple[Slot, Rollout]]:
+        """The decisions that have been taken; they stand in the rows.
+
+        Raises:
+            LaneLostError: if the lane has ended.
+            RuntimeError: if the policy raised. It would raise again: no restart helps.
+        """
+        try:
+            message = self._lane.connection.recv()
+        except (EOFError, OSError):
+            raise LaneLostError(self._lane.describe_end()) from None
+        if isinstance(message, Failed):
+            raise RuntimeError(f"The policy failed in the inference lane:\n{message.traceback}")
+        self._timeline.add("inference", message.start_s, message.end_s, name="infer")
+        self._counters.add("collector/inference_batches")
+        batch, self._batch = self._batch, []
+        for _, rollout in batch:
+            rollout.stamp(message.policy_version)
+        return batch
+
+    def _request(self) -> None:
+        rollouts = [rollout for _, rollout in self._batch]
+        evaluation = rollouts[0].evaluation
+        message = Infer(
+            rows=[rollout.row for rollout in rollouts],
+            instruction_ids=[rollout.instruction_id for rollout in rollouts],
+            new_instructions=self._instructions.since(self._num_instructions_sent),
+            greedy=evaluation is not None and evaluation.greedy,
+            use_snapshot=evaluation is not None,
+        )
+        self._num_instructions_sent = len(self._instructions)
+        self._send(message)
+
+    def _send(self, message: Infer | Snapshot | UsePool) -> None:
+        try:
+            self._lane.connection.send(message)
+        except OSError:
+            pass  # its death shows at the next receive
