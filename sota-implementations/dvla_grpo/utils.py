@@ -185,8 +185,8 @@ def make_optimizer(
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """AdamW over what is trained; the learning rate rises at first and falls with the budget.
 
-    Groups are few and noisy on a small machine: a rate that ends at ``final_lr_share`` averages over
-    the last of them instead of following each.
+    Groups are few and noisy on a small machine: a rate that ends at ``final_lr_share`` averages
+    over the last of them instead of following each.
     """
     settings = cfg.optim
     optimizer = torch.optim.AdamW(

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -18,10 +19,8 @@ def test_a_resumed_run_sees_every_minibatch_once(plane, tmp_path, on_disk, taken
     """Checkpoint before, in the middle of the first and of the second epoch of an update."""
     old = plane(num_epochs=2)
     old.admit_and_extend(0, 1, 2, 3)
-    seen = []
     loop = iter(old.buffer)
-    for _ in range(taken_after):
-        seen.append(next(loop)["x"].flatten().tolist())
+    seen = [batch["x"].flatten().tolist() for batch in islice(loop, taken_after)]
     if on_disk:
         old.buffer.dumps(tmp_path / "buffer")
     state = old.buffer.state_dict()

@@ -76,6 +76,7 @@ def test_file_descriptor_is_closed_by_the_finalizer():
     def alive(fd):
         return os.path.lexists(f"/proc/self/fd/{fd}")
 
+    gc.collect()  # what other tests left
     before = sum("torchrl_dvla" in link for link in links())
     shared = SharedArena(64)
     assert sum("torchrl_dvla" in link for link in links()) > before

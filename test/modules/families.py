@@ -82,7 +82,9 @@ def qwen2_5_vl() -> PreTrainedConfig:
             "temporal_patch_size": 2, "window_size": 16, "fullatt_block_indexes": [1],
         },
         text_config={
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2],
+            },
             **_TEXT,
         },
         image_token_id=IMAGE_TOKEN, video_token_id=61, vision_start_token_id=62,

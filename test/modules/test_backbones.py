@@ -208,7 +208,7 @@ def test_stream_longer_than_the_window():
     td = observation().exclude(("observation", "state"))
     td["language_instruction"] = "x"
     # 16 image tokens + 1 word + 128 queries in a window of 128.
-    with pytest.raises(ValueError, match="must not exceed the 128 tokens .* got 145"):
+    with pytest.raises(ValueError, match=r"must not exceed the 128 tokens .* got 145"):
         policy.action_logits(td)
 
 

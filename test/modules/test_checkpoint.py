@@ -189,7 +189,7 @@ class TestDamage:
         data = json.loads((folder / "config.json").read_text())
         data["format_version"] = 99
         (folder / "config.json").write_text(json.dumps(data))
-        with pytest.raises(ValueError, match="format_version .* must be 1, got 99"):
+        with pytest.raises(ValueError, match=r"format_version .* must be 1, got 99"):
             TransformersVLA.from_pretrained(folder)
         data["format_version"] = 1
         data["config"]["new_field"] = 1

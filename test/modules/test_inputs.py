@@ -58,7 +58,7 @@ class TestState:
         torch.testing.assert_close(projector(state), expected[:, None])
 
     def test_refuses_a_zero_std(self):
-        with pytest.raises(ValueError, match="must be positive.*smallest std of 0"):
+        with pytest.raises(ValueError, match=r"must be positive.*smallest std of 0"):
             StateProjector(2, 8).set_statistics(torch.zeros(2), torch.tensor([1.0, 0.0]))
 
 
@@ -105,7 +105,7 @@ class TestTiny:
         assert torch.equal(table[3 * 8 + 5, 16:], table[1 * 8 + 5, 16:])
 
     def test_sizes_that_do_not_divide(self):
-        with pytest.raises(ValueError, match="vision_size must be a multiple of head_size=32"):
+        with pytest.raises(ValueError, match=r"vision_size must be a multiple of head_size=32"):
             TinyBackboneConfig(vision_size=100)
-        with pytest.raises(ValueError, match="image_size must be a multiple .*32, got 100"):
+        with pytest.raises(ValueError, match=r"image_size must be a multiple .*32, got 100"):
             TinyBackboneConfig(image_size=100)

@@ -77,9 +77,7 @@ def test_mask_is_shared_where_nothing_is_padded(policy: TransformersVLA):
 
 
 def test_frame_of_two_cameras_with_text(policy: TransformersVLA):
-    style = PromptStyle(
-        start="pick", image_start="up the", image_end="it", instruction="{instruction} it"
-    )
+    style = PromptStyle("pick", "up the", "it", "{instruction} it")
     prompt = builder(policy, style=style, num_cameras=2)
     # pick | up the | 4 image | it | up the | 4 image | it | state
     assert prompt.frame_length == 1 + 2 * (2 + 4 + 1) + 1
@@ -104,7 +102,7 @@ def test_small_batches_are_remembered(policy: TransformersVLA):
 def test_queries_see_each_other_but_not_backwards(
     policy: TransformersVLA, make_observation: Callable[..., TensorDict]
 ):
-    """Changing the last action query changes the first action, and no hidden state of the prompt."""
+    """Changing the last action query changes the first action, and nothing in the prompt."""
     td = make_observation(2)
     states: list[torch.Tensor] = []
     last = policy.backbone.model.text_model.layers[-1]
@@ -133,5 +131,5 @@ def test_padding_changes_nothing(
 
 
 def test_style_needs_a_place_for_the_instruction():
-    with pytest.raises(ValueError, match="must contain '{instruction}', got 'do it'"):
+    with pytest.raises(ValueError, match=r"must contain '{instruction}', got 'do it'"):
         PromptStyle(instruction="do it")

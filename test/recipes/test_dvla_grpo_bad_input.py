@@ -62,12 +62,12 @@ def libero_policy(tmp_path_factory):
             "env.image_size=16",
             r"image_shape must be \(3, 32, 32\) as the policy's, got \(3, 16, 16\)",
         ),
-        ("policy.state_dim=6", "state_dim must be 6 as the policy's, got 4"),
+        ("policy.state_dim=6 policy.state_std=null", "state_dim must be 6 as the policy's, got 4"),
         ("checkpoint.resume=nowhere", r"checkpoint\.resume must be the folder of a training check"),
     ],
 )
 def test_settings_that_cannot_work(settings, ends_early, override, message):
-    ends_early(settings("toy", override), (ValueError, FileNotFoundError), message)
+    ends_early(settings("toy", *override.split()), (ValueError, FileNotFoundError), message)
 
 
 def test_a_setting_that_does_not_exist(settings):

@@ -21,7 +21,7 @@ def test_entries_are_contiguous_by_dtype_on_cache_lines() -> None:
     }
     layout = WeightLayout(source)
     placed = [(e.name, e.dtype, e.offset_bytes) for e in layout.entries]
-    # float32 first (it comes first in the source): a at 0, b on the next line, 64 + 80 = 144 -> 192.
+    # float32 comes first in the source: a at 0, b on the next line at 64; 64 + 80 = 144 -> 192.
     assert placed == [
         ("a", torch.float32, 0),
         ("b", torch.float32, 64),

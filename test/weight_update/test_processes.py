@@ -90,7 +90,7 @@ def test_no_torn_reads_under_a_writer_that_never_rests() -> None:
         for _, connection in children:
             assert receive(connection) == "ready"
         deadline = time.monotonic() + 60.0
-        while any(stats.num_adoptions < 300 for stats in store.adoption_stats().values()):
+        while any(stats.num_adoptions < 150 for stats in store.adoption_stats().values()):
             assert time.monotonic() < deadline, store.adoption_stats()
             with torch.no_grad():
                 torch._foreach_add_(list(learner.parts), 1.0)
@@ -98,7 +98,7 @@ def test_no_torn_reads_under_a_writer_that_never_rests() -> None:
         for _, connection in children:
             connection.send("stop")
             num_adoptions, num_torn, num_backwards = receive(connection)
-            assert num_adoptions >= 300
+            assert num_adoptions >= 150
             assert (num_torn, num_backwards) == (0, 0)
 
 

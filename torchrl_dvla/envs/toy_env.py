@@ -23,11 +23,11 @@ class ToyChunkEnv(ToyVLAEnv):
 
     Every episode hides a target action in ``[-0.5, 0.5]^A``. The state shows the last executed
     action and the target, the image draws both (the base class has noise there), and the episode
-    succeeds once ``success_steps`` env steps in a row came within ``success_tol`` of it. A uniformly
-    random policy succeeds sometimes, one that reads the target always.
+    succeeds once ``success_steps`` env steps in a row came within ``success_tol`` of it. A
+    uniformly random policy succeeds sometimes, one that reads the target always.
 
     The same task as ``TransformedEnv(ToyVLAEnv(...), MultiAction.from_vla(stack_rewards=False))``,
-    but ten times faster, and it says which env steps of the chunk were executed. Two environments
+    but several times faster, and it says which env steps of the chunk were executed. Two environments
     that are given the same seed before their resets get the same targets.
 
     Keyword Args:

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
 from torchrl.data.vla import ACTION_CHUNK_KEY, IMAGE_KEY, STATE_KEY
 from torchrl.envs import EnvBase
 
-__all__ = ["require_compatible", "shapes_of"]
+from torchrl_dvla.modules.config import TransformersVLAConfig
+
+__all__ = ["CompatibilityMixin", "require_compatible", "shapes_of"]
 
 
 def shapes_of(env: EnvBase) -> dict[str, Any]:
@@ -87,3 +90,59 @@ def require_compatible(
     ]
     if problems:
         raise ValueError(" ".join(problems))
+
+
+class CompatibilityMixin(nn.Module):
+    """Gives a policy with a config ``check_compatible``."""
+
+    config: TransformersVLAConfig
+
+    def check_compatible(
+        self,
+        env: EnvBase | None = None,
+        *,
+        chunk_size: int | None = None,
+        action_dim: int | None = None,
+        image_shape: Sequence[int] | None = None,
+        state_dim: int | None = None,
+    ) -> None:
+        """Raise unless this policy fits an environment; what is not given is not compared.
+
+        Args:
+            env (EnvBase, optional): read the sizes from its specs.
+
+        Keyword Args:
+            chunk_size (int, optional): env steps per decision.
+            action_dim (int, optional): action dimension.
+            image_shape (sequence of int, optional): ``(3, height, width)``.
+            state_dim (int, optional): size of the proprioception vector.
+
+        Raises:
+            ValueError: naming every size that differs, and what to do.
+
+        Examples:
+            >>> from torchrl_dvla.modules import TransformersVLA
+            >>> policy = TransformersVLA.tiny(["lift the cup"], action_dim=7, chunk_size=8)
+            >>> policy.check_compatible(chunk_size=8, action_dim=7, image_shape=(3, 128, 128))
+            >>> policy.check_compatible(chunk_size=4)
+            Traceback (most recent call last):
+                ...
+            ValueError: chunk_size must be 8 as the policy's, got 4. ...
+        """
+        given = {
+            "chunk_size": chunk_size,
+            "action_dim": action_dim,
+            "image_shape": image_shape,
+            "state_dim": state_dim,
+        }
+        sizes = {} if env is None else shapes_of(env)
+        sizes.update({name: value for name, value in given.items() if value is not None})
+        require_compatible(
+            policy={
+                "chunk_size": self.config.chunk_size,
+                "action_dim": self.config.action_dim,
+                "image_shape": (3, *self.config.image_size),
+                "state_dim": self.config.state_dim,
+            },
+            **sizes,
+        )

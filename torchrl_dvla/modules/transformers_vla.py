@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,13 +18,13 @@ from torch import distributions as torch_dist
 from torchrl.data.vla import ActionTokenizerBase, UniformActionTokenizer
 from torchrl.modules.vla import VLAWrapperBase
 
-from torchrl_dvla.modules import compatibility
 from torchrl_dvla.modules.action_head import ActionQueryHead
 from torchrl_dvla.modules.action_tokenizer import (
     action_tokenizer_from_dict,
     action_tokenizer_to_dict,
 )
 from torchrl_dvla.modules.backbones import backbone_class
+from torchrl_dvla.modules.compatibility import CompatibilityMixin
 from torchrl_dvla.modules.config import TransformersVLAConfig
 from torchrl_dvla.modules.observation import read_images, read_instructions, read_state
 from torchrl_dvla.modules.persistence import PretrainedMixin
@@ -41,13 +41,12 @@ from torchrl_dvla.modules.tiny import TinyBackboneConfig, initialize_tiny_
 from torchrl_dvla.modules.words import word_tokenizer
 
 if TYPE_CHECKING:
-    from torchrl.envs import EnvBase
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["TransformersVLA"]
 
 
-class TransformersVLA(PretrainedMixin, VLAWrapperBase):
+class TransformersVLA(PretrainedMixin, CompatibilityMixin, VLAWrapperBase):
     """Vision-language-action policy with parallel decoding of a whole action chunk.
 
     Camera image(s) ``[*B, 3, h, w]``, proprioception ``[*B, S]`` and an instruction enter a
@@ -295,57 +294,6 @@ class TransformersVLA(PretrainedMixin, VLAWrapperBase):
             return cls(
                 config, tokenizer=parts.tokenizer, model=parts.model, **(policy_kwargs or {})
             )
-
-    # -- fitting an environment ---------------------------------------------
-    def check_compatible(
-        self,
-        env: EnvBase | None = None,
-        *,
-        chunk_size: int | None = None,
-        action_dim: int | None = None,
-        image_shape: Sequence[int] | None = None,
-        state_dim: int | None = None,
-    ) -> None:
-        """Raise unless this policy fits an environment; what is not given is not compared.
-
-        Args:
-            env (EnvBase, optional): read the sizes from its specs.
-
-        Keyword Args:
-            chunk_size (int, optional): env steps per decision.
-            action_dim (int, optional): action dimension.
-            image_shape (sequence of int, optional): ``(3, height, width)``.
-            state_dim (int, optional): size of the proprioception vector.
-
-        Raises:
-            ValueError: naming every size that differs, and what to do.
-
-        Examples:
-            >>> from torchrl_dvla.modules import TransformersVLA
-            >>> policy = TransformersVLA.tiny(["lift the cup"], action_dim=7, chunk_size=8)
-            >>> policy.check_compatible(chunk_size=8, action_dim=7, image_shape=(3, 128, 128))
-            >>> policy.check_compatible(chunk_size=4)
-            Traceback (most recent call last):
-                ...
-            ValueError: chunk_size must be 8 as the policy's, got 4. ...
-        """
-        sizes = {} if env is None else compatibility.shapes_of(env)
-        given = {
-            "chunk_size": chunk_size,
-            "action_dim": action_dim,
-            "image_shape": image_shape,
-            "state_dim": state_dim,
-        }
-        sizes.update({name: value for name, value in given.items() if value is not None})
-        compatibility.require_compatible(
-            policy={
-                "chunk_size": self.config.chunk_size,
-                "action_dim": self.config.action_dim,
-                "image_shape": (3, *self.config.image_size),
-                "state_dim": self.config.state_dim,
-            },
-            **sizes,
-        )
 
     # -- the forward pass --------------------------------------------------
     def action_logits(self, tensordict: TensorDictBase) -> torch.Tensor:

@@ -150,12 +150,8 @@ class SlotWriter:
         if flusher is not None:
             flusher.join()
         self.locks.close()
-        del (
-            self._views,
-            self._staging,
-            self._ledger,
-            self._segment,
-        )  # the last views of this process
+        # The last views that this side holds: the memory may go.
+        del self._views, self._staging, self._ledger, self._segment
 
     def _take(self, tensors: Sequence[torch.Tensor], version: int) -> None:
         if self._claimed is None:
