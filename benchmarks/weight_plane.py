@@ -11,9 +11,8 @@ learner publishes. The same processes run under three schemes: ``dvla`` (this pr
 ``AsyncWeightUpdater``), ``multiprocess`` and ``shared`` (TorchRL's ``MultiProcessWeightSyncScheme``
 and ``SharedMemWeightSyncScheme``). The last line of stdout is one JSON object:
 
-stall_over_copy           learner's time in ``publish`` over one ``copy_`` of as many bytes (medians
-                          of calls that take turns), with idle readers; ``*_unchecked`` is without
-                          the search for NaN
+stall_over_copy           learner's time in ``publish`` over one ``copy_`` of as many bytes, with no
+                          reader; ``*_unchecked`` is without the search for NaN
 stall_many_over_one       the stall with all readers serving over that with one
 adopt_s                   time from the call of publish until every reader has finished a decision
                           with the new weights, for each scheme
@@ -24,7 +23,8 @@ resident_over_model       memory of the slots and of all readers' weights (propo
                           over the model's; the learner's own model is not counted
 served_while_publishing   decisions/s while a version is published every 100 ms over those without
 
-Every ratio compares two sides of one run. With fewer cores than processes the two sides share them.
+Every ratio compares two sides of one run; times are lower quartiles of repeats. With fewer cores
+than processes the two sides share them, and adopt_s is mostly the wait for a core.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -206,6 +207,11 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def undisturbed(times: list[float]) -> float:
+    """The lower quartile: what else runs on the machine only ever adds time."""
+    return statistics.quantiles(times, n=4)[0]
+
+
 def measure_stall(megabytes: int, repeats: int) -> dict[str, float]:
     policy = set_version(Policy(megabytes), 1)
     flat = torch.ones(megabytes * WIDTH * WIDTH)
@@ -217,11 +223,12 @@ def measure_stall(megabytes: int, repeats: int) -> dict[str, float]:
             "stall_unchecked_s": unchecked.publish,
         }
         times: dict[str, list[float]] = {name: [] for name in calls}
+        names = list(calls)
         for _ in range(repeats + 3):
-            for name, call in calls.items():  # in turns: a slow moment slows all of them
-                times[name].append(timed(call))
-        medians = {name: statistics.median(values[3:]) for name, values in times.items()}
-    return medians
+            random.shuffle(names)  # else a scheduler's time slice may always end in the same call
+            for name in names:
+                times[name].append(timed(calls[name]))
+    return {name: undisturbed(values[3:]) for name, values in times.items()}
 
 
 def measure_adoption(node: Node, repeats: int) -> float:
@@ -235,7 +242,7 @@ def measure_adoption(node: Node, repeats: int) -> float:
             node.scheme.send(weights=weights)
             node.wait_until_served()
             times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+    return undisturbed(times[2:])
 
 
 def measure_torn(node: Node, seconds: float) -> dict[str, int]:
@@ -247,7 +254,7 @@ def measure_torn(node: Node, seconds: float) -> dict[str, int]:
 
 
 def measure_contended_stall(node: Node, repeats: int) -> float:
-    medians = []
+    stalls = []
     for count in (1, None):
         with node.ordered("serve", count):
             times = []
@@ -256,8 +263,8 @@ def measure_contended_stall(node: Node, repeats: int) -> float:
                 times.append(timed(node.scheme.publish))
                 node.version += 1
                 time.sleep(0.01)
-        medians.append(statistics.median(times))
-    return medians[1] / medians[0]
+        stalls.append(undisturbed(times))
+    return stalls[1] / stalls[0]
 
 
 def measure_served(node: Node, seconds: float, rounds: int) -> float:
@@ -294,10 +301,10 @@ def main() -> None:
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
-    medians = measure_stall(args.megabytes, 4 * repeats)
-    result.update(medians)
-    result["stall_over_copy"] = medians["stall_s"] / medians["copy_s"]
-    result["stall_over_copy_unchecked"] = medians["stall_unchecked_s"] / medians["copy_s"]
+    stalls = measure_stall(args.megabytes, 4 * repeats)
+    result.update(stalls)
+    result["stall_over_copy"] = stalls["stall_s"] / stalls["copy_s"]
+    result["stall_over_copy_unchecked"] = stalls["stall_unchecked_s"] / stalls["copy_s"]
     adopt_s: dict[str, float] = {}
     torn: dict[str, dict[str, int]] = {}
     for name in SCHEMES:

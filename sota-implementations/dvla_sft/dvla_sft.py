@@ -19,7 +19,7 @@ from pathlib import Path
 import hydra
 import torch
 import utils
-from episodes import evaluate, record_missing
+from episodes import PAUSE_S, evaluate, record_missing
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
@@ -45,7 +45,8 @@ def main(cfg: DictConfig) -> None:
     loss = utils.make_loss(policy)
     optimizer, scheduler = utils.make_optimizer(cfg, loss)
     curve = []
-    for step in tqdm(range(1, cfg.training.num_steps + 1), desc="cloning", unit="step"):
+    steps = range(1, cfg.training.num_steps + 1)
+    for step in tqdm(steps, desc="cloning", unit="step", mininterval=PAUSE_S):
         losses = loss(buffer.sample())
         losses["loss_bc"].backward()
         torch.nn.utils.clip_grad_norm_(loss.parameters(), cfg.training.max_grad_norm)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ from tqdm import tqdm
 
 from torchrl_dvla.envs.demonstrations import LiberoExpertEnv, record_demonstration
 from torchrl_dvla.modules import TransformersVLA
+
+# between two states of a progress bar: a terminal is redrawn, a log file grows
+PAUSE_S = 0.2 if sys.stderr.isatty() else 10.0
 
 # what a child process keeps between episodes: building a simulator takes seconds
 _env: LiberoExpertEnv
@@ -101,7 +105,7 @@ def _finished(
 ) -> tqdm:
     futures = [pool.submit(function, *job) for job in jobs]
     results = (future.result() for future in as_completed(futures))
-    return tqdm(results, total=len(jobs), desc=name, unit="episode")
+    return tqdm(results, total=len(jobs), desc=name, unit="episode", mininterval=PAUSE_S)
 
 
 # ---- what runs in a child

@@ -162,7 +162,7 @@ def make_optimizer(
 
     def scale(step: int) -> float:
         warm_up = min(1.0, (step + 1) / cfg.training.num_warmup_steps)
-        cosine = 0.5 + 0.5 * math.cos(math.pi * step / cfg.training.num_steps)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / cfg.training.decay_steps)
         return warm_up * (0.05 + 0.95 * cosine)
 
     return optimizer, LambdaLR(optimizer, scale)

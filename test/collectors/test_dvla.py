@@ -230,7 +230,7 @@ def test_a_policy_of_another_chunk_is_refused(make_collector):
 
 
 def test_a_budget_below_one_update_is_refused(make_collector):
-    with pytest.raises(ValueError, match="env_bytes must hold the groups of one update"):
+    with pytest.raises(ValueError, match="env_bytes must be at least"):
         make_collector(env_bytes="20KB")
 
 

@@ -156,6 +156,19 @@ def test_group_shares_its_scene_whatever_came_before(
     assert torch.equal(repeated["observation", "state"], future["observation", "state"])
 
 
+def test_hard_reset_gives_the_same_scene(
+    env: LiberoChunkEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = reset(env, 8, 2)
+    scene = scene_of(env)
+    decide(env, first.clone(), LOWER)
+    monkeypatch.setattr(env, "_soft_reset", False)
+    again = reset(env, 8, 2)
+    assert np.array_equal(scene_of(env), scene)
+    assert torch.equal(again["observation", "image"], first["observation", "image"])
+    assert torch.equal(again["observation", "state"], first["observation", "state"])
+
+
 def test_seed_moves_the_fixtures_of_an_init_state(env: LiberoChunkEnv) -> None:
     model = env.robosuite_env.sim.model._model
     cabinet = env.robosuite_env.obj_body_id["wooden_cabinet_1"]
@@ -210,6 +223,7 @@ def test_unknown_init_state_is_refused(env: LiberoChunkEnv) -> None:
         reset(env, 0, 50)
 
 
+@pytest.mark.timeout(600)
 def test_scene_is_the_same_in_another_process(env: LiberoChunkEnv) -> None:
     code = f"""
 import hashlib, torch
@@ -228,7 +242,7 @@ print(digest.hexdigest())
     import hashlib
 
     process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=170, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=580, check=True
     )
     td = reset(env, 33, 6)
     data = env.robosuite_env.sim.data._data

@@ -17,7 +17,7 @@ from torchrl.envs import LiberoEnv, MultiAction, TransformedEnv
 from torchrl_dvla.envs.libero_env import LiberoChunkEnv
 from torchrl_dvla.envs.libero_setup import choose_gl_backend, setup_libero
 
-pytestmark = [pytest.mark.libero, pytest.mark.slow]
+pytestmark = [pytest.mark.libero, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SIZE, CHUNK, INIT_STATE = 48, 3, 5
 CAMERAS = ("agentview", "robot0_eye_in_hand")

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -20,6 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchrl_dvla.recording import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
+#: Seconds that one run may take; on two idle cores it takes fifteen.
+DEADLINE_S = 140
 SCRIPT = ROOT / "sota-implementations" / "dvla_grpo" / "dvla_grpo.py"
 #: A policy without transformers and small groups: the run is about the recipe, not about learning.
 SMALL = [
@@ -40,7 +43,10 @@ SMALL = [
 
 
 class Run:
-    """The recipe in a process of its own, whose descendants can be told apart from all others."""
+    """The recipe in a session of its own, whose processes can be told apart from all others.
+
+    It is killed after DEADLINE_S, so that a run that hangs is an error and outlives no test.
+    """
 
     def __init__(self, tmp_path, *overrides):
         self.mark = f"DVLA_TEST_RUN={uuid.uuid4().hex}"
@@ -59,6 +65,9 @@ class Run:
             text=True,
             start_new_session=True,
         )
+        self.watchdog = threading.Timer(DEADLINE_S, self.kill)
+        self.watchdog.daemon = True
+        self.watchdog.start()
 
     def read_until(self, pattern):
         for line in self.process.stdout:
@@ -70,6 +79,13 @@ class Run:
     def finish(self):
         self.output += self.process.stdout.read()
         return self.process.wait()
+
+    def kill(self):
+        self.watchdog.cancel()
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.process.stdout.close()
 
     def left_over(self):
         """Processes and temporary files of the run that outlived it."""
@@ -109,17 +125,17 @@ def interrupted_and_resumed(tmp_path_factory):
         try:
             second.code = second.finish()
         finally:
-            second.process.kill()
+            second.kill()
         second.remains = second.left_over()
         second.folders = list((tmp_path / "runs" / "toy").iterdir())
         second.report = json.loads((first.folder / "report.json").read_text())
     finally:
-        first.process.kill()
+        first.kill()
     return first, second
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 class TestRun:
     def test_sigterm_ends_it_within_ten_seconds(self, interrupted_and_resumed):
         first, _ = interrupted_and_resumed

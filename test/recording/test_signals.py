@@ -67,9 +67,14 @@ def test_no_except_exception_takes_it_for_a_failure():
     assert not issubclass(StopRequested, Exception)
 
 
-def test_a_second_signal_interrupts_at_once():
-    with GracefulStop():
+def test_a_second_signal_interrupts():
+    now_s = [10.0]
+    with GracefulStop(patience_s=2.0, clock=lambda: now_s[0]) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
+        now_s[0] = 11.9
+        os.kill(os.getpid(), signal.SIGTERM)  # a launcher forwarded the same request
+        assert stop.requested
+        now_s[0] = 12.0
         with pytest.raises(KeyboardInterrupt, match="second request"):
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -30,7 +30,7 @@ from torchrl_dvla.collectors.rollout_queue import RolloutQueue
 from torchrl_dvla.collectors.schedule import EpisodeSpec, InitStateSchedule
 from torchrl_dvla.data import Admission, GroupAssembler, InstructionTable, PooledReplayBuffer
 from torchrl_dvla.data.schema import INSTRUCTION_ID_KEY, INSTRUCTION_KEY
-from torchrl_dvla.memory import EnvironmentPool, RowLayout
+from torchrl_dvla.memory import DualPool, EnvironmentPool, Plan, RowLayout
 from torchrl_dvla.swimlane import InferenceProcess, InferenceThread, SamplingLane, Timeline
 from torchrl_dvla.weight_update import AsyncWeightUpdater, WeightReader
 
@@ -161,33 +161,32 @@ class DVLACollector(BaseCollector):
         )
         try:
             layout = match_policy(policy, sampling.wait_ready(workers.start_timeout_s))
-            self._pool = self._make_pool(layout, rows_per_page, env_bytes)
+            self.plan = self._make_plan(layout, rows_per_page, env_bytes)
+            num_pages = self.plan.num_pages
+            if env_bytes is None:  # evaluation episodes find room beside all admitted groups
+                num_pages += self.plan.pages_per_group
+            self._pool = EnvironmentPool(layout, num_pages, rows_per_page)
             self._coordinator = self._build(sampling, replay_buffer)
         except BaseException:
             sampling.stop(workers.stop_timeout_s)
             raise
         self._coordinator.start()
 
-    def _make_pool(
+    def _make_plan(
         self, layout: RowLayout, rows_per_page: int, env_bytes: int | str | None
-    ) -> EnvironmentPool:
-        group = self.group
-        pages_per_group = -(-self._workers.max_decisions // rows_per_page) * group.num_candidates
-        if env_bytes is None:
-            # One group more than the lag bound admits, so that evaluations find room beside it.
-            num_groups = (group.max_policy_lag + 1) * group.groups_per_update + 1
-            return EnvironmentPool(layout, num_groups * pages_per_group, rows_per_page)
-        pool = EnvironmentPool.from_budget(layout, env_bytes, rows_per_page)
-        needed = group.groups_per_update * pages_per_group
-        if pool.num_pages < needed:
-            pool.close()
-            raise ValueError(
-                f"env_bytes must hold the groups of one update ({needed} pages of "
-                f"{pool.page_bytes} "
-                f"bytes), got {env_bytes} ({pool.num_pages} pages). Raise env_bytes, or lower "
-                "groups_per_update, group_size or max_decisions."
-            )
-        return pool
+    ) -> Plan:
+        group, workers = self.group, self._workers
+        return DualPool.plan(
+            layout=layout,
+            group_size=group.group_size,
+            candidate_group_size=group.candidate_group_size,
+            groups_per_update=group.groups_per_update,
+            max_policy_lag=group.max_policy_lag,
+            max_decisions=workers.max_decisions,
+            num_env=workers.num_workers * workers.envs_per_worker,
+            rows_per_page=rows_per_page,
+            env_bytes=env_bytes,
+        )
 
     def _build(
         self, sampling: SamplingLane, replay_buffer: Callable[..., PooledReplayBuffer]

@@ -91,12 +91,13 @@ class RolloutQueue:
 
     def next(self) -> Rollout | str:
         """The next rollout to run, or the reason why none may."""
-        if self._evaluation_pending:
-            if not self._pool.reserve(self._pages_per_rollout):
-                return "no_page"
+        if self._evaluation_pending and self._pool.reserve(self._pages_per_rollout):
             return self._run(self._evaluation_pending.popleft())
+        # Groups that have begun hold the pages that an evaluation waits for: they go on.
         if self._pending:
             return self._run(self._pending.popleft())
+        if self._evaluation_pending:
+            return "no_page"
         if not self.admitting.is_set():
             return "paused"
         num_pages = self._pages_per_rollout * self._num_candidates

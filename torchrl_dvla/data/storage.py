@@ -328,6 +328,12 @@ class PooledStorage(TensorStorage):
             "pool.worker_view() to workers, or state_dict() to a checkpoint."
         )
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(len={self._length}, max_size={self.max_size}, "
+            f"groups={len(self._segments)}, pool={self.pool!r})"
+        )
+
     # -- helpers --------------------------------------------------------------------------------
 
     def _bounds(self, key: int) -> tuple[int, int]:

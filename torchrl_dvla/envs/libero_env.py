@@ -87,7 +87,7 @@ class LiberoChunkEnv(LiberoEnv):
         shadows (bool): render shadows and reflections. Defaults to ``True``.
         msaa (bool): render with 4 samples per pixel. Defaults to ``True``.
         max_mesh_faces (int, optional): draw larger meshes with about so many faces. 4000 changes
-            few pixels of a 128 px frame and thirds the time without shadows and MSAA. Defaults to
+            few pixels of a 128 px frame and cuts the time of a fast one to a third. Defaults to
             ``None``, all faces.
         settle_steps (int): env steps without motion at the start. Defaults to 10.
         from_pixels (bool): also write the frame as ``"pixels"`` ``[H, W, 3]``, which
@@ -365,6 +365,8 @@ class LiberoChunkEnv(LiberoEnv):
             robosuite_env._load_model()
             robosuite_env._initialize_sim()
             robosuite_env._reset_internal()
+            # the old ones read from the simulation that is gone
+            robosuite_env._observables = robosuite_env._setup_observables()
         self._attach(robosuite_env)
 
     # ------------------------------------------------------------------ step
@@ -426,3 +428,6 @@ class LiberoChunkEnv(LiberoEnv):
         if self._renderer is not None:
             self._renderer.close()
         super().close(raise_if_closed=raise_if_closed)
+        # two gigabytes hang on these
+        for name in ("_renderer", "_physics", "_scene", "_robosuite"):
+            self.__dict__.pop(name, None)

@@ -101,7 +101,7 @@ class PretrainedMixin(nn.Module):
         weights = checkpoint.read_weights(folder, data["weights"], verify=verify)
         tokenizer = checkpoint.read_tokenizer(folder)
         with torch.random.fork_rng(devices=[]), no_init_weights():
-            policy = cls(config, tokenizer=tokenizer, **kwargs)  # type: ignore[call-arg]
+            policy = cls(config, tokenizer=tokenizer, **kwargs)
         policy._load(weights, source=str(folder))
         return policy
 

@@ -35,6 +35,9 @@ class PixelNormalizer(nn.Module):
         tensor([-1.,  1.])
     """
 
+    scale: torch.Tensor
+    shift: torch.Tensor
+
     def __init__(self, style: PixelStyle, *, image_size: tuple[int, int]) -> None:
         super().__init__()
         self._image_size = image_size

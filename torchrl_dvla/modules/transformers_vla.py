@@ -117,6 +117,9 @@ class TransformersVLA(PretrainedMixin, CompatibilityMixin, VLAWrapperBase):
     """
 
     in_keys: list[NestedKey]
+    use_state: bool
+    tensor_keys: Any
+    _tensor_keys: Any
 
     def __init__(
         self,

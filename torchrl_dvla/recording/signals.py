@@ -10,6 +10,7 @@ import contextlib
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 
@@ -38,12 +39,16 @@ class GracefulStop:
     - a wait that holds no state (workers starting, an evaluation's result) runs inside
       :meth:`interruptible`, where the handler does raise, :class:`StopRequested`.
 
-    A second signal raises :class:`KeyboardInterrupt` at once: the way out of a shutdown that hangs.
+    A second signal raises :class:`KeyboardInterrupt`: the way out of a shutdown that hangs. Within
+    ``patience_s`` of the first it is taken for the same request, since launchers (``timeout``,
+    ``make``, a terminal that signals the whole process group) often deliver one request twice.
 
     Only the main thread can install signal handlers; the previous ones come back on exit.
 
     Keyword Args:
         signals (tuple of signal.Signals): what counts as a request. Defaults to SIGINT and SIGTERM.
+        patience_s (float): time after the first signal in which further ones are ignored.
+        clock (Callable): tells the time in seconds.
 
     Raises:
         ValueError: on entry outside the main thread.
@@ -61,8 +66,15 @@ class GracefulStop:
     """
 
     def __init__(
-        self, *, signals: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
+        self,
+        *,
+        signals: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM),
+        patience_s: float = 2.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._patience_s = patience_s
+        self._clock = clock
+        self._signalled_s = 0.0
         self._signals = signals
         self._previous: dict[signal.Signals, object] = {}
         # SimpleQueue.put is the one inter-thread primitive documented as safe inside a handler.
@@ -139,7 +151,10 @@ class GracefulStop:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._reason is not None:
+            if self._clock() - self._signalled_s < self._patience_s:
+                return
             raise KeyboardInterrupt(f"second request to stop ({signal.Signals(number).name})")
+        self._signalled_s = self._clock()
         self._reason = signal.Signals(number).name
         self._inbox.put(self._reason)
         if self._num_interruptible:

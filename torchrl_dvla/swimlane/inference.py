@@ -114,10 +114,10 @@ class InferenceEngine:
 
 
 def _copy_weights(source: nn.Module, destination: nn.Module) -> None:
-    for theirs, ours in zip(source.parameters(), destination.parameters(), strict=True):
-        ours.data.copy_(theirs.data)
-    for theirs, ours in zip(source.buffers(), destination.buffers(), strict=True):
-        ours.copy_(theirs)
+    ours = [*destination.parameters(), *destination.buffers()]
+    theirs = [*source.parameters(), *source.buffers()]
+    for mine, other in zip(ours, theirs, strict=True):
+        mine.data.copy_(other.data)
 
 
 def _serve(connection: Connection, engine: InferenceEngine) -> None:

@@ -61,15 +61,19 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from tensordict import TensorDictBase
+from torch import nn
 
 from torchrl_dvla.weight_update.layout import WeightLayout, WeightSource
 from torchrl_dvla.weight_update.ledger import MAX_SLOTS, AdoptionStats, ReaderState
 from torchrl_dvla.weight_update.reader import WeightReader
 from torchrl_dvla.weight_update.segment import WeightSegment, reader_byte
+from torchrl_dvla.weight_update.source import ModuleTensors
 from torchrl_dvla.weight_update.writer import PublishStats, SlotWriter
 
 __all__ = ["WeightStore"]
@@ -137,6 +141,9 @@ class WeightStore:
         self._pid = os.getpid()
         self._rows: dict[str, int] = {}
         self._is_closed = False
+        self._known_modules: weakref.WeakKeyDictionary[nn.Module, ModuleTensors] = (
+            weakref.WeakKeyDictionary()
+        )
         self._last_stats: dict[str, AdoptionStats] = {}
         self.layout = WeightLayout(
             source, trainable_only=trainable_only, transport_dtype=transport_dtype
@@ -195,7 +202,7 @@ class WeightStore:
             )
         try:
             start_s = time.perf_counter()
-            tensors = self.layout.tensors_of(self._source if source is None else source)
+            tensors = self._tensors_of(self._source if source is None else source)
             return self._writer.publish(tensors, version=version, start_s=start_s)
         finally:
             self._publishing.release()
@@ -360,6 +367,17 @@ class WeightStore:
     def set_gate(self, gate: Callable[[str], None]) -> None:
         """Have ``gate`` called with the name of each step of the protocol, for tests of races."""
         self._writer.gate = gate
+
+    def _tensors_of(self, source: WeightSource) -> list[torch.Tensor]:
+        if not isinstance(source, nn.Module) or isinstance(source, TensorDictBase):
+            return self.layout.tensors_of(source)
+        known = self._known_modules.get(source)
+        tensors = known.get() if known is not None else None
+        if tensors is None:
+            known = self._known_modules[source] = ModuleTensors(source, self.layout)
+            tensors = known.get()
+        assert tensors is not None
+        return tensors
 
     def _open_rows(self) -> dict[str, int]:
         closed = ReaderState.CLOSED

@@ -1,0 +1,133 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Which rollout runs next, with a real pool and a real admission."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torchrl_dvla.collectors.evaluation import Evaluation
+from torchrl_dvla.collectors.rollout import Rollout
+from torchrl_dvla.collectors.rollout_queue import RolloutQueue
+from torchrl_dvla.collectors.schedule import EpisodeSpec, InitStateSchedule
+from torchrl_dvla.data import Admission
+from torchrl_dvla.memory import EnvironmentPool, RowLayout
+
+PAGES_PER_ROLLOUT = 2
+
+
+@pytest.fixture
+def make_queue():
+    pools = []
+
+    def make(num_pages: int, *, groups_per_update: int = 1) -> RolloutQueue:
+        layout = RowLayout({"x": ((1,), torch.float32)})
+        pools.append(EnvironmentPool(layout, num_pages, rows_per_page=1))
+        queue = RolloutQueue(
+            InitStateSchedule(("task",)),
+            Admission(groups_per_update, max_policy_lag=0),
+            num_candidates=2,
+            pages_per_rollout=PAGES_PER_ROLLOUT,
+            pool=pools[-1],
+        )
+        queue.admitting.set()
+        return queue
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def take(queue: RolloutQueue) -> Rollout:
+    rollout = queue.next()
+    assert isinstance(rollout, Rollout), rollout
+    return rollout
+
+
+def test_a_group_is_admitted_whole_and_shares_its_scene(make_queue):
+    queue = make_queue(num_pages=8)
+    first, second = take(queue), take(queue)
+    assert first.group_id == second.group_id == 0
+    assert first.spec == second.spec
+    assert (first.rollout_id, second.rollout_id) == (0, 1)
+    assert queue.next() == "no_admission", "lag 0: one group a version"
+
+
+def test_a_group_waits_for_the_pages_of_all_its_rollouts(make_queue):
+    queue = make_queue(num_pages=2 * PAGES_PER_ROLLOUT + 1, groups_per_update=2)
+    first, second = take(queue), take(queue)
+    assert queue.next() == "no_page"
+    # What finished rollouts did not take is free for others, but one page is still missing.
+    first.pages = [queue._pool.lease(first.rollout_id)]
+    queue.finish(first)
+    queue.finish(second)
+    assert queue._pool.num_free_pages == 4
+    assert take(queue).group_id == 1
+
+
+def test_a_lost_rollout_comes_first_and_keeps_its_promise(make_queue):
+    queue = make_queue(num_pages=4, groups_per_update=2)
+    first, _ = take(queue), take(queue)
+    first.pages = [queue._pool.lease(first.rollout_id)]
+    first.num_decisions = 1
+    queue.retry(first)
+    again = take(queue)
+    assert (again.rollout_id, again.num_decisions, again.pages) == (first.rollout_id, 0, [])
+    assert queue._pool.num_free_pages == 0, "both rollouts hold their promises"
+    again.pages = [queue._pool.lease(again.rollout_id) for _ in range(PAGES_PER_ROLLOUT)]
+
+
+def test_an_evaluation_without_room_does_not_hold_up_the_groups_that_have_it(make_queue):
+    queue = make_queue(num_pages=4, groups_per_update=2)
+    first = take(queue)
+    queue.add_evaluation(Evaluation([EpisodeSpec("task", 7)], greedy=True, num_frames_episodes=0))
+    assert queue.next_evaluation() is not None
+    second = take(queue)
+    assert second.group_id == first.group_id
+    assert queue.next() == "no_page", "the evaluation comes before a new group"
+    queue.finish(first)
+    assert take(queue).evaluation is not None
+
+
+def test_evaluations_run_one_after_the_other_and_before_new_groups(make_queue):
+    queue = make_queue(num_pages=8)
+    evaluations = [
+        Evaluation([EpisodeSpec("task", seed)] * 2, greedy=True, num_frames_episodes=0)
+        for seed in (1, 2)
+    ]
+    for evaluation in evaluations:
+        queue.add_evaluation(evaluation)
+    assert queue.next_evaluation() is evaluations[0]
+    episodes = [take(queue), take(queue)]
+    assert [rollout.spec.seed for rollout in episodes] == [1, 1]
+    assert queue.next_evaluation() is None, "the first one is still played"
+    for index, rollout in enumerate(episodes):
+        queue.finish(rollout)
+        evaluations[0].finish_episode(
+            index, success=True, episode_return=1.0, num_env_steps=3, policy_version=0
+        )
+    assert queue.next_evaluation() is evaluations[1]
+    assert take(queue).spec.seed == 2
+
+
+def test_unfinished_groups_are_begun_anew_after_a_resume(make_queue):
+    queue = make_queue(num_pages=16, groups_per_update=3)
+    specs = [take(queue).spec for _ in range(6)][::2]
+    queue.close_group(1)
+    other = make_queue(num_pages=16, groups_per_update=3)
+    other.load_state_dict(queue.state_dict())
+    resumed = [take(other) for _ in range(4)][::2]
+    assert [rollout.spec for rollout in resumed] == [specs[0], specs[2]]
+    assert [rollout.group_id for rollout in resumed] == [3, 4], "ids are never used twice"
+
+
+def test_an_ended_collection_fails_its_evaluations(make_queue):
+    queue = make_queue(num_pages=8)
+    evaluation = Evaluation([EpisodeSpec("task", 0)], greedy=True, num_frames_episodes=0)
+    queue.add_evaluation(evaluation)
+    queue.fail_evaluations(RuntimeError("over"))
+    with pytest.raises(RuntimeError, match="over"):
+        evaluation.result(0.0)

@@ -1,0 +1,78 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Plans for clusters that nobody has to own."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from torchrl.data.vla import UniformActionTokenizer
+from torchrl.modules.vla import TinyVLA
+
+from torchrl_dvla.collectors import TopologyAwareCollector, WorkerConfig
+from torchrl_dvla.data import PooledReplayBuffer
+from torchrl_dvla.testing import CountingChunkEnv
+from torchrl_dvla.topology import ClusterSpec, NodeSpec, plan_placement
+
+GIB = 2**30
+
+
+def test_cores_and_memory_both_bound_the_workers_of_a_node():
+    nodes = (
+        NodeSpec("few-cores", num_cores=3, memory_bytes=64 * GIB),
+        NodeSpec("little-memory", num_cores=32, memory_bytes=16 * GIB),
+    )
+    placement = plan_placement(
+        ClusterSpec(nodes), env_memory_bytes=2 * GIB, workers=WorkerConfig(envs_per_worker=2)
+    )
+    assert [node.workers.num_workers for node in placement.nodes] == [3, 2]
+    assert placement.learner.host == "few-cores"
+
+
+def test_a_node_without_room_for_one_environment_is_named():
+    cluster = ClusterSpec((NodeSpec("tiny", num_cores=2, memory_bytes=1 * GIB),))
+    with pytest.raises(ValueError, match="env_memory_bytes.*tiny"):
+        plan_placement(cluster, env_memory_bytes=2 * GIB)
+
+
+def test_an_empty_cluster_is_refused():
+    with pytest.raises(ValueError, match="at least one NodeSpec"):
+        ClusterSpec(())
+
+
+def test_several_nodes_are_refused_until_the_cluster_runtime_is_there():
+    node = NodeSpec("a", num_cores=2, memory_bytes=16 * GIB)
+    placement = plan_placement(ClusterSpec((node, node)), env_memory_bytes=GIB)
+    with pytest.raises(ValueError, match="one node in this version"):
+        TopologyAwareCollector(CountingChunkEnv, None, placement=placement)
+
+
+def test_on_one_node_it_is_the_collector_of_that_node():
+    placement = plan_placement(
+        ClusterSpec.local(),
+        env_memory_bytes=GIB // 64,
+        workers=WorkerConfig(max_decisions=4),
+    )
+    collector = TopologyAwareCollector(
+        functools.partial(CountingChunkEnv, chunk_size=4, max_env_steps=12),
+        TinyVLA(
+            action_dim=2,
+            chunk_size=4,
+            action_head="tokens",
+            vocab_size=8,
+            output_mode="both",
+            log_probs_mode="token",
+            return_vla_action_container=False,
+            action_tokenizer=UniformActionTokenizer(8, low=-1.0, high=1.0),
+        ),
+        placement=placement,
+        replay_buffer=functools.partial(PooledReplayBuffer, batch_size=16, timeout_s=60.0),
+    )
+    collector.start()
+    assert sum(batch.shape[0] for batch in collector.replay_buffer) > 0
+    collector.update_policy_weights_()
+    assert collector.policy_version == 1
+    collector.shutdown()
