@@ -30,6 +30,7 @@ than processes the two sides share them, and adopt_s is mostly the wait for a co
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -215,10 +216,11 @@ def undisturbed(times: list[float]) -> float:
 def measure_stall(megabytes: int, repeats: int) -> dict[str, float]:
     policy = set_version(Policy(megabytes), 1)
     flat = torch.ones(megabytes * WIDTH * WIDTH)
-    target = torch.zeros_like(flat)
+    # As many targets in turn as the store has slots: one alone might stay in the cache.
+    targets = itertools.cycle([torch.zeros_like(flat) for _ in range(3)])
     with WeightStore(policy) as store, WeightStore(policy, check_finite=False) as unchecked:
         calls: dict[str, Callable[[], Any]] = {
-            "copy_s": lambda: target.copy_(flat),
+            "copy_s": lambda: next(targets).copy_(flat),
             "stall_s": store.publish,
             "stall_unchecked_s": unchecked.publish,
         }

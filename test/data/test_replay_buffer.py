@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import threading
 from itertools import chain
+from multiprocessing.synchronize import SemLock
 
 import pytest
 import torch
@@ -80,6 +81,15 @@ def test_a_batch_lives_until_the_second_next(plane):
     assert first["x"].flatten().tolist() == [0, 1, 2, 3]
     next(iterator)
     assert first["x"].flatten().tolist() == [8, 9, 2, 3]
+
+
+def test_it_creates_no_named_semaphore(plane, monkeypatch):
+    created = []
+    monkeypatch.setattr(SemLock, "__init__", lambda self, *args, **kwargs: created.append(args))
+    plane = plane()
+    plane.admit_and_extend(0, 1)
+    plane.update()
+    assert created == []
 
 
 def test_learner_may_write_to_a_batch(plane):

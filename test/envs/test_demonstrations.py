@@ -43,6 +43,12 @@ def test_a_push_lasts_and_spares_the_gripper():
     assert size == pytest.approx(0.3 * np.sqrt((0 + 0.25 + 1) / 3), rel=0.25)
 
 
+def test_noise_does_not_depend_on_the_horizon():
+    short, long = (ActionNoise().sequence(n, np.random.default_rng(3)) for n in (20, 160))
+    assert short.any()
+    assert (long[:20] == short).all()
+
+
 @pytest.mark.libero
 def test_expert_solves_a_real_scene():
     env = LiberoExpertEnv(

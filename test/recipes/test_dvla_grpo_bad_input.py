@@ -142,7 +142,7 @@ def test_a_policy_checkpoint_that_is_not_there(settings, ends_early):
         (["env.camera_height=0"], ValueError, "camera_height must be a whole number from 1"),
         (["env.camera_width=64"], ValueError, r"image_shape must be \(3, 128, 128\)"),
         (["env.chunk_size=4", "workers.max_decisions=60"], ValueError, "chunk_size must be 8"),
-        (["env.max_episode_steps=512"], ValueError, "max_decisions must be at least 64, got 20"),
+        (["env.max_episode_steps=512"], ValueError, "max_decisions must be at least 64, got 15"),
         (["env.cameras=[agentview,robot0_eye_in_hand]"], ValueError, "must name 1 camera"),
     ],
 )

@@ -83,6 +83,15 @@ def test_finiteness_of_every_precision(dtype: torch.dtype) -> None:
     assert is_finite(torch.ones(2, dtype=torch.int32))
 
 
+def test_finite_numbers_whose_sum_overflows_are_finite() -> None:
+    large = torch.full((100,), 3e38)
+    assert large.sum().item() == float("inf")
+    assert is_finite(large)
+    large[7] = float("-inf")
+    assert not is_finite(large)
+    assert not is_finite(torch.tensor([float("inf"), float("-inf")]))
+
+
 def test_a_cast_that_overflows_is_not_finite() -> None:
     source = {"a": torch.tensor([1e30])}
     layout = WeightLayout(source, transport_dtype=torch.float16)

@@ -74,7 +74,7 @@ class DemonstrationInfo:
     num_env_steps: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors of unequal length do not compare
 class Demonstration:
     """One episode of an expert.
 

@@ -19,6 +19,7 @@ from torchrl.data.replay_buffers.samplers import (
     PrioritizedSampler,
     Sampler,
 )
+from torchrl.data.replay_buffers.writers import RoundRobinWriter
 from torchrl.envs.transforms import Compose, Transform
 
 from torchrl_dvla.data.admission import Admission
@@ -120,7 +121,8 @@ class PooledReplayBuffer(ReplayBuffer):
             sampler=sampler,
             transform=transform,
             batch_size=batch_size,
-            **kwargs,
+            # Compilable: its counters are plain numbers, not named semaphores in /dev/shm.
+            **{"writer": RoundRobinWriter(compilable=True), **kwargs},
         )
         self.pool = pool
         self.admission = admission

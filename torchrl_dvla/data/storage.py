@@ -101,7 +101,9 @@ class PooledStorage(TensorStorage):
             )
         self._length = 0
         # Not TensorStorage.__init__, which wants the tensors; what is inherited is its protocol.
-        Storage.__init__(self, max_size)
+        # Compilable: counters are plain numbers. TorchRL's others are named semaphores in /dev/shm,
+        # for processes that share a storage, which this one is not made for.
+        Storage.__init__(self, max_size, compilable=True)
         self.pool = pool
         self.ndim = 1
         self.device = torch.device("cpu")

@@ -75,7 +75,7 @@ __all__ = [
 ]
 
 
-def diagnose(log_dir: str = "outputs", *, libero: bool = True) -> list[Finding]:
+def diagnose(log_dir: str = "runs", *, libero: bool = True) -> list[Finding]:
     """Runs every check on this machine.
 
     Args:
@@ -173,7 +173,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Checks what usually breaks. Exits with 1 if something has to be mended.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--log-dir", default="outputs", help="folder that runs write to")
+    parser.add_argument("--log-dir", default="runs", help="folder that runs write to")
     parser.add_argument("--no-libero", action="store_true", help="leave the simulator out")
     parser.set_defaults(run=_run)
 

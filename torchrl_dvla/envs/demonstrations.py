@@ -97,9 +97,10 @@ class ActionNoise:
         # some episodes are left alone, so that the undisturbed way is shown too
         scale = rng.choice([0.0, 0.5, 1.0])
         size = scale * np.array([1.0, 1.0, 1.0, 0.3, 0.3, 0.3, 0.0])
-        pushes = self.push * rng.standard_normal((num_pushes, 7))
-        jitter = self.jitter * rng.standard_normal((num_env_steps, 7))
-        return (np.repeat(pushes, self.push_steps, axis=0)[:num_env_steps] + jitter) * size
+        # push by push, so that a longer horizon begins with the noise of a shorter one
+        drawn = rng.standard_normal((num_pushes, 1 + self.push_steps, 7))
+        noise = self.push * drawn[:, :1] + self.jitter * drawn[:, 1:]
+        return noise.reshape(-1, 7)[:num_env_steps] * size
 
 
 def chunk_labels(

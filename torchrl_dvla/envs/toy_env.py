@@ -27,8 +27,8 @@ class ToyChunkEnv(ToyVLAEnv):
     uniformly random policy succeeds sometimes, one that reads the target always.
 
     The same task as ``TransformedEnv(ToyVLAEnv(...), MultiAction.from_vla(stack_rewards=False))``,
-    but several times faster, and it says which env steps of the chunk were executed. Two environments
-    that are given the same seed before their resets get the same targets.
+    but several times faster, and it says which env steps of the chunk were executed. Two
+    environments that are given the same seed before their resets get the same targets.
 
     Keyword Args:
         action_dim (int): ``A``. Defaults to ``2``.

@@ -322,9 +322,8 @@ class PageLedger:
         """Counters and gauges of the pool.
 
         Returns:
-            dict: ``pages_free`` / ``_leased`` / ``_sealed`` / ``_stored`` / ``_reserved``
-                (promised),
-            ``reserved_bytes`` (allocated once), ``used_bytes`` and ``peak_bytes`` (in owned pages),
+            dict: ``pages_free``, ``pages_leased``, ``pages_sealed``, ``pages_stored``,
+            ``pages_reserved`` (promised), ``reserved_bytes`` (allocated once), ``used_bytes`` and ``peak_bytes`` (in owned pages),
             ``internal_waste`` (share of sealed and stored pages that holds no row, now) and
             ``internal_waste_total`` (over every page ever sealed), ``leases``, ``pages_reclaimed``,
             ``page_wait_s`` (time during which someone waited for a page).

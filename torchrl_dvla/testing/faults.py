@@ -10,6 +10,7 @@ What a fault does is plain, picklable configuration, so it reaches a worker in a
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import signal
 import threading
@@ -114,7 +115,7 @@ class FaultInjector(Transform):
         self.faults = tuple(faults)
         self.num_resets = 0
         self.num_decisions = 0
-        self._leaked: list[bytearray] = []
+        self._leaked: list[mmap.mmap] = []
 
     def _reset_env_preprocess(self, tensordict: TensorDictBase) -> TensorDictBase:
         count = self.num_resets
@@ -149,21 +150,21 @@ class FaultyEnvFactory:
         self.faults = tuple(faults)
 
     def __call__(self, **kwargs: Any) -> EnvBase:
-        leaked: list[bytearray] = []
+        leaked: list[mmap.mmap] = []
         strike(self.faults, "constructor", 0, leaked)
         injector = FaultInjector(self.faults)
         injector._leaked.extend(leaked)
         return TransformedEnv(self.create_env_fn(**kwargs), injector)
 
 
-def strike(faults: Sequence[Fault], place: FaultPlace, count: int, leaked: list[bytearray]) -> None:
+def strike(faults: Sequence[Fault], place: FaultPlace, count: int, leaked: list[mmap.mmap]) -> None:
     """Let every fault of *place* that is due at call *count* happen.
 
     Args:
         faults (sequence of Fault): the plan.
         place (str): where the caller is.
         count (int): number of the call, from 0.
-        leaked (list of bytearray): keeps what ``"leak"`` allocates.
+        leaked (list of mmap): keeps what ``"leak"`` allocates.
     """
     for fault in faults:
         # A constructor runs once per environment: `at` has nothing to count there.
@@ -182,5 +183,7 @@ def strike(faults: Sequence[Fault], place: FaultPlace, count: int, leaked: list[
         elif fault.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         else:
-            # Not zeros: untouched zero pages would not count as resident.
-            leaked.append(bytearray(b"\1") * fault.leak_bytes)
+            # Mapped, not allocated: an allocator would hand out pages that are resident already.
+            region = mmap.mmap(-1, fault.leak_bytes)
+            region.write(b"\1" * fault.leak_bytes)
+            leaked.append(region)

