@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import functools
 
+from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.collectors import MultiSyncCollector
 from torchrl.envs.custom import ToyVLAEnv
-from torchrl.modules import TensorDictModule as Module
 
 from torchrl_dvla import AsyncWeightUpdater
 
 
 def main() -> None:
-    policy = Module(nn.Linear(6, 4), in_keys=[("observation", "state")], out_keys=["action"])
+    policy = TensorDictModule(
+        nn.Linear(6, 4), in_keys=[("observation", "state")], out_keys=["action"]
+    )
     updater = AsyncWeightUpdater()
     collector = MultiSyncCollector(
         [functools.partial(ToyVLAEnv)] * 2,

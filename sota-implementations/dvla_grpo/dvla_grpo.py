@@ -141,6 +141,7 @@ def train(cfg: DictConfig, stop: GracefulStop) -> None:
                 if state.num_updates % cfg.checkpoint.every_updates == 0:
                     save()
             meter.stop()
+            collector.timeline.export_chrome_trace(run_folder / "timeline.json")
             with collector.pause(), stop.interruptible():
                 save()
                 if held_out:
