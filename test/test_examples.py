@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAST_LINE = {
     "evaluate_while_training.py": r"after: \d+% under policy version 12",
     "timeline.py": r"critical lane: \w+",
-    "weights_for_torchrl_collectors.py": r"batch 3: published 3, adopted \{'worker 0': 3, 'worker 1': 3\}",
+    "weights_for_torchrl_collectors.py": r"batch 3: published 3, "
+    r"adopted \{'worker 0': 3, 'worker 1': 3\}",
 }
 
 
