@@ -324,9 +324,9 @@ class PageLedger:
         Returns:
             dict: ``pages_free``, ``pages_leased``, ``pages_sealed``, ``pages_stored``,
             ``pages_reserved`` (promised), ``reserved_bytes`` (allocated once), ``used_bytes`` and
-            ``peak_bytes`` (in owned pages), ``internal_waste`` (share of sealed and stored pages that
-            holds no row, now), ``internal_waste_total`` (over every page ever sealed), ``leases``,
-            ``pages_reclaimed``, ``page_wait_s`` (time during which someone waited for a page).
+            ``peak_bytes`` (in owned pages), ``internal_waste`` (share of sealed and stored pages
+            that holds no row, now), ``internal_waste_total`` (over every page ever sealed),
+            ``leases``, ``pages_reclaimed``, ``page_wait_s`` (time that someone waited for a page).
         """
         with self._changed:
             _, leased, sealed, stored = self._num_by_state
