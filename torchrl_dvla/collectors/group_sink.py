@@ -73,12 +73,12 @@ class GroupSink:
         if group is None:
             return
         self._queue.close_group(rollout.group_id)
+        # Counted first: the learner may have the group, and read the counters, at once.
+        self._counters.add("collector/groups_kept" if group.kept else "collector/groups_dropped")
         self._replay_buffer.extend(group)
         if group.kept:
             self._num_dropped_in_a_row = 0
-            self._counters.add("collector/groups_kept")
             return
-        self._counters.add("collector/groups_dropped")
         self._num_dropped_in_a_row += 1
         if self._num_dropped_in_a_row % self._max_drought == 0:
             _log.warning(
