@@ -227,6 +227,11 @@ def test_same_seed_same_weights_and_global_generator_untouched(make_policy: Make
     assert not torch.equal(one.query_head.queries, other.query_head.queries)
 
 
+def test_scale_of_the_initial_queries(make_policy: Make):
+    one, small = make_policy(), make_policy(query_std=0.02)
+    torch.testing.assert_close(small.query_head.queries, 0.02 * one.query_head.queries)
+
+
 def test_learns_where_the_block_is(make_policy: Make):
     """Behaviour cloning finds a block's column in a few seconds: location reaches the head."""
     policy = make_policy(

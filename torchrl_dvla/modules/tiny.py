@@ -47,10 +47,10 @@ class TinyBackboneConfig:
 
     image_size: int = 128
     patch_size: int = 16
-    vision_size: int = 160
-    vision_layers: int = 4
-    text_size: int = 160
-    text_layers: int = 3
+    vision_size: int = 128
+    vision_layers: int = 3
+    text_size: int = 128
+    text_layers: int = 2
     head_size: int = 32
     mlp_ratio: float = 3.0
     scale_factor: int = 2

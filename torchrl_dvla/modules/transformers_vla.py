@@ -194,6 +194,7 @@ class TransformersVLA(PretrainedMixin, CompatibilityMixin, VLAWrapperBase):
         backbone: TinyBackboneConfig | None = None,
         num_cameras: int = 1,
         tokens_per_step: int = 1,
+        query_std: float = 1.0,
         seed: int = 0,
         **kwargs: Any,
     ) -> TransformersVLA:
@@ -211,6 +212,8 @@ class TransformersVLA(PretrainedMixin, CompatibilityMixin, VLAWrapperBase):
             backbone (TinyBackboneConfig, optional): sizes; ``image_size`` is the camera's.
             num_cameras (int): 1, or 2 with a wrist camera.
             tokens_per_step (int): action queries per env step.
+            query_std (float): standard deviation of the initial queries. Small ones (0.02) let
+                what the queries read outweigh what they are, and clone faster.
             seed (int): of the initial weights; the global generator is left alone.
             **kwargs: passed on to the constructor, e.g. ``temperature``.
 
@@ -240,7 +243,7 @@ class TransformersVLA(PretrainedMixin, CompatibilityMixin, VLAWrapperBase):
             torch.manual_seed(seed)
             policy = cls(config, tokenizer=tokenizer, **kwargs)
             initialize_tiny_(policy.backbone.model)
-            policy.query_head.queries.data.normal_()
+            policy.query_head.queries.data.normal_(std=query_std)
         return policy
 
     @classmethod
