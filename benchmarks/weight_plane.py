@@ -19,8 +19,8 @@ adopt_s                   time from the call of publish until every reader has f
 ratio_vs_multiprocess     adopt_s of ``multiprocess`` over ours (larger is better for us)
 ratio_vs_shared_mem       our adopt_s over that of ``shared``, which writes under its readers' feet
 torn_reads                reads that found two versions in one model, of ``num_reads``, each scheme
-resident_over_model       memory of the slots and of all readers' weights (proportional set size)
-                          over the model's; the learner's own model is not counted
+resident_over_model       memory of the slots and what all readers have added of their own, over the
+                          model's; the learner's own model is not counted
 served_while_publishing   decisions/s while a version is published every 100 ms over those without
 
 Every ratio compares two sides of one run; times are lower quartiles of repeats. With fewer cores
@@ -87,9 +87,16 @@ def set_version(policy: Policy, version: int) -> Policy:
     return policy
 
 
-def pss_bytes() -> int:
-    with open("/proc/self/smaps_rollup") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("Pss:"))
+def memory_bytes(field: str, mapping: str = "") -> int:
+    """A field of this process's memory map, summed over the mappings of that name."""
+    total, is_wanted = 0, False
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            if not line.split()[0].endswith(":"):  # the head of a mapping
+                is_wanted = mapping in line
+            elif is_wanted and line.startswith(f"{field}:"):
+                total += int(line.split()[1]) * 1024
+    return total
 
 
 # -- the readers -----------------------------------------------------------------------------------
@@ -106,13 +113,13 @@ def serve(
     torch.set_num_threads(1)
     inputs = torch.zeros(4, WIDTH)
     nn.Linear(WIDTH, WIDTH)(inputs)  # the library's own workspaces are not weights
-    before = pss_bytes()
+    before = memory_bytes("Anonymous")
     with torch.device("meta" if isinstance(scheme, AsyncWeightUpdater) else "cpu"):
         policy = Policy(megabytes)
     scheme.init_on_receiver(model_id="policy", model=policy, worker_idx=index)
     scheme.connect(worker_idx=index)
     policy(inputs)
-    connection.send(pss_bytes() - before)
+    connection.send(memory_bytes("Anonymous") - before)
     while (order := connection.recv()) != "stop":
         num_reads = num_torn = 0
         while not connection.poll(None if order == "idle" else 0):
@@ -135,7 +142,6 @@ class Node:
         set_version(self.policy, 0)
         self.version = 0
         self.words = torch.zeros(num_readers, 2, dtype=torch.int64).share_memory_()
-        before = pss_bytes()
         self.scheme = SCHEMES[name]()
         self.scheme.init_on_sender(
             model=self.policy,
@@ -143,7 +149,6 @@ class Node:
             devices=[torch.device("cpu")] * num_readers,
             ctx=context,
         )
-        self._learner_bytes = -before
         pipes = [context.Pipe() for _ in range(num_readers)]
         self._pipes = [ours for ours, _ in pipes]
         self._processes = [
@@ -166,7 +171,8 @@ class Node:
     def resident_bytes(self) -> int:
         for _ in range(4):  # every slot has been written
             self.publish()
-        return pss_bytes() + self._learner_bytes + sum(self._reader_bytes)
+        # The pages of the slots are shared, so they are counted once, where all of them are mapped.
+        return memory_bytes("Rss", "memfd:torchrl_dvla") + sum(self._reader_bytes)
 
     @contextmanager
     def ordered(self, order: str, num_readers: int | None = None) -> Iterator[list[int]]:
@@ -294,7 +300,7 @@ def main() -> None:
     parser.add_argument("--readers", type=int, default=2, help="reader processes")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    repeats, seconds, rounds = (15, 1.5, 3) if args.quick else (60, 6.0, 7)
+    repeats, seconds, rounds = (15, 1.0, 7) if args.quick else (60, 6.0, 15)
     result: dict[str, Any] = {
         "benchmark": "weight_plane",
         "megabytes": args.megabytes,
@@ -321,7 +327,7 @@ def main() -> None:
         result["served_while_publishing"] = measure_served(dvla, seconds, rounds)
         for _ in range(rounds):  # in turns, with the readers of the others at rest
             for name, node in nodes.items():
-                times[name] += measure_adoption(node, repeats)
+                times[name] += measure_adoption(node, repeats // 3)
         for name, node in nodes.items():
             torn[name] = measure_torn(node, seconds)
     finally:
