@@ -188,7 +188,7 @@ class Coordinator:
             if isinstance(rollout, str):
                 slot.idle_reason = rollout
                 continue
-            self._timeline.add_idle("sampling", slot.idle_reason, slot.enter(SlotState.RESETTING))
+            self._add_idle(slot.idle_reason, slot.enter(SlotState.RESETTING))
             slot.rollout = rollout
             rollout.row = self._row_of(rollout, rollout.num_decisions)
             spec = rollout.spec
@@ -279,7 +279,7 @@ class Coordinator:
             if rollout.abandoned:
                 self._queue.retry(rollout)
                 continue
-            self._timeline.add_idle("sampling", "no_decision", slot.enter(SlotState.STEPPING))
+            self._add_idle("no_decision", slot.enter(SlotState.STEPPING))
             row, next_row = rollout.row, -1
             if rollout.num_decisions + 1 < self._workers.max_decisions:
                 next_row = self._row_of(rollout, rollout.num_decisions + 1)
@@ -363,6 +363,11 @@ class Coordinator:
     def _add_span(self, slot: Slot, name: str, message: Ready | Stepped) -> None:
         track = f"worker {slot.worker}"
         self._timeline.add("sampling", message.start_s, message.end_s, track=track, name=name)
+
+    def _add_idle(self, reason: str, duration_s: float) -> None:
+        # A track of the lane is a worker; each of its environments counts for its part.
+        share_s = duration_s / self._workers.envs_per_worker
+        self._timeline.add_idle("sampling", reason, share_s)
 
     def _slot(self, worker: int, env_index: int) -> Slot:
         return self._slots[worker * self._workers.envs_per_worker + env_index]

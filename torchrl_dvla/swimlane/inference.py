@@ -54,6 +54,7 @@ class InferenceEngine:
 
     def __init__(self, policy: TensorDictModuleBase, reader: WeightReader) -> None:
         self._policy = policy.requires_grad_(False).eval()
+        self._device = next((tensor.device for tensor in policy.parameters()), torch.device("cpu"))
         self._reader = reader
         self._snapshot: TensorDictModuleBase | None = None
         self._snapshot_version = -1
@@ -102,9 +103,9 @@ class InferenceEngine:
         tensordict.set(INSTRUCTION_KEY, NonTensorStack(*strings))
         mode = ExplorationType.DETERMINISTIC if message.greedy else ExplorationType.RANDOM
         with set_exploration_type(mode):
-            tensordict = policy(tensordict)
+            tensordict = policy(tensordict.to(self._device))
         for key in POLICY_OUTPUTS:
-            self._rows[key].index_copy_(0, index, tensordict.get(key).to(self._rows[key].dtype))
+            self._rows[key].index_copy_(0, index, tensordict.get(key).to(self._rows[key]))
         self._rows[POLICY_VERSION_KEY][index] = version
         return version
 
