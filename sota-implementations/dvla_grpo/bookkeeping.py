@@ -109,6 +109,17 @@ class Meter:
             return False
         return True
 
+    def patience_s(self) -> float:
+        """How long the learner may wait for groups: as its settings say, within the time budget."""
+        return max(1.0, min(self._cfg.train.timeout_s, self._max_s - self._time_s()))
+
+    def is_out_of_time(self) -> bool:
+        """Whether the time budget ended while the learner waited for groups."""
+        if self._time_s() < self._max_s:
+            return False
+        self._state.ended_by = "time budget, waiting for a group with contrast"
+        return True
+
     def evaluation_is_due(self) -> bool:
         """Whether ``eval.every_minutes`` went by since this last said so."""
         if self._time_s() < self._next_evaluation_s:

@@ -125,7 +125,14 @@ def train(cfg: DictConfig, stop: GracefulStop) -> None:
             meter.start()
             evaluation = None
             while meter.budget_is_left() and not stop.requested:
-                metrics = learn(cfg, loss, optimizer, scheduler, collector, stop)
+                # A task that is solved, or hopeless, yields no group to learn from.
+                buffer.timeout_s = meter.patience_s()
+                try:
+                    metrics = learn(cfg, loss, optimizer, scheduler, collector, stop)
+                except TimeoutError:
+                    if not meter.is_out_of_time():
+                        raise
+                    break
                 if not metrics:
                     break
                 published_s = time.monotonic()
