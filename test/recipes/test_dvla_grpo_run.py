@@ -233,3 +233,14 @@ def test_the_dashboard_shows_only_documented_metrics():
         for tags in charts.values():
             for tag in tags:
                 assert tag.split("/")[0].removesuffix(".*") + "/" in page or "eval" in tag
+
+
+def test_a_run_without_contrast_ends_with_its_time_budget(tmp_path):
+    # Nothing ever succeeds: no group is learned from, and the learner waits for one.
+    run = Run(tmp_path, "env.success_tol=0.0001", "train.max_minutes=0.05", "eval.num_episodes=2")
+    try:
+        assert run.finish() == 0, run.output
+    finally:
+        run.kill()
+    assert "ended by time budget, waiting for a group with contrast" in run.output
+    assert not run.left_over()
