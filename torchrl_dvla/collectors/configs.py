@@ -56,8 +56,7 @@ state: one rollout has no advantage.
         if self.group_size < 2:
             raise ValueError(
                 f"group_size must be at least 2, got {self.group_size}. A group compares rollouts "
-                "of "
-                "one initial state: one rollout has no advantage."
+                "of one initial state: one rollout has no advantage."
             )
         if self.candidate_group_size is not None and self.candidate_group_size < self.group_size:
             raise ValueError(
@@ -67,8 +66,7 @@ state: one rollout has no advantage.
         if self.max_policy_lag < 0:
             raise ValueError(
                 f"max_policy_lag must be at least 0, got {self.max_policy_lag}. 0 is the "
-                "synchronous "
-                "loop."
+                "synchronous loop."
             )
         _require_positive("groups_per_update", self.groups_per_update)
         _require_positive("max_drought", self.max_drought)
@@ -134,8 +132,7 @@ class InferenceConfig:
         if self.where not in ("process", "thread"):
             raise ValueError(
                 f"where must be 'process' or 'thread', got {self.where!r}. Take 'process' unless "
-                "the "
-                "policy cannot be pickled."
+                "the policy cannot be pickled."
             )
         if self.max_batch_size is not None:
             _require_positive("max_batch_size", self.max_batch_size)

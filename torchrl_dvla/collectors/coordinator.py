@@ -331,8 +331,7 @@ class Coordinator:
         if self._num_failures > self._workers.max_failures:
             raise RuntimeError(
                 f"The inference lane was lost {self._num_failures} times without a finished "
-                "rollout "
-                f"between. The last time: {reason}"
+                f"rollout between. The last time: {reason}"
             )
         self._selector.unregister(self._inference_descriptor)
         self._listen_to_inference(self._batcher.restart(snapshot=self._queue.evaluating))

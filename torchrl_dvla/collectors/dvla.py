@@ -201,7 +201,7 @@ class DVLACollector(BaseCollector):
             self.schedule,
             admission,
             num_candidates=group.num_candidates,
-            pages_per_rollout=-(-self._workers.max_decisions // pool.rows_per_page),
+            pages_per_rollout=self.plan.pages_per_group // group.num_candidates,
             pool=pool,
         )
         sink = GroupSink(

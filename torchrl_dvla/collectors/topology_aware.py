@@ -62,8 +62,7 @@ class TopologyAwareCollector(DVLACollector):
             hosts = [node.host for node in placement.nodes]
             raise ValueError(
                 f"placement must have one node in this version, got {hosts}. Run one node; loops "
-                "on "
-                "several nodes come with the cluster runtime."
+                "on several nodes come with the cluster runtime."
             )
         node = placement.learner
         super().__init__(
