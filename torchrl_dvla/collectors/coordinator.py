@@ -10,7 +10,6 @@ import logging
 import os
 import selectors
 import threading
-import time
 from collections.abc import Callable
 
 from torchrl_dvla.collectors.batcher import DecisionBatcher, LaneLostError
@@ -18,6 +17,7 @@ from torchrl_dvla.collectors.configs import InferenceConfig, WorkerConfig
 from torchrl_dvla.collectors.counters import CollectionCounters
 from torchrl_dvla.collectors.rollout import Rollout, Slot, SlotState
 from torchrl_dvla.collectors.rollout_queue import RolloutQueue
+from torchrl_dvla.collectors.supervision import Supervisor
 from torchrl_dvla.data import InstructionTable
 from torchrl_dvla.data.schema import (
     DECISION_INDEX_KEY,
@@ -34,19 +34,11 @@ from torchrl_dvla.swimlane.messages import (
     Reset,
     Step,
     Stepped,
-    UsePool,
 )
 
 __all__ = ["Coordinator"]
 
 _log = logging.getLogger("torchrl_dvla")
-
-#: States that end by a deadline, and the limit of :class:`WorkerConfig` that sets it.
-_DEADLINES = {
-    SlotState.STARTING: "start_timeout_s",
-    SlotState.RESETTING: "reset_timeout_s",
-    SlotState.STEPPING: "step_timeout_s",
-}
 
 
 class Coordinator:
@@ -106,7 +98,6 @@ class Coordinator:
             timeline=timeline,
             counters=counters,
         )
-        self._num_failures = 0
         self._ids = {
             key: pool.rows.get(key).numpy()
             for key in (INSTRUCTION_ID_KEY, GROUP_ID_KEY, ROLLOUT_ID_KEY, DECISION_INDEX_KEY)
@@ -115,6 +106,16 @@ class Coordinator:
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         self._selector.register(self._wake_read, selectors.EVENT_READ, None)
+        self._supervisor = Supervisor(
+            sampling=sampling,
+            batcher=self._batcher,
+            slots=self._slots,
+            queue=queue,
+            pool=pool,
+            selector=self._selector,
+            counters=counters,
+            workers=workers,
+        )
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="dvla-coordinator", daemon=True)
         self.error: BaseException | None = None
@@ -122,10 +123,7 @@ class Coordinator:
 
     def start(self) -> None:
         """Begin: from here on the lanes belong to the coordinator's thread."""
-        self._listen_to_inference(self._batcher.connect())
-        for index in range(self._workers.num_workers):
-            self._connect_worker(index)
-            self._admit_worker(index)
+        self._supervisor.start()
         self._thread.start()
 
     def wake(self) -> None:
@@ -148,9 +146,9 @@ class Coordinator:
                 self._begin_evaluation()
                 self._fill_idle_slots()
                 self._batcher.dispatch()
-                for key, _ in self._selector.select(self._time_to_deadline()):
+                for key, _ in self._selector.select(self._supervisor.time_to_deadline()):
                     self._receive(key)
-                self._replace_hung_workers()
+                self._supervisor.replace_hung_workers()
         except BaseException as error:
             self.error = error
             _log.debug("The coordinator ends.", exc_info=True)
@@ -211,9 +209,9 @@ class Coordinator:
         elif isinstance(message, Stepped):
             self._on_stepped(self._slot(index, message.env_index), message)
         elif isinstance(message, EnvSpecs):
-            self._admit_worker(index)
+            self._supervisor.admit_worker(index)
         else:
-            self._replace_worker(index, str(message))
+            self._supervisor.replace_worker(index, str(message))
 
     def _on_ready(self, slot: Slot, message: Ready) -> None:
         rollout = slot.occupant
@@ -247,7 +245,7 @@ class Coordinator:
         self._batcher.add(slot)
 
     def _finish(self, rollout: Rollout) -> None:
-        self._num_failures = 0
+        self._supervisor.note_progress()
         self._queue.finish(rollout)
         if rollout.evaluation is None:
             self._counters.add_episode(success=rollout.success, num_env_steps=rollout.num_env_steps)
@@ -273,7 +271,7 @@ class Coordinator:
         try:
             batch = self._batcher.receive()
         except LaneLostError as error:
-            self._restart_inference(str(error))
+            self._supervisor.restart_inference(str(error))
             return
         for slot, rollout in batch:
             if rollout.abandoned:
@@ -284,78 +282,6 @@ class Coordinator:
             if rollout.num_decisions + 1 < self._workers.max_decisions:
                 next_row = self._row_of(rollout, rollout.num_decisions + 1)
             self._sampling.send(slot.worker, Step(slot.env_index, row, next_row))
-
-    # -- faults ---------------------------------------------------------------------------------
-
-    def _connect_worker(self, index: int) -> None:
-        self._selector.register(
-            self._sampling.workers[index].connection, selectors.EVENT_READ, index
-        )
-
-    def _admit_worker(self, index: int) -> None:
-        """Worker ``index`` has built its environment: let it work."""
-        self._sampling.send(index, UsePool(self._pool.worker_view()))
-        for slot in self._slots_of(index):
-            slot.enter(SlotState.IDLE)
-
-    def _replace_worker(self, index: int, reason: str) -> None:
-        """Worker ``index`` is lost: sample its rollouts again, start another worker."""
-        _log.warning("%s is replaced: %s", self._sampling.workers[index].name, reason)
-        self._counters.add("faults/workers_replaced")
-        self._num_failures += 1
-        if self._num_failures > self._workers.max_failures:
-            raise RuntimeError(
-                f"max_failures ({self._workers.max_failures}) environment workers in a row ended "
-                f"without finishing a rollout. The last one said:\n{reason}"
-            )
-        self._selector.unregister(self._sampling.workers[index].connection)
-        # replace() returns when the kernel has ended the process: from then on it writes no row.
-        self._sampling.replace(index)
-        self._connect_worker(index)
-        for slot in self._slots_of(index):
-            rollout, slot.rollout = slot.rollout, None
-            if rollout is not None and slot.state is SlotState.INFERRING:
-                rollout.abandoned = True  # the policy still writes its row
-            elif rollout is not None:
-                self._queue.retry(rollout)
-            if slot.state is SlotState.READY:
-                self._batcher.withdraw(slot)
-            slot.enter(SlotState.STARTING)
-            slot.idle_reason = "worker_lost"
-
-    def _restart_inference(self, reason: str) -> None:
-        """The inference lane is lost: start another with the newest weights, repeat the request."""
-        _log.warning("The inference lane is restarted: %s", reason)
-        self._counters.add("faults/inference_restarts")
-        self._num_failures += 1
-        if self._num_failures > self._workers.max_failures:
-            raise RuntimeError(
-                f"The inference lane was lost {self._num_failures} times without a finished "
-                f"rollout between. The last time: {reason}"
-            )
-        self._selector.unregister(self._inference_descriptor)
-        self._listen_to_inference(self._batcher.restart(snapshot=self._queue.evaluating))
-
-    def _listen_to_inference(self, descriptor: int) -> None:
-        self._inference_descriptor = descriptor
-        self._selector.register(descriptor, selectors.EVENT_READ, "inference")
-
-    def _time_to_deadline(self) -> float | None:
-        deadlines = [self._deadline(slot) for slot in self._slots if slot.state in _DEADLINES]
-        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-
-    def _deadline(self, slot: Slot) -> float:
-        return slot.since_s + getattr(self._workers, _DEADLINES[slot.state])
-
-    def _replace_hung_workers(self) -> None:
-        now_s = time.monotonic()
-        for slot in self._slots:
-            if slot.state in _DEADLINES and self._deadline(slot) < now_s:
-                limit = _DEADLINES[slot.state]
-                seconds = getattr(self._workers, limit)
-                self._replace_worker(
-                    slot.worker, f"{slot.state.value} took more than {limit}={seconds:g} s."
-                )
 
     # -- helpers --------------------------------------------------------------------------------
 
@@ -370,7 +296,3 @@ class Coordinator:
 
     def _slot(self, worker: int, env_index: int) -> Slot:
         return self._slots[worker * self._workers.envs_per_worker + env_index]
-
-    def _slots_of(self, worker: int) -> list[Slot]:
-        size = self._workers.envs_per_worker
-        return self._slots[worker * size : (worker + 1) * size]
