@@ -51,12 +51,12 @@ def test_a_view_refuses_rows_that_are_no_longer_leased(pool):
     with pytest.raises(ValueError, match="offset must be between 0 and 2, got 3"):
         view.row(page, 3)
     pool.seal([page], 1)
-    with pytest.raises(RuntimeError, match=r"no longer leased \(sealed\)"):
+    with pytest.raises(RuntimeError, match="page 0, which is sealed"):
         view.row(page, 1)
     pool.free([page])
     again = pool.lease("other")
     assert int(again) == int(page)
-    with pytest.raises(RuntimeError, match="no longer leased"):
+    with pytest.raises(RuntimeError, match="page 0, which is leased anew"):
         view.row(page, 1)
     with EnvironmentPool(LAYOUT, 5, 3) as other:
         with pytest.raises(RuntimeError, match="another pool"):

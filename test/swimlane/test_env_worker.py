@@ -25,14 +25,21 @@ from torchrl_dvla.testing import CountingChunkEnv
 make_env = functools.partial(CountingChunkEnv, chunk_size=4, max_env_steps=10)
 
 
+def step(env_index, row, next_row):
+    """A message about pages in their first life."""
+    return Step(env_index, row, generation=0, next_row=next_row, next_generation=0)
+
+
 @pytest.fixture
 def worker_and_rows():
     specs = describe_env(make_env())
     observation = {key: (shape, dtype) for key, shape, dtype in specs.observation}
     layout = decision_layout(observation, chunk_size=specs.chunk_size, action_dim=specs.action_dim)
     with EnvironmentPool(layout, num_pages=4, rows_per_page=4) as pool:
+        pages = [pool.lease("w"), pool.lease("w")]
+        assert [(int(page), page.generation) for page in pages] == [(0, 0), (1, 0)]
         worker = EnvWorker({"default": make_env}, num_envs=2)
-        worker.use_pool(pool.rows)
+        worker.use_pool(pool.worker_view())
         yield worker, pool.rows
         worker.close()
 
@@ -40,33 +47,33 @@ def worker_and_rows():
 def test_observations_land_in_the_rows_that_were_named(worker_and_rows):
     worker, rows = worker_and_rows
     scene = make_env().scene(3, 1)
-    assert worker.reset(Reset(0, "default", 3, 1, row=6)) == make_env().instruction
+    assert worker.reset(Reset(0, "default", 3, 1, row=6, generation=0)) == make_env().instruction
     assert rows["observation", "image"][6, 0, 0, 0] == scene.scene_id
     rows["vla_action", "chunk"][6] = torch.tensor(scene.target)
-    done, success, reward, num_env_steps = worker.step(Step(0, row=6, next_row=2))
+    done, success, reward, num_env_steps = worker.step(step(0, row=6, next_row=2))
     assert (done, success, reward, num_env_steps) == (False, False, 0.0, 4)
     assert rows["observation", "image"][2, :, 0, 0].tolist() == [scene.scene_id, 1, 4]
     rows["vla_action", "chunk"][2] = torch.tensor(scene.target)
     # 6 right steps of 10 are a success: it comes with the second step of the second chunk.
-    assert worker.step(Step(0, row=2, next_row=3)) == (True, True, 1.0, 2)
+    assert worker.step(step(0, row=2, next_row=3)) == (True, True, 1.0, 2)
     assert rows["action_is_pad"][2].tolist() == [False, False, True, True]
     assert rows["next", "terminated"][2] and not rows["next", "truncated"][2]
 
 
 def test_the_last_allowed_decision_truncates(worker_and_rows):
     worker, rows = worker_and_rows
-    worker.reset(Reset(0, "default", 3, 1, row=0))
-    assert worker.step(Step(0, row=0, next_row=-1))[0], "no next row: the rollout ends"
+    worker.reset(Reset(0, "default", 3, 1, row=0, generation=0))
+    assert worker.step(step(0, row=0, next_row=-1))[0], "no next row: the rollout ends"
     assert rows["next", "done"][0] and rows["next", "truncated"][0]
     assert not rows["next", "terminated"][0]
 
 
 def test_two_environments_of_one_worker_do_not_mix(worker_and_rows):
     worker, rows = worker_and_rows
-    worker.reset(Reset(0, "default", 3, 1, row=0))
-    worker.reset(Reset(1, "default", 3, 2, row=4))
-    worker.step(Step(1, row=4, next_row=5))
-    worker.step(Step(0, row=0, next_row=1))
+    worker.reset(Reset(0, "default", 3, 1, row=0, generation=0))
+    worker.reset(Reset(1, "default", 3, 2, row=4, generation=0))
+    worker.step(step(1, row=4, next_row=5))
+    worker.step(step(0, row=0, next_row=1))
     env = make_env()
     assert rows["observation", "image"][1, 0, 0, 0] == env.scene(3, 1).scene_id
     assert rows["observation", "image"][5, 0, 0, 0] == env.scene(3, 2).scene_id
@@ -75,7 +82,34 @@ def test_two_environments_of_one_worker_do_not_mix(worker_and_rows):
 def test_a_step_before_a_reset_is_an_error(worker_and_rows):
     worker, _ = worker_and_rows
     with pytest.raises(RuntimeError, match="must be reset"):
-        worker.step(Step(0, row=0, next_row=1))
+        worker.step(step(0, row=0, next_row=1))
+
+
+def test_rows_of_pages_that_are_not_leased_are_refused():
+    specs = describe_env(make_env())
+    observation = {key: (shape, dtype) for key, shape, dtype in specs.observation}
+    layout = decision_layout(observation, chunk_size=specs.chunk_size, action_dim=specs.action_dim)
+    worker = EnvWorker({"default": make_env}, num_envs=1)
+    with pytest.raises(RuntimeError, match="use_pool must be called before reset"):
+        worker.reset(Reset(0, "default", 3, 1, row=0, generation=0))
+    with EnvironmentPool(layout, num_pages=2, rows_per_page=2) as pool:
+        worker.use_pool(pool.worker_view())
+        with pytest.raises(RuntimeError, match="Row 0 .* page 0, which is free"):
+            worker.reset(Reset(0, "default", 3, 1, row=0, generation=0))
+        first, second = pool.lease("w"), pool.lease("w")
+        worker.reset(Reset(0, "default", 3, 1, row=0, generation=first.generation))
+        before = pool.rows.clone()
+        pool.seal([first], num_rows=1)
+        # The coordinator's mistake: the chunk of a sealed row is still to be executed.
+        with pytest.raises(RuntimeError, match="Row 0 .* page 0, which is sealed"):
+            worker.step(Step(0, 0, first.generation, 2, second.generation))
+        pool.free([second])
+        assert pool.lease("other").generation == second.generation + 1
+        with pytest.raises(RuntimeError, match="Row 2 .* page 1, which is leased anew"):
+            worker.reset(Reset(0, "default", 3, 1, row=2, generation=second.generation))
+        assert (pool.rows == before).all(), "a refused write changes nothing"
+        pool.check()
+    worker.close()
 
 
 def test_stock_environments_are_understood():

@@ -188,17 +188,22 @@ class Coordinator:
                 continue
             self._add_idle(slot.idle_reason, slot.enter(SlotState.RESETTING))
             slot.rollout = rollout
-            rollout.row = self._row_of(rollout, rollout.num_decisions)
+            rollout.row, generation = self._row_of(rollout, rollout.num_decisions)
             spec = rollout.spec
-            message = Reset(slot.env_index, spec.task, spec.seed, spec.init_state_id, rollout.row)
+            start = (spec.task, spec.seed, spec.init_state_id)
+            message = Reset(slot.env_index, *start, rollout.row, generation)
             self._sampling.send(slot.worker, message)
 
-    def _row_of(self, rollout: Rollout, decision: int) -> int:
-        """The row of one decision of ``rollout``, on a newly leased page where one begins."""
+    def _row_of(self, rollout: Rollout, decision: int) -> tuple[int, int]:
+        """The row of one decision of ``rollout``, on a newly leased page where one begins.
+
+        Beside it the generation of its page, by which a worker knows that the lease still stands.
+        """
         page, offset = divmod(decision, self._pool.rows_per_page)
         if page == len(rollout.pages):
             rollout.pages.append(self._pool.lease(owner=rollout.rollout_id))
-        return rollout.pages[page] * self._pool.rows_per_page + offset
+        lease = rollout.pages[page]
+        return lease * self._pool.rows_per_page + offset, lease.generation
 
     # -- the sampling lane ----------------------------------------------------------------------
 
@@ -233,7 +238,7 @@ class Coordinator:
             slot.rollout = None
             self._finish(rollout)
         else:
-            rollout.row = self._row_of(rollout, rollout.num_decisions)
+            rollout.row, _ = self._row_of(rollout, rollout.num_decisions)
             self._await_decision(slot, rollout)
 
     def _await_decision(self, slot: Slot, rollout: Rollout) -> None:
@@ -278,10 +283,11 @@ class Coordinator:
                 self._queue.retry(rollout)
                 continue
             self._add_idle("no_decision", slot.enter(SlotState.STEPPING))
-            row, next_row = rollout.row, -1
+            this = self._row_of(rollout, rollout.num_decisions)
+            following = (-1, -1)
             if rollout.num_decisions + 1 < self._workers.max_decisions:
-                next_row = self._row_of(rollout, rollout.num_decisions + 1)
-            self._sampling.send(slot.worker, Step(slot.env_index, row, next_row))
+                following = self._row_of(rollout, rollout.num_decisions + 1)
+            self._sampling.send(slot.worker, Step(slot.env_index, *this, *following))
 
     # -- helpers --------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from torchrl_dvla.memory.limits import available_bytes, format_bytes, parse_byte
 from torchrl_dvla.memory.pages import Page, PageLedger, PageState
 from torchrl_dvla.memory.plan import Plan
 from torchrl_dvla.memory.pool import EnvironmentPool, WorkerView
+from torchrl_dvla.memory.writer import RowWriter
 
 __all__ = [
     "DualPool",
@@ -23,6 +24,7 @@ __all__ = [
     "PageState",
     "Plan",
     "RowLayout",
+    "RowWriter",
     "SharedArena",
     "WorkerView",
     "available_bytes",

@@ -10,7 +10,6 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
-from typing import Any
 
 import cloudpickle
 import numpy as np
@@ -32,6 +31,7 @@ from torchrl_dvla.data.schema import (
     TERMINATED_KEY,
     TRUNCATED_KEY,
 )
+from torchrl_dvla.memory import RowWriter, WorkerView
 from torchrl_dvla.swimlane.child import prepare_child
 from torchrl_dvla.swimlane.messages import (
     EnvSpecs,
@@ -45,6 +45,16 @@ from torchrl_dvla.swimlane.messages import (
 )
 
 __all__ = ["EnvWorker", "describe_env", "run_env_worker"]
+
+#: What a decision has led to, in the order in which :meth:`EnvWorker.step` writes it.
+_OUTCOME_KEYS = (
+    REWARD_KEY,
+    DONE_KEY,
+    TERMINATED_KEY,
+    TRUNCATED_KEY,
+    SUCCESS_KEY,
+    ACTION_IS_PAD_KEY,
+)
 
 EnvFactories = Mapping[str, Callable[[], EnvBase]]
 
@@ -92,6 +102,9 @@ def describe_env(env: EnvBase) -> EnvSpecs:
 class EnvWorker:
     """Environments of one worker, each in the middle of at most one rollout.
 
+    It writes the rows it is told to, by :class:`~torchrl_dvla.memory.RowWriter`: a row whose page
+    is not leased under the generation that the message names is refused, and the worker fails.
+
     Args:
         factories (Mapping): environment factory by task name. An environment is built when its task
             is first asked for, and kept.
@@ -103,8 +116,9 @@ class EnvWorker:
         self._envs: dict[tuple[int, str], EnvBase] = {}
         self._active: list[EnvBase | None] = [None] * num_envs
         self._tensordicts: list[TensorDictBase | None] = [None] * num_envs
-        self._views: dict[Any, np.ndarray] = {}
-        self._observation_keys: list[Any] = []
+        self._chunks = np.empty(0, np.float32)
+        self._observations: RowWriter | None = None
+        self._outcomes: RowWriter | None = None
 
     def build(self, env_index: int, task: str) -> EnvBase:
         """The environment of ``env_index`` for ``task``, built at most once."""
@@ -113,12 +127,12 @@ class EnvWorker:
             self._envs[key] = self._factories[task]()
         return self._envs[key]
 
-    def use_pool(self, rows: TensorDictBase) -> None:
-        """Take the rows that observations are written to."""
-        self._views = {key: rows.get(key).numpy() for key in rows.keys(True, True)}
-        self._observation_keys = [
-            key for key in self._views if isinstance(key, tuple) and key[0] == OBSERVATION_KEY
-        ]
+    def use_pool(self, view: WorkerView) -> None:
+        """Take the rows that chunks are read from and observations and outcomes written to."""
+        self._chunks = view.rows.get(ACTION_CHUNK_KEY).numpy()
+        keys = [key for key in view.layout if isinstance(key, tuple) and key[0] == OBSERVATION_KEY]
+        self._observations = RowWriter(view, keys)
+        self._outcomes = RowWriter(view, _OUTCOME_KEYS)
 
     def reset(self, message: Reset) -> str:
         """Start a rollout; returns its instruction.
@@ -131,17 +145,20 @@ class EnvWorker:
         tensordict = env.reset(request)
         self._active[message.env_index] = env
         self._tensordicts[message.env_index] = tensordict
-        self._write_observation(tensordict, message.row)
+        if self._observations is None:
+            raise RuntimeError("use_pool must be called before reset: there is no row to write to.")
+        self._observations.write_from(message.row, message.generation, tensordict)
         return _instruction(tensordict)
 
     def step(self, message: Step) -> tuple[bool, bool, float, int]:
         """Execute one chunk; returns done, success, reward, executed env steps."""
         env, tensordict = self._active[message.env_index], self._tensordicts[message.env_index]
-        if env is None or tensordict is None:
+        observations, outcomes = self._observations, self._outcomes
+        if env is None or tensordict is None or observations is None or outcomes is None:
             raise RuntimeError(
                 f"Environment {message.env_index} must be reset before it is stepped."
             )
-        chunk = torch.from_numpy(self._views[ACTION_CHUNK_KEY][message.row].copy())
+        chunk = torch.from_numpy(self._chunks[message.row].copy())
         tensordict.set(ACTION_CHUNK_KEY, chunk)
         tensordict = env.step(tensordict)
         next_tensordict = tensordict.get("next")
@@ -150,19 +167,21 @@ class EnvWorker:
         success = bool(next_tensordict.get("success", default=torch.tensor(terminated)))
         reward = float(next_tensordict.get("reward").sum())
         is_pad = next_tensordict.get(ACTION_IS_PAD_KEY, default=None)
-        views, row = self._views, message.row
         # A rollout that may take no further decision ends here, whether the environment agrees or
         # not: for the learner that is a truncation.
         out_of_decisions = message.next_row < 0 and not done
-        views[REWARD_KEY][row] = reward
-        views[DONE_KEY][row] = done or out_of_decisions
-        views[TERMINATED_KEY][row] = terminated
-        views[TRUNCATED_KEY][row] = (done and not terminated) or out_of_decisions
-        views[SUCCESS_KEY][row] = success
-        views[ACTION_IS_PAD_KEY][row] = False if is_pad is None else is_pad.numpy()
+        outcome = (
+            reward,
+            done or out_of_decisions,
+            terminated,
+            (done and not terminated) or out_of_decisions,
+            success,
+            False if is_pad is None else is_pad.numpy(),
+        )
+        outcomes.write(message.row, message.generation, outcome)
         num_env_steps = chunk.shape[0] if is_pad is None else int((~is_pad).sum())
         if not done and message.next_row >= 0:
-            self._write_observation(next_tensordict, message.next_row)
+            observations.write_from(message.next_row, message.next_generation, next_tensordict)
             self._tensordicts[message.env_index] = env.step_mdp(tensordict)
         else:
             self._tensordicts[message.env_index] = None
@@ -174,10 +193,6 @@ class EnvWorker:
             if not env.is_closed:
                 env.close()
         self._envs.clear()
-
-    def _write_observation(self, tensordict: TensorDictBase, row: int) -> None:
-        for key in self._observation_keys:
-            self._views[key][row] = tensordict.get(key).numpy()
 
 
 def _instruction(tensordict: TensorDictBase) -> str:
@@ -211,7 +226,7 @@ def run_env_worker(
                 instruction = worker.reset(message)
                 connection.send(Ready(message.env_index, instruction, start_s, time.monotonic()))
             elif isinstance(message, UsePool):
-                worker.use_pool(message.pool_view.rows)
+                worker.use_pool(message.pool_view)
             elif isinstance(message, Stop):
                 break
     except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -44,13 +44,18 @@ class UsePool(NamedTuple):
 
 
 class Reset(NamedTuple):
-    """Coordinator to worker: start a rollout and write its first observation into ``row``."""
+    """Coordinator to worker: start a rollout and write its first observation into ``row``.
+
+    ``generation`` is that of the row's page in its lease: the worker refuses to write a page that
+    is in another life by then.
+    """
 
     env_index: int
     task: str
     seed: int
     init_state_id: int
     row: int
+    generation: int
 
 
 class Ready(NamedTuple):
@@ -70,7 +75,9 @@ class Step(NamedTuple):
 
     env_index: int
     row: int
+    generation: int
     next_row: int
+    next_generation: int
 
 
 class Stepped(NamedTuple):
