@@ -27,12 +27,13 @@ import hashlib
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
 from multiprocessing.connection import Connection
 from typing import Any
+
+from _machine import machine, paired_ratio, spread
 
 NAMES = ("stock", "stock_tuned", "same_pixels", "fast", "fast_coarse")
 OURS, RIVALS = NAMES[2:], NAMES[:2]
@@ -119,44 +120,16 @@ def serve(connection: Connection, name: str, args: argparse.Namespace) -> None:
         env.close()
 
 
-def machine() -> dict[str, Any]:
-    from importlib.metadata import version
-
-    cpu = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            lines = [line for line in file if line.startswith("model name")]
-        cpu = lines[0].split(":", 1)[1].strip() if lines else cpu
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "gl": os.environ.get("MUJOCO_GL"),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "torchrl", "mujoco", "robosuite")},
-    }
+def rates(runs: list[dict[str, Any]]) -> list[float]:
+    return [run["env_steps"] / run["total_s"] for run in runs]
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
-    rates = [run["env_steps"] / run["total_s"] for run in runs]
+    found = spread(rates(runs))
     return {
-        "env_steps_per_s": round(statistics.median(rates), 2),
-        "min": round(min(rates), 2),
-        "max": round(max(rates), 2),
+        "env_steps_per_s": found.pop("median"),
+        **found,
         "reset_s": round(statistics.median(run["reset_s"] for run in runs), 3),
-    }
-
-
-def paired_ratio(runs: dict[str, list[dict[str, Any]]], name: str, rival: str) -> dict[str, float]:
-    pairs = zip(runs[name], runs[rival], strict=True)
-    ratios = [
-        (ours["env_steps"] / ours["total_s"]) / (theirs["env_steps"] / theirs["total_s"])
-        for ours, theirs in pairs
-    ]
-    return {
-        "median": round(statistics.median(ratios), 2),
-        "min": round(min(ratios), 2),
-        "max": round(max(ratios), 2),
     }
 
 
@@ -212,7 +185,9 @@ def main() -> None:
                 process.kill()
                 process.join()
     ratios = {
-        f"{name}_vs_{rival}": paired_ratio(runs, name, rival) for name in OURS for rival in RIVALS
+        f"{name}_vs_{rival}": paired_ratio(rates(runs[name]), rates(runs[rival]))
+        for name in OURS
+        for rival in RIVALS
     }
     frames_equal = [
         ours["digest"] == theirs["digest"]
@@ -237,7 +212,10 @@ def main() -> None:
             "decisions_per_episode": args.decisions,
             "repeats": args.repeats,
         },
-        "machine": machine(),
+        "machine": {
+            **machine("mujoco", "robosuite"),
+            "gl": os.environ.get("MUJOCO_GL"),
+        },
         "quick": args.quick,
     }
     print(json.dumps(result))

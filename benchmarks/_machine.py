@@ -1,0 +1,45 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""What every benchmark reports beside its answer."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Iterable
+from importlib.metadata import version
+from typing import Any
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """The machine, its load, and the versions of ``packages`` beside torch and torchrl."""
+    cpu = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            lines = [line for line in file if line.startswith("model name")]
+        cpu = lines[0].split(":", 1)[1].strip() if lines else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "torchrl", *packages)},
+    }
+
+
+def spread(values: Iterable[float], digits: int = 2) -> dict[str, float]:
+    """Median and range of the repeats."""
+    values = list(values)
+    return {
+        "median": round(statistics.median(values), digits),
+        "min": round(min(values), digits),
+        "max": round(max(values), digits),
+    }
+
+
+def paired_ratio(ours: Iterable[float], theirs: Iterable[float]) -> dict[str, float]:
+    """Median and range of the ratio within one repeat: a slow moment slows both sides."""
+    return spread(a / b for a, b in zip(ours, theirs, strict=True))
