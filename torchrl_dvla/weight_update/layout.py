@@ -7,13 +7,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import nn
 from torch.nn.parameter import is_lazy
+
+from torchrl_dvla.weight_update.lora import find_lora_updates, is_adapter_name, plain_name
 
 __all__ = ["Bucket", "Entry", "WeightLayout", "WeightSource", "named_weights"]
 
@@ -136,10 +138,14 @@ class WeightLayout:
     Keyword Args:
         trainable_only (bool): put parameters with ``requires_grad=False`` in the frozen region,
             which is written once; buffers always travel. Default: ``False``.
+        lora_only (bool): put everything but low-rank adapters there, whatever its
+            ``requires_grad`` and buffers included; see :mod:`~torchrl_dvla.weight_update.lora`.
+            Default: ``False``.
         transport_dtype (torch.dtype, optional): store floating-point weights in this dtype.
 
     Raises:
-        ValueError: if there is no weight at all, or ``transport_dtype`` is no floating-point dtype.
+        ValueError: if there is no weight at all, nothing that would travel, or ``transport_dtype``
+            is no floating-point dtype.
 
     Examples:
         >>> layout = WeightLayout(nn.Linear(3, 2))
@@ -156,6 +162,7 @@ class WeightLayout:
         source: WeightSource,
         *,
         trainable_only: bool = False,
+        lora_only: bool = False,
         transport_dtype: torch.dtype | None = None,
     ) -> None:
         if transport_dtype is not None and not transport_dtype.is_floating_point:
@@ -164,6 +171,7 @@ class WeightLayout:
                 "Use torch.bfloat16, or None to store weights as they are."
             )
         self.trainable_only = trainable_only
+        self.lora_only = lora_only
         self.transport_dtype = transport_dtype
         groups: dict[tuple[object, ...], list[str]] = {}
         tensors: dict[str, torch.Tensor] = named_weights(source)
@@ -182,10 +190,22 @@ class WeightLayout:
             name: index for index, entry in enumerate(self.entries) for name in entry.names
         }
         if not self.slot_bytes:
+            what, remedy = "trainable_only", "are all frozen. Unfreeze the trained ones"
+            if lora_only:
+                what, remedy = "lora_only", "have no lora_A or lora_B among them. Add the adapters"
             raise ValueError(
-                "trainable_only must leave something to publish, got a source whose parameters are "
-                "all frozen. Unfreeze the trained ones before the store is made."
+                f"{what} must leave something to publish, got a source whose parameters {remedy} "
+                "before the store is made."
             )
+        #: What a reader without adapters calls the weights, and the adapted ones among them.
+        self.plain_index_of = {
+            plain_name(name): index
+            for name, index in self.index_of.items()
+            if not is_adapter_name(name)
+        }
+        self.lora_updates = (
+            find_lora_updates(source, self.index_of) if isinstance(source, nn.Module) else {}
+        )
 
     @property
     def weight_bytes(self) -> int:
@@ -219,13 +239,17 @@ class WeightLayout:
     def differences(self, source: WeightSource, *, as_reader: bool = False) -> list[str]:
         """One line for each name that ``source`` misses, adds, shapes, types or ties otherwise.
 
-        A reader (``as_reader``) may keep floating-point weights in another precision, and may leave
-        tied what the store holds twice or the reverse, as long as every name finds its tensor.
+        A reader (``as_reader``) may keep floating-point weights in another precision, may leave
+        tied what the store holds twice or the reverse, as long as every name finds its tensor, and
+        may lack the adapters.
         """
         weights = named_weights(source)
-        lines = [f"{name}: missing" for name in self.index_of if name not in weights]
+        index_of = self.index_of
+        if as_reader and self.is_without_adapters(weights):
+            index_of = self.plain_index_of
+        lines = [f"{name}: missing" for name in index_of if name not in weights]
         for name, tensor in weights.items():
-            index = self.index_of.get(name)
+            index = index_of.get(name)
             if index is None:
                 lines.append(f"{name}: not in the store, shape {tuple(tensor.shape)}")
             elif tensor.shape != self.entries[index].shape:
@@ -244,6 +268,10 @@ class WeightLayout:
                 if not _is_tied(entry, weights)
             ]
         return lines
+
+    def is_without_adapters(self, names: Iterable[str]) -> bool:
+        """Whether ``names`` are those of the model without the adapters that the store has."""
+        return bool(self.lora_updates) and not any(is_adapter_name(name) for name in names)
 
     def mismatch(
         self, argument: str, source: WeightSource, *, as_reader: bool = False
@@ -280,9 +308,11 @@ def _draft(names: list[str], tensor: torch.Tensor, layout: WeightLayout) -> Entr
         dtype = layout.transport_dtype
     # empty_like keeps the stride of a dense tensor and makes any other one contiguous.
     stride = torch.empty_like(tensor.detach(), device="meta").stride()
-    is_frozen = (
-        layout.trainable_only and isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-    )
+    if layout.lora_only:
+        is_frozen = not any(is_adapter_name(name) for name in names)
+    else:
+        is_parameter = isinstance(tensor, nn.Parameter)
+        is_frozen = layout.trainable_only and is_parameter and not tensor.requires_grad
     return Entry(tuple(names), tuple(tensor.shape), stride, dtype, tensor.dtype, 0, is_frozen)
 
 

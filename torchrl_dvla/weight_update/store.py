@@ -90,9 +90,11 @@ class WeightStore:
         num_slots (int): versions that can be in use at one time; at least 3. Default: 3.
 
     Keyword Args:
-        max_readers (int): readers at one time. Default: 64. trainable_only (bool): publish
-        parameters with ``requires_grad=False`` once, at construction;
-            they take memory once instead of ``num_slots`` times. Default: ``False``.
+        max_readers (int): readers at one time. Default: 64.
+        trainable_only (bool): publish parameters with ``requires_grad=False`` once, at
+            construction; they take memory once instead of ``num_slots`` times. Default: ``False``.
+        lora_only (bool): publish everything but low-rank adapters once. A reader without adapters
+            gets them merged. Default: ``False``.
         transport_dtype (torch.dtype, optional): keep floating-point weights in this dtype
             (``torch.bfloat16`` halves the bytes of fp32 masters; see :meth:`cast_error`).
         check_finite (bool): refuse NaN and infinite weights. Default: ``True``.
@@ -125,6 +127,7 @@ class WeightStore:
         *,
         max_readers: int = 64,
         trainable_only: bool = False,
+        lora_only: bool = False,
         transport_dtype: torch.dtype | None = None,
         check_finite: bool = True,
         checksum: bool = False,
@@ -146,7 +149,10 @@ class WeightStore:
         )
         self._last_stats: dict[str, AdoptionStats] = {}
         self.layout = WeightLayout(
-            source, trainable_only=trainable_only, transport_dtype=transport_dtype
+            source,
+            trainable_only=trainable_only,
+            lora_only=lora_only,
+            transport_dtype=transport_dtype,
         )
         self._segment = WeightSegment(self.layout, num_slots=num_slots, max_readers=max_readers)
         self._writer = SlotWriter(self._segment, check_finite=check_finite, checksum=checksum)
@@ -191,8 +197,7 @@ class WeightStore:
             ValueError: if the weights are not finite (the last good version stays), if their layout
                 differs (the differences are listed), or if ``version`` does not grow.
             RuntimeError: if another thread publishes right now, or this is not the process that
-            made
-                the store.
+                made the store.
         """
         self._require_writer()
         if not self._publishing.acquire(blocking=False):

@@ -62,6 +62,7 @@ class AsyncWeightUpdater(WeightSyncScheme):
         store (WeightStore, optional): an existing store; the default makes one in
             ``init_on_sender``, with the arguments that follow.
         trainable_only (bool): frozen parameters travel once. Default: ``False``.
+        lora_only (bool): everything but low-rank adapters travels once. Default: ``False``.
         transport_dtype (torch.dtype, optional): stored precision.
         check_finite (bool): refuse NaN and infinite weights. Default: ``True``.
         checksum (bool): verify each adoption. Default: ``False``.
@@ -88,6 +89,7 @@ class AsyncWeightUpdater(WeightSyncScheme):
         num_slots: int = 3,
         store: WeightStore | None = None,
         trainable_only: bool = False,
+        lora_only: bool = False,
         transport_dtype: torch.dtype | None = None,
         check_finite: bool = True,
         checksum: bool = False,
@@ -99,6 +101,7 @@ class AsyncWeightUpdater(WeightSyncScheme):
         self._num_slots = num_slots
         self._store_options: dict[str, Any] = {
             "trainable_only": trainable_only,
+            "lora_only": lora_only,
             "transport_dtype": transport_dtype,
             "check_finite": check_finite,
             "checksum": checksum,
