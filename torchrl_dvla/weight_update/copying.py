@@ -15,7 +15,7 @@ import torch
 from torchrl_dvla.weight_update.layout import Bucket, WeightLayout
 from torchrl_dvla.weight_update.segment import SlotViews
 
-__all__ = ["WeightCopier", "is_finite", "non_finite_names"]
+__all__ = ["WeightCopier", "cast_error", "is_finite", "non_finite_names"]
 
 # A piece is copied and then checked while it is still in a cache: the check costs arithmetic, not a
 # second pass over memory. Two MiB were fastest among 64 KiB to 8 MiB, on a core with 1 MiB of L2.
@@ -144,6 +144,17 @@ def is_finite(flat: torch.Tensor) -> bool:
         return True
     low, high = torch.aminmax(flat)
     return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+def cast_error(layout: WeightLayout, tensors: Sequence[torch.Tensor]) -> float:
+    """Largest ``|stored - weight| / |weight|`` over the entries that are stored narrower."""
+    worst = 0.0
+    for entry, tensor in zip(layout.entries, tensors, strict=True):
+        if entry.dtype != entry.source_dtype and tensor.numel():
+            exact = tensor.detach().to(torch.float64)
+            error = (exact.to(entry.dtype).to(torch.float64) - exact).abs()
+            worst = max(worst, float((error / exact.abs().clamp_min(1e-30)).max()))
+    return worst
 
 
 def non_finite_names(layout: WeightLayout, tensors: Sequence[torch.Tensor]) -> list[str]:

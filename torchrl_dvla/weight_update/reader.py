@@ -6,16 +6,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tensordict import TensorDict
 from torch import nn
 
 from torchrl_dvla.weight_update.binding import ModuleBinding, memory_of
+from torchrl_dvla.weight_update.layout import WeightLayout
 from torchrl_dvla.weight_update.ledger import MAX_SLOTS, Ledger, ReaderState
 from torchrl_dvla.weight_update.locks import LockHandle
 from torchrl_dvla.weight_update.segment import (
@@ -29,10 +32,27 @@ from torchrl_dvla.weight_update.segment import (
 if TYPE_CHECKING:
     from torchrl_dvla.weight_update.store import WeightStore
 
-__all__ = ["WeightReader"]
+__all__ = ["PinnedSlot", "WeightReader"]
 
 _NOTHING = -2  # below every offer, so that the next look takes the newest version
 _POLL_S = 5e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class PinnedSlot:
+    """The bytes of a pinned version, for those that carry it on.
+
+    Args:
+        version (int): which version it is.
+        live (torch.Tensor): what every version brings, uint8 ``[slot_bytes]``.
+        frozen (torch.Tensor): what travels once, uint8 ``[frozen_bytes]``.
+        published_ns (int): monotonic clock of this machine when it was offered.
+    """
+
+    version: int
+    live: torch.Tensor
+    frozen: torch.Tensor
+    published_ns: int
 
 
 class WeightReader:
@@ -135,11 +155,24 @@ class WeightReader:
         Returns:
             the version, and its weights as a nested tensordict of views on the slot.
         """
+        slot = self._pin(self._ledger or self._attach())
+        return self._version, self._segment.layout.unflatten(self._views[slot].entries)
+
+    def pin_slot(self) -> PinnedSlot:
+        """As :meth:`pin`, for a version that is carried on as bytes."""
         ledger = self._ledger or self._attach()
-        if ledger.offer > self._seen or self._slot is None:
-            self._advance(ledger)
-        assert self._slot is not None
-        return self._version, self._segment.layout.unflatten(self._views[self._slot].entries)
+        slot = self._pin(ledger)
+        return PinnedSlot(
+            self._version,
+            self._views[slot].memory,
+            self._segment.frozen_memory(),
+            ledger.published_ns(slot),
+        )
+
+    @property
+    def layout(self) -> WeightLayout:
+        """What the store holds."""
+        return self._segment.layout
 
     def unpin(self) -> None:
         """Give the slot back before a long idle time.
@@ -220,6 +253,12 @@ class WeightReader:
         self._ledger, self._locks = ledger, locks
         return ledger
 
+    def _pin(self, ledger: Ledger) -> int:
+        if ledger.offer > self._seen or self._slot is None:
+            self._advance(ledger)
+        assert self._slot is not None
+        return self._slot
+
     def _advance(self, ledger: Ledger) -> None:
         """Pin the newest version and move every bound module to it."""
         previous = self._version
@@ -239,6 +278,11 @@ class WeightReader:
 
     def _pin_newest(self, ledger: Ledger) -> tuple[int, int]:
         assert self._locks is not None
+        if ledger.offer < 0:
+            raise RuntimeError(
+                f"Reader {self.name!r} has nothing to adopt: no version has arrived yet. Call "
+                "wait(0, timeout_s=...) before the first adoption."
+            )
         # The old pin goes first, so that a reader never holds two: R readers pin at most R slots.
         self._unlock()
         while True:

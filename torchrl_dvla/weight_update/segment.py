@@ -48,10 +48,12 @@ class SlotViews:
             tensor with its storage, as ``copy.deepcopy`` of a module does for buffers, copies it
             and not the arena.
         runs (dict of torch.Tensor): all live elements of each dtype, flat, padding included.
+        memory (torch.Tensor): the whole of it, uint8 ``[slot_bytes]``.
     """
 
     entries: list[torch.Tensor]
     runs: dict[torch.dtype, torch.Tensor]
+    memory: torch.Tensor
 
 
 def private_views(layout: WeightLayout) -> SlotViews:
@@ -69,7 +71,7 @@ def private_views(layout: WeightLayout) -> SlotViews:
     for bucket in layout.buckets:
         stop = bucket.offset_bytes + bucket.numel * bucket.dtype.itemsize
         runs[bucket.dtype] = memory[bucket.offset_bytes : stop].view(bucket.dtype)
-    return SlotViews(entries, runs)
+    return SlotViews(entries, runs, memory)
 
 
 class WeightSegment:
@@ -115,7 +117,12 @@ class WeightSegment:
                 )
                 for bucket in self.layout.buckets
             }
-        return SlotViews(entries, runs)
+            memory = self._arena.tensor(base, (self.layout.slot_bytes,))
+        return SlotViews(entries, runs, memory)
+
+    def frozen_memory(self) -> torch.Tensor:
+        """The weights that travel once, uint8 ``[frozen_bytes]``."""
+        return self._arena.tensor(self._frozen_offset, (self.layout.frozen_bytes,))
 
     def checksum(self, slot: int) -> int:
         """Wrapping sum of the slot's 64-bit words."""

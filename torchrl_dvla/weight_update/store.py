@@ -69,6 +69,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import nn
 
+from torchrl_dvla.weight_update.copying import cast_error
 from torchrl_dvla.weight_update.layout import WeightLayout, WeightSource
 from torchrl_dvla.weight_update.ledger import MAX_SLOTS, AdoptionStats, ReaderState
 from torchrl_dvla.weight_update.reader import WeightReader
@@ -86,7 +87,8 @@ class WeightStore:
 
     Args:
         source (nn.Module, TensorDictBase or mapping): the weights; they are published at once, as
-            the first version, and are what :meth:`publish` takes when it is given nothing.
+            the first version, and are what :meth:`publish` takes when it is given nothing. A
+            :class:`WeightLayout` makes an empty store, for versions that come from another node.
         num_slots (int): versions that can be in use at one time; at least 3. Default: 3.
 
     Keyword Args:
@@ -122,7 +124,7 @@ class WeightStore:
 
     def __init__(
         self,
-        source: WeightSource,
+        source: WeightSource | WeightLayout,
         num_slots: int = 3,
         *,
         max_readers: int = 64,
@@ -148,16 +150,22 @@ class WeightStore:
             weakref.WeakKeyDictionary()
         )
         self._last_stats: dict[str, AdoptionStats] = {}
-        self.layout = WeightLayout(
-            source,
-            trainable_only=trainable_only,
-            lora_only=lora_only,
-            transport_dtype=transport_dtype,
+        self.layout = (
+            source
+            if isinstance(source, WeightLayout)
+            else WeightLayout(
+                source,
+                trainable_only=trainable_only,
+                lora_only=lora_only,
+                transport_dtype=transport_dtype,
+            )
         )
         self._segment = WeightSegment(self.layout, num_slots=num_slots, max_readers=max_readers)
         self._writer = SlotWriter(self._segment, check_finite=check_finite, checksum=checksum)
         self._ledger = self._segment.ledger()
         self._publishing = threading.Lock()
+        if isinstance(source, WeightLayout):
+            return
         try:
             self._writer.write_frozen(self.layout.tensors_of(source))
             self.publish(version=first_version)
@@ -212,6 +220,33 @@ class WeightStore:
         finally:
             self._publishing.release()
 
+    def receive(self, fill: Callable[[torch.Tensor], None], *, version: int) -> None:
+        """Take a version that comes as bytes, from the store of another node.
+
+        Args:
+            fill (callable): writes all of the memory it is given, uint8 ``[layout.slot_bytes]``.
+                The version is offered when it returns. If it raises, no reader ever sees what it
+                wrote, and :attr:`version` is what is still whole.
+
+        Keyword Args:
+            version (int): its number.
+
+        Raises:
+            ValueError: if ``version`` does not grow.
+        """
+        self._require_writer()
+        with self._publishing:
+            self._writer.receive(fill, version)
+
+    @property
+    def frozen_memory(self) -> torch.Tensor:
+        """The weights that travel once, uint8 ``[layout.frozen_bytes]``.
+
+        In an empty store they are written here, before the first version is.
+        """
+        self._require_writer()
+        return self._segment.frozen_memory()
+
     def pause(self) -> None:
         """Go on taking versions without showing them.
 
@@ -234,14 +269,7 @@ class WeightStore:
 
         A measurement, not part of :meth:`publish`: it takes several passes over the weights.
         """
-        worst = 0.0
-        tensors = self.layout.tensors_of(self._source if source is None else source)
-        for entry, tensor in zip(self.layout.entries, tensors, strict=True):
-            if entry.dtype != entry.source_dtype and tensor.numel():
-                exact = tensor.detach().to(torch.float64)
-                error = (exact.to(entry.dtype).to(torch.float64) - exact).abs()
-                worst = max(worst, float((error / exact.abs().clamp_min(1e-30)).max()))
-        return worst
+        return cast_error(self.layout, self._tensors_of(self._source if source is None else source))
 
     # -- readers -------------------------------------------------------------------------------
 
@@ -373,7 +401,12 @@ class WeightStore:
         """Have ``gate`` called with the name of each step of the protocol, for tests of races."""
         self._writer.gate = gate
 
-    def _tensors_of(self, source: WeightSource) -> list[torch.Tensor]:
+    def _tensors_of(self, source: WeightSource | WeightLayout) -> list[torch.Tensor]:
+        if isinstance(source, WeightLayout):
+            raise ValueError(
+                "source must be given to a store that was made empty, got none. Weights of other "
+                "nodes come in through receive()."
+            )
         if not isinstance(source, nn.Module) or isinstance(source, TensorDictBase):
             return self.layout.tensors_of(source)
         known = self._known_modules.get(source)

@@ -103,16 +103,19 @@ class SlotWriter:
     ) -> int:
         """Take a version: into a free slot, or aside until there is one."""
         version = self.version + 1 if version is None else version
-        if version <= self.version:
-            raise ValueError(
-                f"version must grow, got {version} after {self.version}. Leave it out, or resume "
-                "with WeightStore(first_version=...)."
-            )
+
+        def look() -> None:
+            if self._check_finite:
+                names = non_finite_names(self._segment.layout, tensors)
+                if names:
+                    self._count(num_refused=1)
+                    raise _not_finite(names)
+
+        self._require_growth(version)
         self._give_way.set()
         with self._mutex:  # free, or held by the flusher, which gives way within one piece
             self._give_way.clear()
-            self._take(tensors, version)
-            self.version = version
+            self._take(version, lambda views: self._fill(tensors, views), look)
             self.source_addresses = {tensor.data_ptr() for tensor in tensors if tensor.numel()}
             stall_s = time.perf_counter() - start_s
             self._count(
@@ -124,6 +127,22 @@ class SlotWriter:
                 self._stats, stall_last_s=stall_s, stall_max_s=max(self._stats.stall_max_s, stall_s)
             )
         return version
+
+    def receive(self, fill: Callable[[torch.Tensor], None], version: int) -> None:
+        """Take a version whose bytes ``fill`` writes. A part of a version is never offered."""
+        self._require_growth(version)
+        self._give_way.set()
+        with self._mutex:
+            self._give_way.clear()
+            try:
+                self._take(version, lambda views: fill(views.memory))
+            except BaseException:
+                # The target may have been a version that was put aside and that nobody has seen.
+                whole = (self._staged_version, self._prepared_version)
+                kept = [version for version in whole if version is not None]
+                self.version = max([self._ledger.offer // MAX_SLOTS, *kept])
+                raise
+            self._count(num_publishes=1, bytes_total=self._segment.layout.weight_bytes)
 
     def pause(self) -> None:
         """Offer nothing from now on."""
@@ -153,31 +172,41 @@ class SlotWriter:
         # The last views that this side holds: the memory may go.
         del self._views, self._staging, self._ledger, self._segment
 
-    def _take(self, tensors: Sequence[torch.Tensor], version: int) -> None:
+    def _require_growth(self, version: int) -> None:
+        if version <= self.version:
+            raise ValueError(
+                f"version must grow, got {version} after {self.version}. Leave it out, or resume "
+                "with WeightStore(first_version=...)."
+            )
+
+    def _take(
+        self,
+        version: int,
+        fill: Callable[[SlotViews], None],
+        look: Callable[[], None] | None = None,
+    ) -> None:
         if self._claimed is None:
             self._claimed = self._claim()
         slot = self._claimed
         replaces = self._prepared_version if slot is not None else self._staged_version
-        if replaces is not None and self._check_finite:
-            # The target holds a good version that nobody has seen: look before overwriting it.
-            names = non_finite_names(self._segment.layout, tensors)
-            if names:
-                self._count(num_refused=1)
-                raise _not_finite(names)
+        if replaces is not None and look is not None:
+            look()  # the target holds a good version that nobody has seen
         if slot is None:
             if self._staging is None:
                 self._staging = private_views(self._segment.layout)
-            self._fill(tensors, self._staging)
+            self._staged_version = None
+            fill(self._staging)
         else:
             self._prepared_version = None
             self._ledger.begin_write(slot)
             self._step("marked")
             try:
-                self._fill(tensors, self._views[slot])
+                fill(self._views[slot])
             except BaseException:
                 self.locks.unlock(slot_byte(slot))
                 self._claimed = None
                 raise
+        self.version = version
         self._count(num_coalesced=int(replaces is not None))
         if slot is None:
             self._staged_version = version
