@@ -47,13 +47,15 @@ def main(path: str = "timeline.json") -> None:
     collector.start()
     for _ in range(10):
         for _batch in collector.replay_buffer:
-            with collector.timeline.span("gradient", "update"):
-                time.sleep(UPDATE_S)  # a learner on a device: the core is free
+            time.sleep(UPDATE_S)  # a learner on a device: the core is free
         collector.update_policy_weights_()
-    for lane, share in collector.timeline.shares().items():
-        print(f"{lane:<13} busy {share:.0%}")
-    print(f"lanes overlap during {collector.timeline.overlap():.0%} of the working time")
-    print(f"critical lane: {collector.timeline.critical_lane()}")
+    reading = collector.timeline.reading()
+    idle = reading.idle_shares()
+    for lane, share in reading.shares().items():
+        reasons = [f"{reason} {idle[of, reason]:.0%}" for of, reason in idle if of == lane]
+        print(f"{lane:<13} busy {share:.0%}  idle: {', '.join(reasons)}")
+    print(f"lanes overlap during {reading.overlap:.0%} of the working time")
+    print(f"critical lane: {reading.critical_lane}")
     collector.timeline.export_chrome_trace(path)
     collector.shutdown()
 

@@ -189,20 +189,17 @@ def learn(
     norms: list[float] = []
     try:
         for batch in collector.replay_buffer:
-            with collector.timeline.span("gradient"):
-                batch = batch.to(cfg.device)
-                normaliser = loss.normaliser(batch)
-                # Gradients of micro-batches add up to that of the minibatch.
-                for part in batch.split(cfg.optim.micro_batch_size or len(batch)):
-                    losses = loss(part, normaliser=normaliser)
-                    sum(
-                        value for key, value in losses.items() if key.startswith("loss_")
-                    ).backward()
-                    parts.append((len(part), losses.detach().cpu()))
-                norms.append(float(clip_grad_norm_(parameters, cfg.optim.max_grad_norm)))
-                optimizer.step()
-                optimizer.zero_grad()
-                scheduler.step()
+            batch = batch.to(cfg.device)
+            normaliser = loss.normaliser(batch)
+            # Gradients of micro-batches add up to that of the minibatch.
+            for part in batch.split(cfg.optim.micro_batch_size or len(batch)):
+                losses = loss(part, normaliser=normaliser)
+                sum(value for key, value in losses.items() if key.startswith("loss_")).backward()
+                parts.append((len(part), losses.detach().cpu()))
+            norms.append(float(clip_grad_norm_(parameters, cfg.optim.max_grad_norm)))
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
             if stop.requested:
                 break
     except RuntimeError:

@@ -150,6 +150,8 @@ class DVLACollector(BaseCollector):
         self._closed = False
         self.group = group
         self.timeline = Timeline()
+        self._last_reading = self.timeline.reading()
+        self._publishing = self.timeline.track("distribution", "learner")
         self._counters = CollectionCounters()
         sampling = SamplingLane(
             self._factories,
@@ -197,6 +199,7 @@ class DVLACollector(BaseCollector):
         self.replay_buffer = replay_buffer(
             pool=pool, admission=admission, instructions=instructions
         )
+        self.replay_buffer.track = self.timeline.track("gradient", "learner")
         self._queue = RolloutQueue(
             self.schedule,
             admission,
@@ -242,6 +245,7 @@ class DVLACollector(BaseCollector):
         """Begin to collect in the background."""
         self._require_running()
         self.timeline.start()
+        self._publishing.waiting("no_update")
         self._admit(True)
 
     @contextlib.contextmanager
@@ -378,8 +382,9 @@ class DVLACollector(BaseCollector):
         Takes the arguments of :meth:`torchrl.collectors.BaseCollector.update_policy_weights_`;
         without any, the weights of ``policy`` are published. Nobody is waited for.
         """
-        with self.timeline.span("distribution", "publish"):
+        with self._publishing.span("publish"):
             super().update_policy_weights_(*args, **kwargs)
+        self._publishing.waiting("no_update")
         if self.replay_buffer.admission is not None:
             self.replay_buffer.admission.advance()  # its listener wakes the coordinator
 
@@ -394,10 +399,9 @@ class DVLACollector(BaseCollector):
     def stats(self) -> dict[str, Any]:
         """Scalars by TensorBoard name; see the guide's page on metrics."""
         out: dict[str, Any] = self._counters.stats()
-        for lane, share in self.timeline.shares().items():
-            out[f"lane/{lane}_busy"] = share
-        for (lane, reason), share in self.timeline.idle_shares().items():
-            out[f"lane/{lane}_idle_{reason}"] = share
+        reading = self.timeline.reading()
+        out.update(reading.since(self._last_reading).scalars())
+        self._last_reading = reading
         out.update({f"memory/{key}": value for key, value in self._pool.stats().items()})
         out.update({f"buffer/{key}": value for key, value in self.replay_buffer.stats().items()})
         out["collector/groups_admitted"] = self._queue.num_groups_admitted

@@ -28,6 +28,7 @@ from torchrl_dvla.data.cohort_queue import CohortQueue
 from torchrl_dvla.data.groups import GroupRecord
 from torchrl_dvla.data.instructions import InstructionTable, InstructionTransform
 from torchrl_dvla.data.storage import PooledStorage
+from torchrl_dvla.data.work_track import NoTrack, WorkTrack
 from torchrl_dvla.memory import EnvironmentPool
 
 __all__ = ["PooledReplayBuffer"]
@@ -134,6 +135,8 @@ class PooledReplayBuffer(ReplayBuffer):
         self._queue = CohortQueue(self._replay_lock, admission)
         self._cohort: list[GroupRecord] = []
         self._plan: CohortPlan | None = None
+        #: Told what the learner does: one batch gathered, one learned from, waiting for a cohort.
+        self.track: WorkTrack = NoTrack()
         self._iterating = False
         self._num_updates = 0
         #: Groups that were being collected when the loaded checkpoint was taken; they are dropped.
@@ -229,13 +232,17 @@ class PooledReplayBuffer(ReplayBuffer):
                 "finish or leave the first loop."
             )
         self._iterating = True
+        self.track.waiting("no_batch")
         try:
             plan = self._plan = self._plan or self._begin_update()
             rows = torch.cat([self._storage.segment_rows(key) for key in plan.group_ids])
             for ordinals in plan:
                 if self._plan is not plan:
                     return  # emptied, or a checkpoint was loaded
-                yield self._gather(rows[ordinals])
+                with self.track.span("gather"):
+                    batch = self._gather(rows[ordinals])
+                with self.track.span("learn"):  # until the learner asks for more
+                    yield batch
             self._end_update(plan)
         except GeneratorExit:
             # The learner left the loop. Its cohort was admitted for this version only: keeping the
@@ -243,6 +250,7 @@ class PooledReplayBuffer(ReplayBuffer):
             self._end_update(plan)
             raise
         finally:
+            self.track.waiting("elsewhere")
             self._iterating = False
 
     def _begin_update(self) -> CohortPlan:

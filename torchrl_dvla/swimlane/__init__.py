@@ -4,16 +4,24 @@
 # LICENSE file in the root directory of this source tree.
 """The four lanes of the pipeline and their timeline."""
 
+from torchrl_dvla.swimlane.device_wait import note_device_wait, take_device_wait
 from torchrl_dvla.swimlane.inference import InferenceEngine, InferenceProcess, InferenceThread
+from torchrl_dvla.swimlane.reading import LANES, Reading
 from torchrl_dvla.swimlane.sampling import SamplingLane
-from torchrl_dvla.swimlane.timeline import LANES, Span, Timeline
+from torchrl_dvla.swimlane.timeline import Timeline, Track
+from torchrl_dvla.swimlane.trace import Span, read_chrome_trace
 
 __all__ = [
     "LANES",
     "InferenceEngine",
     "InferenceProcess",
     "InferenceThread",
+    "Reading",
     "SamplingLane",
     "Span",
     "Timeline",
+    "Track",
+    "note_device_wait",
+    "read_chrome_trace",
+    "take_device_wait",
 ]

@@ -21,6 +21,8 @@ from tensordict import TensorDictBase, is_tensor_collection
 from torch import nn
 from torchrl.envs import EnvBase, Transform, TransformedEnv
 
+from torchrl_dvla.swimlane import note_device_wait
+
 __all__ = ["EmulatedDevice", "Latency", "emulate_latency"]
 
 T = TypeVar("T")
@@ -134,7 +136,9 @@ class EmulatedDevice:
 
     def begin(self, start_s: float | None = None) -> None:
         """Wait for the device and start a call, or enter one that started at *start_s*."""
+        asked_s = self._clock()
         self._stream.acquire()
+        note_device_wait(self._clock() - asked_s)
         self._depth += 1
         if self._depth == 1:  # a call inside of a call belongs to it
             self._start_s = self._clock() if start_s is None else start_s
