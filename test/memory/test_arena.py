@@ -7,6 +7,8 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import tempfile
+import types
 
 import pytest
 import torch
@@ -86,8 +88,10 @@ def test_file_descriptor_is_closed_by_the_finalizer():
 
 
 def test_too_little_memory_is_an_error_with_a_remedy(monkeypatch):
-    monkeypatch.setattr(arena, "available_bytes", lambda: 1 << 20)
-    with pytest.raises(RuntimeError, match=r"got 2097152 \(2.0 MiB\): only 1.0 MiB .* Lower"):
+    monkeypatch.setattr(limits, "available_bytes", lambda: 1 << 20)
+    with pytest.raises(
+        RuntimeError, match=r"got 2097152 \(2.0 MiB\): only 1.0 MiB are free. Lower"
+    ):
         SharedArena(2 << 20)
 
 
@@ -108,6 +112,26 @@ def test_without_memfd_an_unlinked_file_serves(monkeypatch):
     if names:
         assert set(os.listdir("/dev/shm")) <= names
     shared.close()
+
+
+def test_a_small_dev_shm_matters_only_where_memory_needs_a_name(monkeypatch):
+    # What docker gives: 64 MiB, of which the least is used already.
+    status = types.SimpleNamespace(f_bavail=16, f_frsize=4096)
+    monkeypatch.setattr(limits.os, "statvfs", lambda folder: status)
+    SharedArena(1 << 20).close()  # memfd_create does not ask /dev/shm
+    monkeypatch.delattr(arena.os, "memfd_create")
+    monkeypatch.setattr(limits.os, "access", lambda folder, mode: True)
+    message = r"got 1048576 \(1.0 MiB\): only 64.0 KiB are free in /dev/shm\. Lower the byte budget"
+    descriptors = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(RuntimeError, match=message):
+        SharedArena(1 << 20)
+    assert set(os.listdir("/proc/self/fd")) == descriptors
+    # The machine's memory may be the tighter limit all the same.
+    monkeypatch.setattr(limits, "available_bytes", lambda: 1024)
+    with pytest.raises(RuntimeError, match=r"only 1.0 KiB are free\. Lower"):
+        SharedArena(1 << 20)
+    monkeypatch.setattr(limits.os, "access", lambda folder, mode: False)
+    assert limits.shared_folder() == tempfile.gettempdir()
 
 
 def test_an_arena_of_a_dead_or_reused_descriptor_is_refused():

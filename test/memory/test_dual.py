@@ -4,12 +4,10 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 
-from torchrl_dvla.memory import DualPool, EnvironmentPool, ModelPool, RowLayout, plan
+from torchrl_dvla.memory import DualPool, EnvironmentPool, RowLayout, limits
 
 LAYOUT = RowLayout({"image": ((3, 16, 16), torch.uint8), "state": ((8,), torch.float32)})
 SIZES = {
@@ -22,37 +20,19 @@ SIZES = {
 }
 
 
-def test_plan_by_hand():
-    found = DualPool.plan(**SIZES, num_env=8, param_bytes=1000, batch_size=16)
-    assert found.row_bytes == 768 + 32
-    # ceil(10 / 4) = 3 pages a rollout, 4 rollouts a group, (1 + 1) * 3 groups
-    assert found.pages_per_group == 12
-    assert found.num_groups == found.num_groups_fit == 6
-    assert found.num_pages == 72
-    assert found.env_bytes == found.full_env_bytes == EnvironmentPool.nbytes_for(LAYOUT, 72, 4)
-    assert found.min_env_bytes == EnvironmentPool.nbytes_for(LAYOUT, 36, 4)
-    assert found.weight_bytes == 3000
-    assert found.staging_bytes == 2 * 16 * 800
-    assert found.model_bytes == 3000 + 25600
-    assert found.num_rollouts == 24
-    assert found.notes == []
-    assert "'image' 96%" in str(found)
-
-
-def test_candidates_take_pages_too():
-    assert DualPool.plan(**SIZES, candidate_group_size=6).pages_per_group == 18
-
-
 def test_a_planned_pool_can_be_built_and_holds_what_was_planned():
-    found = DualPool.plan(**SIZES)
+    found = DualPool.plan(**SIZES, param_bytes=1000, batch_size=16)
     with DualPool(found.model_bytes, found.env_bytes) as pools:
-        pool = pools.environment(LAYOUT)
+        pool = pools.environment(LAYOUT, found.rows_per_page)
         assert pool.num_pages == found.num_pages
         assert pools.environment() is pool
         other = RowLayout({"image": ((3, 16, 16), torch.uint8)})
         with pytest.raises(ValueError, match="'state' is missing"):
             pools.environment(other)
         assert pools.stats()["environment/pages_free"] == 72
+        for _ in range(2):  # as planned
+            pools.model.rows(LAYOUT, 16, "staging")
+        assert pools.model.used_by_name() == {"staging": found.staging_bytes}
 
 
 def test_layout_is_needed_once():
@@ -61,68 +41,57 @@ def test_layout_is_needed_once():
             pools.environment()
 
 
-def test_a_budget_between_need_and_use_is_a_note():
-    budget = EnvironmentPool.nbytes_for(LAYOUT, 50, 4)
-    found = DualPool.plan(**SIZES, env_bytes=budget, num_env=20)
-    assert (found.num_groups_fit, found.num_pages) == (4, 50)
-    first, second = found.notes
-    assert first.startswith("4 of the 6 groups that max_policy_lag allows fit")
-    assert second.startswith("4 of the 20 environments can never be busy")
-    assert "note: 4 of the 6" in str(found)
+def test_the_report_tells_what_each_pool_holds():
+    with DualPool(4096, EnvironmentPool.nbytes_for(LAYOUT, 6, 4)) as pools:
+        assert pools.report() == (
+            "model pool        4.0 KiB reserved, 0 B used, 0 B at most\n  internal waste  0%"
+        )
+        pool = pools.environment(LAYOUT)
+        pool.reserve(1)
+        rollout = [pool.lease("w", 0, reserved=False) for _ in range(3)]
+        pages = pool.seal(rollout[:2], num_rows=5)  # 5 of 8 rows
+        pool.store(pages)
+        pool.free([rollout[2]])
+        pool.seal([pool.lease("w", 1, reserved=False)], num_rows=3)  # 3 of 4
+        pool.lease("w", 2, reserved=False)
+        assert not pool.reserve(6)  # from here on someone waits
+        pools.model.empty((100,), torch.uint8, "weight slots")
+        stats = pools.stats()
+        # Pages of 4 rows of 800 B; at most four were owned at once.
+        assert (stats["environment/used_bytes"], stats["environment/peak_bytes"]) == (12800, 12800)
+        assert stats["environment/internal_waste"] == 1 - 8 / 12
+        assert stats["environment/page_wait_s"] > 0
+        assert stats["model/internal_waste"] == 1 - 100 / 256
+        report = pools.report().splitlines()
+        assert report[0].split("  ")[0] == "environment pool"
+        assert report[0].endswith("12.5 KiB used, 12.5 KiB at most")
+        assert report[1:3] == [
+            "  pages           2 free, 1 leased, 1 sealed, 2 stored (1 promised)",
+            "  internal waste  33% of the pages of finished rollouts",
+        ]
+        assert report[3].startswith("  page wait       0.")
+        assert report[4:] == [
+            "model pool        4.0 KiB reserved, 256 B used, 256 B at most",
+            "  weight slots    256 B",
+            "  internal waste  61%",
+        ]
 
 
-def test_a_budget_that_would_dead_lock_says_which_number_to_change():
-    least = EnvironmentPool.nbytes_for(LAYOUT, 36, 4)
-    with pytest.raises(ValueError, match=rf"env_bytes must be at least {least} .* 2 fit.*to 2"):
-        DualPool.plan(**SIZES, env_bytes=least - 1)
-    assert DualPool.plan(**SIZES, env_bytes=least).num_groups_fit == 3
+def test_a_budget_beyond_the_machine_is_refused_and_the_other_pool_stays(monkeypatch):
+    with DualPool(1024, "1MB") as pools:
+        monkeypatch.setattr(limits, "available_bytes", lambda: 64 << 10)
+        with pytest.raises(RuntimeError, match="only 64.0 KiB are free"):
+            pools.environment(LAYOUT)
+        assert pools.model.empty((2,)).numel() == 2
+        monkeypatch.undo()
+        assert pools.environment(LAYOUT).num_pages > 0
 
 
-def test_too_little_memory_on_the_machine(monkeypatch):
-    monkeypatch.setattr(plan, "available_bytes", lambda: 10_000)
-    with pytest.raises(ValueError, match=r"must fit in memory, got .* with 9\.8 KiB available"):
-        DualPool.plan(**SIZES)
-
-
-def test_model_budget_and_bad_counts():
-    with pytest.raises(ValueError, match="model_bytes must be at least 3000"):
-        DualPool.plan(**SIZES, param_bytes=1000, model_bytes=2999)
-    with pytest.raises(ValueError, match="group_size must be at least 2, got 1"):
-        DualPool.plan(**{**SIZES, "group_size": 1})
-    with pytest.raises(ValueError, match="candidate_group_size must be at least 4, got 3"):
-        DualPool.plan(**SIZES, candidate_group_size=3)
-
-
-def test_model_pool_cuts_one_block():
-    pool = ModelPool(1024)
-    a = pool.empty((4,), torch.float32)
-    b = pool.empty((100,), torch.uint8, name="staging")
-    assert a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-    assert b.data_ptr() - a.data_ptr() == 256
-    assert pool.stats() == {"reserved_bytes": 1024, "used_bytes": 512, "peak_bytes": 512}
-    with pytest.raises(RuntimeError, match=r"must hold weights of 1\.0 KiB .* to at least 1536"):
-        pool.empty((256,), name="weights")
-    pool.close()
-    with pytest.raises(RuntimeError, match="Raise model_bytes"):
-        pool.empty((1,))
-
-
-def test_model_pool_on_cuda_allocates_inside_its_mem_pool(monkeypatch):
-    entered = []
-
-    class FakeMemPool:
-        pass
-
-    @contextlib.contextmanager
-    def use_mem_pool(mem_pool):
-        entered.append(mem_pool)
-        yield
-
-    empty = torch.empty
-    monkeypatch.setattr(torch.cuda, "MemPool", FakeMemPool)
-    monkeypatch.setattr(torch.cuda, "use_mem_pool", use_mem_pool)
-    monkeypatch.setattr(torch, "empty", lambda *args, device=None, **kwargs: empty(*args, **kwargs))
-    pool = ModelPool(1024, device="cuda")
-    pool.empty((2, 2))
-    assert isinstance(entered[0], FakeMemPool)
-    assert pool.stats()["used_bytes"] == 256
+def test_the_memory_node_is_handed_on(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "torchrl_dvla.memory.pool.pool_node", lambda node: asked.append(node) or None
+    )
+    with DualPool(0, "1MB") as pools:
+        assert pools.environment(LAYOUT, numa_node=1).numa_node is None
+    assert asked == [1]

@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 from torchrl_dvla.memory.arena import SharedArena
-from torchrl_dvla.memory.dual import DualPool, ModelPool
+from torchrl_dvla.memory.dual import DualPool
 from torchrl_dvla.memory.layout import RowLayout
 from torchrl_dvla.memory.limits import available_bytes, format_bytes, parse_bytes
+from torchrl_dvla.memory.model import ModelPool
 from torchrl_dvla.memory.pages import Page, PageLedger, PageState
 from torchrl_dvla.memory.plan import Plan
 from torchrl_dvla.memory.pool import EnvironmentPool, WorkerView

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from torchrl_dvla.memory.limits import available_bytes, format_bytes
+from torchrl_dvla.memory.limits import format_bytes, shareable_bytes, shared_folder
+from torchrl_dvla.memory.numa import place
 
 __all__ = ["SharedArena"]
 
@@ -38,6 +39,10 @@ class SharedArena:
     Args:
         nbytes (int): size in bytes.
 
+    Keyword Args:
+        numa_node (int, optional): the memory node that its pages should come from, see
+            :mod:`torchrl_dvla.memory.numa`. Defaults to wherever the kernel takes them.
+
     Raises:
         ValueError: if *nbytes* is not positive.
         RuntimeError: if there is not enough memory; nothing is allocated then.
@@ -53,14 +58,17 @@ class SharedArena:
         >>> arena.close()
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, *, numa_node: int | None = None) -> None:
         if nbytes <= 0:
             raise ValueError(f"nbytes must be positive, got {nbytes}. Give the bytes to share.")
-        free = available_bytes()
+        free, where = shareable_bytes()
         if free is not None and nbytes > free:
-            raise RuntimeError(_too_large(nbytes, f"only {format_bytes(free)} are available"))
+            raise RuntimeError(_too_large(nbytes, f"only {format_bytes(free)} are free{where}"))
         fd = _anonymous_file()
         try:
+            if numa_node is not None:
+                os.ftruncate(fd, nbytes)
+                place(fd, nbytes, numa_node)
             os.posix_fallocate(fd, 0, nbytes)
         except OSError as error:
             os.close(fd)
@@ -217,9 +225,9 @@ def _from_process(pid: int, fd: int, identity: tuple[int, int], nbytes: int) -> 
 
 
 def _anonymous_file() -> int:
-    if hasattr(os, "memfd_create"):
+    folder = shared_folder()
+    if folder is None:
         return os.memfd_create("torchrl_dvla", os.MFD_CLOEXEC)
-    folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     fd, path = tempfile.mkstemp(prefix="torchrl_dvla-", dir=folder)
     os.unlink(path)
     return fd

@@ -6,104 +6,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from torchrl_dvla.memory.layout import RowLayout
 from torchrl_dvla.memory.limits import format_bytes, parse_bytes
+from torchrl_dvla.memory.model import ModelPool
 from torchrl_dvla.memory.plan import Plan, make_plan
 from torchrl_dvla.memory.pool import EnvironmentPool
 
-__all__ = ["DualPool", "ModelPool"]
-
-_ALIGNMENT_BYTES = 256
-
-
-class ModelPool:
-    """Device memory for what lives as long as the run: weights, double buffers, staging batches.
-
-    On the CPU it is one block that tensors are cut from; on CUDA a private
-    :class:`torch.cuda.MemPool`, whose segments no other allocation can enter. Tensors are never
-    given back one by one: what is allocated here is allocated once (invariant 6).
-
-    The CUDA branch was written against PyTorch's documentation and is tested with a fake; it was
-    not run on a GPU by this project.
-
-    Args:
-        model_bytes (int or str): the budget.
-        device (torch.device or str): where.
-
-    Examples:
-        >>> pool = ModelPool("1KB")
-        >>> pool.empty((4, 4)).shape
-        torch.Size([4, 4])
-        >>> pool.stats()["used_bytes"]
-        256
-    """
-
-    def __init__(self, model_bytes: int | str, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
-        self.nbytes = parse_bytes(model_bytes)
-        self._used = 0
-        self._mem_pool: Any = None
-        self._block: torch.Tensor | None = None
-        if self.device.type == "cuda":
-            self._mem_pool = torch.cuda.MemPool()
-        else:
-            self._block = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
-
-    def empty(
-        self, shape: Sequence[int], dtype: torch.dtype = torch.float32, name: str = "tensor"
-    ) -> torch.Tensor:
-        """An uninitialised tensor from the pool.
-
-        Args:
-            shape (sequence of int): its shape.
-            dtype (torch.dtype): its type.
-            name (str): what it is for, for the error message.
-
-        Raises:
-            RuntimeError: if the budget is spent.
-        """
-        size = torch.Size(shape).numel() * dtype.itemsize
-        taken = -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        if self._used + taken > self.nbytes:
-            raise RuntimeError(
-                f"model_bytes must hold {name} of {format_bytes(size)} besides the "
-                f"{format_bytes(self._used)} in use, got {self.nbytes}. Raise model_bytes to at "
-                f"least {self._used + taken}."
-            )
-        start, self._used = self._used, self._used + taken
-        if self._block is not None:
-            return self._block[start : start + size].view(dtype).view(tuple(shape))
-        with self.use():
-            return torch.empty(tuple(shape), dtype=dtype, device=self.device)
-
-    def use(self) -> contextlib.AbstractContextManager[None]:
-        """Let allocations inside the block go to the pool (CUDA; elsewhere it changes nothing).
-
-        Such allocations are not counted against the budget.
-        """
-        if self._mem_pool is None:
-            return contextlib.nullcontext()
-        return torch.cuda.use_mem_pool(self._mem_pool)
-
-    def stats(self) -> dict[str, int]:
-        """``reserved_bytes`` (the budget), ``used_bytes`` and ``peak_bytes``."""
-        return {
-            "reserved_bytes": self.nbytes,
-            "used_bytes": self._used,
-            "peak_bytes": self._used,  # nothing is given back before the end
-        }
-
-    def close(self) -> None:
-        """Drop the memory; tensors that live on keep it."""
-        self._block = None
-        self._mem_pool = None
-        self.nbytes = self._used  # nothing more can be taken
+__all__ = ["DualPool"]
 
 
 class DualPool:
@@ -121,19 +34,26 @@ class DualPool:
         ...     param_bytes=1024, batch_size=4,
         ... )
         >>> print(plan)
-        row               196 B ('image' 98%)
+        row               196 B ('image' [3, 8, 8] 98%)
         page              4 rows, 784 B
-        group, at most    4 pages
-        groups at once    4 of 4
+        group, at most    4 pages: 2 rollouts of 8 decisions
+        groups at once    4 of 4: 2 an update, lag 1
         environment pool  16 pages, 12.4 KiB
           at least        6.2 KiB
           at most useful  12.4 KiB
-        model pool        4.6 KiB
+        model pool        5.0 KiB
           weight slots    3.0 KiB
-          staging batches  1.6 KiB
+          staging batches  2.0 KiB
         >>> with DualPool(plan.model_bytes, plan.env_bytes) as pools:
-        ...     pools.environment(layout).num_pages
-        16
+        ...     pool = pools.environment(layout)
+        ...     page = pool.lease("worker 0")
+        ...     print(pools.report())
+        environment pool  12.4 KiB reserved, 784 B used, 784 B at most
+          pages           15 free, 1 leased, 0 sealed, 0 stored (0 promised)
+          internal waste  0% of the pages of finished rollouts
+          page wait       0.0 s
+        model pool        5.0 KiB reserved, 0 B used, 0 B at most
+          internal waste  0%
     """
 
     def __init__(
@@ -148,17 +68,7 @@ class DualPool:
         self._environment: EnvironmentPool | None = None
 
     @staticmethod
-    def plan(
-        *,
-        layout: RowLayout,
-        group_size: int,
-        groups_per_update: int,
-        max_policy_lag: int,
-        max_decisions: int,
-        num_env: int = 1,
-        param_bytes: int = 0,
-        **options: Any,
-    ) -> Plan:
+    def plan(**sizes: Any) -> Plan:
         r"""What a run needs, before anything is allocated.
 
         A group owns pages from its admission until it is learned from, and at most
@@ -168,17 +78,26 @@ class DualPool:
         would dead-lock, and are refused. Between the two, sampling waits for pages now and then.
 
         Keyword Args:
-            layout (RowLayout): what a row holds.
+            layout (RowLayout): what a row holds, see :meth:`RowLayout.from_specs`.
             group_size (int): rollouts of a group.
             groups_per_update (int): groups of an update.
             max_policy_lag (int): the staleness bound.
-            max_decisions (int): decisions of a rollout at most.
+            max_decisions (int): decisions of a rollout at most (the horizon).
             num_env (int): environments that run at once. Defaults to 1.
-            param_bytes (int): bytes of the policy's parameters.
-            **options: ``candidate_group_size``, ``rows_per_page`` (4), ``num_weight_slots`` (3),
-                ``batch_size`` and ``num_staging`` (2) of the staging batches, and the budgets
-                ``env_bytes`` and ``model_bytes`` to check; by default the plan asks for all that is
-                useful.
+            candidate_group_size (int, optional): rollouts that are sampled for a group. Defaults to
+                *group_size*.
+            rows_per_page (int, optional): decisions of a page. Defaults to what suits
+                *expected_decisions*, or 4.
+            expected_decisions (float, optional): mean decisions of a rollout; with it, the plan
+                tells how much of its pages is wasted.
+            policy (nn.Module, optional): its parameters and buffers are counted.
+            param_bytes (int): the same by number; both add up.
+            num_weight_slots (int): copies of the weights. Defaults to 3.
+            batch_size (int), num_staging (int): the staging batches. Default to none, and to 2.
+            env_bytes (int or str, optional), model_bytes (int or str, optional): budgets to check.
+                By default the plan asks for all that is useful.
+            device (torch.device or str): of the model pool; on the CPU both pools share the
+                machine's memory. Defaults to the CPU.
 
         Returns:
             Plan: printable.
@@ -186,16 +105,7 @@ class DualPool:
         Raises:
             ValueError: if it cannot work; the message says which number to change.
         """
-        return make_plan(
-            layout=layout,
-            group_size=group_size,
-            groups_per_update=groups_per_update,
-            max_policy_lag=max_policy_lag,
-            max_decisions=max_decisions,
-            num_env=num_env,
-            param_bytes=param_bytes,
-            **options,
-        )
+        return make_plan(**sizes)
 
     def environment(
         self,
@@ -203,6 +113,7 @@ class DualPool:
         rows_per_page: int = 4,
         *,
         pin_memory: bool | None = None,
+        numa_node: int | None = None,
     ) -> EnvironmentPool:
         """The environment pool, built at the first call.
 
@@ -211,7 +122,8 @@ class DualPool:
             rows_per_page (int): rows of a page.
 
         Keyword Args:
-            pin_memory (bool, optional): as for :class:`EnvironmentPool`.
+            pin_memory (bool, optional), numa_node (int, optional): as for
+                :class:`EnvironmentPool`.
 
         Raises:
             ValueError: if no layout was ever given, or another one than before.
@@ -222,7 +134,11 @@ class DualPool:
                     "layout must be given at the first call, got None. Pass a RowLayout."
                 )
             self._environment = EnvironmentPool.from_budget(
-                layout, self.env_bytes, rows_per_page, pin_memory=pin_memory
+                layout,
+                self.env_bytes,
+                rows_per_page,
+                pin_memory=pin_memory,
+                numa_node=numa_node,
             )
         elif layout is not None and layout.signature != self._environment.layout.signature:
             raise ValueError(
@@ -238,6 +154,29 @@ class DualPool:
             stats |= {f"environment/{k}": v for k, v in self._environment.stats().items()}
         return stats
 
+    def report(self) -> str:
+        """Both pools in words: what is reserved, used, wasted and waited for."""
+        rows = []
+        if self._environment is not None:
+            stats = self._environment.stats()
+            pages = ", ".join(
+                f"{stats[f'pages_{name}']} {name}"
+                for name in ("free", "leased", "sealed", "stored")
+            )
+            waste = f"{stats['internal_waste_total']:.0%} of the pages of finished rollouts"
+            rows += [
+                ("environment pool", _sizes(stats)),
+                ("  pages", f"{pages} ({stats['pages_reserved']} promised)"),
+                ("  internal waste", waste),
+                ("  page wait", f"{stats['page_wait_s']:.1f} s"),
+            ]
+        stats = self.model.stats()
+        rows.append(("model pool", _sizes(stats)))
+        rows += [(f"  {name}", format_bytes(n)) for name, n in self.model.used_by_name().items()]
+        rows.append(("  internal waste", f"{stats['internal_waste']:.0%}"))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
     def close(self) -> None:
         """Give both pools back."""
         if self._environment is not None:
@@ -249,3 +188,10 @@ class DualPool:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _sizes(stats: dict[str, float]) -> str:
+    reserved, used, peak = (
+        format_bytes(stats[f"{name}_bytes"]) for name in ("reserved", "used", "peak")
+    )
+    return f"{reserved} reserved, {used} used, {peak} at most"

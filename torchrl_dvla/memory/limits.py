@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
-__all__ = ["available_bytes", "format_bytes", "parse_bytes"]
+__all__ = ["available_bytes", "format_bytes", "parse_bytes", "shareable_bytes", "shared_folder"]
 
 _UNITS = {"b": 0, "kb": 1, "mb": 2, "gb": 3, "tb": 4, "kib": 1, "mib": 2, "gib": 3, "tib": 4}
 _UNITS |= {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -27,6 +29,32 @@ def available_bytes() -> int | None:
     """
     found = [size for size in (_meminfo_available(), *_cgroup_available()) if size is not None]
     return min(found) if found else None
+
+
+def shared_folder() -> str | None:
+    """Where shared memory needs a file system: ``None`` where the kernel gives it without one.
+
+    Memory from ``memfd_create`` is not limited by the size of ``/dev/shm``, which containers set to
+    64 MB. Only where the kernel has no such call is shared memory an unlinked file there.
+    """
+    if hasattr(os, "memfd_create"):
+        return None
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+
+
+def shareable_bytes() -> tuple[int | None, str]:
+    """Memory that one more pool can take, and, if it is a file system that limits it, which.
+
+    Returns:
+        tuple: bytes, or ``None`` where nobody says, and ``""`` or ``" in /dev/shm"``.
+    """
+    available, folder = available_bytes(), shared_folder()
+    if folder is not None:
+        status = os.statvfs(folder)
+        free = status.f_bavail * status.f_frsize
+        if available is None or free < available:
+            return free, f" in {folder}"
+    return available, ""
 
 
 def _meminfo_available() -> int | None:

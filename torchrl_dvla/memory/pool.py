@@ -16,6 +16,7 @@ from tensordict import TensorDict
 from torchrl_dvla.memory.arena import SharedArena
 from torchrl_dvla.memory.layout import RowLayout
 from torchrl_dvla.memory.limits import format_bytes, parse_bytes
+from torchrl_dvla.memory.numa import pool_node
 from torchrl_dvla.memory.pages import Page, PageLedger, PageState
 
 __all__ = ["EnvironmentPool", "WorkerView"]
@@ -54,9 +55,12 @@ class EnvironmentPool(PageLedger):
     Keyword Args:
         pin_memory (bool, optional): page-lock the arena for CUDA copies. Defaults to whether CUDA
             is present.
+        numa_node (int, optional): on a machine with several memory nodes, the one that the rows
+            shall lie on. Defaults to that of the CPU the constructor runs on; see
+            :mod:`torchrl_dvla.memory.numa`.
 
     Raises:
-        ValueError: if *num_pages* or *rows_per_page* is not positive.
+        ValueError: if *num_pages* or *rows_per_page* is not positive, or there is no such node.
         RuntimeError: if there is not enough shared memory.
 
     Examples:
@@ -76,6 +80,7 @@ class EnvironmentPool(PageLedger):
         rows_per_page: int = 4,
         *,
         pin_memory: bool | None = None,
+        numa_node: int | None = None,
     ) -> None:
         if num_pages < 1 or rows_per_page < 1:
             raise ValueError(
@@ -85,7 +90,9 @@ class EnvironmentPool(PageLedger):
         self.layout = layout
         header = _header_bytes(num_pages)
         num_rows = num_pages * rows_per_page
-        self._arena = SharedArena(header + layout.nbytes(num_rows))
+        #: The memory node that the pages come from; ``None`` on a machine with one.
+        self.numa_node = pool_node(numa_node)
+        self._arena = SharedArena(header + layout.nbytes(num_rows), numa_node=self.numa_node)
         if pin_memory or (pin_memory is None and torch.cuda.is_available()):
             self._arena.pin()
         states, generations = _header(self._arena, num_pages)
@@ -103,6 +110,7 @@ class EnvironmentPool(PageLedger):
         rows_per_page: int = 4,
         *,
         pin_memory: bool | None = None,
+        numa_node: int | None = None,
     ) -> EnvironmentPool:
         """The largest pool that fits a byte budget.
 
@@ -112,16 +120,13 @@ class EnvironmentPool(PageLedger):
             rows_per_page (int): rows of a page.
 
         Keyword Args:
-            pin_memory (bool, optional): as for the constructor.
+            pin_memory (bool, optional), numa_node (int, optional): as for the constructor.
 
         Raises:
             ValueError: if not even one page fits; the message says how much one needs.
         """
         budget = parse_bytes(env_bytes)
-        page_bytes = rows_per_page * layout.row_bytes + _HEADER_BYTES_PER_PAGE
-        num_pages = budget // page_bytes
-        while num_pages and cls.nbytes_for(layout, num_pages, rows_per_page) > budget:
-            num_pages -= 1
+        num_pages = cls.pages_within(layout, budget, rows_per_page)
         if not num_pages:
             need = cls.nbytes_for(layout, 1, rows_per_page)
             raise ValueError(
@@ -129,17 +134,29 @@ class EnvironmentPool(PageLedger):
                 f"{rows_per_page} rows), got {budget}. Raise it, or lower rows_per_page or the "
                 "image size."
             )
-        return cls(layout, num_pages, rows_per_page, pin_memory=pin_memory)
+        return cls(layout, num_pages, rows_per_page, pin_memory=pin_memory, numa_node=numa_node)
 
     @staticmethod
     def nbytes_for(layout: RowLayout, num_pages: int, rows_per_page: int) -> int:
         """Bytes of shared memory that such a pool takes, to the last one."""
         return _header_bytes(num_pages) + layout.nbytes(num_pages * rows_per_page)
 
+    @classmethod
+    def pages_within(cls, layout: RowLayout, nbytes: int, rows_per_page: int) -> int:
+        """The most pages of a pool that takes at most ``nbytes``."""
+        num_pages = nbytes // (rows_per_page * layout.row_bytes + _HEADER_BYTES_PER_PAGE)
+        while num_pages and cls.nbytes_for(layout, num_pages, rows_per_page) > nbytes:
+            num_pages -= 1
+        return num_pages
+
     @property
     def nbytes(self) -> int:
         """Bytes of shared memory that the pool has taken."""
         return self._arena.nbytes
+
+    def stats(self) -> dict[str, float]:
+        """As :meth:`PageLedger.stats`; ``reserved_bytes`` are those of the whole arena."""
+        return {**super().stats(), "reserved_bytes": self.nbytes}
 
     @property
     def closed(self) -> bool:
