@@ -30,6 +30,7 @@ from torchrl_dvla.data.schema import (
     SUCCESS_KEY,
 )
 from torchrl_dvla.testing import CountingChunkEnv, Fault, FaultyEnvFactory
+from torchrl_dvla.weight_update import AsyncWeightUpdater
 
 from .conftest import ENV_KWARGS, make_policy
 
@@ -50,6 +51,39 @@ def rollouts_of(batches: list) -> dict[int, torch.Tensor]:
         chosen = rows[(rows[ROLLOUT_ID_KEY] == rollout_id).squeeze(-1)]
         out[rollout_id] = chosen[chosen[DECISION_INDEX_KEY].squeeze(-1).argsort()]
     return out
+
+
+def test_weights_on_the_timeline_and_in_the_stats(make_collector):
+    policy = make_policy()
+    updater = AsyncWeightUpdater(transport_dtype=torch.bfloat16)
+    collector = make_collector(policy=policy, weight_sync_schemes={"policy": updater})
+    collector.start()
+    for _ in range(2):
+        for _ in collector.replay_buffer:
+            pass
+        collector.update_policy_weights_()
+    # The third update's groups were asked for after the first publication.
+    for _ in collector.replay_buffer:
+        pass
+    stats = collector.stats()
+    assert stats["weights/version"] == 2
+    tensors = [*policy.parameters(), *policy.buffers()]
+    sizes = [t.numel() * (2 if t.is_floating_point() else t.itemsize) for t in tensors]
+    assert stats["planes/weight_bytes"] == 3 * sum(sizes)
+    decisions = stats["collector/decisions"]
+    assert decisions > 0
+    assert stats["planes/data_bytes"] == decisions * collector.plan.row_bytes
+    assert stats["weights/publish_stall_s"] > 0.0
+    assert 0.0 < stats["weights/cast_error"] <= 2.0**-8
+    assert stats["weights/inference_adopt_p99_s"] >= stats["weights/inference_adopt_p50_s"] > 0.0
+    spans = [span for span in collector.timeline.spans() if span.lane == "distribution"]
+    assert [span.name for span in spans if span.track == "learner"] == ["publish", "publish"]
+    adopted = [span for span in spans if span.track == "reader inference"]
+    assert adopted[0].name == "adopt 0"
+    assert adopted[-1].name in ("adopt 1", "adopt 2")
+    assert all(span.start_s <= span.end_s for span in adopted)
+    collector.shutdown()
+    assert collector.stats()["weights/num_publishes"] == 3
 
 
 @pytest.mark.parametrize("where", ["thread", "process"])

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from torchrl_dvla.weight_update import WeightReader, WeightStore
+from torchrl_dvla.weight_update.writer import SlotWriter
 
 
 def constant(value: float, **kwargs: int) -> nn.Linear:
@@ -436,3 +437,36 @@ class TestBytesFromAnotherNode:
             reader.adopt_into(served)
             assert value_of(served) == 4.0
             reader.close()
+
+
+def test_adoptions_are_taken_once(store: WeightStore) -> None:
+    (first, first_module), (second, _) = readers_of(store, 2)
+    first.adopt_into(first_module)
+    store.publish(), store.publish()
+    first.adopt_into(first_module)
+    taken = store.take_adoptions()
+    assert {name: [a.version for a in adoptions] for name, adoptions in taken.items()} == {
+        "0": [0, 2],
+        "1": [],
+    }
+    for adoption in taken["0"]:
+        assert adoption.published_s <= adoption.start_s <= adoption.end_s
+        assert adoption.latency_s == adoption.end_s - adoption.published_s
+    second.pin()
+    assert [len(adoptions) for adoptions in store.take_adoptions().values()] == [0, 1]
+    for _ in range(70):  # nobody takes them meanwhile: the oldest are forgotten
+        store.publish()
+        first.adopt_into(first_module)
+    # Of 64 places the next adoption's may be half written, so 63 are safe to read.
+    assert [a.version for a in store.take_adoptions()["0"]] == list(range(10, 73))
+    store.release(first)
+    store.reader("0").pin()  # the next of that name begins anew
+    assert [a.version for a in store.take_adoptions()["0"]] == [72]
+
+
+def test_a_second_writer_on_the_same_memory_is_refused(store: WeightStore) -> None:
+    ((reader, served),) = readers_of(store, 1)
+    with pytest.raises(RuntimeError, match="one learner, got a second writer"):
+        SlotWriter(store._segment, check_finite=True, checksum=False)
+    assert reader.adopt_into(served) == 0  # it touched nothing
+    assert store.publish() == 1

@@ -143,6 +143,26 @@ def test_pause_and_resume() -> None:
     updater.shutdown()
 
 
+def test_scalars_of_both_sides() -> None:
+    trained, served = make_policy(1.0 + 2.0**-9), make_policy()
+    updater = AsyncWeightUpdater(transport_dtype=torch.bfloat16)
+    updater.init_on_sender(model=trained, num_workers=1)
+    updater.connect()
+    updater.reader("mine").adopt_into(served)
+    assert updater.publish(version=5) == 5
+    with pytest.raises(ValueError, match="version must grow, got 4 after 5"):
+        updater.publish(version=4)
+    stats = updater.stats()
+    assert (stats["version"], stats["num_publishes"], stats["num_coalesced"]) == (5, 2, 0)
+    assert stats["published_bytes"] == 2 * 2 * (8 + 2)
+    assert stats["publish_stall_max_s"] >= stats["publish_stall_s"] > 0.0
+    assert stats["cast_error"] == pytest.approx(2.0**-9 / (1.0 + 2.0**-9))
+    assert (stats["mine_lag"], stats["mine_skipped"], stats["worker_0_lag"]) == (5, 0, 6)
+    assert stats["mine_adopt_p99_s"] >= stats["mine_adopt_p50_s"] > 0.0
+    updater.shutdown()
+    assert updater.stats()["num_publishes"] == 2
+
+
 def test_all_workers_or_none() -> None:
     updater = make_updater(make_policy(), num_workers=2)
     updater.send(worker_ids=[0, 1])

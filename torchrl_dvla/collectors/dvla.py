@@ -28,6 +28,7 @@ from torchrl_dvla.collectors.group_sink import GroupSink
 from torchrl_dvla.collectors.matching import match_policy
 from torchrl_dvla.collectors.rollout_queue import RolloutQueue
 from torchrl_dvla.collectors.schedule import EpisodeSpec, InitStateSchedule
+from torchrl_dvla.collectors.weight_telemetry import WeightTelemetry
 from torchrl_dvla.data import Admission, GroupAssembler, InstructionTable, PooledReplayBuffer
 from torchrl_dvla.data.schema import INSTRUCTION_ID_KEY, INSTRUCTION_KEY
 from torchrl_dvla.memory import DualPool, EnvironmentPool, Plan, RowLayout
@@ -152,6 +153,7 @@ class DVLACollector(BaseCollector):
         self.timeline = Timeline()
         self._last_reading = self.timeline.reading()
         self._publishing = self.timeline.track("distribution", "learner")
+        self._weight_telemetry = WeightTelemetry(updater, self.timeline)
         self._counters = CollectionCounters()
         sampling = SamplingLane(
             self._factories,
@@ -385,6 +387,7 @@ class DVLACollector(BaseCollector):
         with self._publishing.span("publish"):
             super().update_policy_weights_(*args, **kwargs)
         self._publishing.waiting("no_update")
+        self._weight_telemetry.record_adoptions()
         if self.replay_buffer.admission is not None:
             self.replay_buffer.admission.advance()  # its listener wakes the coordinator
 
@@ -398,6 +401,7 @@ class DVLACollector(BaseCollector):
 
     def stats(self) -> dict[str, Any]:
         """Scalars by TensorBoard name; see the guide's page on metrics."""
+        self._weight_telemetry.record_adoptions()
         out: dict[str, Any] = self._counters.stats()
         reading = self.timeline.reading()
         out.update(reading.since(self._last_reading).scalars())
@@ -405,7 +409,8 @@ class DVLACollector(BaseCollector):
         out.update({f"memory/{key}": value for key, value in self._pool.stats().items()})
         out.update({f"buffer/{key}": value for key, value in self.replay_buffer.stats().items()})
         out["collector/groups_admitted"] = self._queue.num_groups_admitted
-        out["weights/version"] = self.policy_version
+        data_bytes = self.plan.row_bytes * out.get("collector/decisions", 0)
+        out.update(self._weight_telemetry.scalars(data_bytes))
         return out
 
     def state_dict(self) -> OrderedDict[str, Any]:

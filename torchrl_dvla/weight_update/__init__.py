@@ -11,13 +11,14 @@ beside it.
 """
 
 from torchrl_dvla.weight_update.layout import WeightLayout
-from torchrl_dvla.weight_update.ledger import AdoptionStats
+from torchrl_dvla.weight_update.ledger import Adoption, AdoptionStats
 from torchrl_dvla.weight_update.reader import WeightReader
 from torchrl_dvla.weight_update.store import WeightStore
 from torchrl_dvla.weight_update.updater import AsyncWeightUpdater
 from torchrl_dvla.weight_update.writer import PublishStats
 
 __all__ = [
+    "Adoption",
     "AdoptionStats",
     "AsyncWeightUpdater",
     "PublishStats",

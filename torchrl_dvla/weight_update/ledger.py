@@ -18,12 +18,13 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["AdoptionStats", "Ledger", "ReaderState"]
+__all__ = ["Adoption", "AdoptionStats", "Ledger", "ReaderState"]
 
 _WORD_BYTES = 8
 _LINE_WORDS = 8  # one cache line for each writer's words
-_NUM_LATENCIES = 64
-_ROW_WORDS = _LINE_WORDS + _NUM_LATENCIES
+_NUM_RECORDS = 64  # the last adoptions of a reader
+_RECORD_WORDS = 4
+_ROW_WORDS = _LINE_WORDS + _NUM_RECORDS * _RECORD_WORDS
 #: Slots fit in the low bits of an offer.
 MAX_SLOTS = 256
 
@@ -41,6 +42,27 @@ class ReaderState(enum.IntEnum):
 
 
 @dataclasses.dataclass(frozen=True)
+class Adoption:
+    """One adoption, in seconds of ``time.monotonic``, which all processes of a node share.
+
+    Args:
+        version (int): what was adopted.
+        published_s (float): when it was offered.
+        start_s, end_s (float): when the reader began to look for it, and acted with it.
+    """
+
+    version: int
+    published_s: float
+    start_s: float
+    end_s: float
+
+    @property
+    def latency_s(self) -> float:
+        """Seconds from publish to adoption."""
+        return self.end_s - self.published_s
+
+
+@dataclasses.dataclass(frozen=True)
 class AdoptionStats:
     """What one reader did with the published versions.
 
@@ -49,7 +71,7 @@ class AdoptionStats:
         num_adoptions (int): versions it has adopted.
         num_skipped (int): versions it never saw, since a newer one was there at its next look.
         latency_p50_s, latency_p99_s, latency_last_s (float): seconds from publish to adoption over
-            the last 64 adoptions; 0 before the first.
+            the last 64 adoptions, by the nearest rank; 0 before the first.
     """
 
     version: int
@@ -143,31 +165,52 @@ class Ledger:
         """The version that the reader of ``row`` reads; -1 before the first."""
         return self._words[self._row(row) + _READER_VERSION]
 
-    def record_adoption(self, row: int, *, version: int, latency_ns: int) -> None:
+    def record_adoption(
+        self, row: int, *, version: int, published_ns: int, start_ns: int, end_ns: int
+    ) -> None:
         """Note in a reader's own row that it adopted ``version``."""
-        base = self._row(row)
-        previous = self._words[base + _READER_VERSION]
-        count = self._words[base + _NUM_ADOPTIONS]
-        self._words[base + _LINE_WORDS + count % _NUM_LATENCIES] = latency_ns
+        words, base = self._words, self._row(row)
+        count = words[base + _NUM_ADOPTIONS]
+        record = base + _LINE_WORDS + count % _NUM_RECORDS * _RECORD_WORDS
+        words[record] = version
+        words[record + 1] = published_ns
+        words[record + 2] = start_ns
+        words[record + 3] = end_ns
         if count:  # a late reader has skipped nothing
-            self._words[base + _NUM_SKIPPED] += version - previous - 1
-        self._words[base + _NUM_ADOPTIONS] = count + 1
-        self._words[base + _READER_VERSION] = version
+            words[base + _NUM_SKIPPED] += version - words[base + _READER_VERSION] - 1
+        words[base + _NUM_ADOPTIONS] = count + 1
+        words[base + _READER_VERSION] = version
+
+    def num_adoptions(self, row: int) -> int:
+        """How many versions the reader of ``row`` has adopted."""
+        return self._words[self._row(row) + _NUM_ADOPTIONS]
+
+    def adoptions(self, row: int, first: int = 0, stop: int | None = None) -> list[Adoption]:
+        """Adoptions ``first:stop``, oldest first, as far as they are among the last 64."""
+        base = self._row(row)
+        stop = self.num_adoptions(row) if stop is None else stop
+        numbers = range(max(first, stop - _NUM_RECORDS, 0), stop)
+        records = base + _LINE_WORDS
+        read = []
+        for number in numbers:
+            at = records + number % _NUM_RECORDS * _RECORD_WORDS
+            version, published, start, end = self._words[at : at + _RECORD_WORDS]
+            read.append(Adoption(version, published / 1e9, start / 1e9, end / 1e9))
+        # The reader goes on meanwhile, and may have begun to write over the oldest of them.
+        oldest = self.num_adoptions(row) - _NUM_RECORDS + 1
+        return read[max(0, oldest - numbers.start) :]
 
     def adoption_stats(self, row: int) -> AdoptionStats:
         """What the reader of ``row`` reported."""
         base = self._row(row)
-        count = self._words[base + _NUM_ADOPTIONS]
-        first = base + _LINE_WORDS
-        recent = [self._words[first + i] / 1e9 for i in range(min(count, _NUM_LATENCIES))]
-        last = self._words[first + (count - 1) % _NUM_LATENCIES] / 1e9 if count else 0.0
+        latencies = [adoption.latency_s for adoption in self.adoptions(row)]
         return AdoptionStats(
             version=self._words[base + _READER_VERSION],
-            num_adoptions=count,
+            num_adoptions=self._words[base + _NUM_ADOPTIONS],
             num_skipped=self._words[base + _NUM_SKIPPED],
-            latency_p50_s=quantile(recent, 0.5),
-            latency_p99_s=quantile(recent, 0.99),
-            latency_last_s=last,
+            latency_p50_s=quantile(latencies, 0.5),
+            latency_p99_s=quantile(latencies, 0.99),
+            latency_last_s=latencies[-1] if latencies else 0.0,
         )
 
     def _slot(self, slot: int) -> int:

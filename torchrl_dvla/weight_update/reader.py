@@ -261,7 +261,7 @@ class WeightReader:
 
     def _advance(self, ledger: Ledger) -> None:
         """Pin the newest version and move every bound module to it."""
-        previous = self._version
+        start_ns, previous = time.monotonic_ns(), self._version
         slot, self._version = self._pin_newest(ledger)
         if slot not in self._views:
             self._views[slot] = self._segment.views(slot)
@@ -273,8 +273,13 @@ class WeightReader:
                 binding.apply(self._views[slot].entries)
                 binding.applied_offer = self._seen
         if self._version != previous:
-            latency_ns = time.monotonic_ns() - ledger.published_ns(slot)
-            ledger.record_adoption(self.row, version=self._version, latency_ns=latency_ns)
+            ledger.record_adoption(
+                self.row,
+                version=self._version,
+                published_ns=ledger.published_ns(slot),
+                start_ns=start_ns,
+                end_ns=time.monotonic_ns(),
+            )
 
     def _pin_newest(self, ledger: Ledger) -> tuple[int, int]:
         assert self._locks is not None

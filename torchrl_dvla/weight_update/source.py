@@ -6,12 +6,15 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
+from tensordict import TensorDictBase
 from torch import nn
 
-from torchrl_dvla.weight_update.layout import WeightLayout, weight_places
+from torchrl_dvla.weight_update.layout import WeightLayout, WeightSource, weight_places
 
-__all__ = ["ModuleTensors"]
+__all__ = ["ModuleTensors", "SourceTensors"]
 
 
 class ModuleTensors:
@@ -62,4 +65,45 @@ class ModuleTensors:
         for entry, tensor in zip(self._entries, tensors, strict=True):
             if tensor.shape != entry.shape or (entry.is_frozen and tensor.requires_grad):
                 return None
+        return tensors
+
+
+class SourceTensors:
+    """The weights of any source in the order of a layout's entries; modules are remembered.
+
+    Args:
+        layout (WeightLayout): the order.
+
+    Examples:
+        >>> module = nn.Linear(2, 1)
+        >>> tensors = SourceTensors(WeightLayout(module))
+        >>> [tuple(t.shape) for t in tensors.of({"weight": module.weight, "bias": module.bias})]
+        [(1, 2), (1,)]
+    """
+
+    def __init__(self, layout: WeightLayout) -> None:
+        self._layout = layout
+        self._known: weakref.WeakKeyDictionary[nn.Module, ModuleTensors] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def of(self, source: WeightSource | WeightLayout) -> list[torch.Tensor]:
+        """The live tensors of ``source``.
+
+        Raises:
+            ValueError: listing the differences, if it does not fit the layout, or if it is none.
+        """
+        if isinstance(source, WeightLayout):
+            raise ValueError(
+                "source must be given to a store that was made empty, got none. Weights of other "
+                "nodes come in through receive()."
+            )
+        if not isinstance(source, nn.Module) or isinstance(source, TensorDictBase):
+            return self._layout.tensors_of(source)
+        known = self._known.get(source)
+        tensors = known.get() if known is not None else None
+        if tensors is None:
+            known = self._known[source] = ModuleTensors(source, self._layout)
+            tensors = known.get()
+        assert tensors is not None
         return tensors

@@ -61,20 +61,18 @@ from __future__ import annotations
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from tensordict import TensorDictBase
-from torch import nn
 
 from torchrl_dvla.weight_update.copying import cast_error
 from torchrl_dvla.weight_update.layout import WeightLayout, WeightSource
-from torchrl_dvla.weight_update.ledger import MAX_SLOTS, AdoptionStats, ReaderState
+from torchrl_dvla.weight_update.ledger import MAX_SLOTS, Adoption, AdoptionStats
+from torchrl_dvla.weight_update.places import ReaderPlaces
 from torchrl_dvla.weight_update.reader import WeightReader
-from torchrl_dvla.weight_update.segment import WeightSegment, reader_byte
-from torchrl_dvla.weight_update.source import ModuleTensors
+from torchrl_dvla.weight_update.segment import WeightSegment
+from torchrl_dvla.weight_update.source import SourceTensors
 from torchrl_dvla.weight_update.writer import PublishStats, SlotWriter
 
 __all__ = ["WeightStore"]
@@ -144,12 +142,10 @@ class WeightStore:
             raise ValueError(f"max_readers must be positive, got {max_readers}. Use 64.")
         self._source = source
         self._pid = os.getpid()
-        self._rows: dict[str, int] = {}
         self._is_closed = False
-        self._known_modules: weakref.WeakKeyDictionary[nn.Module, ModuleTensors] = (
-            weakref.WeakKeyDictionary()
-        )
         self._last_stats: dict[str, AdoptionStats] = {}
+        #: What :meth:`cast_error` measured last.
+        self.last_cast_error = 0.0
         self.layout = (
             source
             if isinstance(source, WeightLayout)
@@ -160,15 +156,18 @@ class WeightStore:
                 transport_dtype=transport_dtype,
             )
         )
+        self._tensors = SourceTensors(self.layout)
         self._segment = WeightSegment(self.layout, num_slots=num_slots, max_readers=max_readers)
         self._writer = SlotWriter(self._segment, check_finite=check_finite, checksum=checksum)
         self._ledger = self._segment.ledger()
+        self._places = ReaderPlaces(self._ledger, self._writer.locks, max_readers)
         self._publishing = threading.Lock()
         if isinstance(source, WeightLayout):
             return
         try:
             self._writer.write_frozen(self.layout.tensors_of(source))
             self.publish(version=first_version)
+            self.cast_error()
         except BaseException:
             self.close()
             raise
@@ -215,7 +214,7 @@ class WeightStore:
             )
         try:
             start_s = time.perf_counter()
-            tensors = self._tensors_of(self._source if source is None else source)
+            tensors = self._tensors.of(self._source if source is None else source)
             return self._writer.publish(tensors, version=version, start_s=start_s)
         finally:
             self._publishing.release()
@@ -267,9 +266,14 @@ class WeightStore:
     def cast_error(self, source: WeightSource | None = None) -> float:
         """Largest ``|stored - weight| / |weight|`` that ``transport_dtype`` makes; 0 without it.
 
-        A measurement, not part of :meth:`publish`: it takes several passes over the weights.
+        A measurement, not part of :meth:`publish`: it takes several passes over the weights. It is
+        taken once when the store is made; :attr:`last_cast_error` has the latest.
         """
-        return cast_error(self.layout, self._tensors_of(self._source if source is None else source))
+        if self.layout.transport_dtype is None:
+            return 0.0
+        tensors = self._tensors.of(self._source if source is None else source)
+        self.last_cast_error = cast_error(self.layout, tensors)
+        return self.last_cast_error
 
     # -- readers -------------------------------------------------------------------------------
 
@@ -288,24 +292,7 @@ class WeightStore:
         """
         self._require_writer()
         name = str(name)
-        if name in self._rows and self._ledger.state(self._rows[name]) is not ReaderState.CLOSED:
-            raise ValueError(
-                f"name must be free, got {name!r}, which a reader has. Release that one first."
-            )
-        self._rows.pop(name, None)
-        taken = {
-            row for row in self._rows.values() if self._ledger.state(row) is not ReaderState.CLOSED
-        }
-        row = next((row for row in range(self._segment.max_readers) if row not in taken), None)
-        if row is None:
-            raise RuntimeError(
-                f"All {self._segment.max_readers} places for readers are taken. Release dead "
-                "readers, or make the store with a larger max_readers."
-            )
-        self._rows = {other: r for other, r in self._rows.items() if r != row}
-        self._rows[name] = row
-        self._ledger.set_state(row, ReaderState.ISSUED)
-        return WeightReader(self._segment, row=row, name=name, store=self)
+        return WeightReader(self._segment, row=self._places.issue(name), name=name, store=self)
 
     def release(self, reader: WeightReader | str | int) -> None:
         """Forget a reader. Its pin needs no taking back: the kernel freed it with the process.
@@ -316,18 +303,10 @@ class WeightStore:
         """
         self._require_writer()
         name = reader.name if isinstance(reader, WeightReader) else str(reader)
-        if name not in self._rows:
-            raise KeyError(f"No reader is called {name!r}. There are {sorted(self._rows)}.")
+        self._places.require(name)
         if isinstance(reader, WeightReader):
             reader.close()
-        row = self._rows[name]
-        if self._is_alive(row):
-            raise RuntimeError(
-                f"Reader {name!r} is alive, got a request to release it. Let its process end or "
-                "call its close() there."
-            )
-        self._ledger.set_state(row, ReaderState.CLOSED)
-        del self._rows[name]
+        self._places.release(name)
 
     def adopted_versions(self) -> dict[str, int]:
         """The version each reader has adopted; -1 for one that has not begun."""
@@ -338,18 +317,19 @@ class WeightStore:
 
         After :meth:`close` it is what was known then.
         """
-        if self._is_closed:
-            return self._last_stats
-        return {name: self._ledger.adoption_stats(row) for name, row in self._open_rows().items()}
+        return self._last_stats if self._is_closed else self._places.stats()
+
+    def take_adoptions(self) -> dict[str, list[Adoption]]:
+        """Each reader's adoptions since the last call, for a timeline.
+
+        The last 64 of a reader are kept; nothing waits for them to be taken.
+        """
+        return {} if self._is_closed else self._places.take_adoptions()
 
     def dead_readers(self) -> list[str]:
         """Readers whose process ended without closing them."""
         self._require_writer()
-        return [
-            name
-            for name, row in self._open_rows().items()
-            if self._ledger.state(row) is ReaderState.ATTACHED and not self._is_alive(row)
-        ]
+        return self._places.dead()
 
     def wait(self, version: int | None = None, timeout_s: float = 60.0) -> None:
         """Wait until every reader has adopted ``version`` (default: the last one) or a newer one.
@@ -391,7 +371,7 @@ class WeightStore:
         self._is_closed = True
         self._writer.close()
         self._segment.locks.close()
-        del self._segment, self._ledger
+        del self._segment, self._ledger, self._places
 
     def publishes_from(self, addresses: set[int]) -> bool:
         """Whether one of the memory addresses belongs to the weights published last."""
@@ -400,29 +380,6 @@ class WeightStore:
     def set_gate(self, gate: Callable[[str], None]) -> None:
         """Have ``gate`` called with the name of each step of the protocol, for tests of races."""
         self._writer.gate = gate
-
-    def _tensors_of(self, source: WeightSource | WeightLayout) -> list[torch.Tensor]:
-        if isinstance(source, WeightLayout):
-            raise ValueError(
-                "source must be given to a store that was made empty, got none. Weights of other "
-                "nodes come in through receive()."
-            )
-        if not isinstance(source, nn.Module) or isinstance(source, TensorDictBase):
-            return self.layout.tensors_of(source)
-        known = self._known_modules.get(source)
-        tensors = known.get() if known is not None else None
-        if tensors is None:
-            known = self._known_modules[source] = ModuleTensors(source, self.layout)
-            tensors = known.get()
-        assert tensors is not None
-        return tensors
-
-    def _open_rows(self) -> dict[str, int]:
-        closed = ReaderState.CLOSED
-        return {n: row for n, row in self._rows.items() if self._ledger.state(row) is not closed}
-
-    def _is_alive(self, row: int) -> bool:
-        return self._writer.locks.is_held_by_others(reader_byte(row))
 
     def _require_writer(self) -> None:
         if os.getpid() != self._pid:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -138,12 +139,15 @@ class AsyncWeightUpdater(WeightSyncScheme):
             return self._reader.version
         return self.store.version
 
-    def publish(self, weights: WeightSource | None = None) -> int:
+    def publish(self, weights: WeightSource | None = None, *, version: int | None = None) -> int:
         """Copy the weights into the store and return at once.
 
         Args:
             weights (optional): a module, its tensordict, or a flat or nested dict of tensors; the
                 default is the model that the updater was initialised with.
+
+        Keyword Args:
+            version (int, optional): the number to give; it must grow. The default is the next one.
 
         Returns:
             the version, see :meth:`WeightStore.publish`, which also lists what it raises.
@@ -151,7 +155,7 @@ class AsyncWeightUpdater(WeightSyncScheme):
         source = self._source if weights is None else as_source(weights)
         for hook in list(self._hooks[_BEFORE].values()):
             hook(self.store.version)
-        version = self.store.publish(source)
+        version = self.store.publish(source, version=version)
         policy = self._local_policy() if self._local_policy is not None else None
         self._local_is_behind = policy is not None and not self.store.publishes_from(
             memory_of(policy)
@@ -205,6 +209,37 @@ class AsyncWeightUpdater(WeightSyncScheme):
     def lag(self) -> dict[str, int]:
         """How many versions each reader is behind the one published last."""
         return {name: self.store.version - version for name, version in self.versions().items()}
+
+    def stats(self) -> dict[str, float]:
+        """Scalars of both sides; after ``shutdown`` what was known then.
+
+        Returns:
+            ``version``; of the learner's side ``num_publishes``, ``num_coalesced``,
+            ``num_deferred``, ``num_refused``, ``published_bytes``, ``publish_stall_s`` (the last
+            one), ``publish_stall_max_s`` and ``cast_error``; of each reader
+            ``<reader>_adopt_p50_s``, ``<reader>_adopt_p99_s``, ``<reader>_skipped`` and
+            ``<reader>_lag``.
+        """
+        store = self.store
+        publish = store.stats()
+        out: dict[str, float] = {
+            "version": store.version,
+            "num_publishes": publish.num_publishes,
+            "num_coalesced": publish.num_coalesced,
+            "num_deferred": publish.num_deferred,
+            "num_refused": publish.num_refused,
+            "published_bytes": publish.bytes_total,
+            "publish_stall_s": publish.stall_last_s,
+            "publish_stall_max_s": publish.stall_max_s,
+            "cast_error": store.last_cast_error,
+        }
+        for name, adopted in store.adoption_stats().items():
+            reader = re.sub(r"\W", "_", name)
+            out[f"{reader}_adopt_p50_s"] = adopted.latency_p50_s
+            out[f"{reader}_adopt_p99_s"] = adopted.latency_p99_s
+            out[f"{reader}_skipped"] = adopted.num_skipped
+            out[f"{reader}_lag"] = store.version - adopted.version
+        return out
 
     def pause(self) -> None:
         """Keep readers at what they have: later versions are taken, but not offered."""

@@ -67,10 +67,14 @@ class SlotWriter:
         self._segment = segment
         self._check_finite = check_finite
         self._checksum = checksum
-        self._ledger = segment.ledger()
-        self._ledger.reset()
         self.locks = segment.locks.open()
-        self.locks.try_exclusive(WRITER_BYTE)
+        if not self.locks.try_exclusive(WRITER_BYTE):
+            raise RuntimeError(
+                "A weight store must have one learner, got a second writer on the same memory. "
+                "Publish through the first one, or make a store of its own."
+            )
+        self._ledger = segment.ledger()
+        self._ledger.reset()  # only now: a second writer must not touch what readers act with
         self._copier = WeightCopier(segment.layout)
         self._views = [segment.views(slot) for slot in range(segment.num_slots)]
         self.version = -1
