@@ -4,8 +4,12 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
+import importlib
+
+import numpy as np
 import pytest
 import torch
+from torchrl.data.replay_buffers.samplers import prioritized
 
 from torchrl_dvla.data import (
     Admission,
@@ -80,3 +84,44 @@ def plane():
     for made in planes:
         made.pool.check()
         made.pool.close()
+
+
+class SegmentTree:
+    """What a PrioritizedSampler asks of TorchRL's compiled trees, on a NumPy array."""
+
+    def __init__(self, capacity, neutral, reduce):
+        self.values = np.full(capacity, neutral, np.float32)
+        self.reduce = reduce
+
+    def __getitem__(self, index):
+        return torch.from_numpy(self.values[np.asarray(index)])
+
+    def __setitem__(self, index, value):
+        self.values[np.asarray(index)] = np.asarray(value)
+
+    def query(self, start, stop):
+        return float(self.reduce(self.values[start:stop]))
+
+    def scan_lower_bound(self, mass):
+        return np.searchsorted(np.cumsum(self.values), np.asarray(mass), side="left")
+
+
+@pytest.fixture(params=["compiled", "stand-in"])
+def segment_trees(request, monkeypatch):
+    """TorchRL's segment trees; where its extension does not load, only the stand-in is tested."""
+    if request.param == "compiled":
+        if prioritized.SumSegmentTreeFp32 is None:
+            try:
+                importlib.import_module("torchrl._torchrl")
+            except ImportError as error:
+                reason = str(error).rpartition("/")[2][:90]
+                pytest.skip(f"TorchRL's compiled extension does not load: {reason}")
+        return
+    monkeypatch.setattr(
+        prioritized, "SumSegmentTreeFp32", lambda size: SegmentTree(size, 0.0, np.sum)
+    )
+    monkeypatch.setattr(
+        prioritized, "MinSegmentTreeFp32", lambda size: SegmentTree(size, np.inf, np.min)
+    )
+    for name in ("SumSegmentTreeFp64", "MinSegmentTreeFp64"):
+        monkeypatch.setattr(prioritized, name, lambda size: None)

@@ -277,13 +277,6 @@ def test_constructor_arguments(plane):
     assert (buffer.admission.groups_per_update, buffer.admission.max_policy_lag) == (3, 2)
 
 
-def test_samplers_that_keep_state_by_position_are_refused_for_groups(plane):
-    plane = plane(consume_after_n_samples=1)
-    plane.admission.admit(0)
-    with pytest.raises(RuntimeError, match="ConsumingSampler: positions move"):
-        plane.buffer.extend(plane.group(0))
-
-
 def test_groups_without_admission_can_be_sampled_and_evicted(plane):
     plane = plane()
     buffer = PooledReplayBuffer(

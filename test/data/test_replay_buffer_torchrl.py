@@ -18,7 +18,6 @@ from torchrl.data import (
     SliceSampler,
     StalenessAwareSampler,
 )
-from torchrl.data.replay_buffers.samplers import prioritized
 from torchrl.envs.transforms import Compose, DoubleToFloat, RenameTransform
 
 from torchrl_dvla.data import InstructionTable, PooledReplayBuffer
@@ -81,6 +80,34 @@ def test_it_behaves_like_torchrls(pool):
     assert ours.extend(rows(2)).tolist() == [0, 1]
 
 
+def test_indexing_and_writing_as_torchrl(pool):
+    """By row, mask, slice and key, on a ring whose physical order is not its own."""
+    held = [pool.lease("other") for _ in range(3)]
+    pool.free(held[::2])
+    ours = PooledReplayBuffer(pool=pool, max_size=10)
+    theirs = ReplayBuffer(storage=LazyTensorStorage(10))
+    for buffer in (ours, theirs):
+        buffer.extend(rows(9))
+        buffer.set_("x", torch.arange(9.0).flip(0).unsqueeze(-1))
+        buffer.set_("policy_version", torch.full((9, 1), 3))
+        buffer.set_at_("trajectory", torch.tensor([7, 8]), torch.tensor([0, 4]))
+        buffer.update_({"x": buffer["x"] + 1})
+        buffer[3] = rows(1, 70)[0]
+        buffer[torch.tensor([5, 6])] = rows(2, 80)
+        buffer[1:3] = rows(2, 90)
+    assert (ours[:] == theirs[:]).all()
+    mask = torch.arange(9) % 2 == 0
+    for index in (mask, slice(1, 8, 3), [4, 2], range(3), -1, (2,)):
+        assert (ours[index] == theirs[index]).all(), index
+    for key in ("x", ("next", "done")):
+        assert torch.equal(ours[key], theirs[key])
+    ours["next", "done"] = torch.ones(9, 1, dtype=torch.bool)  # TorchRL's writes to a copy
+    assert ours["next", "done"].all()
+    with pytest.raises(IndexError):
+        ours[9]
+    pool.free(held[1:2])
+
+
 def test_without_replacement(pool):
     buffer = PooledReplayBuffer(
         pool=pool, sampler=SamplerWithoutReplacement(drop_last=True), batch_size=4
@@ -98,9 +125,7 @@ def test_random(pool):
     assert buffer.sample(2).batch_size == (2,)
 
 
-def test_prioritized(pool):
-    if prioritized.SumSegmentTreeFp32 is None:
-        pytest.skip("TorchRL's compiled extension is not loaded")
+def test_prioritized(pool, segment_trees):
     buffer = PooledReplayBuffer(
         pool=pool, sampler=PrioritizedSampler(24, alpha=1.0, beta=1.0), batch_size=16
     )

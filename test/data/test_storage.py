@@ -59,11 +59,32 @@ def test_adopted_pages_are_dense_positions_and_no_tensor_moves(pool):
         storage.adopt(7, sealed(pool, 1), [1])
 
 
-def test_contiguous_rows_are_served_as_views(pool):
+def test_what_is_read_is_a_copy(pool):
     storage = PooledStorage(pool)
     storage.adopt(0, sealed(pool, 4), [4])
-    assert storage[1:3]["x"].data_ptr() == pool.rows["x"][1:].data_ptr()
-    assert storage[torch.tensor([1, 2])]["x"].data_ptr() != pool.rows["x"][1:].data_ptr()
+    read = [storage[1:3], storage[:], storage[torch.tensor([1, 2])], storage[::-1], storage[1]]
+    pool.rows["x"].zero_()
+    assert [xs(data) for data in read] == [
+        [101, 102],
+        [100, 101, 102, 103],
+        [101, 102],
+        [103, 102, 101, 100],
+        [101],
+    ]
+
+
+def test_fields_are_written_by_position(pool):
+    storage = PooledStorage(pool)
+    storage.adopt(0, sealed(pool, 3, 1), [3, 1])
+    storage.set_field("x", torch.tensor([[7]]), index=-1)
+    storage.set_field(("next", "image"), torch.tensor(5), index=[0, 2])
+    assert xs(storage[:]) == [100, 101, 102, 7]
+    assert storage[:]["next", "image"][:, 0, 0].tolist()[::2] == [5, 5]
+    storage.set(torch.tensor([1, 3]), rows(1, 2))  # rows of a group may be overwritten
+    assert xs(storage[:]) == [100, 1, 102, 2]
+    assert pool.rows["x"][3] == 103  # between the rollouts nothing was touched
+    with pytest.raises(KeyError, match="key must be a field of the row layout, got 'y'"):
+        storage.set_field("y", torch.tensor(0))
 
 
 def test_eviction_frees_pages_and_moves_positions_up(pool):
@@ -102,7 +123,7 @@ def test_groups_and_rows_by_value_do_not_mix(pool):
     storage = PooledStorage(pool)
     storage.adopt(0, sealed(pool, 1), [1])
     with pytest.raises(RuntimeError, match="holds groups and cannot take rows by value"):
-        storage.set(range(1), rows(1))
+        storage.set(range(2), rows(1, 2))
     storage._empty()
     storage.set(range(1), rows(1))
     pages = sealed(pool, 1)
@@ -145,16 +166,6 @@ def test_a_pool_without_pages_says_so(pool):
         pool.lease("someone else")
     with pytest.raises(RuntimeError, match="No free page is left"):
         storage.set(range(3), rows(1, 2, 3))
-
-
-def test_gather_into_fills_the_first_rows_only(pool):
-    storage = PooledStorage(pool)
-    staging = LAYOUT.empty(4)
-    staging["x"].fill_(-1)
-    pointer = staging["x"].data_ptr()
-    storage.gather_into(torch.tensor([5, 0, 7]), staging)
-    assert xs(staging) == [105, 100, 107, -1]
-    assert staging["x"].data_ptr() == pointer
 
 
 @pytest.mark.parametrize("on_disk", [False, True])

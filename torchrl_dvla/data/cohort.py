@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
 
+from torchrl_dvla.data.fields import RowFields
 from torchrl_dvla.memory import RowLayout
 
 __all__ = ["CohortPlan", "DropCounts", "Staging"]
@@ -101,19 +102,21 @@ class Staging:
 
     def __init__(self, layout: RowLayout, batch_size: int, num_batches: int = 2) -> None:
         pin_memory = torch.cuda.is_available()
+        #: Rows of a batch.
+        self.batch_size = batch_size
         self._batches = [
-            layout.empty(batch_size, pin_memory=pin_memory) for _ in range(num_batches)
+            RowFields(layout.empty(batch_size, pin_memory=pin_memory), layout)
+            for _ in range(num_batches)
         ]
         self._turn = 0
+        self._lock = threading.Lock()
 
-    def next(self, num_rows: int) -> tuple[TensorDictBase, TensorDict]:
-        """The batch to fill, and a fresh tensordict ``[num_rows]`` of views on its first rows."""
-        batch = self._batches[self._turn]
-        self._turn = (self._turn + 1) % len(self._batches)
-        view = TensorDict({}, batch_size=[num_rows])
-        for key in batch.keys(include_nested=True, leaves_only=True):
-            view.set(key, batch.get(key)[:num_rows])
-        return batch, view
+    def next(self) -> RowFields:
+        """The batch to fill."""
+        with self._lock:
+            batch = self._batches[self._turn]
+            self._turn = (self._turn + 1) % len(self._batches)
+            return batch
 
 
 class DropCounts:

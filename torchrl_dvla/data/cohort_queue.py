@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from torchrl.data import StalenessAwareSampler
+from torchrl.data.replay_buffers.samplers import Sampler
 
 from torchrl_dvla.data.admission import Admission
 from torchrl_dvla.data.cohort import DropCounts
 from torchrl_dvla.data.groups import GroupRecord
 
 __all__ = ["CohortQueue"]
+
+T = TypeVar("T")
 
 
 class CohortQueue:
@@ -70,25 +75,69 @@ class CohortQueue:
             TimeoutError: saying what is missing.
             RuntimeError: if the buffer was closed and no cohort is left.
         """
-        assert self.admission is not None
-        start_s = time.monotonic()
+        admission = self.admission
+        assert admission is not None
         with self._arrived:
-            while True:
-                cohort = self.admission.select(self.groups)
-                if cohort is not None:
-                    break
-                if self._closed_because is not None:
-                    raise RuntimeError(
-                        f"The replay buffer was closed: {self._closed_because}"
-                    ) from self._error
-                left_s = None if timeout_s is None else timeout_s + start_s - time.monotonic()
-                if left_s is not None and left_s <= 0:
-                    raise TimeoutError(self.describe_wait(timeout_s))
-                self._arrived.wait(left_s)
-            self._last_wait_s = time.monotonic() - start_s
-            self._wait_s += self._last_wait_s
+            cohort = self._wait(
+                lambda: admission.select(self.groups),
+                timeout_s,
+                lambda: self.describe_wait(timeout_s),
+            )
             self._drops_since_update = DropCounts()
             return [self.groups[group_id] for group_id in cohort]
+
+    def num_fresh(self, sampler: Sampler) -> int:
+        """Stored groups that ``sampler`` takes rows from.
+
+        All, unless it is a staleness-aware one with a bound, which leaves out old versions.
+        Admission lets no group grow too old for itself.
+        """
+        if not isinstance(sampler, StalenessAwareSampler) or sampler.max_staleness < 0:
+            return len(self.groups)
+        oldest = sampler.consumer_version - sampler.max_staleness
+        return sum(group.first_policy_version >= oldest for group in self.groups.values())
+
+    def wait_fresh(self, num_groups: int, sampler: Sampler, timeout_s: float | None) -> None:
+        """Wait until ``num_groups`` groups are fresh.
+
+        Raises:
+            TimeoutError: saying what is missing.
+            RuntimeError: if the buffer was closed and there are fewer.
+        """
+
+        def describe() -> str:
+            fresh = self.num_fresh(sampler)
+            return (
+                f"No sample within timeout_s={timeout_s:g}: {fresh} of min_groups={num_groups} "
+                f"groups are fresh, {len(self.groups) - fresh} older than the sampler takes, "
+                f"{self.drops.total} dropped"
+                + (f" ({self.drops.describe()})" if self.drops.total else "")
+                + ". Collect faster, evict old groups, raise timeout_s, or lower min_groups."
+            )
+
+        with self._arrived:
+            self._wait(lambda: self.num_fresh(sampler) >= num_groups or None, timeout_s, describe)
+
+    def _wait(
+        self,
+        attempt: Callable[[], T | None],
+        timeout_s: float | None,
+        describe: Callable[[], str],
+    ) -> T:
+        """What ``attempt`` gives as soon as that is not ``None``; the lock is held."""
+        start_s = time.monotonic()
+        while (result := attempt()) is None:
+            if self._closed_because is not None:
+                raise RuntimeError(
+                    f"The replay buffer was closed: {self._closed_because}"
+                ) from self._error
+            left_s = None if timeout_s is None else timeout_s + start_s - time.monotonic()
+            if left_s is not None and left_s <= 0:
+                raise TimeoutError(describe())
+            self._arrived.wait(left_s)
+        self._last_wait_s = time.monotonic() - start_s
+        self._wait_s += self._last_wait_s
+        return result
 
     def release(self, group_ids: list[int]) -> None:
         """The learner is done with its cohort."""

@@ -13,20 +13,16 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.data import ReplayBuffer
-from torchrl.data.replay_buffers.samplers import (
-    ConsumingSampler,
-    PrioritizedSampler,
-    Sampler,
-)
-from torchrl.data.replay_buffers.writers import RoundRobinWriter
+from torchrl.data.replay_buffers.samplers import ConsumingSampler, Sampler
 from torchrl.envs.transforms import Compose, Transform
 
 from torchrl_dvla.data.admission import Admission
-from torchrl_dvla.data.cohort import CohortPlan, Staging
+from torchrl_dvla.data.cohort import CohortPlan
 from torchrl_dvla.data.cohort_queue import CohortQueue
 from torchrl_dvla.data.groups import GroupRecord
 from torchrl_dvla.data.instructions import InstructionTable, InstructionTransform
+from torchrl_dvla.data.row_buffer import RowReplayBuffer
+from torchrl_dvla.data.samplers import check_sampler_for_groups, follow_eviction
 from torchrl_dvla.data.storage import PooledStorage
 from torchrl_dvla.data.work_track import NoTrack, WorkTrack
 from torchrl_dvla.memory import EnvironmentPool
@@ -34,7 +30,7 @@ from torchrl_dvla.memory import EnvironmentPool
 __all__ = ["PooledReplayBuffer"]
 
 
-class PooledReplayBuffer(ReplayBuffer):
+class PooledReplayBuffer(RowReplayBuffer):
     """A TorchRL replay buffer over an environment pool that hands out whole groups.
 
     ``extend(GroupRecord)`` adopts the pages of a finished group: no tensor moves. One pass of
@@ -49,13 +45,23 @@ class PooledReplayBuffer(ReplayBuffer):
                 ...
             collector.update_policy_weights_()      # Admission.advance() happens here
 
-    A batch is a view on a staging batch: it is valid until the second next batch is asked for.
     Leaving the loop early evicts the cohort as learned. The collector's thread extends while the
     learner iterates.
 
     Without ``admission`` and ``groups_per_update`` it is an ordinary replay buffer: ``add``,
     ``extend(TensorDict)``, ``sample``, samplers, writers, transforms and checkpoints work as
-    TorchRL's, and iterating samples for ever.
+    TorchRL's, and iterating samples for ever. Groups can be stored in it too, sampled by any
+    sampler, and evicted by :meth:`evict`; with ``consume_after_n_samples`` a group leaves by itself
+    when all of its rows have been sampled so often.
+
+    **Batches.** With ``num_staging`` batches of persistent memory, pinned where CUDA is, a batch
+    is a view on one of them: it is valid until ``num_staging`` further batches have been asked for,
+    and a copy of it to the device may run until then. Nothing is allocated.
+
+    **Positions.** An index counts the stored rows, rollout after rollout, oldest group first. An
+    eviction moves the positions behind it up, and what the sampler knows about them with it. Use an
+    index that :meth:`sample` returned, for :meth:`update_priority` for instance, before the next
+    eviction.
 
     Keyword Args:
         pool (EnvironmentPool): rows.
@@ -68,8 +74,13 @@ class PooledReplayBuffer(ReplayBuffer):
         transform (Transform, optional): applied to every batch.
         instructions (InstructionTable, optional): strings by id. With it, batches carry
             ``"language_instruction"``.
-        timeout_s (float, optional): how long an update waits for its cohort. ``None`` waits for
-            ever.
+        timeout_s (float, optional): how long an update waits for its cohort, and :meth:`sample` for
+            ``min_groups``. ``None`` waits for ever.
+        min_groups (int): :meth:`sample` waits until so many groups are stored, and with TorchRL's
+            ``StalenessAwareSampler`` until so many are fresh enough for it. Defaults to 0.
+        num_staging (int, optional): persistent batches. Defaults to 2 with admission; else to 0:
+            every batch is new memory, as in TorchRL. With ``prefetch`` twice as many more as are
+            prefetched are held.
         seed (int): seed of the minibatch permutations.
         shuffle (bool): permute rows within an epoch. Defaults to ``True``.
         max_size (int, optional): rows that are kept by value. Defaults to all rows of the pool.
@@ -103,14 +114,18 @@ class PooledReplayBuffer(ReplayBuffer):
         seed: int = 0,
         shuffle: bool = True,
         max_size: int | None = None,
+        min_groups: int = 0,
+        num_staging: int | None = None,
         **kwargs: Any,
     ) -> None:
         if admission is None and groups_per_update is not None:
             admission = Admission(groups_per_update, max_policy_lag)
-        if admission is not None and batch_size is None:
+        if num_staging is None:
+            num_staging = 0 if admission is None else 2
+        if num_staging < (admission is not None):
             raise ValueError(
-                "batch_size must be given to learn from groups, got None. Set the rows of one "
-                "minibatch."
+                f"num_staging must be at least {int(admission is not None)}, got {num_staging}. 2 "
+                "lets one batch travel to the device while the next is gathered."
             )
         if num_epochs < 1:
             raise ValueError(f"num_epochs must be at least 1, got {num_epochs}. 1 is one pass.")
@@ -122,8 +137,8 @@ class PooledReplayBuffer(ReplayBuffer):
             sampler=sampler,
             transform=transform,
             batch_size=batch_size,
-            # Compilable: its counters are plain numbers, not named semaphores in /dev/shm.
-            **{"writer": RoundRobinWriter(compilable=True), **kwargs},
+            num_staging=num_staging,
+            **kwargs,
         )
         self.pool = pool
         self.admission = admission
@@ -132,6 +147,7 @@ class PooledReplayBuffer(ReplayBuffer):
         self.timeout_s = timeout_s
         self.seed = seed
         self.shuffle = shuffle
+        self.min_groups = min_groups
         self._queue = CohortQueue(self._replay_lock, admission)
         self._cohort: list[GroupRecord] = []
         self._plan: CohortPlan | None = None
@@ -141,9 +157,6 @@ class PooledReplayBuffer(ReplayBuffer):
         self._num_updates = 0
         #: Groups that were being collected when the loaded checkpoint was taken; they are dropped.
         self.lost_in_flight: list[int] = []
-        self._staging: Staging | None = None
-        if admission is not None and batch_size is not None:
-            self._staging = Staging(pool.layout, min(batch_size, pool.num_rows))
 
     # -- writing --------------------------------------------------------------------------------
 
@@ -162,8 +175,8 @@ class PooledReplayBuffer(ReplayBuffer):
 
         Raises:
             KeyError: if admission does not know the group, or rows have other fields.
-            RuntimeError: if a page is not sealed, belongs to another pool, or the sampler keeps
-                state by position.
+            RuntimeError: if a page is not sealed or belongs to another pool.
+            TypeError: if the sampler cannot follow groups that leave; it is named.
         """
         if not isinstance(data, GroupRecord):
             return super().extend(data, update_priority=update_priority)
@@ -173,18 +186,15 @@ class PooledReplayBuffer(ReplayBuffer):
             if not data.kept:
                 self._queue.drop(data)
                 return torch.empty(0, dtype=torch.int64)
-            if isinstance(self._sampler, (PrioritizedSampler, ConsumingSampler)):
-                raise RuntimeError(
-                    f"sampler must not keep state by position for groups, got "
-                    f"{type(self._sampler).__name__}: positions move when a group is evicted. Take "
-                    "another sampler, or extend the buffer with TensorDicts."
-                )
+            check_sampler_for_groups(self._sampler)
             index = self._storage.adopt(
                 data.group_id,
                 [rollout.pages for rollout in data.rollouts],
                 [rollout.num_rows for rollout in data.rollouts],
             )
             self._writer._write_count += len(index)
+            self._age_handles(index)
+            self.mark_update(index)
             self._sampler.extend(index)
             self._queue.put(data)
         return index
@@ -199,8 +209,19 @@ class PooledReplayBuffer(ReplayBuffer):
         with self._replay_lock:
             if self._plan is not None and group_id in self._plan.group_ids:
                 raise RuntimeError(f"Group {group_id} is being learned from. Let the update end.")
-            self._storage.evict(group_id)
+            self._free(group_id)
             self._queue.forget(group_id)
+
+    def _free(self, group_id: int) -> None:
+        length = len(self._storage)
+        start, stop = self._storage.evict(group_id)
+        self._age_handles(torch.arange(start, length))
+        follow_eviction(self._sampler, start, stop, length)
+
+    def _age_handles(self, index: torch.Tensor) -> None:
+        """Tell whoever tracks generations that other rows are at these positions now."""
+        if self._writer.tracks_generations:
+            self._writer._bump_generation(index, None)
 
     def empty(self, empty_write_count: bool = True) -> None:
         """Free all pages; stored groups are dropped, an update in hand ends."""
@@ -208,6 +229,35 @@ class PooledReplayBuffer(ReplayBuffer):
             self._plan = None
             self._queue.clear()
             super().empty(empty_write_count)
+
+    # -- sampling -------------------------------------------------------------------------------
+
+    def can_sample(self, batch_size: int | None = None) -> bool:
+        """Whether :meth:`sample` can give a batch now."""
+        with self._replay_lock:
+            is_fresh = self._queue.num_fresh(self._sampler) >= self.min_groups
+            return is_fresh and super().can_sample(batch_size)
+
+    def sample(self, batch_size: int | None = None, return_info: bool = False) -> Any:
+        """A batch as the sampler draws it, see :class:`torchrl.data.ReplayBuffer`.
+
+        Raises:
+            TimeoutError: if fewer than ``min_groups`` groups are fresh after ``timeout_s``; it says
+                why.
+            RuntimeError: if the buffer was closed while it waited.
+        """
+        if self.min_groups:
+            self._queue.wait_fresh(self.min_groups, self._sampler, self.timeout_s)
+        return super().sample(batch_size, return_info)
+
+    def _after_draw(self) -> None:
+        if not isinstance(self._sampler, ConsumingSampler):
+            return
+        in_hand = () if self._plan is None else self._plan.group_ids
+        for group_id in self._storage.segments():
+            start, stop = self._storage.segment_positions(group_id)
+            if group_id not in in_hand and not self._sampler._live_mask[start:stop].any():
+                self.evict(group_id)
 
     # -- learning -------------------------------------------------------------------------------
 
@@ -268,9 +318,8 @@ class PooledReplayBuffer(ReplayBuffer):
 
     def _gather(self, rows: torch.Tensor) -> TensorDictBase:
         assert self._staging is not None
-        staging, batch = self._staging.next(len(rows))
         # Without the lock: the cohort's pages are the learner's until the update ends.
-        self._storage.gather_into(rows, staging)
+        batch = self._storage.gather_into(rows, self._staging.next())
         return self._transform(batch) if len(self._transform) else batch
 
     def _end_update(self, plan: CohortPlan) -> None:
@@ -281,7 +330,7 @@ class PooledReplayBuffer(ReplayBuffer):
             self._num_updates += 1
             # Freed first: admission's listeners may lease the pages at once.
             for group_id in plan.group_ids:
-                self._storage.evict(group_id)
+                self._free(group_id)
             self._queue.release(list(plan.group_ids))
 
     # -- life -----------------------------------------------------------------------------------

@@ -6,26 +6,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, is_leaf_nontensor
-from torchrl.data.replay_buffers.checkpointers import StorageCheckpointerBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.data.replay_buffers.storages import Storage, TensorStorage
 
+from torchrl_dvla.data.fields import RowFields
+from torchrl_dvla.data.storage_checks import PooledCheckpointer, check_checkpoint, check_fields
 from torchrl_dvla.memory import EnvironmentPool
 
 __all__ = ["PooledStorage"]
 
 #: Owner of the pages that the storage leases for rows given to it by value.
 _OWNER = "replay buffer"
-#: Keys that samples carry besides the row and that may come back with them.
-_FOREIGN_KEYS = ("index", "index_generation")
 
 
 @dataclass
@@ -34,31 +31,6 @@ class _Segment:
 
     pages: list[list[int]]
     sizes: list[int]
-
-
-class _PooledCheckpointer(StorageCheckpointerBase):
-    """Rows as one memory-mapped tensordict, everything else as JSON."""
-
-    def dumps(self, storage: PooledStorage, path: Path | str) -> None:
-        folder = Path(path)
-        folder.mkdir(exist_ok=True, parents=True)
-        state = storage.state_dict()
-        rows = TensorDict(
-            {str(number): tensor for number, tensor in enumerate(state.pop("fields"))},
-            batch_size=[len(storage)],
-        )
-        if len(storage):
-            rows.memmap(folder / "rows")
-        (folder / "storage.json").write_text(json.dumps(state))
-
-    def loads(self, storage: PooledStorage, path: Path | str) -> None:
-        folder = Path(path)
-        state = json.loads((folder / "storage.json").read_text())
-        state["fields"] = []
-        if state["num_rows"]:
-            rows = TensorDict.load_memmap(folder / "rows")
-            state["fields"] = [rows[str(number)] for number in range(len(storage.pool.layout))]
-        storage.load_state_dict(state)
 
 
 class PooledStorage(TensorStorage):
@@ -71,6 +43,9 @@ class PooledStorage(TensorStorage):
       evicted whole (:meth:`evict`), and the positions behind them move up.
     - :meth:`set` copies rows in, like TorchRL's own storages: a ring of ``max_size`` positions over
       pages leased once.
+
+    Reading always copies, also a slice: what is read stays what it was when its pages get another
+    life. Samplers look at a :class:`~torchrl_dvla.data.samplers.SamplerView`.
 
     Args:
         pool (EnvironmentPool): the rows.
@@ -90,7 +65,9 @@ class PooledStorage(TensorStorage):
         >>> pool.close()
     """
 
-    _default_checkpointer = _PooledCheckpointer
+    _default_checkpointer = PooledCheckpointer
+    # TorchRL's conditional update writes to tensors indexed by position, and there are none here.
+    supports_conditional_update = False
 
     def __init__(self, pool: EnvironmentPool, *, max_size: int | None = None) -> None:
         max_size = pool.num_rows if max_size is None else max_size
@@ -109,6 +86,7 @@ class PooledStorage(TensorStorage):
         self.device = torch.device("cpu")
         self.initialized = True
         self._last_cursor = None
+        self._fields = RowFields(pool.rows, pool.layout)
         self._index = torch.empty(pool.num_rows, dtype=torch.int64)
         self._segments: dict[int, _Segment] = {}
         self._own_pages: list[int] = []
@@ -146,18 +124,22 @@ class PooledStorage(TensorStorage):
         self._bump_mutation_revision()
         return torch.arange(start, end)
 
-    def evict(self, key: int) -> None:
+    def evict(self, key: int) -> tuple[int, int]:
         """Free the pages of a segment; later positions move up.
+
+        Returns:
+            tuple of int: its first position, and the one after its last.
 
         Raises:
             KeyError: if there is no such segment.
         """
-        start, end = self._bounds(key)
+        start, end = self.segment_positions(key)
         left = self._length - (end - start)
         self._index[start:left] = self._index[end : self._length].clone()
         self._length = left
         self.pool.free([page for owned in self._segments.pop(key).pages for page in owned])
         self._bump_mutation_revision()
+        return start, end
 
     # -- rows by value --------------------------------------------------------------------------
 
@@ -175,46 +157,62 @@ class PooledStorage(TensorStorage):
         """
         if isinstance(data, list):
             data = torch.stack(data)
-        self._check_fields(data)
+        check_fields(self.pool.layout, data)
         positions = self._positions(cursor, self.max_size)
         if positions.numel() == 0:
             return
         if set_cursor:
             self._set_last_cursor(cursor)
         self._grow(int(positions.max()) + 1)
-        rows = self._index[positions]
         is_single = isinstance(cursor, (int, np.integer)) or data.batch_dims == 0
-        for key, (_, dtype) in self.pool.layout.items():
-            value = data.get(key).to(dtype)
-            self.pool.rows.get(key).index_copy_(0, rows, value.unsqueeze(0) if is_single else value)
+        self._fields.scatter(self._index[positions], data.unsqueeze(0) if is_single else data)
+        self._bump_mutation_revision()
+
+    def set_field(self, key: NestedKey, value: torch.Tensor, index: Any = slice(None)) -> None:
+        """Overwrite one field of filled rows.
+
+        Args:
+            key (NestedKey): a field of the layout.
+            value (torch.Tensor): what to write, ``[n, *shape]`` or of a shape that expands to it.
+            index (int, sequence, slice or tensor): positions; by default all.
+
+        Raises:
+            KeyError: if rows have no such field.
+        """
+        if key not in self.pool.layout:
+            raise KeyError(
+                f"key must be a field of the row layout, got {key!r}. Build the pool with it; its "
+                f"fields are {list(self.pool.layout)}."
+            )
+        self._fields.scatter_field(key, self.rows_at(index), torch.as_tensor(value))
         self._bump_mutation_revision()
 
     def get(self, index: Any) -> TensorDictBase:
-        """The rows at ``index``: a copy; a contiguous slice in physical order is a view."""
-        positions = self._index[: self._length]
-        if isinstance(index, slice):
-            rows = positions[index]
-            first = int(rows[0]) if len(rows) else 0
-            if len(rows) and torch.equal(rows, torch.arange(first, first + len(rows))):
-                return self.pool.rows[first : first + len(rows)]
-            return self._gathered(rows)
-        if isinstance(index, (int, np.integer)):
-            if not -self._length <= index < self._length:
-                raise IndexError(f"index {index} is out of range for {self._length} rows")
-            return self.pool.rows[int(positions[int(index)])].clone()
-        return self._gathered(positions[self._positions(index, self._length)])
+        """A copy of the rows at ``index``."""
+        rows = self._fields.gather(self.rows_at(index))
+        return rows[0] if isinstance(index, (int, np.integer)) else rows
 
-    def gather_into(self, rows: torch.Tensor, staging: TensorDictBase) -> None:
-        """Copy rows into the first rows of a staging batch; nothing is allocated.
+    def gather_into(self, rows: torch.Tensor, batch: RowFields) -> TensorDict:
+        """Copy rows into the first rows of a batch; nothing is allocated.
 
         Args:
             rows (torch.Tensor): int64 ``[n]``, row numbers of the pool (not positions).
-            staging (TensorDictBase): batch size ``[m]`` with ``m >= n``, fields of the layout.
+            batch (RowFields): ``[m]`` with ``m >= n``, fields of the layout.
+
+        Returns:
+            TensorDict: ``[n]``, views on the batch.
         """
-        for key in self.pool.layout:
-            torch.index_select(
-                self.pool.rows.get(key), 0, rows, out=staging.get(key)[: rows.numel()]
-            )
+        return self._fields.gather(rows, batch)
+
+    def rows_at(self, index: Any) -> torch.Tensor:
+        """Row numbers in the pool of the positions ``index``, int64 ``[n]``.
+
+        Raises:
+            IndexError: if a position is not filled.
+        """
+        if isinstance(index, slice) and (index.step is None or index.step > 0):
+            return self._index[: self._length][index]
+        return self._index[self._positions(index, self._length)]
 
     def contains(self, item: Any) -> Any:
         """Whether positions are filled."""
@@ -233,8 +231,21 @@ class PooledStorage(TensorStorage):
 
     def segment_rows(self, key: int) -> torch.Tensor:
         """Row numbers of a segment, int64 ``[n]``."""
-        start, end = self._bounds(key)
+        start, end = self.segment_positions(key)
         return self._index[start:end].clone()
+
+    def segment_positions(self, key: int) -> tuple[int, int]:
+        """The first position of a segment, and the one after its last.
+
+        Raises:
+            KeyError: if there is no such segment.
+        """
+        start = 0
+        for other, segment in self._segments.items():
+            if other == key:
+                return start, start + sum(segment.sizes)
+            start += sum(segment.sizes)
+        raise KeyError(f"Group {key} is not stored. Stored groups: {list(self._segments)}.")
 
     def __len__(self) -> int:
         return self._length
@@ -243,7 +254,7 @@ class PooledStorage(TensorStorage):
 
     def state_dict(self) -> dict[str, Any]:
         """The filled rows by value, in the order of their positions, as plain data."""
-        rows = self._gathered(self._index[: self._length])
+        rows = self._fields.gather(self._index[: self._length])
         return {
             "signature": self.pool.layout.signature,
             "layout": repr(self.pool.layout),
@@ -260,7 +271,7 @@ class PooledStorage(TensorStorage):
         Raises:
             ValueError: if the checkpoint was made with other specs, or does not fit.
         """
-        self._check_checkpoint(state_dict)
+        check_checkpoint(self.pool.layout, self.max_size, state_dict)
         self._empty()
         num_rows = int(state_dict["num_rows"])
         start = 0
@@ -282,22 +293,15 @@ class PooledStorage(TensorStorage):
             pages.append(list(self.pool.seal(leased, size)))
         rows = torch.cat([self.pool.row_index(owned, size) for owned, size in zip(pages, sizes)])
         for field, value in zip(self.pool.layout, values):
-            self.pool.rows.get(field).index_copy_(0, rows, value)
+            self._fields.scatter_field(field, rows, value)
         self.adopt(key, pages, sizes)
 
     # -- TorchRL's protocol ---------------------------------------------------------------------
 
     @property
-    def _storage(self) -> TensorDictBase | None:
-        # Samplers that look at single fields (staleness-aware, slice) read this and index it with
-        # positions, which is only right where positions and rows run in step.
-        rows = self._index[: self._length]
-        if not self._length:
-            return None
-        first = int(rows[0])
-        if not torch.equal(rows, torch.arange(first, first + self._length)):
-            return None
-        return self.pool.rows[first : first + self._length]
+    def _is_full(self) -> bool:
+        # Only a ring is ever full: where it is, samplers look for trajectories across its end.
+        return bool(self._own_pages) and self._length == self.max_size
 
     @property
     def _total_shape(self) -> torch.Size:
@@ -322,6 +326,7 @@ class PooledStorage(TensorStorage):
         self.pool.free(self._own_pages)
         self._own_pages = []
         self._length = 0
+        self._set_last_cursor(None)
         self._bump_mutation_revision()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -337,14 +342,6 @@ class PooledStorage(TensorStorage):
         )
 
     # -- helpers --------------------------------------------------------------------------------
-
-    def _bounds(self, key: int) -> tuple[int, int]:
-        start = 0
-        for other, segment in self._segments.items():
-            if other == key:
-                return start, start + sum(segment.sizes)
-            start += sum(segment.sizes)
-        raise KeyError(f"Group {key} is not stored. Stored groups: {list(self._segments)}.")
 
     def _positions(self, index: Any, limit: int) -> torch.Tensor:
         if isinstance(index, slice):
@@ -362,13 +359,9 @@ class PooledStorage(TensorStorage):
             raise IndexError(f"positions must be within {limit} rows, got {positions.tolist()}")
         return positions
 
-    def _gathered(self, rows: torch.Tensor) -> TensorDict:
-        gathered = TensorDict({}, batch_size=[rows.numel()])
-        for key in self.pool.layout:
-            gathered.set(key, self.pool.rows.get(key).index_select(0, rows))
-        return gathered
-
     def _grow(self, length: int) -> None:
+        if length <= self._length:
+            return
         if self._segments:
             raise RuntimeError(
                 "The buffer holds groups and cannot take rows by value beside them. Extend it with "
@@ -382,36 +375,4 @@ class PooledStorage(TensorStorage):
             start = len(self._own_pages) * size
             self._index[start : start + size] = self.pool.row_index([page])
             self._own_pages.append(page)
-        self._length = max(self._length, length)
-
-    def _check_fields(self, data: TensorDictBase) -> None:
-        layout = self.pool.layout
-        keys = set(data.keys(True, True, is_leaf=is_leaf_nontensor))
-        missing = [key for key in layout if key not in keys]
-        extra = [key for key in keys if key not in layout and key not in _FOREIGN_KEYS]
-        if missing or extra:
-            raise KeyError(
-                f"data must hold the fields of the row layout, got missing {missing} and unknown "
-                f"{sorted(extra, key=str)}. Select the fields, or build the pool with them; "
-                "strings need an InstructionTable."
-            )
-        for key, (shape, dtype) in layout.items():
-            value = data.get(key)
-            if value.shape[data.batch_dims :] != shape or not torch.can_cast(value.dtype, dtype):
-                raise ValueError(
-                    f"Field {key!r} must be {list(shape)} {dtype}, got "
-                    f"{list(value.shape[data.batch_dims :])} {value.dtype}. Cast or reshape it."
-                )
-
-    def _check_checkpoint(self, state_dict: Mapping[str, Any]) -> None:
-        if state_dict["signature"] != self.pool.layout.signature:
-            raise ValueError(
-                f"The checkpoint must come from the same specs, got rows "
-                f"of\n{state_dict['layout']}\nfor a pool of\n{self.pool.layout!r}\nBuild the pool "
-                "as that run did, or start the buffer empty."
-            )
-        if state_dict["num_rows"] > self.max_size:
-            raise ValueError(
-                f"The checkpoint's {state_dict['num_rows']} rows must fit in max_size, got "
-                f"{self.max_size}. Raise env_bytes."
-            )
+        self._length = length
