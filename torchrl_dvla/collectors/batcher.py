@@ -13,7 +13,7 @@ from torchrl_dvla.collectors.counters import CollectionCounters
 from torchrl_dvla.collectors.rollout import Rollout, Slot, SlotState
 from torchrl_dvla.data import InstructionTable
 from torchrl_dvla.memory import EnvironmentPool
-from torchrl_dvla.swimlane import InferenceProcess, InferenceThread, Timeline
+from torchrl_dvla.swimlane import InferenceProcess, InferenceThread, Timeline, batch_seed
 from torchrl_dvla.swimlane.messages import Failed, Infer, Snapshot, UsePool
 
 __all__ = ["DecisionBatcher", "LaneLostError"]
@@ -36,6 +36,8 @@ class DecisionBatcher:
 
     Keyword Args:
         max_batch_size (int): rows of one batch.
+        seed (int, optional): of the tokens that are sampled; each batch has a seed of its own, see
+            :func:`~torchrl_dvla.swimlane.batch_seed`. ``None`` leaves the lane's generator alone.
         timeline (Timeline): takes the spans.
         counters (CollectionCounters): takes the counts.
     """
@@ -47,6 +49,7 @@ class DecisionBatcher:
         instructions: InstructionTable,
         *,
         max_batch_size: int,
+        seed: int | None,
         timeline: Timeline,
         counters: CollectionCounters,
     ) -> None:
@@ -54,12 +57,18 @@ class DecisionBatcher:
         self._pool = pool
         self._instructions = instructions
         self._max_batch_size = max_batch_size
+        self._seed = seed
+        #: Batches so far, of training and of evaluations.
+        self.num_batches = [0, 0]
         self._timeline = timeline
         self._counters = counters
         self._waiting: deque[Slot] = deque()
+        #: Whether rows were left when the last batch was begun.
+        self.round_is_open = False
         #: The decisions that are being taken; a slot may change hands meanwhile, a rollout does
         #: not.
         self._batch: list[tuple[Slot, Rollout]] = []
+        self._batch_seed: int | None = None
         self._num_instructions_sent = 0
         self._lane = start_inference()
 
@@ -101,12 +110,18 @@ class DecisionBatcher:
         """The slot's rollout is lost before its decision was begun."""
         self._waiting.remove(slot)
 
-    def dispatch(self) -> None:
-        """Begin the next batch, if none is under way and a row waits."""
+    def dispatch(self, *, in_order: bool = False) -> None:
+        """Begin the next batch, if none is under way and a row waits.
+
+        Keyword Args:
+            in_order (bool): take the rows in the order of their slots, not of their arrival.
+        """
         if self._batch or not self._waiting:
             return
-        evaluation = self._waiting[0].occupant.evaluation
         waiting, self._waiting = self._waiting, deque()
+        if in_order:
+            waiting = deque(sorted(waiting, key=lambda slot: (slot.worker, slot.env_index)))
+        evaluation = waiting[0].occupant.evaluation
         for slot in waiting:
             rollout = slot.occupant
             if rollout.evaluation is evaluation and len(self._batch) < self._max_batch_size:
@@ -114,6 +129,8 @@ class DecisionBatcher:
                 self._batch.append((slot, rollout))
             else:
                 self._waiting.append(slot)
+        self.round_is_open = bool(self._waiting)
+        self._batch_seed = self._next_seed(evaluation is not None)
         self._request()
 
     def receive(self) -> list[tuple[Slot, Rollout]]:
@@ -145,9 +162,17 @@ class DecisionBatcher:
             new_instructions=self._instructions.since(self._num_instructions_sent),
             greedy=evaluation is not None and evaluation.greedy,
             use_snapshot=evaluation is not None,
+            seed=self._batch_seed,  # the same when a lost request is repeated
         )
         self._num_instructions_sent = len(self._instructions)
         self._send(message)
+
+    def _next_seed(self, evaluation: bool) -> int | None:
+        number = self.num_batches[evaluation]
+        self.num_batches[evaluation] += 1
+        if self._seed is None:
+            return None
+        return batch_seed(self._seed, number, evaluation=evaluation)
 
     def _send(self, message: Infer | Snapshot | UsePool) -> None:
         try:

@@ -122,11 +122,21 @@ class InferenceConfig:
         where (str): ``"process"`` (default), or ``"thread"`` of the learner's process.
         max_batch_size (int, optional): rows of one policy call. Defaults to no limit.
         num_threads (int): intra-op torch threads of the process.
+        deterministic (bool, optional): work in rounds, so that batches, losses and weights are a
+            pure function of the seeds: every environment at work is waited for before the next
+            policy call, and evaluations run between the cohorts of two updates. It needs
+            ``max_policy_lag=0`` and is the default there. It holds for one machine and build of
+            torch, for environments that depend on their seed alone, and until the first fault. With
+            a thread, nobody else may draw from torch's generator while groups are collected.
+
+    Sampled tokens are drawn from a seed of each policy call, except by a thread that is not
+    deterministic: it shares the generator of the learner's process.
     """
 
     where: Literal["process", "thread"] = "process"
     max_batch_size: int | None = None
     num_threads: int = 1
+    deterministic: bool | None = None
 
     def __post_init__(self) -> None:
         if self.where not in ("process", "thread"):
@@ -136,3 +146,17 @@ class InferenceConfig:
             )
         if self.max_batch_size is not None:
             _require_positive("max_batch_size", self.max_batch_size)
+
+    def is_deterministic(self, max_policy_lag: int) -> bool:
+        """Whether the run works in rounds.
+
+        Raises:
+            ValueError: if it was asked to and ``max_policy_lag`` is not 0.
+        """
+        if self.deterministic and max_policy_lag > 0:
+            raise ValueError(
+                "deterministic must be None or False with a max_policy_lag above 0, got True and "
+                f"{max_policy_lag}. Which version takes a decision depends on the learner's speed "
+                "then: set max_policy_lag=0."
+            )
+        return max_policy_lag == 0 if self.deterministic is None else self.deterministic

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from torchrl_dvla.collectors.batcher import DecisionBatcher, LaneLostError
 from torchrl_dvla.collectors.configs import InferenceConfig, WorkerConfig
 from torchrl_dvla.collectors.counters import CollectionCounters
+from torchrl_dvla.collectors.lockstep import Lockstep
 from torchrl_dvla.collectors.rollout import Rollout, Slot, SlotState
 from torchrl_dvla.collectors.rollout_queue import RolloutQueue
 from torchrl_dvla.collectors.supervision import Supervisor
@@ -59,6 +60,8 @@ class Coordinator:
             from then on.
         timeline (Timeline): takes the spans.
         counters (CollectionCounters): takes the counts.
+        seed (int): of the tokens that are sampled.
+        lockstep (bool): whether environments and policy work in rounds, see :class:`Lockstep`.
         workers (WorkerConfig): limits of the sampling lane.
         inference (InferenceConfig): limits of the inference lane.
     """
@@ -74,6 +77,8 @@ class Coordinator:
         on_rollout: Callable[[Rollout], None],
         timeline: Timeline,
         counters: CollectionCounters,
+        seed: int,
+        lockstep: bool,
         workers: WorkerConfig,
         inference: InferenceConfig,
     ) -> None:
@@ -90,11 +95,14 @@ class Coordinator:
             for worker in range(workers.num_workers)
             for env_index in range(workers.envs_per_worker)
         ]
+        self._lockstep = Lockstep(self._slots) if lockstep else None
         self._batcher = DecisionBatcher(
             start_inference,
             pool,
             instructions,
             max_batch_size=inference.max_batch_size or len(self._slots),
+            # A thread shares its generator with the learner: only rounds may reseed it.
+            seed=seed if lockstep or inference.where == "process" else None,
             timeline=timeline,
             counters=counters,
         )
@@ -116,6 +124,8 @@ class Coordinator:
             counters=counters,
             workers=workers,
         )
+        #: Policy calls so far, of training and of evaluations; their seeds follow from it.
+        self.num_batches = self._batcher.num_batches
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="dvla-coordinator", daemon=True)
         self.error: BaseException | None = None
@@ -144,8 +154,9 @@ class Coordinator:
         try:
             while not self._stopping:
                 self._begin_evaluation()
+                self._end_round()
                 self._fill_idle_slots()
-                self._batcher.dispatch()
+                self._dispatch()
                 for key, _ in self._selector.select(self._supervisor.time_to_deadline()):
                     self._receive(key)
                 self._supervisor.replace_hung_workers()
@@ -171,6 +182,20 @@ class Coordinator:
             self._receive_decisions()
         else:
             self._receive_worker(key.data)
+
+    # -- rounds ---------------------------------------------------------------------------------
+
+    def _end_round(self) -> None:
+        if self._lockstep is not None:
+            for slot, message in self._lockstep.release():
+                self._add_idle("round", slot.enter(SlotState.ANSWERED))
+                self._on_answer(slot, message)
+
+    def _dispatch(self) -> None:
+        if self._lockstep is None:
+            self._batcher.dispatch()
+        elif self._batcher.round_is_open or self._lockstep.settled:
+            self._batcher.dispatch(in_order=True)
 
     # -- starting rollouts ----------------------------------------------------------------------
 
@@ -209,14 +234,22 @@ class Coordinator:
 
     def _receive_worker(self, index: int) -> None:
         message = self._sampling.receive(index)
-        if isinstance(message, Ready):
-            self._on_ready(self._slot(index, message.env_index), message)
-        elif isinstance(message, Stepped):
-            self._on_stepped(self._slot(index, message.env_index), message)
+        if isinstance(message, Ready | Stepped):
+            slot = self._slot(index, message.env_index)
+            if self._lockstep is None:
+                self._on_answer(slot, message)
+            else:
+                self._lockstep.hold(slot, message)
         elif isinstance(message, EnvSpecs):
             self._supervisor.admit_worker(index)
         else:
             self._supervisor.replace_worker(index, str(message))
+
+    def _on_answer(self, slot: Slot, message: Ready | Stepped) -> None:
+        if isinstance(message, Ready):
+            self._on_ready(slot, message)
+        else:
+            self._on_stepped(slot, message)
 
     def _on_ready(self, slot: Slot, message: Ready) -> None:
         rollout = slot.occupant

@@ -150,6 +150,7 @@ class DVLACollector(BaseCollector):
         self._seed = seed
         self._closed = False
         self.group = group
+        self._deterministic = inference.is_deterministic(group.max_policy_lag)
         self.timeline = Timeline()
         self._last_reading = self.timeline.reading()
         self._publishing = self.timeline.track("distribution", "learner")
@@ -208,6 +209,7 @@ class DVLACollector(BaseCollector):
             num_candidates=group.num_candidates,
             pages_per_rollout=self.plan.pages_per_group // group.num_candidates,
             pool=pool,
+            evaluations_alone=self._deterministic,
         )
         sink = GroupSink(
             GroupAssembler(
@@ -234,6 +236,8 @@ class DVLACollector(BaseCollector):
             on_rollout=sink.add,
             timeline=self.timeline,
             counters=self._counters,
+            seed=self._seed,
+            lockstep=self._deterministic,
             workers=self._workers,
             inference=self._inference_config,
         )
@@ -419,6 +423,7 @@ class DVLACollector(BaseCollector):
             schedule=self.schedule.state_dict(),
             counters=self._counters.state_dict(),
             queue=self._queue.state_dict(),
+            num_batches=list(self._coordinator.num_batches),
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -432,6 +437,7 @@ class DVLACollector(BaseCollector):
         self.schedule.load_state_dict(state_dict["schedule"])
         self._counters.load_state_dict(state_dict["counters"])
         self._queue.load_state_dict(state_dict["queue"])
+        self._coordinator.num_batches[:] = state_dict["num_batches"]
 
     def __repr__(self) -> str:
         return (

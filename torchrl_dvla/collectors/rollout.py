@@ -24,7 +24,7 @@ class Rollout:
     Args:
         spec (EpisodeSpec): where it starts.
         group_id (int): its group; -1 for evaluation episodes.
-        rollout_id (int): unique in the run. A rollout that is sampled again after a failure keeps
+        rollout_id (int): unique in the run; negative for evaluation episodes. A rollout that is sampled again after a failure keeps
             it.
         evaluation (Evaluation, optional): the evaluation it belongs to.
         episode (int): its number in that evaluation.
@@ -67,6 +67,8 @@ class SlotState(enum.Enum):
     READY = "ready"
     INFERRING = "inferring"
     STEPPING = "stepping"
+    #: Its answer is held until the other environments have given theirs (lockstep only).
+    ANSWERED = "answered"
 
 
 @dataclass(eq=False)

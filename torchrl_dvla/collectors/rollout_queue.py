@@ -33,6 +33,9 @@ class RolloutQueue:
         num_candidates (int): rollouts of one group.
         pages_per_rollout (int): pages that a rollout of the greatest length needs.
         pool (EnvironmentPool): gives and takes back the promises.
+        evaluations_alone (bool): keep evaluation episodes and training rollouts apart: an
+            evaluation waits until admission lets no group begin and none is unfinished; then no
+            group begins until it has ended.
     """
 
     def __init__(
@@ -43,12 +46,14 @@ class RolloutQueue:
         num_candidates: int,
         pages_per_rollout: int,
         pool: EnvironmentPool,
+        evaluations_alone: bool = False,
     ) -> None:
         self._schedule = schedule
         self._admission = admission
         self._num_candidates = num_candidates
         self._pages_per_rollout = pages_per_rollout
         self._pool = pool
+        self._evaluations_alone = evaluations_alone
         self._pending: deque[Rollout] = deque()
         self._running: set[Rollout] = set()
         self._evaluations: deque[Evaluation] = deque()
@@ -57,6 +62,7 @@ class RolloutQueue:
         self.admitting = threading.Event()
         self.num_groups_admitted = 0
         self.num_rollouts = 0
+        self._num_episodes = 0  # of evaluations: their ids count down, beside those of training
         #: Initial states of the groups that are not finished, by group.
         self._open_groups: dict[int, EpisodeSpec] = {}
         self._reopened: deque[EpisodeSpec] = deque()
@@ -78,9 +84,9 @@ class RolloutQueue:
                 return None
             for episode, spec in enumerate(evaluation.episodes):
                 self._evaluation_pending.append(
-                    Rollout(spec, -1, self.num_rollouts, evaluation, episode)
+                    Rollout(spec, -1, -1 - self._num_episodes, evaluation, episode)
                 )
-                self.num_rollouts += 1
+                self._num_episodes += 1
             return evaluation
 
     @property
@@ -91,6 +97,8 @@ class RolloutQueue:
 
     def next(self) -> Rollout | str:
         """The next rollout to run, or the reason why none may."""
+        if self._evaluations_alone:
+            return self._next_apart()
         if self._evaluation_pending and self._pool.reserve(self._pages_per_rollout):
             return self._run(self._evaluation_pending.popleft())
         # Groups that have begun hold the pages that an evaluation waits for: they go on.
@@ -98,6 +106,20 @@ class RolloutQueue:
             return self._run(self._pending.popleft())
         if self._evaluation_pending:
             return "no_page"
+        return self._begin_group()
+
+    def _next_apart(self) -> Rollout | str:
+        if not any(rollout.evaluation for rollout in self._running):
+            rollout = self._run(self._pending.popleft()) if self._pending else self._begin_group()
+            if isinstance(rollout, Rollout) or self._running or not self._evaluation_pending:
+                return rollout
+        if not self._evaluation_pending:
+            return "evaluation"
+        if not self._pool.reserve(self._pages_per_rollout):
+            return "no_page"
+        return self._run(self._evaluation_pending.popleft())
+
+    def _begin_group(self) -> Rollout | str:
         if not self.admitting.is_set():
             return "paused"
         num_pages = self._pages_per_rollout * self._num_candidates

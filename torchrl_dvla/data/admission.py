@@ -74,7 +74,9 @@ class Admission:
 
     The bound is on the version at which a group was *admitted*. Decisions carry the version of the
     weights that took them; these are no older than the admitted version if the inference lane
-    adopts the newest weights before the group's first decision.
+    adopts the newest weights before the group's first decision. A rollout that is lost and sampled
+    again stays in its group and keeps its deadline: its decisions are younger than those that were
+    lost, so the bound holds for them all the more. A group that is given up is dropped.
 
     All methods may be called from any thread.
 

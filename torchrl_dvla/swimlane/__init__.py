@@ -8,6 +8,7 @@ from torchrl_dvla.swimlane.device_wait import note_device_wait, take_device_wait
 from torchrl_dvla.swimlane.inference import InferenceEngine, InferenceProcess, InferenceThread
 from torchrl_dvla.swimlane.reading import LANES, Reading
 from torchrl_dvla.swimlane.sampling import SamplingLane
+from torchrl_dvla.swimlane.seeding import batch_seed
 from torchrl_dvla.swimlane.timeline import Timeline, Track
 from torchrl_dvla.swimlane.trace import Span, read_chrome_trace
 
@@ -21,6 +22,7 @@ __all__ = [
     "Span",
     "Timeline",
     "Track",
+    "batch_seed",
     "note_device_wait",
     "read_chrome_trace",
     "take_device_wait",

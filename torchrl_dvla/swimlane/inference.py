@@ -32,6 +32,7 @@ from torchrl_dvla.data.schema import (
 )
 from torchrl_dvla.swimlane.child import Child, prepare_child
 from torchrl_dvla.swimlane.messages import Failed, Infer, Inferred, Snapshot, Stop, UsePool
+from torchrl_dvla.swimlane.seeding import seeded
 from torchrl_dvla.weight_update import WeightReader
 
 __all__ = ["POLICY_OUTPUTS", "InferenceEngine", "InferenceProcess", "InferenceThread"]
@@ -102,7 +103,7 @@ class InferenceEngine:
         strings = [self._instructions[instruction_id] for instruction_id in message.instruction_ids]
         tensordict.set(INSTRUCTION_KEY, NonTensorStack(*strings))
         mode = ExplorationType.DETERMINISTIC if message.greedy else ExplorationType.RANDOM
-        with set_exploration_type(mode):
+        with set_exploration_type(mode), seeded(message.seed, self._device):
             tensordict = policy(tensordict.to(self._device))
         for key in POLICY_OUTPUTS:
             self._rows[key].index_copy_(0, index, tensordict.get(key).to(self._rows[key]))

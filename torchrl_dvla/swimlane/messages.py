@@ -101,7 +101,8 @@ class Failed(NamedTuple):
 class Infer(NamedTuple):
     """Coordinator to inference lane: take a decision for each of ``rows``.
 
-    ``new_instructions`` are the strings that the lane has not been told yet, by id.
+    ``new_instructions`` are the strings that the lane has not been told yet, by id. ``seed`` is
+    that of the tokens to sample; ``None`` draws from the lane's own generator.
     """
 
     rows: list[int]
@@ -109,6 +110,7 @@ class Infer(NamedTuple):
     new_instructions: dict[int, str]
     greedy: bool
     use_snapshot: bool
+    seed: int | None = None
 
 
 class Snapshot(NamedTuple):
