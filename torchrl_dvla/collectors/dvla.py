@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,6 +23,7 @@ from torchrl_dvla.collectors.coordinator import Coordinator
 from torchrl_dvla.collectors.counters import CollectionCounters
 from torchrl_dvla.collectors.evaluation import Evaluation
 from torchrl_dvla.collectors.group_sink import GroupSink
+from torchrl_dvla.collectors.lane_starter import LaneStarter
 from torchrl_dvla.collectors.matching import match_policy
 from torchrl_dvla.collectors.rollout_queue import RolloutQueue
 from torchrl_dvla.collectors.schedule import EpisodeSpec, InitStateSchedule
@@ -32,8 +31,8 @@ from torchrl_dvla.collectors.weight_telemetry import WeightTelemetry
 from torchrl_dvla.data import Admission, GroupAssembler, InstructionTable, PooledReplayBuffer
 from torchrl_dvla.data.schema import INSTRUCTION_ID_KEY, INSTRUCTION_KEY
 from torchrl_dvla.memory import DualPool, EnvironmentPool, Plan, RowLayout
-from torchrl_dvla.swimlane import InferenceProcess, InferenceThread, SamplingLane, Timeline
-from torchrl_dvla.weight_update import AsyncWeightUpdater, WeightReader
+from torchrl_dvla.swimlane import SamplingLane, Timeline
+from torchrl_dvla.weight_update import AsyncWeightUpdater
 
 __all__ = ["DVLACollector"]
 
@@ -146,7 +145,6 @@ class DVLACollector(BaseCollector):
         self._weight_sync_schemes = schemes
         self._weight_updater = None
         self._updater = updater
-        self._reader: WeightReader | None = None
         self._seed = seed
         self._closed = False
         self.group = group
@@ -229,7 +227,14 @@ class DVLACollector(BaseCollector):
         self._updater.connect()
         coordinator = Coordinator(
             sampling=sampling,
-            start_inference=self._start_inference,
+            start_inference=LaneStarter(
+                self._policy,
+                self._policy_factory,
+                self._updater,
+                self._inference_config,
+                seed=self._seed,
+                start_method=self._workers.start_method,
+            ),
             pool=pool,
             queue=self._queue,
             instructions=instructions,
@@ -284,22 +289,6 @@ class DVLACollector(BaseCollector):
         self.replay_buffer.close(reason="the collector was shut down")
         self._updater.shutdown()
         self._pool.close()
-
-    def _start_inference(self) -> InferenceProcess | InferenceThread:
-        config = self._inference_config
-        if self._reader is not None:  # the lane before this one is gone
-            self._updater.store.release(self._reader)
-        self._reader = reader = self._updater.reader("inference")
-        if config.where == "thread":
-            factory = self._policy_factory or functools.partial(copy.deepcopy, self._policy)
-            return InferenceThread(factory, reader)
-        return InferenceProcess(
-            self._policy_factory or functools.partial(_identity, self._policy),
-            reader,
-            num_threads=config.num_threads,
-            seed=self._seed,
-            start_method=self._workers.start_method,
-        )
 
     def _on_error(self, error: BaseException) -> None:
         self.replay_buffer.close(
@@ -445,7 +434,3 @@ class DVLACollector(BaseCollector):
             f"workers={self._workers.num_workers}x{self._workers.envs_per_worker}, "
             f"inference={self._inference_config.where!r})"
         )
-
-
-def _identity(policy: TensorDictModuleBase) -> TensorDictModuleBase:
-    return policy

@@ -24,8 +24,8 @@ class Rollout:
     Args:
         spec (EpisodeSpec): where it starts.
         group_id (int): its group; -1 for evaluation episodes.
-        rollout_id (int): unique in the run; negative for evaluation episodes. A rollout that is sampled again after a failure keeps
-            it.
+        rollout_id (int): unique in the run; negative for evaluation episodes. A rollout that is
+            sampled again after a failure keeps it.
         evaluation (Evaluation, optional): the evaluation it belongs to.
         episode (int): its number in that evaluation.
     """
