@@ -293,3 +293,37 @@ def test_a_resumed_collector_begins_unfinished_groups_anew(make_collector):
     taken = [second._queue._reopened[k] for k in range(len(reopened))]
     assert [tuple(spec) for spec in taken] == reopened
     assert second.state_dict()["schedule"] == state["schedule"]
+
+
+def test_a_plain_script_gets_a_whole_timeline(make_collector):
+    group = GroupConfig(group_size=3, groups_per_update=1, max_policy_lag=0)
+    collector = make_collector(group=group)
+    collector.start()
+    collector.stats()
+    for _ in range(4):
+        for _batch in collector.replay_buffer:
+            pass
+        collector.update_policy_weights_()
+    stats = collector.stats()
+    names = {(span.lane, span.name) for span in collector.timeline.spans()}
+    assert names >= {
+        ("sampling", "reset"),
+        ("sampling", "step"),
+        ("inference", "infer"),
+        ("gradient", "gather"),
+        ("gradient", "learn"),
+        ("distribution", "publish"),
+    }
+    for reason in (
+        "sampling_idle_no_decision",
+        "sampling_idle_no_admission",
+        "inference_idle_no_ready_row",
+        "gradient_idle_no_batch",
+        "gradient_idle_elsewhere",
+        "distribution_idle_no_update",
+    ):
+        assert 0 < stats[f"lane/{reason}"] <= 1, reason
+    for lane in ("sampling", "inference", "gradient"):
+        shares = [value for key, value in stats.items() if key.startswith(f"lane/{lane}_")]
+        # Work that is under way is told at its end; all else is accounted for.
+        assert 0.7 < sum(shares) < 1.05, lane

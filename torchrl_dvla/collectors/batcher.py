@@ -60,7 +60,7 @@ class DecisionBatcher:
         self._seed = seed
         #: Batches so far, of training and of evaluations.
         self.num_batches = [0, 0]
-        self._timeline = timeline
+        self._track = timeline.track("inference")
         self._counters = counters
         self._waiting: deque[Slot] = deque()
         #: Whether rows were left when the last batch was begun.
@@ -146,9 +146,13 @@ class DecisionBatcher:
             raise LaneLostError(self._lane.describe_end()) from None
         if isinstance(message, Failed):
             raise RuntimeError(f"The policy failed in the inference lane:\n{message.traceback}")
-        self._timeline.add("inference", message.start_s, message.end_s, name="infer")
+        self._track.add(
+            message.start_s, message.end_s, "infer", "no_ready_row", message.device_wait_s
+        )
         self._counters.add("collector/inference_batches")
         batch, self._batch = self._batch, []
+        if not self._waiting:
+            self._track.waiting("no_ready_row")
         for _, rollout in batch:
             rollout.stamp(message.policy_version)
         return batch
@@ -165,6 +169,7 @@ class DecisionBatcher:
             seed=self._batch_seed,  # the same when a lost request is repeated
         )
         self._num_instructions_sent = len(self._instructions)
+        self._track.waiting(None)
         self._send(message)
 
     def _next_seed(self, evaluation: bool) -> int | None:

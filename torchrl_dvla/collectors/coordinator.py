@@ -87,7 +87,9 @@ class Coordinator:
         self._queue = queue
         self._instructions = instructions
         self._on_rollout = on_rollout
-        self._timeline = timeline
+        self._tracks = [
+            timeline.track("sampling", f"worker {index}") for index in range(workers.num_workers)
+        ]
         self._counters = counters
         self._workers = workers
         self._slots = [
@@ -210,8 +212,10 @@ class Coordinator:
             rollout = self._queue.next()
             if isinstance(rollout, str):
                 slot.idle_reason = rollout
+                self._note_rest(slot.worker, rollout)
                 continue
-            self._add_idle(slot.idle_reason, slot.enter(SlotState.RESETTING))
+            slot.enter(SlotState.RESETTING)
+            self._tracks[slot.worker].waiting(None)
             slot.rollout = rollout
             rollout.row, generation = self._row_of(rollout, rollout.num_decisions)
             spec = rollout.spec
@@ -253,13 +257,15 @@ class Coordinator:
 
     def _on_ready(self, slot: Slot, message: Ready) -> None:
         rollout = slot.occupant
-        self._add_span(slot, "reset", message)
+        track = self._tracks[slot.worker]
+        track.add(message.start_s, message.end_s, "reset", slot.idle_reason)
         rollout.instruction_id = self._instructions.id(message.instruction)
         self._await_decision(slot, rollout)
 
     def _on_stepped(self, slot: Slot, message: Stepped) -> None:
         rollout = slot.occupant
-        self._add_span(slot, "step", message)
+        track = self._tracks[slot.worker]
+        track.add(message.start_s, message.end_s, "step", "no_decision")
         rollout.num_decisions += 1
         rollout.num_env_steps += message.num_env_steps
         rollout.episode_return += message.reward
@@ -315,7 +321,7 @@ class Coordinator:
             if rollout.abandoned:
                 self._queue.retry(rollout)
                 continue
-            self._add_idle("no_decision", slot.enter(SlotState.STEPPING))
+            slot.enter(SlotState.STEPPING)
             this = self._row_of(rollout, rollout.num_decisions)
             following = (-1, -1)
             if rollout.num_decisions + 1 < self._workers.max_decisions:
@@ -324,14 +330,11 @@ class Coordinator:
 
     # -- helpers --------------------------------------------------------------------------------
 
-    def _add_span(self, slot: Slot, name: str, message: Ready | Stepped) -> None:
-        track = f"worker {slot.worker}"
-        self._timeline.add("sampling", message.start_s, message.end_s, track=track, name=name)
-
-    def _add_idle(self, reason: str, duration_s: float) -> None:
-        # A track of the lane is a worker; each of its environments counts for its part.
-        share_s = duration_s / self._workers.envs_per_worker
-        self._timeline.add_idle("sampling", reason, share_s)
+    def _note_rest(self, worker: int, reason: str) -> None:
+        """A worker rests because of ``reason`` once none of its environments has anything to do."""
+        slots = [self._slot(worker, index) for index in range(self._workers.envs_per_worker)]
+        if all(slot.state is SlotState.IDLE for slot in slots):
+            self._tracks[worker].waiting(reason)
 
     def _slot(self, worker: int, env_index: int) -> Slot:
         return self._slots[worker * self._workers.envs_per_worker + env_index]

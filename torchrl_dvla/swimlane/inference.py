@@ -31,6 +31,7 @@ from torchrl_dvla.data.schema import (
     SAMPLE_LOG_PROB_KEY,
 )
 from torchrl_dvla.swimlane.child import Child, prepare_child
+from torchrl_dvla.swimlane.device_wait import take_device_wait
 from torchrl_dvla.swimlane.messages import Failed, Infer, Inferred, Snapshot, Stop, UsePool
 from torchrl_dvla.swimlane.seeding import seeded
 from torchrl_dvla.weight_update import WeightReader
@@ -130,7 +131,8 @@ def _serve(connection: Connection, engine: InferenceEngine) -> None:
             start_s = time.monotonic()
             if isinstance(message, Infer):
                 version = engine.infer(message)
-                connection.send(Inferred(version, start_s, time.monotonic()))
+                end_s = time.monotonic()
+                connection.send(Inferred(version, start_s, end_s, take_device_wait()))
             elif isinstance(message, Snapshot):
                 engine.snapshot()
             elif isinstance(message, UsePool):

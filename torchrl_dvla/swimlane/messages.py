@@ -123,6 +123,8 @@ class Inferred(NamedTuple):
     policy_version: int
     start_s: float
     end_s: float
+    #: Part of the time that passed in the queue of a device which another lane was using.
+    device_wait_s: float = 0.0
 
 
 class Stop(NamedTuple):

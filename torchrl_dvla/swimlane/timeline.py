@@ -205,12 +205,6 @@ class Timeline:
         """
         self.track(lane, track).add(start_s, end_s, name or lane, waited_for)
 
-    def add_idle(self, lane: str, reason: str, duration_s: float) -> None:
-        """Record that *lane* rested for *duration_s* because of *reason*."""
-        names = [name for key, name in self._tracks if key == lane]
-        idle_s = self.track(lane, names[0] if names else "main").idle_s
-        idle_s[reason] = idle_s.get(reason, 0.0) + duration_s
-
     @contextmanager
     def span(self, lane: str, name: str = "", *, track: str = "main") -> Iterator[None]:
         """Record the duration of a ``with`` block as work of *lane*."""
