@@ -190,7 +190,7 @@ class Coordinator:
     def _end_round(self) -> None:
         if self._lockstep is not None:
             for slot, message in self._lockstep.release():
-                self._add_idle("round", slot.enter(SlotState.ANSWERED))
+                slot.enter(SlotState.ANSWERED)
                 self._on_answer(slot, message)
 
     def _dispatch(self) -> None:

@@ -136,9 +136,10 @@ class EmulatedDevice:
 
     def begin(self, start_s: float | None = None) -> None:
         """Wait for the device and start a call, or enter one that started at *start_s*."""
-        asked_s = self._clock()
-        self._stream.acquire()
-        note_device_wait(self._clock() - asked_s)
+        if not self._stream.acquire(blocking=False):
+            asked_s = self._clock()
+            self._stream.acquire()
+            note_device_wait(self._clock() - asked_s)
         self._depth += 1
         if self._depth == 1:  # a call inside of a call belongs to it
             self._start_s = self._clock() if start_s is None else start_s
