@@ -7,6 +7,7 @@
 from torchrl_dvla.swimlane.device_wait import note_device_wait, take_device_wait
 from torchrl_dvla.swimlane.inference import InferenceEngine, InferenceProcess, InferenceThread
 from torchrl_dvla.swimlane.reading import LANES, Reading
+from torchrl_dvla.swimlane.row_transport import RowClient, RowFuture, RowTransport
 from torchrl_dvla.swimlane.sampling import SamplingLane
 from torchrl_dvla.swimlane.seeding import batch_seed
 from torchrl_dvla.swimlane.timeline import Timeline, Track
@@ -18,6 +19,9 @@ __all__ = [
     "InferenceProcess",
     "InferenceThread",
     "Reading",
+    "RowClient",
+    "RowFuture",
+    "RowTransport",
     "SamplingLane",
     "Span",
     "Timeline",

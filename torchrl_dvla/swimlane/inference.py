@@ -13,15 +13,15 @@ import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any
 
 import cloudpickle
 import torch
-from tensordict import NonTensorStack, TensorDict, TensorDictBase
+from tensordict import NonTensorStack, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from torchrl_dvla.data.fields import RowFields
 from torchrl_dvla.data.schema import (
     ACTION_CHUNK_KEY,
     ACTION_TOKENS_KEY,
@@ -60,16 +60,15 @@ class InferenceEngine:
         self._reader = reader
         self._snapshot: TensorDictModuleBase | None = None
         self._snapshot_version = -1
-        self._rows: dict[Any, torch.Tensor] = {}
-        self._observation_keys: list[Any] = []
+        self._observations: RowFields | None = None
+        self._decisions: RowFields | None = None
         self._instructions: dict[int, str] = {}
 
     def use_pool(self, rows: TensorDictBase) -> None:
         """Take the rows that observations are read from and decisions written to."""
-        self._rows = {key: rows.get(key) for key in rows.keys(True, True)}
-        self._observation_keys = [
-            key for key in self._rows if isinstance(key, tuple) and key[0] == OBSERVATION_KEY
-        ]
+        keys = rows.get(OBSERVATION_KEY).keys(True, True)
+        self._observations = RowFields(rows, [unravel_key((OBSERVATION_KEY, key)) for key in keys])
+        self._decisions = RowFields(rows, [*POLICY_OUTPUTS, POLICY_VERSION_KEY])
 
     def snapshot(self) -> int:
         """Copy the newest weights aside, so that an evaluation sees one version; returns it."""
@@ -96,19 +95,17 @@ class InferenceEngine:
             policy, version = self._snapshot, self._snapshot_version
         else:
             policy, version = self._policy, self._reader.adopt_into(self._policy)
+        if self._observations is None or self._decisions is None:
+            raise RuntimeError("Rows must be known before a decision: send UsePool first.")
         index = torch.tensor(message.rows)
-        tensordict = TensorDict(
-            {key: self._rows[key].index_select(0, index) for key in self._observation_keys},
-            batch_size=[len(message.rows)],
-        )
+        tensordict = self._observations.gather(index)
         strings = [self._instructions[instruction_id] for instruction_id in message.instruction_ids]
         tensordict.set(INSTRUCTION_KEY, NonTensorStack(*strings))
         mode = ExplorationType.DETERMINISTIC if message.greedy else ExplorationType.RANDOM
         with set_exploration_type(mode), seeded(message.seed, self._device):
             tensordict = policy(tensordict.to(self._device))
-        for key in POLICY_OUTPUTS:
-            self._rows[key].index_copy_(0, index, tensordict.get(key).to(self._rows[key]))
-        self._rows[POLICY_VERSION_KEY][index] = version
+        tensordict.set(POLICY_VERSION_KEY, torch.full((len(index), 1), version))
+        self._decisions.scatter(index, tensordict)
         return version
 
     def close(self) -> None:
