@@ -72,6 +72,13 @@ def test_errors_name_the_page_and_its_state():
     for num_rows in (0, 3):
         with pytest.raises(ValueError, match="num_rows must be between 1 and the 2"):
             ledger.seal([a], num_rows)
+    assert [ledger.state(number).name for number in range(4)] == [
+        "LEASED",
+        "LEASED",
+        "FREE",
+        "FREE",
+    ]
+    ledger.check()  # nothing is lost
 
 
 def test_a_stale_handle_cannot_touch_the_next_life_of_its_page():

@@ -11,25 +11,35 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 
-from torchrl_dvla.memory import EnvironmentPool, RowLayout
+from torchrl_dvla.memory import EnvironmentPool, RowLayout, RowWriter
 
 LAYOUT = RowLayout({"image": ((3, 8, 8), torch.uint8), "step": ((1,), torch.int64)})
 
 # Targets of processes must be importable by name; the builtin exec always is.
 WRITER = """
+import signal
+from torchrl_dvla.memory import RowWriter
+
+class Gate:
+    def __array__(self, *args, **kwargs):  # numpy asks for it when the field is to be written
+        connection.send("half written")
+        signal.pause()
+
 pages = connection.recv()
+writer = RowWriter(view, ["image", "step"])
 for page in pages:
     for offset in range(view.rows_per_page):
-        row = view.row(page, offset)
-        view.rows["image"][row] = row
-        view.rows["step"][row] = 100 + row
+        row = page * view.rows_per_page + offset
+        writer.write(row, page.generation, [row, 100 + row])
 connection.send("written")
 later = connection.recv()  # the second view comes over the pipe, to a process that runs already
 later.rows["step"][0] = -1
 connection.send("seen")
-connection.recv()
+page = connection.recv()
+writer.write(page * view.rows_per_page, page.generation, [255, Gate()])
 """
 
 
@@ -76,12 +86,24 @@ def test_a_spawned_writer_is_seen_and_its_death_costs_only_what_it_was_writing()
             assert ours.poll(60)
             assert ours.recv() == "seen"
             assert pool.rows["step"][0] == -1
-            # Killed in the middle of its second rollout: that one is lost, the first is not.
+            # Killed between two fields of a row: that rollout is lost, the sealed one is not.
+            ours.send(open_page)
+            assert ours.poll(60)
+            assert ours.recv() == "half written"
+            row = int(open_page) * 2
+            assert (pool.rows["image"][row].min(), pool.rows["step"][row]) == (255, 100 + row)
+            assert _mentions(worker.pid) == set()
             os.kill(worker.pid, signal.SIGKILL)
             worker.join(30)
             assert worker.exitcode == -signal.SIGKILL
             assert pool.reclaim("worker") == [int(open_page)]
             assert pool.stats()["pages_sealed"] == 2
+            assert pool.rows["step"][rows].flatten().tolist() == [-1, 101, 102, 103]
+            # The page begins another life; what is left of the first one's writer is refused.
+            again = pool.lease("other", 2)
+            assert int(again) == int(open_page)
+            with pytest.raises(RuntimeError, match="which is leased anew"):
+                RowWriter(pool.worker_view(), ["step"]).write(row, open_page.generation, [0])
             pool.check()
         finally:
             worker.kill()
