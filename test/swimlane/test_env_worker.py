@@ -13,6 +13,7 @@ from multiprocessing import Pipe
 import cloudpickle
 import pytest
 import torch
+from torchrl.data import NonTensor
 from torchrl.envs import Compose, MultiAction, StepCounter, SuccessReward, TransformedEnv
 from torchrl.envs.custom import ToyVLAEnv
 
@@ -128,6 +129,16 @@ def test_stock_environments_are_understood():
 def test_an_environment_without_chunks_is_refused():
     with pytest.raises(ValueError, match=r"MultiAction\.from_vla"):
         describe_env(ToyVLAEnv())
+
+
+def test_strings_among_the_observations_are_refused_by_name():
+    env = make_env()
+    assert "language_instruction" in list(env.observation_spec)  # this one has a side table
+    describe_env(env)
+    env.set_spec_lock_(False)
+    env.observation_spec["observation", "note"] = NonTensor(shape=())
+    with pytest.raises(ValueError, match=r"\('observation', 'note'\) of NonTensor.*id in a table"):
+        describe_env(env)
 
 
 def test_the_worker_reports_its_failure_with_the_traceback():

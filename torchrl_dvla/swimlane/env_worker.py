@@ -87,9 +87,14 @@ def describe_env(env: EnvBase) -> EnvSpecs:
     chunk_size = int(spec.shape[-2]) if len(spec.shape) >= 2 else -1
     leaves = []
     for key, leaf in env.observation_spec[OBSERVATION_KEY].items(True, True):
-        if isinstance(leaf, NonTensor):
-            continue
         nested = (OBSERVATION_KEY, key) if isinstance(key, str) else (OBSERVATION_KEY, *key)
+        if isinstance(leaf, NonTensor):
+            raise ValueError(
+                f"create_env_fn must return tensors under {OBSERVATION_KEY!r}, got {nested} of "
+                f"{type(leaf).__name__}: rows hold no strings or objects. Leave it out with "
+                f"ExcludeTransform, or rename an instruction to {INSTRUCTION_KEY!r}, which travels "
+                "by its id in a table."
+            )
         leaves.append((nested, tuple(leaf.shape), leaf.dtype))
     if not leaves:
         raise ValueError(
