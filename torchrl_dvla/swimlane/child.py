@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +25,8 @@ import torch
 __all__ = ["Child", "prepare_child"]
 
 _PR_SET_PDEATHSIG = 1
+#: Asks a child for its stack. Launchers that send it as a warning get a dump that nobody reads.
+_STACK_SIGNAL = signal.SIGUSR1
 #: What every child needs and what takes seconds to import.
 _PRELOADED = ("torchrl_dvla.swimlane.env_worker", "torchrl_dvla.swimlane.inference")
 
@@ -65,8 +70,19 @@ def _sigterm_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
+def _run_child(
+    target: Callable[..., None], connection: Connection, stacks: Connection, args: tuple[Any, ...]
+) -> None:
+    # In C, from the signal handler: it works while a thread is stuck inside of a library, and
+    # writes to a pipe of its own, so that it can come in the middle of a message.
+    faulthandler.register(_STACK_SIGNAL, file=stacks.fileno(), all_threads=True, chain=False)
+    target(connection, *args)
+
+
 class Child:
     """A child process with one duplex pipe, ended for certain by :meth:`stop`.
+
+    Its stack can be read from outside while it hangs, see :meth:`stack`.
 
     Args:
         target (Callable): module-level function, called in the child as ``target(connection,
@@ -93,17 +109,22 @@ class Child:
             context.set_forkserver_preload(list(_PRELOADED))
         self.connection: Connection
         self.connection, theirs = context.Pipe(duplex=True)
+        self._stacks, their_stacks = context.Pipe(duplex=False)
         self.name = name
-        self.process = context.Process(target=target, args=(theirs, *args), name=name, daemon=True)
+        self.process = context.Process(
+            target=_run_child, args=(target, theirs, their_stacks, args), name=name, daemon=True
+        )
         try:
             with _sigterm_blocked():
                 self.process.start()
         except BaseException:
             self.connection.close()
+            self._stacks.close()
             raise
         finally:
             # Our copy of their end must go, or the child's death would never show as end of file.
             theirs.close()
+            their_stacks.close()
 
     @property
     def pid(self) -> int:
@@ -123,12 +144,40 @@ class Child:
             return f"was ended by {signal.Signals(-code).name}"
         return f"exited with code {code}"
 
+    def stack(self, timeout_s: float = 0.2) -> str:
+        """What every thread of the child is doing, for the log: ask a hung child before its end.
+
+        Args:
+            timeout_s (float): seconds that the answer may take. A child that blocks signals, or has
+                not come up yet, gives none.
+        """
+        if self.process.is_alive():  # else its number may be another's by now
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, _STACK_SIGNAL)
+        deadline_s, text = time.monotonic() + timeout_s, b""
+        # The dump has no end mark: what is written in one go has ended when nothing follows.
+        while self._stacks.poll(max(0.0, deadline_s - time.monotonic()) if not text else 0.02):
+            part = os.read(self._stacks.fileno(), 1 << 16)
+            if not part:
+                break
+            text += part
+        return text.decode(errors="replace").strip() or "It does not answer signals: no stack."
+
+    def private_bytes(self) -> int:
+        """Resident memory that no other process shares; 0 where ``/proc`` does not tell."""
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+                if line.startswith("RssAnon:"):
+                    return int(line.split()[1]) * 1024
+        return 0
+
     def kill(self) -> None:
         """End the child now and wait until the kernel has: afterwards it writes no memory."""
         if self.process.is_alive():
             self.process.kill()
         self.process.join()
         self.connection.close()
+        self._stacks.close()
 
     def stop(self, message: Any, grace_s: float) -> None:
         """Ask the child to end; kill it when it has not within ``grace_s`` seconds."""

@@ -184,6 +184,7 @@ def strike(faults: Sequence[Fault], place: FaultPlace, count: int, leaked: list[
             os.kill(os.getpid(), signal.SIGKILL)
         else:
             # Mapped, not allocated: an allocator would hand out pages that are resident already.
-            region = mmap.mmap(-1, fault.leak_bytes)
+            # Private, as what a heap leaks: shared memory is no process's own.
+            region = mmap.mmap(-1, fault.leak_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             region.write(b"\1" * fault.leak_bytes)
             leaked.append(region)
