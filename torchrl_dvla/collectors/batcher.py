@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -70,13 +71,17 @@ class DecisionBatcher:
         self._batch: list[tuple[Slot, Rollout]] = []
         self._batch_seed: int | None = None
         self._num_instructions_sent = 0
-        self._lane = start_inference()
+        #: The inference lane, and whether it has taken a decision yet.
+        self.lane = start_inference()
+        self.lane_has_answered = False
+        #: When the call under way was asked for, in seconds of ``time.monotonic``.
+        self.requested_s: float | None = None
 
     def connect(self) -> int:
         """Tell a new lane where the rows are; returns the descriptor to wait on."""
         self._num_instructions_sent = 0
         self._send(UsePool(self._pool.worker_view()))
-        return self._lane.connection.fileno()
+        return self.lane.connection.fileno()
 
     def restart(self, *, snapshot: bool) -> int:
         """Start another lane, with the newest weights, and repeat the request that was lost.
@@ -84,8 +89,9 @@ class DecisionBatcher:
         Keyword Args:
             snapshot (bool): whether an evaluation needs its copy of the weights again.
         """
-        self._lane.stop(0.0)
-        self._lane = self._start_inference()
+        self.lane.stop(0.0)
+        self.lane = self._start_inference()
+        self.lane_has_answered = False
         descriptor = self.connect()
         if snapshot:
             self.snapshot()
@@ -95,7 +101,7 @@ class DecisionBatcher:
 
     def stop(self) -> None:
         """End the lane."""
-        self._lane.stop()
+        self.lane.stop()
 
     def snapshot(self) -> None:
         """Have the newest weights copied aside for an evaluation."""
@@ -141,15 +147,16 @@ class DecisionBatcher:
             RuntimeError: if the policy raised. It would raise again: no restart helps.
         """
         try:
-            message = self._lane.connection.recv()
+            message = self.lane.connection.recv()
         except (EOFError, OSError):
-            raise LaneLostError(self._lane.describe_end()) from None
+            raise LaneLostError(self.lane.describe_end()) from None
         if isinstance(message, Failed):
             raise RuntimeError(f"The policy failed in the inference lane:\n{message.traceback}")
         self._track.add(
             message.start_s, message.end_s, "infer", "no_ready_row", message.device_wait_s
         )
         self._counters.add("collector/inference_batches")
+        self.lane_has_answered, self.requested_s = True, None
         batch, self._batch = self._batch, []
         if not self._waiting:
             self._track.waiting("no_ready_row")
@@ -169,6 +176,7 @@ class DecisionBatcher:
             seed=self._batch_seed,  # the same when a lost request is repeated
         )
         self._num_instructions_sent = len(self._instructions)
+        self.requested_s = time.monotonic()
         self._track.waiting(None)
         self._send(message)
 
@@ -181,6 +189,6 @@ class DecisionBatcher:
 
     def _send(self, message: Infer | Snapshot | UsePool) -> None:
         try:
-            self._lane.connection.send(message)
+            self.lane.connection.send(message)
         except OSError:
             pass  # its death shows at the next receive

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torchrl_dvla.memory import parse_bytes
+
 __all__ = ["GroupConfig", "InferenceConfig", "WorkerConfig"]
 
 
@@ -90,8 +92,15 @@ class WorkerConfig:
         step_timeout_s (float): the same for one decision.
         start_timeout_s (float): seconds for the construction of the first environments.
         stop_timeout_s (float): seconds that workers get to end before they are killed.
-        max_failures (int): failures in a row, without a finished rollout between them, that end the
-            run.
+        max_failures (int): failures in a row, without a finished rollout between them, that the run
+            survives. Losses of one cause, which strikes processes that were there already, are one
+            failure.
+        max_task_failures (int): failures of one rollout after which its group is given up, and
+            failures of one task in a row, without a finished rollout of it, after which the run
+            goes on without the task.
+        max_rss_bytes (int or str, optional): private resident memory at which a worker is replaced
+            by a new one, between two rollouts. Memory that it shares with others does not count.
+            Defaults to no limit.
         num_threads (int): intra-op torch threads of a worker.
         env_vars (Mapping): environment variables of the workers.
         start_method (str): how processes are started.
@@ -105,6 +114,8 @@ class WorkerConfig:
     start_timeout_s: float = 300.0
     stop_timeout_s: float = 3.0
     max_failures: int = 5
+    max_task_failures: int = 5
+    max_rss_bytes: int | str | None = None
     num_threads: int = 1
     env_vars: Mapping[str, str] = field(default_factory=dict)
     start_method: Literal["forkserver", "spawn"] = "forkserver"
@@ -112,6 +123,9 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         for name in ("num_workers", "envs_per_worker", "max_decisions", "max_failures"):
             _require_positive(name, getattr(self, name))
+        _require_positive("max_task_failures", self.max_task_failures)
+        if self.max_rss_bytes is not None:
+            _require_positive("max_rss_bytes", parse_bytes(self.max_rss_bytes))
 
 
 @dataclass(frozen=True)
@@ -122,6 +136,10 @@ class InferenceConfig:
         where (str): ``"process"`` (default), or ``"thread"`` of the learner's process.
         max_batch_size (int, optional): rows of one policy call. Defaults to no limit.
         num_threads (int): intra-op torch threads of the process.
+        timeout_s (float): seconds after which a policy call counts as hung. The process is replaced
+            then; a thread cannot be, so the run ends with its stack.
+        start_timeout_s (float): the same for the first call of a lane, which has to wait for its
+            policy.
         deterministic (bool, optional): work in rounds, so that batches, losses and weights are a
             pure function of the seeds: every environment at work is waited for before the next
             policy call, and evaluations run between the cohorts of two updates. It needs
@@ -136,6 +154,8 @@ class InferenceConfig:
     where: Literal["process", "thread"] = "process"
     max_batch_size: int | None = None
     num_threads: int = 1
+    timeout_s: float = 120.0
+    start_timeout_s: float = 300.0
     deterministic: bool | None = None
 
     def __post_init__(self) -> None:

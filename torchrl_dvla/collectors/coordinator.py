@@ -58,6 +58,7 @@ class Coordinator:
         instructions (InstructionTable): strings by id.
         on_rollout (Callable): takes the finished rollouts of training groups and owns their pages
             from then on.
+        abandon_group (Callable): gives up the unfinished group of an id for a reason.
         timeline (Timeline): takes the spans.
         counters (CollectionCounters): takes the counts.
         seed (int): of the tokens that are sampled.
@@ -75,6 +76,7 @@ class Coordinator:
         queue: RolloutQueue,
         instructions: InstructionTable,
         on_rollout: Callable[[Rollout], None],
+        abandon_group: Callable[[int, str], None],
         timeline: Timeline,
         counters: CollectionCounters,
         seed: int,
@@ -121,10 +123,12 @@ class Coordinator:
             batcher=self._batcher,
             slots=self._slots,
             queue=queue,
+            abandon_group=abandon_group,
             pool=pool,
             selector=self._selector,
             counters=counters,
             workers=workers,
+            inference=inference,
         )
         #: Policy calls so far, of training and of evaluations; their seeds follow from it.
         self.num_batches = self._batcher.num_batches
@@ -157,11 +161,12 @@ class Coordinator:
             while not self._stopping:
                 self._begin_evaluation()
                 self._end_round()
+                self._supervisor.retire_workers()
                 self._fill_idle_slots()
                 self._dispatch()
                 for key, _ in self._selector.select(self._supervisor.time_to_deadline()):
                     self._receive(key)
-                self._supervisor.replace_hung_workers()
+                self._supervisor.replace_hung()
         except BaseException as error:
             self.error = error
             _log.debug("The coordinator ends.", exc_info=True)
@@ -245,7 +250,7 @@ class Coordinator:
             else:
                 self._lockstep.hold(slot, message)
         elif isinstance(message, EnvSpecs):
-            self._supervisor.admit_worker(index)
+            self._supervisor.receive_specs(index, message)
         else:
             self._supervisor.replace_worker(index, str(message))
 
@@ -289,8 +294,11 @@ class Coordinator:
         self._batcher.add(slot)
 
     def _finish(self, rollout: Rollout) -> None:
-        self._supervisor.note_progress()
+        self._supervisor.note_progress(rollout.spec.task)
         self._queue.finish(rollout)
+        if rollout.cancelled:
+            self._pool.free(rollout.pages)
+            return
         if rollout.evaluation is None:
             self._counters.add_episode(success=rollout.success, num_env_steps=rollout.num_env_steps)
             self._on_rollout(rollout)

@@ -239,6 +239,7 @@ class DVLACollector(BaseCollector):
             queue=self._queue,
             instructions=instructions,
             on_rollout=sink.add,
+            abandon_group=sink.abandon,
             timeline=self.timeline,
             counters=self._counters,
             seed=self._seed,

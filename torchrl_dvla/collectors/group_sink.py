@@ -51,6 +51,17 @@ class GroupSink:
         self._max_drought = max_drought
         self._num_dropped_in_a_row = 0
 
+    def abandon(self, group_id: int, reason: str) -> None:
+        """Give a group up and account for it; its finished rollouts go with it.
+
+        Args:
+            group_id (int): an unfinished group.
+            reason (str): why, in words that do not vary from case to case.
+        """
+        self._queue.abandon(group_id)
+        self._counters.add("faults/groups_abandoned")
+        self._replay_buffer.extend(self._assembler.abandon(group_id, reason))
+
     def add(self, rollout: Rollout) -> None:
         """Take one finished rollout of a training group; the coordinator calls it."""
         pages = self._pool.seal(rollout.pages, rollout.num_decisions)

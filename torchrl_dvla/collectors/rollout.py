@@ -37,6 +37,10 @@ class Rollout:
     episode: int = 0
     #: Set when its worker died while a decision for it was being taken.
     abandoned: bool = False
+    #: Set when its group was given up: nobody waits for its outcome any more.
+    cancelled: bool = False
+    #: Times that it was lost and could be sampled again.
+    num_failures: int = 0
     pages: list[Page] = field(default_factory=list)
     row: int = -1
     num_decisions: int = 0
@@ -49,7 +53,14 @@ class Rollout:
 
     def fresh_copy(self) -> Rollout:
         """The same rollout before its first decision, to be sampled again."""
-        return Rollout(self.spec, self.group_id, self.rollout_id, self.evaluation, self.episode)
+        return Rollout(
+            self.spec,
+            self.group_id,
+            self.rollout_id,
+            self.evaluation,
+            self.episode,
+            num_failures=self.num_failures,
+        )
 
     def stamp(self, version: int) -> None:
         """Note the version of the weights behind the newest decision."""
@@ -63,6 +74,8 @@ class SlotState(enum.Enum):
 
     STARTING = "starting"
     IDLE = "idle"
+    #: Its worker takes no further rollout, for it is about to be replaced.
+    RETIRED = "retired"
     RESETTING = "resetting"
     READY = "ready"
     INFERRING = "inferring"

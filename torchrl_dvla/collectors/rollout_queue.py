@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
 from typing import Any
 
 from torchrl_dvla.collectors.evaluation import Evaluation
 from torchrl_dvla.collectors.rollout import Rollout
-from torchrl_dvla.collectors.schedule import EpisodeSpec
+from torchrl_dvla.collectors.schedule import EpisodeSpec, InitStateSchedule
 from torchrl_dvla.data import Admission
 from torchrl_dvla.memory import EnvironmentPool
 
@@ -28,7 +27,7 @@ class RolloutQueue:
     the pool cannot deadlock.
 
     Args:
-        schedule (Iterator of EpisodeSpec): initial states of the groups.
+        schedule (InitStateSchedule): initial states of the groups.
         admission (Admission): grants groups by staleness.
         num_candidates (int): rollouts of one group.
         pages_per_rollout (int): pages that a rollout of the greatest length needs.
@@ -40,7 +39,7 @@ class RolloutQueue:
 
     def __init__(
         self,
-        schedule: Iterator[EpisodeSpec],
+        schedule: InitStateSchedule,
         admission: Admission,
         *,
         num_candidates: int,
@@ -66,6 +65,8 @@ class RolloutQueue:
         #: Initial states of the groups that are not finished, by group.
         self._open_groups: dict[int, EpisodeSpec] = {}
         self._reopened: deque[EpisodeSpec] = deque()
+        #: Tasks that kept failing.
+        self.quarantined: set[str] = set()
 
     def add_evaluation(self, evaluation: Evaluation) -> None:
         """Queue an evaluation; evaluations run one after the other."""
@@ -128,13 +129,19 @@ class RolloutQueue:
         if not self._admission.admit(self.num_groups_admitted):
             self._pool.unreserve(num_pages)
             return "no_admission"
-        spec = self._reopened.popleft() if self._reopened else next(self._schedule)
+        spec = self._next_spec()
         self._open_groups[self.num_groups_admitted] = spec
         for _ in range(self._num_candidates):
             self._pending.append(Rollout(spec, self.num_groups_admitted, self.num_rollouts))
             self.num_rollouts += 1
         self.num_groups_admitted += 1
         return self._run(self._pending.popleft())
+
+    def _next_spec(self) -> EpisodeSpec:
+        while True:  # quarantine() leaves at least one task
+            spec = self._reopened.popleft() if self._reopened else next(self._schedule)
+            if spec.task not in self.quarantined:
+                return spec
 
     def finish(self, rollout: Rollout) -> None:
         """``rollout`` has ended: what it did not take of its promised pages is free for others."""
@@ -163,11 +170,52 @@ class RolloutQueue:
         """``rollout`` was lost with its worker: sample it again, before anything new."""
         self._running.discard(rollout)
         self._pool.reclaim(rollout.rollout_id, keep_reserved=True)
-        if rollout.evaluation is None:
+        if rollout.cancelled:
+            self._pool.unreserve(self._pages_per_rollout)
+        elif rollout.evaluation is None:
             self._pending.appendleft(rollout.fresh_copy())
         else:  # the promise of an evaluation episode is made when it begins
             self._pool.unreserve(self._pages_per_rollout)
             self._evaluation_pending.appendleft(rollout.fresh_copy())
+
+    def abandon(self, group_id: int) -> None:
+        """Give a group up: its rollouts that wait are forgotten, those that run are cancelled."""
+        self._open_groups.pop(group_id, None)
+        waiting = [rollout for rollout in self._pending if rollout.group_id == group_id]
+        for rollout in waiting:
+            self._pending.remove(rollout)
+            self._pool.unreserve(self._pages_per_rollout)
+        for rollout in self._running:
+            if rollout.group_id == group_id and rollout.evaluation is None:
+                rollout.cancelled = True
+
+    def abandon_evaluation(self, evaluation: Evaluation, error: Exception) -> None:
+        """Give an evaluation up; who waits for its result gets ``error``."""
+        evaluation.fail(error)
+        kept = [r for r in self._evaluation_pending if r.evaluation is not evaluation]
+        self._evaluation_pending = deque(kept)
+        for rollout in self._running:
+            if rollout.evaluation is evaluation:
+                rollout.cancelled = True
+
+    def quarantine(self, task: str, error: Exception) -> list[int]:
+        """Begin nothing more of ``task``, and give up the evaluations that hold it.
+
+        Returns:
+            list of int: its unfinished groups, to be abandoned.
+
+        Raises:
+            Exception: ``error``, if no other task is left.
+        """
+        self.quarantined.add(task)
+        if self.quarantined.issuperset(self._schedule.tasks):
+            raise error
+        with self._lock:
+            evaluations = list(self._evaluations)
+        for evaluation in evaluations:
+            if any(spec.task == task for spec in evaluation.episodes):
+                self.abandon_evaluation(evaluation, error)
+        return [key for key, spec in self._open_groups.items() if spec.task == task]
 
     def fail_evaluations(self, error: Exception) -> None:
         """End the evaluations that can no longer finish."""

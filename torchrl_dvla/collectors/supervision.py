@@ -7,18 +7,20 @@
 from __future__ import annotations
 
 import logging
+import math
 import selectors
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torchrl_dvla.collectors.batcher import DecisionBatcher
-from torchrl_dvla.collectors.configs import WorkerConfig
+from torchrl_dvla.collectors.configs import InferenceConfig, WorkerConfig
 from torchrl_dvla.collectors.counters import CollectionCounters
-from torchrl_dvla.collectors.rollout import Slot, SlotState
+from torchrl_dvla.collectors.failures import FailureLog, Remedy
+from torchrl_dvla.collectors.rollout import Rollout, Slot, SlotState
 from torchrl_dvla.collectors.rollout_queue import RolloutQueue
-from torchrl_dvla.memory import EnvironmentPool
+from torchrl_dvla.memory import EnvironmentPool, format_bytes, parse_bytes
 from torchrl_dvla.swimlane import SamplingLane
-from torchrl_dvla.swimlane.messages import UsePool
+from torchrl_dvla.swimlane.messages import EnvSpecs, UsePool
 
 __all__ = ["Supervisor"]
 
@@ -32,21 +34,32 @@ _DEADLINES = {
 }
 
 
+#: What a group is dropped for when its environment keeps failing; a metric is named after it.
+_KEPT_FAILING = "the environment kept failing"
+#: Pause between two looks at the memory of the workers.
+_MEMORY_INTERVAL_S = 1.0
+
+
 class Supervisor:
     """Replaces what is lost, so that the run goes on; gives up when nothing gets done any more.
 
-    The coordinator's thread is the only one that calls it.
+    A worker that dies, raises or hangs is replaced and its rollouts are sampled again. A task whose
+    rollouts keep failing is taken out of the run, a single rollout takes its group along. An
+    inference process that dies or hangs is started again on the newest weights, and its request is
+    repeated. The coordinator's thread is the only one that calls it.
 
     Keyword Args:
         sampling (SamplingLane): environment workers.
         batcher (DecisionBatcher): owner of the inference lane.
         slots (sequence of Slot): all environments, worker after worker.
         queue (RolloutQueue): takes interrupted rollouts back.
+        abandon_group (Callable): gives up the group of an id for a reason.
         pool (EnvironmentPool): the rows that new workers are shown.
         selector (BaseSelector): where the connections of new processes are registered: workers
             under their number, the inference lane under ``"inference"``.
         counters (CollectionCounters): takes the counts.
-        workers (WorkerConfig): deadlines and the limit of failures.
+        workers (WorkerConfig): deadlines and limits of the sampling lane.
+        inference (InferenceConfig): deadlines of the inference lane.
     """
 
     def __init__(
@@ -56,20 +69,28 @@ class Supervisor:
         batcher: DecisionBatcher,
         slots: Sequence[Slot],
         queue: RolloutQueue,
+        abandon_group: Callable[[int, str], None],
         pool: EnvironmentPool,
         selector: selectors.BaseSelector,
         counters: CollectionCounters,
         workers: WorkerConfig,
+        inference: InferenceConfig,
     ) -> None:
         self._sampling = sampling
         self._batcher = batcher
         self._slots = slots
         self._queue = queue
+        self._abandon_group = abandon_group
         self._pool = pool
         self._selector = selector
         self._counters = counters
         self._workers = workers
-        self._num_failures = 0
+        self._inference = inference
+        self._failures = FailureLog(workers.max_failures, workers.max_task_failures)
+        self._max_bytes = parse_bytes(workers.max_rss_bytes) if workers.max_rss_bytes else None
+        self._next_look_s = time.monotonic()
+        #: Workers that are replaced as soon as their rollouts are finished.
+        self._retiring: set[int] = set()
         self._inference_descriptor = -1
 
     def start(self) -> None:
@@ -77,34 +98,111 @@ class Supervisor:
         self._listen_to_inference(self._batcher.connect())
         for index in range(self._workers.num_workers):
             self._connect_worker(index)
-            self.admit_worker(index)
+            self._admit_worker(index)
 
-    def note_progress(self) -> None:
+    def note_progress(self, task: str) -> None:
         """A rollout was finished: the failures before it were not in vain."""
-        self._num_failures = 0
+        self._failures.progress(task)
 
     # -- the sampling lane ----------------------------------------------------------------------
 
-    def admit_worker(self, index: int) -> None:
-        """Worker ``index`` has built its environment: let it work."""
-        self._sampling.send(index, UsePool(self._pool.worker_view()))
-        for slot in self._slots_of(index):
-            slot.enter(SlotState.IDLE)
+    def receive_specs(self, index: int, specs: EnvSpecs) -> None:
+        """Worker ``index``, which replaces another, has built its environment: let it work."""
+        if specs == self._sampling.specs:
+            self._admit_worker(index)
+        else:
+            self.replace_worker(
+                index,
+                f"It has built an environment with the specs {specs}, the others have "
+                f"{self._sampling.specs}. Make create_env_fn deterministic.",
+            )
 
     def replace_worker(self, index: int, reason: str) -> None:
         """Worker ``index`` is lost: sample its rollouts again, start another worker.
 
         Raises:
-            RuntimeError: if too many failures came without a finished rollout between them.
+            RuntimeError: if too many failures came without a finished rollout between them, or no
+                task is left.
         """
-        _log.warning("%s is replaced: %s", self._sampling.workers[index].name, reason)
+        worker = self._sampling.workers[index]
+        _log.warning("%s is replaced: %s", worker.name, reason)
         self._counters.add("faults/workers_replaced")
-        self._num_failures += 1
-        if self._num_failures > self._workers.max_failures:
+        culprit = self._culprit(index)
+        rollout = None if culprit is None else culprit.rollout
+        task = None if rollout is None else rollout.spec.task
+        if culprit is not None and culprit.state is SlotState.STARTING:
+            task = self._sampling.first_task
+        remedy = self._failures.lost(worker.started_s, task, rollout)
+        if self._failures.too_many:
             raise RuntimeError(
                 f"max_failures ({self._workers.max_failures}) environment workers in a row ended "
                 f"without finishing a rollout. The last one said:\n{reason}"
             )
+        if remedy is Remedy.QUARANTINE_TASK:
+            assert task is not None
+            self._quarantine(task, reason)
+        elif remedy is Remedy.ABANDON_GROUP:
+            assert rollout is not None
+            self._abandon(rollout, reason)
+        self._respawn(index)
+
+    def replace_hung(self) -> None:
+        """Replace every worker, and the inference lane, that has let a deadline pass."""
+        now_s = time.monotonic()
+        for slot in self._slots:
+            if slot.state in _DEADLINES and self._deadline(slot) < now_s:
+                limit = _DEADLINES[slot.state]
+                seconds = getattr(self._workers, limit)
+                stack = self._sampling.workers[slot.worker].stack()
+                self.replace_worker(
+                    slot.worker,
+                    f"{slot.state.value} took more than {limit}={seconds:g} s. Stack:\n{stack}",
+                )
+        limit, deadline_s = self._inference_deadline()
+        if deadline_s < now_s:
+            lane = self._batcher.lane
+            seconds = getattr(self._inference, limit)
+            reason = f"a call took more than {limit}={seconds:g} s. Stack:\n{lane.stack()}"
+            if not lane.can_be_killed:
+                raise RuntimeError(
+                    f"The inference thread hangs, and a thread cannot be ended: {reason}\nRaise "
+                    f"{limit}, or take where='process'."
+                )
+            self.restart_inference(reason)
+
+    def retire_workers(self) -> None:
+        """Replace workers whose memory has outgrown its bound, once they have finished."""
+        if self._max_bytes is None:
+            return
+        now_s = time.monotonic()
+        if now_s >= self._next_look_s:
+            self._next_look_s = now_s + _MEMORY_INTERVAL_S
+            self._look_at_memory(self._max_bytes)
+        for index in list(self._retiring):
+            slots = self._slots_of(index)
+            for slot in slots:
+                if slot.state is SlotState.IDLE:
+                    slot.enter(SlotState.RETIRED)
+            if all(slot.state is SlotState.RETIRED for slot in slots):
+                self._counters.add("faults/workers_recycled")
+                self._respawn(index)
+
+    def time_to_deadline(self) -> float | None:
+        """Seconds until the next deadline passes; ``None`` if nothing has one."""
+        deadlines = [self._deadline(slot) for slot in self._slots if slot.state in _DEADLINES]
+        deadlines.append(self._inference_deadline()[1])
+        if self._max_bytes is not None:
+            deadlines.append(self._next_look_s)
+        first_s = min(deadlines)
+        return None if math.isinf(first_s) else max(0.0, first_s - time.monotonic())
+
+    def _admit_worker(self, index: int) -> None:
+        self._sampling.send(index, UsePool(self._pool.worker_view()))
+        for slot in self._slots_of(index):
+            slot.enter(SlotState.IDLE)
+
+    def _respawn(self, index: int) -> None:
+        self._retiring.discard(index)
         self._selector.unregister(self._sampling.workers[index].connection)
         # replace() returns when the kernel has ended the process: from then on it writes no row.
         self._sampling.replace(index)
@@ -120,21 +218,45 @@ class Supervisor:
             slot.enter(SlotState.STARTING)
             slot.idle_reason = "worker_lost"
 
-    def time_to_deadline(self) -> float | None:
-        """Seconds until the next deadline passes; ``None`` if nothing has one."""
-        deadlines = [self._deadline(slot) for slot in self._slots if slot.state in _DEADLINES]
-        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+    def _culprit(self, index: int) -> Slot | None:
+        """The environment that worker ``index`` was busy with: it takes one order at a time."""
+        busy = [slot for slot in self._slots_of(index) if slot.state in _DEADLINES]
+        return min(busy, key=lambda slot: slot.since_s, default=None)
 
-    def replace_hung_workers(self) -> None:
-        """Replace every worker that has let a deadline pass."""
-        now_s = time.monotonic()
-        for slot in self._slots:
-            if slot.state in _DEADLINES and self._deadline(slot) < now_s:
-                limit = _DEADLINES[slot.state]
-                seconds = getattr(self._workers, limit)
-                self.replace_worker(
-                    slot.worker, f"{slot.state.value} took more than {limit}={seconds:g} s."
+    def _quarantine(self, task: str, reason: str) -> None:
+        num_failures = self._workers.max_task_failures
+        text = f"Task {task!r} failed {num_failures} times in a row (max_task_failures)."
+        error = RuntimeError(f"{text} The last error:\n{reason}")
+        groups = self._queue.quarantine(task, error)
+        _log.error("%s The run goes on without it. The last error:\n%s", text, reason)
+        self._counters.add("faults/tasks_quarantined")
+        for group_id in groups:
+            self._abandon_group(group_id, _KEPT_FAILING)
+        left = [name for name in self._sampling.tasks if name not in self._queue.quarantined]
+        self._sampling.first_task = left[0]
+
+    def _abandon(self, rollout: Rollout, reason: str) -> None:
+        text = f"A rollout of {rollout.spec} failed {rollout.num_failures} times."
+        if rollout.evaluation is not None:
+            error = RuntimeError(f"{text} The last error:\n{reason}")
+            self._queue.abandon_evaluation(rollout.evaluation, error)
+            return
+        _log.error("%s Its group is given up. The last error:\n%s", text, reason)
+        self._abandon_group(rollout.group_id, _KEPT_FAILING)
+
+    def _look_at_memory(self, max_bytes: int) -> None:
+        for index, worker in enumerate(self._sampling.workers):
+            if index in self._retiring:
+                continue
+            used = worker.private_bytes()
+            if used > max_bytes:
+                _log.info(
+                    "%s holds %s, more than max_rss_bytes=%s: it is replaced after its rollouts.",
+                    worker.name,
+                    format_bytes(used),
+                    format_bytes(max_bytes),
                 )
+                self._retiring.add(index)
 
     # -- the inference lane ---------------------------------------------------------------------
 
@@ -146,14 +268,21 @@ class Supervisor:
         """
         _log.warning("The inference lane is restarted: %s", reason)
         self._counters.add("faults/inference_restarts")
-        self._num_failures += 1
-        if self._num_failures > self._workers.max_failures:
+        self._failures.lost(self._batcher.lane.started_s, None)
+        if self._failures.too_many:
             raise RuntimeError(
-                f"The inference lane was lost {self._num_failures} times without a finished "
-                f"rollout between. The last time: {reason}"
+                f"max_failures ({self._workers.max_failures}) failures in a row came without a "
+                f"finished rollout. The last one, of the inference lane: {reason}"
             )
         self._selector.unregister(self._inference_descriptor)
         self._listen_to_inference(self._batcher.restart(snapshot=self._queue.evaluating))
+
+    def _inference_deadline(self) -> tuple[str, float]:
+        """The limit that holds for the call under way, and when it passes."""
+        limit = "timeout_s" if self._batcher.lane_has_answered else "start_timeout_s"
+        if self._batcher.requested_s is None:
+            return limit, math.inf
+        return limit, self._batcher.requested_s + float(getattr(self._inference, limit))
 
     # -- helpers --------------------------------------------------------------------------------
 

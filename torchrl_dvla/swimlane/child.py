@@ -111,6 +111,7 @@ class Child:
         self.connection, theirs = context.Pipe(duplex=True)
         self._stacks, their_stacks = context.Pipe(duplex=False)
         self.name = name
+        self.started_s = time.monotonic()
         self.process = context.Process(
             target=_run_child, args=(target, theirs, their_stacks, args), name=name, daemon=True
         )

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 import time
 import traceback
@@ -199,10 +200,22 @@ class InferenceProcess:
         )
         self.connection = self._child.connection
 
+    #: Whether a lane that hangs can be ended, and another started.
+    can_be_killed = True
+
     @property
     def pid(self) -> int:
         """Process id of the lane."""
         return self._child.pid
+
+    @property
+    def started_s(self) -> float:
+        """When the lane was started, in seconds of ``time.monotonic``."""
+        return self._child.started_s
+
+    def stack(self) -> str:
+        """What the lane is doing."""
+        return self._child.stack()
 
     def describe_end(self) -> str:
         """How the lane ended, in words."""
@@ -227,6 +240,7 @@ class InferenceThread:
         self, policy_factory: Callable[[], TensorDictModuleBase], reader: WeightReader
     ) -> None:
         self.connection, theirs = Pipe(duplex=True)
+        self.started_s = time.monotonic()
         self._thread = threading.Thread(
             target=_serve,
             args=(theirs, InferenceEngine(policy_factory(), reader)),
@@ -234,6 +248,13 @@ class InferenceThread:
             daemon=True,
         )
         self._thread.start()
+
+    can_be_killed = False
+
+    def stack(self) -> str:
+        """What the lane is doing."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        return "".join(traceback.format_stack(frame)) if frame else "The thread has ended."
 
     def describe_end(self) -> str:
         """How the lane ended, in words."""

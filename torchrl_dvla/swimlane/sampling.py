@@ -49,7 +49,11 @@ class SamplingLane:
         start_method: str = "forkserver",
     ) -> None:
         self._payload = cloudpickle.dumps(dict(factories))
-        self._first_task = next(iter(factories))
+        self.tasks = tuple(factories)
+        #: The task whose environment a new worker builds before it reports.
+        self.first_task = self.tasks[0]
+        #: What all environments speak; known after :meth:`wait_ready`.
+        self.specs: EnvSpecs | None = None
         self._args = (envs_per_worker, num_threads, dict(env_vars or {}))
         self._start_method = start_method
         self.workers: list[Child] = []
@@ -63,7 +67,7 @@ class SamplingLane:
     def _spawn(self, index: int) -> Child:
         return Child(
             run_env_worker,
-            (self._payload, self._first_task, *self._args),
+            (self._payload, self.first_task, *self._args),
             name=f"dvla-env-{index}",
             start_method=self._start_method,
         )
@@ -108,6 +112,7 @@ class SamplingLane:
                     f"{first} from worker 0 and {other} from worker {index}. Make create_env_fn "
                     "deterministic."
                 )
+        self.specs = first
         return first
 
     def receive_specs(self, index: int) -> EnvSpecs:
