@@ -20,7 +20,18 @@ from torchrl.envs.custom import ToyVLAEnv
 from torchrl_dvla.data import decision_layout
 from torchrl_dvla.memory import EnvironmentPool
 from torchrl_dvla.swimlane.env_worker import EnvWorker, describe_env
-from torchrl_dvla.swimlane.messages import Reset, Step
+from torchrl_dvla.swimlane.messages import (
+    Orders,
+    Ready,
+    Report,
+    Reset,
+    Step,
+    Stepped,
+    Stop,
+    UsePool,
+    pack,
+    unpack,
+)
 from torchrl_dvla.testing import CountingChunkEnv
 
 make_env = functools.partial(CountingChunkEnv, chunk_size=4, max_env_steps=10)
@@ -164,3 +175,38 @@ def test_the_worker_reports_its_failure_with_the_traceback():
         thread.join(20)
     finally:
         env_worker.prepare_child = prepare
+
+
+@pytest.mark.parametrize("report_after_s, num_reports", [(1e6, 1), (0.0, 2)])
+def test_cheap_steps_share_a_report_and_long_ones_do_not(monkeypatch, report_after_s, num_reports):
+    from torchrl_dvla.swimlane import env_worker
+
+    monkeypatch.setattr(env_worker, "prepare_child", lambda *args: None)
+    monkeypatch.setattr(env_worker, "_REPORT_AFTER_S", report_after_s)
+    ours, theirs = Pipe()
+    args = (theirs, cloudpickle.dumps({"default": make_env}), "default", 2, 1, {})
+    thread = threading.Thread(target=env_worker.run_env_worker, args=args)
+    thread.start()
+    specs = ours.recv()
+    observation = {key: (shape, dtype) for key, shape, dtype in specs.observation}
+    layout = decision_layout(observation, chunk_size=specs.chunk_size, action_dim=specs.action_dim)
+    with EnvironmentPool(layout, num_pages=2, rows_per_page=4) as pool:
+        pages = [pool.lease("w"), pool.lease("w")]
+        ours.send(UsePool(pool.worker_view()))
+        resets = [
+            Reset(k, "default", 3, k, row=4 * page, generation=0) for k, page in enumerate(pages)
+        ]
+        ours.send(Orders((), pack(resets[:1])))
+        assert list(unpack(Ready, ours.recv().ready)) == [Ready(0, make_env().instruction)]
+        ours.send(Orders(pack([step(0, row=0, next_row=1)]), pack(resets[1:])))
+        reports = [ours.recv() for _ in range(num_reports)]
+        assert all(isinstance(report, Report) for report in reports)
+        ready = [one for report in reports for one in unpack(Ready, report.ready)]
+        stepped = [one for report in reports for one in unpack(Stepped, report.stepped)]
+        assert [one.env_index for one in ready] == [1]
+        assert stepped == [Stepped(0, False, False, 0.0, 4)]
+        names = [name for report in reports for name, _, _ in report.spans]
+        assert names == ["step", "reset"]
+        ours.send(Stop())
+        thread.join(20)
+        assert not thread.is_alive() and not ours.poll(0)

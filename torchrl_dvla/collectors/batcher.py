@@ -6,13 +6,23 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
 
+import numpy as np
+
 from torchrl_dvla.collectors.counters import CollectionCounters
+from torchrl_dvla.collectors.fleet import Fleet
 from torchrl_dvla.collectors.rollout import Rollout, Slot, SlotState
 from torchrl_dvla.data import InstructionTable
+from torchrl_dvla.data.schema import (
+    DECISION_INDEX_KEY,
+    GROUP_ID_KEY,
+    INSTRUCTION_ID_KEY,
+    ROLLOUT_ID_KEY,
+)
 from torchrl_dvla.memory import EnvironmentPool
 from torchrl_dvla.swimlane import InferenceProcess, InferenceThread, Timeline, batch_seed
 from torchrl_dvla.swimlane.messages import Failed, Infer, Snapshot, UsePool
@@ -27,8 +37,10 @@ class LaneLostError(RuntimeError):
 class DecisionBatcher:
     """Sends all rows that wait for a decision to the inference lane, one batch at a time.
 
-    While a batch is under way the next one gathers, so the batch size follows the load by itself:
-    no row waits for a batch to fill up.
+    While a batch is under way the next one gathers, so the batch size follows the load by itself. A
+    policy call costs little more for a few more rows, so a batch that could begin waits a moment
+    for what is being simulated: until it is full, until nothing more can come, or until
+    ``max_wait_s`` is over.
 
     Args:
         start_inference (Callable): starts the inference lane.
@@ -36,7 +48,9 @@ class DecisionBatcher:
         instructions (InstructionTable): strings by id.
 
     Keyword Args:
+        fleet (Fleet): says how many rollouts are under way.
         max_batch_size (int): rows of one batch.
+        max_wait_s (float): seconds that a row waits for others.
         seed (int, optional): of the tokens that are sampled; each batch has a seed of its own, see
             :func:`~torchrl_dvla.swimlane.batch_seed`. ``None`` leaves the lane's generator alone.
         timeline (Timeline): takes the spans.
@@ -49,7 +63,9 @@ class DecisionBatcher:
         pool: EnvironmentPool,
         instructions: InstructionTable,
         *,
+        fleet: Fleet,
         max_batch_size: int,
+        max_wait_s: float,
         seed: int | None,
         timeline: Timeline,
         counters: CollectionCounters,
@@ -57,11 +73,18 @@ class DecisionBatcher:
         self._start_inference = start_inference
         self._pool = pool
         self._instructions = instructions
-        self._max_batch_size = max_batch_size
+        self._fleet = fleet
+        #: These two may be changed while the lane runs.
+        self.max_batch_size = max_batch_size
+        self.max_wait_s = max_wait_s
         self._seed = seed
         #: Batches so far, of training and of evaluations.
         self.num_batches = [0, 0]
         self._track = timeline.track("inference")
+        self._ids = {
+            key: pool.rows.get(key).numpy()
+            for key in (INSTRUCTION_ID_KEY, GROUP_ID_KEY, ROLLOUT_ID_KEY, DECISION_INDEX_KEY)
+        }
         self._counters = counters
         self._waiting: deque[Slot] = deque()
         #: Whether rows were left when the last batch was begun.
@@ -117,12 +140,14 @@ class DecisionBatcher:
         self._waiting.remove(slot)
 
     def dispatch(self, *, in_order: bool = False) -> None:
-        """Begin the next batch, if none is under way and a row waits.
+        """Begin the next batch, if none is under way and it is time.
 
         Keyword Args:
-            in_order (bool): take the rows in the order of their slots, not of their arrival.
+            in_order (bool): take the rows in the order of their slots, not of their arrival, and
+                at once.
         """
-        if self._batch or not self._waiting:
+        wait_s = self.time_to_dispatch()
+        if wait_s == math.inf or (wait_s > 0.0 and not in_order):
             return
         waiting, self._waiting = self._waiting, deque()
         if in_order:
@@ -130,7 +155,7 @@ class DecisionBatcher:
         evaluation = waiting[0].occupant.evaluation
         for slot in waiting:
             rollout = slot.occupant
-            if rollout.evaluation is evaluation and len(self._batch) < self._max_batch_size:
+            if rollout.evaluation is evaluation and len(self._batch) < self.max_batch_size:
                 slot.state = SlotState.INFERRING  # since_s stays: it still waits for its decision
                 self._batch.append((slot, rollout))
             else:
@@ -138,6 +163,14 @@ class DecisionBatcher:
         self.round_is_open = bool(self._waiting)
         self._batch_seed = self._next_seed(evaluation is not None)
         self._request()
+
+    def time_to_dispatch(self) -> float:
+        """Seconds until the next batch begins if nothing else happens; infinite if it cannot."""
+        if self._batch or not self._waiting:
+            return math.inf
+        if len(self._waiting) >= min(self.max_batch_size, self._fleet.num_at_work):
+            return 0.0
+        return max(0.0, self._waiting[0].since_s + self.max_wait_s - time.monotonic())
 
     def receive(self) -> list[tuple[Slot, Rollout]]:
         """The decisions that have been taken; they stand in the rows.
@@ -167,9 +200,19 @@ class DecisionBatcher:
     def _request(self) -> None:
         rollouts = [rollout for _, rollout in self._batch]
         evaluation = rollouts[0].evaluation
+        rows = [rollout.place[0] for rollout in rollouts]
+        instruction_ids = [rollout.instruction_id for rollout in rollouts]
+        index = np.array(rows)
+        for key, values in (
+            (INSTRUCTION_ID_KEY, instruction_ids),
+            (GROUP_ID_KEY, [rollout.group_id for rollout in rollouts]),
+            (ROLLOUT_ID_KEY, [rollout.rollout_id for rollout in rollouts]),
+            (DECISION_INDEX_KEY, [rollout.num_decisions for rollout in rollouts]),
+        ):
+            self._ids[key][index, 0] = values
         message = Infer(
-            rows=[rollout.row for rollout in rollouts],
-            instruction_ids=[rollout.instruction_id for rollout in rollouts],
+            rows=rows,
+            instruction_ids=instruction_ids,
             new_instructions=self._instructions.since(self._num_instructions_sent),
             greedy=evaluation is not None and evaluation.greedy,
             use_snapshot=evaluation is not None,

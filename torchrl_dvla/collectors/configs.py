@@ -135,6 +135,8 @@ class InferenceConfig:
     Args:
         where (str): ``"process"`` (default), or ``"thread"`` of the learner's process.
         max_batch_size (int, optional): rows of one policy call. Defaults to no limit.
+        max_wait_s (float): seconds that a row that is ready waits for others to share its policy
+            call, while there are others. 0 calls the policy as soon as it is free.
         num_threads (int): intra-op torch threads of the process.
         timeout_s (float): seconds after which a policy call counts as hung. The process is replaced
             then; a thread cannot be, so the run ends with its stack.
@@ -153,6 +155,7 @@ class InferenceConfig:
 
     where: Literal["process", "thread"] = "process"
     max_batch_size: int | None = None
+    max_wait_s: float = 2e-3
     num_threads: int = 1
     timeout_s: float = 120.0
     start_timeout_s: float = 300.0

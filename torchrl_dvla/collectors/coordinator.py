@@ -15,26 +15,23 @@ from collections.abc import Callable
 from torchrl_dvla.collectors.batcher import DecisionBatcher, LaneLostError
 from torchrl_dvla.collectors.configs import InferenceConfig, WorkerConfig
 from torchrl_dvla.collectors.counters import CollectionCounters
+from torchrl_dvla.collectors.fleet import Fleet
 from torchrl_dvla.collectors.lockstep import Lockstep
-from torchrl_dvla.collectors.rollout import Rollout, Slot, SlotState
+from torchrl_dvla.collectors.rollout import NO_PLACE, Rollout, Slot, SlotState
 from torchrl_dvla.collectors.rollout_queue import RolloutQueue
 from torchrl_dvla.collectors.supervision import Supervisor
 from torchrl_dvla.data import InstructionTable
-from torchrl_dvla.data.schema import (
-    DECISION_INDEX_KEY,
-    GROUP_ID_KEY,
-    IMAGE_KEY,
-    INSTRUCTION_ID_KEY,
-    ROLLOUT_ID_KEY,
-)
+from torchrl_dvla.data.schema import IMAGE_KEY
 from torchrl_dvla.memory import EnvironmentPool
 from torchrl_dvla.swimlane import InferenceProcess, InferenceThread, SamplingLane, Timeline
 from torchrl_dvla.swimlane.messages import (
     EnvSpecs,
     Ready,
+    Report,
     Reset,
     Step,
     Stepped,
+    unpack,
 )
 
 __all__ = ["Coordinator"]
@@ -47,8 +44,9 @@ class Coordinator:
 
     It is the single owner of page ownership and of every rollout's state, so nothing here needs a
     lock; workers and policy write only the rows that it tells them (invariant 2). One pass of the
-    loop fills idle environments, sends the rows that wait to the policy, and then sleeps until a
-    message, a deadline or :meth:`wake` ends the sleep.
+    loop fills idle environments, sends the rows that wait to the policy and its orders to every
+    worker, and then sleeps until a message, a deadline or :meth:`wake` ends the sleep. What a pass
+    costs depends on what there is to do, not on the number of environments.
 
     Args:
         sampling (SamplingLane): environment workers that are ready.
@@ -94,26 +92,22 @@ class Coordinator:
         ]
         self._counters = counters
         self._workers = workers
-        self._slots = [
-            Slot(worker, env_index)
-            for worker in range(workers.num_workers)
-            for env_index in range(workers.envs_per_worker)
-        ]
-        self._lockstep = Lockstep(self._slots) if lockstep else None
+        self._fleet = Fleet(workers.num_workers, workers.envs_per_worker)
+        #: Rollouts that may be under way at once; it may be changed while the lanes run.
+        self.max_in_flight = len(self._fleet.slots)
+        self._lockstep = Lockstep(self._fleet.slots) if lockstep else None
         self._batcher = DecisionBatcher(
             start_inference,
             pool,
             instructions,
-            max_batch_size=inference.max_batch_size or len(self._slots),
+            fleet=self._fleet,
+            max_batch_size=inference.max_batch_size or len(self._fleet.slots),
+            max_wait_s=inference.max_wait_s,
             # A thread shares its generator with the learner: only rounds may reseed it.
             seed=seed if lockstep or inference.where == "process" else None,
             timeline=timeline,
             counters=counters,
         )
-        self._ids = {
-            key: pool.rows.get(key).numpy()
-            for key in (INSTRUCTION_ID_KEY, GROUP_ID_KEY, ROLLOUT_ID_KEY, DECISION_INDEX_KEY)
-        }
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -121,7 +115,7 @@ class Coordinator:
         self._supervisor = Supervisor(
             sampling=sampling,
             batcher=self._batcher,
-            slots=self._slots,
+            fleet=self._fleet,
             queue=queue,
             abandon_group=abandon_group,
             pool=pool,
@@ -164,7 +158,8 @@ class Coordinator:
                 self._supervisor.retire_workers()
                 self._fill_idle_slots()
                 self._dispatch()
-                for key, _ in self._selector.select(self._supervisor.time_to_deadline()):
+                self._sampling.flush()
+                for key, _ in self._selector.select(self._time_to_act()):
                     self._receive(key)
                 self._supervisor.replace_hung()
         except BaseException as error:
@@ -197,6 +192,7 @@ class Coordinator:
             for slot, message in self._lockstep.release():
                 slot.enter(SlotState.ANSWERED)
                 self._on_answer(slot, message)
+            self._fleet.sort_idle()
 
     def _dispatch(self) -> None:
         if self._lockstep is None:
@@ -211,24 +207,35 @@ class Coordinator:
             self._batcher.snapshot()
 
     def _fill_idle_slots(self) -> None:
-        for slot in self._slots:
-            if slot.state is not SlotState.IDLE:
-                continue
-            rollout = self._queue.next()
-            if isinstance(rollout, str):
-                slot.idle_reason = rollout
-                self._note_rest(slot.worker, rollout)
-                continue
-            slot.enter(SlotState.RESETTING)
-            self._tracks[slot.worker].waiting(None)
-            slot.rollout = rollout
-            rollout.row, generation = self._row_of(rollout, rollout.num_decisions)
-            spec = rollout.spec
-            start = (spec.task, spec.seed, spec.init_state_id)
-            message = Reset(slot.env_index, *start, rollout.row, generation)
-            self._sampling.send(slot.worker, message)
+        while self._fleet.idle:
+            reason = "in_flight"
+            if self._fleet.num_at_work < self.max_in_flight:
+                rollout = self._queue.next()
+                if isinstance(rollout, Rollout):
+                    self._begin(rollout)
+                    continue
+                reason = rollout
+            # What holds for one idle environment holds for all of them.
+            self._tell_rest(reason)
+            return
 
-    def _row_of(self, rollout: Rollout, decision: int) -> tuple[int, int]:
+    def _begin(self, rollout: Rollout) -> None:
+        slot = self._fleet.begin(rollout)
+        self._tracks[slot.worker].waiting(None)
+        rollout.place = self._place_of(rollout, 0)
+        spec = rollout.spec
+        start = (spec.task, spec.seed, spec.init_state_id)
+        self._sampling.order(slot.worker, Reset(slot.env_index, *start, *rollout.place))
+
+    def _tell_rest(self, reason: str) -> None:
+        """A worker without any rollout rests because of ``reason`` from now on."""
+        for slot in self._fleet.idle:
+            if slot.idle_reason != reason:
+                slot.idle_reason = reason
+                if not self._fleet.num_at_work_on[slot.worker]:
+                    self._tracks[slot.worker].waiting(reason)
+
+    def _place_of(self, rollout: Rollout, decision: int) -> tuple[int, int]:
         """The row of one decision of ``rollout``, on a newly leased page where one begins.
 
         Beside it the generation of its page, by which a worker knows that the lease still stands.
@@ -243,34 +250,32 @@ class Coordinator:
 
     def _receive_worker(self, index: int) -> None:
         message = self._sampling.receive(index)
-        if isinstance(message, Ready | Stepped):
-            slot = self._slot(index, message.env_index)
-            if self._lockstep is None:
-                self._on_answer(slot, message)
-            else:
-                self._lockstep.hold(slot, message)
+        if isinstance(message, Report):
+            self._receive_report(index, message)
         elif isinstance(message, EnvSpecs):
             self._supervisor.receive_specs(index, message)
         else:
             self._supervisor.replace_worker(index, str(message))
 
+    def _receive_report(self, index: int, report: Report) -> None:
+        self._supervisor.note_report(index)
+        for name, start_s, end_s in report.spans:
+            self._tracks[index].add(start_s, end_s, name, "no_decision")
+        answer = self._on_answer if self._lockstep is None else self._lockstep.hold
+        for stepped in unpack(Stepped, report.stepped):
+            answer(self._fleet.slot(index, stepped.env_index), stepped)
+        for ready in unpack(Ready, report.ready):
+            answer(self._fleet.slot(index, ready.env_index), ready)
+
     def _on_answer(self, slot: Slot, message: Ready | Stepped) -> None:
         if isinstance(message, Ready):
-            self._on_ready(slot, message)
+            slot.occupant.instruction_id = self._instructions.id(message.instruction)
+            self._batcher.add(slot)
         else:
             self._on_stepped(slot, message)
 
-    def _on_ready(self, slot: Slot, message: Ready) -> None:
-        rollout = slot.occupant
-        track = self._tracks[slot.worker]
-        track.add(message.start_s, message.end_s, "reset", slot.idle_reason)
-        rollout.instruction_id = self._instructions.id(message.instruction)
-        self._await_decision(slot, rollout)
-
     def _on_stepped(self, slot: Slot, message: Stepped) -> None:
         rollout = slot.occupant
-        track = self._tracks[slot.worker]
-        track.add(message.start_s, message.end_s, "step", "no_decision")
         rollout.num_decisions += 1
         rollout.num_env_steps += message.num_env_steps
         rollout.episode_return += message.reward
@@ -278,20 +283,11 @@ class Coordinator:
         self._counters.add("collector/decisions")
         self._counters.add("collector/env_steps", message.num_env_steps)
         if message.done:
-            slot.enter(SlotState.IDLE)
-            slot.rollout = None
+            self._fleet.end(slot)
             self._finish(rollout)
         else:
-            rollout.row, _ = self._row_of(rollout, rollout.num_decisions)
-            self._await_decision(slot, rollout)
-
-    def _await_decision(self, slot: Slot, rollout: Rollout) -> None:
-        row = rollout.row
-        self._ids[INSTRUCTION_ID_KEY][row] = rollout.instruction_id
-        self._ids[GROUP_ID_KEY][row] = rollout.group_id
-        self._ids[ROLLOUT_ID_KEY][row] = rollout.rollout_id
-        self._ids[DECISION_INDEX_KEY][row] = rollout.num_decisions
-        self._batcher.add(slot)
+            rollout.place = rollout.next_place
+            self._batcher.add(slot)
 
     def _finish(self, rollout: Rollout) -> None:
         self._supervisor.note_progress(rollout.spec.task)
@@ -330,19 +326,16 @@ class Coordinator:
                 self._queue.retry(rollout)
                 continue
             slot.enter(SlotState.STEPPING)
-            this = self._row_of(rollout, rollout.num_decisions)
-            following = (-1, -1)
+            rollout.next_place = NO_PLACE
             if rollout.num_decisions + 1 < self._workers.max_decisions:
-                following = self._row_of(rollout, rollout.num_decisions + 1)
-            self._sampling.send(slot.worker, Step(slot.env_index, *this, *following))
+                rollout.next_place = self._place_of(rollout, rollout.num_decisions + 1)
+            step = Step(slot.env_index, *rollout.place, *rollout.next_place)
+            self._sampling.order(slot.worker, step)
 
     # -- helpers --------------------------------------------------------------------------------
 
-    def _note_rest(self, worker: int, reason: str) -> None:
-        """A worker rests because of ``reason`` once none of its environments has anything to do."""
-        slots = [self._slot(worker, index) for index in range(self._workers.envs_per_worker)]
-        if all(slot.state is SlotState.IDLE for slot in slots):
-            self._tracks[worker].waiting(reason)
-
-    def _slot(self, worker: int, env_index: int) -> Slot:
-        return self._slots[worker * self._workers.envs_per_worker + env_index]
+    def _time_to_act(self) -> float:
+        """Seconds that the loop may sleep if no message comes."""
+        if self._lockstep is not None:  # only an answer begins the next batch
+            return self._supervisor.time_to_check()
+        return min(self._supervisor.time_to_check(), self._batcher.time_to_dispatch())

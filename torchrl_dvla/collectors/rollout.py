@@ -14,7 +14,10 @@ from torchrl_dvla.collectors.evaluation import Evaluation
 from torchrl_dvla.collectors.schedule import EpisodeSpec
 from torchrl_dvla.memory import Page
 
-__all__ = ["Rollout", "Slot", "SlotState"]
+__all__ = ["NO_PLACE", "Rollout", "Slot", "SlotState"]
+
+#: No row: the rollout takes no further decision.
+NO_PLACE = (-1, -1)
 
 
 @dataclass(eq=False)
@@ -42,7 +45,9 @@ class Rollout:
     #: Times that it was lost and could be sampled again.
     num_failures: int = 0
     pages: list[Page] = field(default_factory=list)
-    row: int = -1
+    #: Row of the next decision and generation of its page; the same of the decision after it.
+    place: tuple[int, int] = NO_PLACE
+    next_place: tuple[int, int] = NO_PLACE
     num_decisions: int = 0
     num_env_steps: int = 0
     episode_return: float = 0.0

@@ -10,12 +10,13 @@ import logging
 import math
 import selectors
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torchrl_dvla.collectors.batcher import DecisionBatcher
 from torchrl_dvla.collectors.configs import InferenceConfig, WorkerConfig
 from torchrl_dvla.collectors.counters import CollectionCounters
 from torchrl_dvla.collectors.failures import FailureLog, Remedy
+from torchrl_dvla.collectors.fleet import Fleet
 from torchrl_dvla.collectors.rollout import Rollout, Slot, SlotState
 from torchrl_dvla.collectors.rollout_queue import RolloutQueue
 from torchrl_dvla.memory import EnvironmentPool, format_bytes, parse_bytes
@@ -51,7 +52,7 @@ class Supervisor:
     Keyword Args:
         sampling (SamplingLane): environment workers.
         batcher (DecisionBatcher): owner of the inference lane.
-        slots (sequence of Slot): all environments, worker after worker.
+        fleet (Fleet): all environments.
         queue (RolloutQueue): takes interrupted rollouts back.
         abandon_group (Callable): gives up the group of an id for a reason.
         pool (EnvironmentPool): the rows that new workers are shown.
@@ -67,7 +68,7 @@ class Supervisor:
         *,
         sampling: SamplingLane,
         batcher: DecisionBatcher,
-        slots: Sequence[Slot],
+        fleet: Fleet,
         queue: RolloutQueue,
         abandon_group: Callable[[int, str], None],
         pool: EnvironmentPool,
@@ -78,7 +79,7 @@ class Supervisor:
     ) -> None:
         self._sampling = sampling
         self._batcher = batcher
-        self._slots = slots
+        self._fleet = fleet
         self._queue = queue
         self._abandon_group = abandon_group
         self._pool = pool
@@ -92,6 +93,9 @@ class Supervisor:
         #: Workers that are replaced as soon as their rollouts are finished.
         self._retiring: set[int] = set()
         self._inference_descriptor = -1
+        #: When each worker reported last, and when the deadlines are looked at next.
+        self._reported_s = [0.0] * workers.num_workers
+        self._check_at_s = 0.0
 
     def start(self) -> None:
         """Connect the lanes; all workers have built their environments."""
@@ -147,9 +151,16 @@ class Supervisor:
         self._respawn(index)
 
     def replace_hung(self) -> None:
-        """Replace every worker, and the inference lane, that has let a deadline pass."""
+        """Replace every worker, and the inference lane, that has let a deadline pass.
+
+        Deadlines only move away: a report puts off those of its worker, and what is asked for from
+        now on has its whole time before it. So they are looked at when the earliest may have
+        passed, not in every pass of the loop.
+        """
         now_s = time.monotonic()
-        for slot in self._slots:
+        if now_s < self._check_at_s:
+            return
+        for slot in self._fleet.slots:
             if slot.state in _DEADLINES and self._deadline(slot) < now_s:
                 limit = _DEADLINES[slot.state]
                 seconds = getattr(self._workers, limit)
@@ -169,6 +180,10 @@ class Supervisor:
                     f"{limit}, or take where='process'."
                 )
             self.restart_inference(reason)
+        limits = [getattr(self._workers, name) for name in _DEADLINES.values()]
+        limits += [self._inference.timeout_s, self._inference.start_timeout_s]
+        deadlines = [self._deadline(slot) for slot in self._fleet.slots if slot.state in _DEADLINES]
+        self._check_at_s = min(now_s + min(limits), deadline_s, *deadlines)
 
     def retire_workers(self) -> None:
         """Replace workers whose memory has outgrown its bound, once they have finished."""
@@ -179,27 +194,24 @@ class Supervisor:
             self._next_look_s = now_s + _MEMORY_INTERVAL_S
             self._look_at_memory(self._max_bytes)
         for index in list(self._retiring):
-            slots = self._slots_of(index)
-            for slot in slots:
-                if slot.state is SlotState.IDLE:
-                    slot.enter(SlotState.RETIRED)
-            if all(slot.state is SlotState.RETIRED for slot in slots):
+            if self._fleet.retire(index):
                 self._counters.add("faults/workers_recycled")
                 self._respawn(index)
 
-    def time_to_deadline(self) -> float | None:
-        """Seconds until the next deadline passes; ``None`` if nothing has one."""
-        deadlines = [self._deadline(slot) for slot in self._slots if slot.state in _DEADLINES]
-        deadlines.append(self._inference_deadline()[1])
+    def note_report(self, index: int) -> None:
+        """Worker ``index`` has reported: the time of what it does next counts from now."""
+        self._reported_s[index] = time.monotonic()
+
+    def time_to_check(self) -> float:
+        """Seconds until the deadlines, or the memory of the workers, have to be looked at."""
+        check_at_s = self._check_at_s
         if self._max_bytes is not None:
-            deadlines.append(self._next_look_s)
-        first_s = min(deadlines)
-        return None if math.isinf(first_s) else max(0.0, first_s - time.monotonic())
+            check_at_s = min(check_at_s, self._next_look_s)
+        return max(0.0, check_at_s - time.monotonic())
 
     def _admit_worker(self, index: int) -> None:
         self._sampling.send(index, UsePool(self._pool.worker_view()))
-        for slot in self._slots_of(index):
-            slot.enter(SlotState.IDLE)
+        self._fleet.admit(index)
 
     def _respawn(self, index: int) -> None:
         self._retiring.discard(index)
@@ -207,20 +219,19 @@ class Supervisor:
         # replace() returns when the kernel has ended the process: from then on it writes no row.
         self._sampling.replace(index)
         self._connect_worker(index)
-        for slot in self._slots_of(index):
-            rollout, slot.rollout = slot.rollout, None
-            if rollout is not None and slot.state is SlotState.INFERRING:
+        for slot in self._fleet.of(index):
+            state = slot.state
+            if state is SlotState.READY:
+                self._batcher.withdraw(slot)
+            rollout = self._fleet.lose(slot)
+            if rollout is not None and state is SlotState.INFERRING:
                 rollout.abandoned = True  # the policy still writes its row
             elif rollout is not None:
                 self._queue.retry(rollout)
-            if slot.state is SlotState.READY:
-                self._batcher.withdraw(slot)
-            slot.enter(SlotState.STARTING)
-            slot.idle_reason = "worker_lost"
 
     def _culprit(self, index: int) -> Slot | None:
         """The environment that worker ``index`` was busy with: it takes one order at a time."""
-        busy = [slot for slot in self._slots_of(index) if slot.state in _DEADLINES]
+        busy = [slot for slot in self._fleet.of(index) if slot.state in _DEADLINES]
         return min(busy, key=lambda slot: slot.since_s, default=None)
 
     def _quarantine(self, task: str, reason: str) -> None:
@@ -296,8 +307,6 @@ class Supervisor:
         self._selector.register(descriptor, selectors.EVENT_READ, "inference")
 
     def _deadline(self, slot: Slot) -> float:
-        return slot.since_s + float(getattr(self._workers, _DEADLINES[slot.state]))
-
-    def _slots_of(self, worker: int) -> Sequence[Slot]:
-        size = self._workers.envs_per_worker
-        return self._slots[worker * size : (worker + 1) * size]
+        # A worker carries its orders out one after the other, and reports in between.
+        since_s = max(slot.since_s, self._reported_s[slot.worker])
+        return since_s + float(getattr(self._workers, _DEADLINES[slot.state]))

@@ -10,11 +10,12 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from typing import Any
 
 import cloudpickle
 import numpy as np
 import torch
-from tensordict import NonTensorData, TensorDict, TensorDictBase
+from tensordict import NonTensorData, TensorDictBase
 from tensordict.utils import is_non_tensor
 from torchrl.data import NonTensor
 from torchrl.envs import EnvBase
@@ -23,7 +24,6 @@ from torchrl_dvla.data.schema import (
     ACTION_CHUNK_KEY,
     ACTION_IS_PAD_KEY,
     DONE_KEY,
-    INIT_STATE_ID_KEY,
     INSTRUCTION_KEY,
     OBSERVATION_KEY,
     REWARD_KEY,
@@ -36,13 +36,18 @@ from torchrl_dvla.swimlane.child import prepare_child
 from torchrl_dvla.swimlane.messages import (
     EnvSpecs,
     Failed,
+    Orders,
     Ready,
+    Report,
     Reset,
     Step,
     Stepped,
     Stop,
     UsePool,
+    pack,
+    unpack,
 )
+from torchrl_dvla.swimlane.root import Root
 
 __all__ = ["EnvWorker", "describe_env", "run_env_worker"]
 
@@ -55,6 +60,11 @@ _OUTCOME_KEYS = (
     SUCCESS_KEY,
     ACTION_IS_PAD_KEY,
 )
+
+#: A report waits this long for more to join it. An environment that takes longer is reported at
+#: once, so that the policy can decide for it while the worker steps the next; cheap ones share the
+#: price of a message. How it was found: decision 31.
+_REPORT_AFTER_S = 2e-3
 
 EnvFactories = Mapping[str, Callable[[], EnvBase]]
 
@@ -118,9 +128,8 @@ class EnvWorker:
 
     def __init__(self, factories: EnvFactories, num_envs: int) -> None:
         self._factories = factories
-        self._envs: dict[tuple[int, str], EnvBase] = {}
-        self._active: list[EnvBase | None] = [None] * num_envs
-        self._tensordicts: list[TensorDictBase | None] = [None] * num_envs
+        self._roots: dict[tuple[int, str], Root] = {}
+        self._active: list[Root | None] = [None] * num_envs
         self._chunks = np.empty(0, np.float32)
         self._observations: RowWriter | None = None
         self._outcomes: RowWriter | None = None
@@ -128,9 +137,9 @@ class EnvWorker:
     def build(self, env_index: int, task: str) -> EnvBase:
         """The environment of ``env_index`` for ``task``, built at most once."""
         key = (env_index, task)
-        if key not in self._envs:
-            self._envs[key] = self._factories[task]()
-        return self._envs[key]
+        if key not in self._roots:
+            self._roots[key] = Root(self._factories[task]())
+        return self._roots[key].env
 
     def use_pool(self, view: WorkerView) -> None:
         """Take the rows that chunks are read from and observations and outcomes written to."""
@@ -144,60 +153,52 @@ class EnvWorker:
 
         Seeding before every reset is what lets all rollouts of a group share one scene.
         """
-        env = self.build(message.env_index, message.task)
-        env.set_seed(message.seed)
-        request = TensorDict({INIT_STATE_ID_KEY: torch.tensor([message.init_state_id])})
-        tensordict = env.reset(request)
-        self._active[message.env_index] = env
-        self._tensordicts[message.env_index] = tensordict
         if self._observations is None:
             raise RuntimeError("use_pool must be called before reset: there is no row to write to.")
+        self.build(message.env_index, message.task)
+        root = self._roots[message.env_index, message.task]
+        tensordict = root.reset(message.seed, message.init_state_id)
+        self._active[message.env_index] = root
         self._observations.write_from(message.row, message.generation, tensordict)
         return _instruction(tensordict)
 
     def step(self, message: Step) -> tuple[bool, bool, float, int]:
         """Execute one chunk; returns done, success, reward, executed env steps."""
-        env, tensordict = self._active[message.env_index], self._tensordicts[message.env_index]
-        observations, outcomes = self._observations, self._outcomes
-        if env is None or tensordict is None or observations is None or outcomes is None:
-            raise RuntimeError(
-                f"Environment {message.env_index} must be reset before it is stepped."
-            )
-        chunk = torch.from_numpy(self._chunks[message.row].copy())
-        tensordict.set(ACTION_CHUNK_KEY, chunk)
-        tensordict = env.step(tensordict)
-        next_tensordict = tensordict.get("next")
-        done = bool(next_tensordict.get("done"))
-        terminated = bool(next_tensordict.get("terminated", default=torch.tensor(done)))
-        success = bool(next_tensordict.get("success", default=torch.tensor(terminated)))
-        reward = float(next_tensordict.get("reward").sum())
-        is_pad = next_tensordict.get(ACTION_IS_PAD_KEY, default=None)
+        env_index, row, generation, next_row, next_generation = message
+        root, observations, outcomes = self._active[env_index], self._observations, self._outcomes
+        if root is None or observations is None or outcomes is None:
+            raise RuntimeError(f"Environment {env_index} must be reset before it is stepped.")
+        chunk = self._chunks[row].copy()
+        next_tensordict = root.step(torch.from_numpy(chunk))
+        found = dict(next_tensordict.items())  # one look for all: get() has a price of its own
+        done = bool(found["done"])
+        terminated = bool(found.get("terminated", done))
+        success = bool(found.get("success", terminated))
+        reward = found["reward"]
+        reward = float(reward.sum() if reward.numel() > 1 else reward)
+        is_pad: Any = found.get(ACTION_IS_PAD_KEY, False)
+        if is_pad is not False:
+            is_pad = is_pad.numpy()
         # A rollout that may take no further decision ends here, whether the environment agrees or
         # not: for the learner that is a truncation.
-        out_of_decisions = message.next_row < 0 and not done
-        outcome = (
-            reward,
-            done or out_of_decisions,
-            terminated,
-            (done and not terminated) or out_of_decisions,
-            success,
-            False if is_pad is None else is_pad.numpy(),
-        )
-        outcomes.write(message.row, message.generation, outcome)
-        num_env_steps = chunk.shape[0] if is_pad is None else int((~is_pad).sum())
-        if not done and message.next_row >= 0:
-            observations.write_from(message.next_row, message.next_generation, next_tensordict)
-            self._tensordicts[message.env_index] = env.step_mdp(tensordict)
+        out_of_decisions = next_row < 0 and not done
+        is_over = done or out_of_decisions
+        truncated = is_over and not terminated
+        outcome = (reward, is_over, terminated, truncated, success, is_pad)
+        outcomes.write(row, generation, outcome)
+        if is_over:
+            self._active[env_index] = None
         else:
-            self._tensordicts[message.env_index] = None
-        return done or out_of_decisions, success, reward, num_env_steps
+            observations.write_from(next_row, next_generation, next_tensordict)
+            root.advance()
+        return is_over, success, reward, chunk.shape[0] - int(np.count_nonzero(is_pad))
 
     def close(self) -> None:
         """Close every environment."""
-        for env in self._envs.values():
-            if not env.is_closed:
-                env.close()
-        self._envs.clear()
+        for root in self._roots.values():
+            if not root.env.is_closed:
+                root.env.close()
+        self._roots.clear()
 
 
 def _instruction(tensordict: TensorDictBase) -> str:
@@ -205,6 +206,51 @@ def _instruction(tensordict: TensorDictBase) -> str:
     if isinstance(value, NonTensorData) or is_non_tensor(value):
         value = value.data
     return str(value)
+
+
+class _Reporter:
+    """Gathers what was done, and sends it when it is worth a message."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._ready: list[Ready] = []
+        self._stepped: list[Stepped] = []
+        self._spans: list[tuple[str, float, float]] = []
+        self._until_s = 0.0
+
+    def begin(self) -> None:
+        """The worker works from now on."""
+        self._until_s = time.monotonic()
+
+    def add(self, name: str, record: Ready | Stepped) -> None:
+        """One order was carried out; ``name`` is what it was for the timeline."""
+        start_s, now_s = self._until_s, time.monotonic()
+        self._until_s = now_s
+        if isinstance(record, Stepped):
+            self._stepped.append(record)
+        else:
+            self._ready.append(record)
+        if self._spans and self._spans[-1][0] == name:
+            start_s = self._spans.pop()[1]
+        self._spans.append((name, start_s, now_s))
+        if now_s - self._spans[0][1] > _REPORT_AFTER_S:
+            self.send()
+
+    def send(self) -> None:
+        """Report now, if there is anything to report."""
+        if self._spans:
+            report = Report(pack(self._stepped), pack(self._ready), self._spans)
+            self._connection.send(report)
+            self._ready, self._stepped, self._spans = [], [], []
+
+
+def _carry_out(orders: Orders, worker: EnvWorker, reporter: _Reporter) -> None:
+    reporter.begin()
+    for step in unpack(Step, orders.steps):
+        reporter.add("step", Stepped(step.env_index, *worker.step(step)))
+    for reset in unpack(Reset, orders.resets):
+        reporter.add("reset", Ready(reset.env_index, worker.reset(reset)))
+    reporter.send()
 
 
 def run_env_worker(
@@ -217,19 +263,15 @@ def run_env_worker(
 ) -> None:
     """Entry point of the worker process: build, describe, then serve until told to stop."""
     prepare_child(num_threads, env_vars)
-    worker = None
+    worker = reporter = None
     try:
         worker = EnvWorker(cloudpickle.loads(pickled_factories), num_envs)
         connection.send(describe_env(worker.build(0, first_task)))
+        reporter = _Reporter(connection)
         while True:
             message = connection.recv()
-            start_s = time.monotonic()
-            if isinstance(message, Step):
-                outcome = worker.step(message)
-                connection.send(Stepped(message.env_index, *outcome, start_s, time.monotonic()))
-            elif isinstance(message, Reset):
-                instruction = worker.reset(message)
-                connection.send(Ready(message.env_index, instruction, start_s, time.monotonic()))
+            if isinstance(message, Orders):
+                _carry_out(message, worker, reporter)
             elif isinstance(message, UsePool):
                 worker.use_pool(message.pool_view)
             elif isinstance(message, Stop):
@@ -238,6 +280,8 @@ def run_env_worker(
         pass  # the coordinator is gone
     except BaseException:
         try:
+            if reporter is not None:
+                reporter.send()  # what went well, so that the failure is not put down to it
             connection.send(Failed(traceback.format_exc()))
         except OSError:
             pass

@@ -16,7 +16,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_dvla.swimlane.child import Child
 from torchrl_dvla.swimlane.env_worker import run_env_worker
-from torchrl_dvla.swimlane.messages import EnvSpecs, Failed, Stop
+from torchrl_dvla.swimlane.messages import EnvSpecs, Failed, Orders, Reset, Step, Stop, pack
 
 __all__ = ["SamplingLane"]
 
@@ -56,6 +56,8 @@ class SamplingLane:
         self.specs: EnvSpecs | None = None
         self._args = (envs_per_worker, num_threads, dict(env_vars or {}))
         self._start_method = start_method
+        self._resets: list[list[Reset]] = [[] for _ in range(num_workers)]
+        self._steps: list[list[Step]] = [[] for _ in range(num_workers)]
         self.workers: list[Child] = []
         try:
             for index in range(num_workers):
@@ -143,8 +145,23 @@ class SamplingLane:
         except OSError:
             pass
 
+    def order(self, index: int, order: Reset | Step) -> None:
+        """Have worker ``index`` do something; it is told by :meth:`flush`."""
+        if isinstance(order, Reset):
+            self._resets[index].append(order)
+        else:
+            self._steps[index].append(order)
+
+    def flush(self) -> None:
+        """Tell every worker its orders, in one message."""
+        for index, (resets, steps) in enumerate(zip(self._resets, self._steps)):
+            if resets or steps:
+                self.send(index, Orders(pack(steps), pack(resets)))
+                self._resets[index], self._steps[index] = [], []
+
     def replace(self, index: int) -> None:
         """End worker ``index`` for certain and start another in its place."""
+        self._resets[index], self._steps[index] = [], []
         self.workers[index].kill()
         self.workers[index] = self._spawn(index)
 
