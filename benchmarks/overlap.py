@@ -20,8 +20,8 @@ rows the lane does at most ``B / (a + b B)``. The learner takes ``c`` a row: ``1
 do no more than the smallest of the three: the *bound*. Resets cost next to nothing.
 
 overlap_efficiency
-    rows a second (the smaller of those learned from and those collected, so that no loop lives on
-    its store), over the bound; the worst mix's median. The goal is 0.95.
+    decisions a second over the bound, of the worst mix: the smaller of the median of what was
+    collected and of what was learned from in all repeats together. The goal is 0.95.
 speedup_vs_sequential
     the same, over the sequential loop, in the mix ``sampling_equals_gradient``. The goal is 1.9.
 
@@ -75,7 +75,7 @@ class HeavyTail(Latency):
     """A Pareto law whose draws have the stated mean exactly, 50 at a time.
 
     It deals its 50 quantiles in random order: the same tail, but a short repeat is no luck. The
-    longest is about nine times as long as the mean.
+    longest is about eight times as long as the mean.
     """
 
     def __init__(self, base_s: float, tail_index: float = 1.5, num: int = 50) -> None:
@@ -128,15 +128,11 @@ MIXES = {
     # 100, 444 and 100 decisions a second.
     "sampling_equals_gradient": Mix(0.080, 0.010, 0.001, 0.010, max_batch_size=8),
     # 100, 100 and 400. The policy has more rows than it takes at once: its batches are full.
-    "sampling_equals_inference": Mix(
-        0.080, 0.072, 0.001, 0.0025, max_batch_size=8, envs_per_worker=4
-    ),
+    "sampling_equals_inference": Mix(0.080, 0.072, 0.001, 0.0025, max_batch_size=8),
     "sampling_bound": Mix(0.100, 0.010, 0.001, 0.005, max_batch_size=8),
-    "inference_bound": Mix(0.040, 0.092, 0.001, 0.004, max_batch_size=8, envs_per_worker=4),
+    "inference_bound": Mix(0.040, 0.092, 0.001, 0.004, max_batch_size=8),
     "gradient_bound": Mix(0.080, 0.010, 0.001, 0.015, max_batch_size=8),
-    "heavy_tailed_steps": Mix(
-        0.080, 0.010, 0.001, 0.008, max_batch_size=8, envs_per_worker=4, heavy_tailed=True
-    ),
+    "heavy_tailed_steps": Mix(0.080, 0.010, 0.001, 0.008, max_batch_size=8, heavy_tailed=True),
 }
 EQUAL, QUICK = "sampling_equals_gradient", ("sampling_equals_gradient", "inference_bound")
 #: Where the sequential loop runs as well.
@@ -206,6 +202,7 @@ class Loop:
             ),
             inference=InferenceConfig(max_batch_size=mix.max_batch_size),
         )
+        self._num_learned, self._measured_s = 0, 0.0
         if sequential:
             self.collector.replay_buffer.admission.max_policy_lag = 0
         self._learn = emulate_latency(
@@ -219,20 +216,25 @@ class Loop:
         return num_rows
 
     def rows_per_s(self, min_s: float) -> float:
-        """Rows a second over whole updates, once the loop is in its stride.
+        """Decisions a second, over whole updates, once the loop is in its stride.
 
-        Groups that wait to be learned from are a store: living on it, or filling it, is no steady
-        state. So what counts is the smaller of what was learned from and what was collected.
+        What is learned from comes in bursts of whole groups, and so is counted over all repeats
+        together, in :attr:`learned_per_s`.
         """
         self.update()
         self.collector.timeline.start()
         decisions = self._num_decisions()
-        start_s, num_rows = time.monotonic(), 0
+        start_s = time.monotonic()
         while time.monotonic() < start_s + min_s:
-            num_rows += self.update()
+            self._num_learned += self.update()
         elapsed_s = time.monotonic() - start_s
+        self._measured_s += elapsed_s
         self.reading = self.collector.timeline.reading()
-        return min(num_rows, self._num_decisions() - decisions) / elapsed_s
+        return (self._num_decisions() - decisions) / elapsed_s
+
+    @property
+    def learned_per_s(self) -> float:
+        return self._num_learned / self._measured_s
 
     def _num_decisions(self) -> int:
         return int(self.collector.stats().get("collector/decisions", 0))
@@ -266,6 +268,7 @@ def measure(name: str, mix: Mix, num_repeats: int, min_s: float) -> dict[str, An
                 file=sys.stderr,
                 flush=True,
             )
+        learned_per_s = lanes.learned_per_s
         scalars = {key: round(value, 3) for key, value in lanes.reading.scalars().items()}
     compared: dict[str, Any] = {}
     if theirs:
@@ -275,7 +278,10 @@ def measure(name: str, mix: Mix, num_repeats: int, min_s: float) -> dict[str, An
             "sequential_rows_per_s": spread(theirs, 1),
         }
     return {
-        "efficiency": spread((rate / mix.bound() for rate in ours), 3),
+        # A loop that collects more than it learns from lives on its store.
+        "efficiency": round(min(statistics.median(ours), learned_per_s) / mix.bound(), 3),
+        "collected": spread((rate / mix.bound() for rate in ours), 3),
+        "learned": round(learned_per_s / mix.bound(), 3),
         "rows_per_s": spread(ours, 1),
         **compared,
         "bound_rows_per_s": {lane: round(rate, 1) for lane, rate in mix.rates().items()},
@@ -330,7 +336,7 @@ def main() -> None:
     result = {
         "benchmark": "overlap",
         "latencies": "emulated",
-        "overlap_efficiency": min(mix["efficiency"]["median"] for mix in mixes.values()),
+        "overlap_efficiency": min(mix["efficiency"] for mix in mixes.values()),
         "speedup_vs_sequential": mixes[EQUAL]["speedup"]["median"] if EQUAL in mixes else None,
     }
     if not args.mix:

@@ -9,6 +9,7 @@ from torchrl_dvla.swimlane.inference import InferenceEngine, InferenceProcess, I
 from torchrl_dvla.swimlane.reading import LANES, Reading
 from torchrl_dvla.swimlane.row_transport import RowClient, RowFuture, RowTransport
 from torchrl_dvla.swimlane.sampling import SamplingLane
+from torchrl_dvla.swimlane.scheduler import Knob, Measurement, Move, Scheduler
 from torchrl_dvla.swimlane.seeding import batch_seed
 from torchrl_dvla.swimlane.timeline import Timeline, Track
 from torchrl_dvla.swimlane.trace import Span, read_chrome_trace
@@ -18,11 +19,15 @@ __all__ = [
     "InferenceEngine",
     "InferenceProcess",
     "InferenceThread",
+    "Knob",
+    "Measurement",
+    "Move",
     "Reading",
     "RowClient",
     "RowFuture",
     "RowTransport",
     "SamplingLane",
+    "Scheduler",
     "Span",
     "Timeline",
     "Track",
