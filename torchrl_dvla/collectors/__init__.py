@@ -4,7 +4,12 @@
 # LICENSE file in the root directory of this source tree.
 """Collectors: from lanes to groups in the replay buffer."""
 
-from torchrl_dvla.collectors.configs import GroupConfig, InferenceConfig, WorkerConfig
+from torchrl_dvla.collectors.configs import (
+    GroupConfig,
+    InferenceConfig,
+    SchedulerConfig,
+    WorkerConfig,
+)
 from torchrl_dvla.collectors.dvla import DVLACollector
 from torchrl_dvla.collectors.evaluation import Evaluation, EvaluationResult
 from torchrl_dvla.collectors.placement import NodePlacement, Placement
@@ -21,6 +26,7 @@ __all__ = [
     "InitStateSchedule",
     "NodePlacement",
     "Placement",
+    "SchedulerConfig",
     "TopologyAwareCollector",
     "WorkerConfig",
 ]

@@ -25,7 +25,7 @@ from torchrl_dvla.data.schema import (
 )
 from torchrl_dvla.memory import EnvironmentPool
 from torchrl_dvla.swimlane import InferenceProcess, InferenceThread, Timeline, batch_seed
-from torchrl_dvla.swimlane.messages import Failed, Infer, Snapshot, UsePool
+from torchrl_dvla.swimlane.messages import Failed, Infer, Snapshot, UsePool, UseThreads
 
 __all__ = ["DecisionBatcher", "LaneLostError"]
 
@@ -94,6 +94,7 @@ class DecisionBatcher:
         self._batch: list[tuple[Slot, Rollout]] = []
         self._batch_seed: int | None = None
         self._num_instructions_sent = 0
+        self._num_threads: int | None = None
         #: The inference lane, and whether it has taken a decision yet.
         self.lane = start_inference()
         self.lane_has_answered = False
@@ -104,6 +105,8 @@ class DecisionBatcher:
         """Tell a new lane where the rows are; returns the descriptor to wait on."""
         self._num_instructions_sent = 0
         self._send(UsePool(self._pool.worker_view()))
+        if self._num_threads is not None:
+            self._send(UseThreads(self._num_threads))
         return self.lane.connection.fileno()
 
     def restart(self, *, snapshot: bool) -> int:
@@ -125,6 +128,11 @@ class DecisionBatcher:
     def stop(self) -> None:
         """End the lane."""
         self.lane.stop()
+
+    def use_threads(self, num_threads: int) -> None:
+        """Have the policy run on that many threads, from the next batch on."""
+        self._num_threads = num_threads
+        self._send(UseThreads(num_threads))
 
     def snapshot(self) -> None:
         """Have the newest weights copied aside for an evaluation."""
@@ -230,7 +238,7 @@ class DecisionBatcher:
             return None
         return batch_seed(self._seed, number, evaluation=evaluation)
 
-    def _send(self, message: Infer | Snapshot | UsePool) -> None:
+    def _send(self, message: Infer | Snapshot | UsePool | UseThreads) -> None:
         try:
             self.lane.connection.send(message)
         except OSError:

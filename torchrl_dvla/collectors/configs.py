@@ -12,7 +12,7 @@ from typing import Literal
 
 from torchrl_dvla.memory import parse_bytes
 
-__all__ = ["GroupConfig", "InferenceConfig", "WorkerConfig"]
+__all__ = ["GroupConfig", "InferenceConfig", "SchedulerConfig", "WorkerConfig"]
 
 
 def _require_positive(name: str, value: float) -> None:
@@ -87,6 +87,8 @@ class WorkerConfig:
         num_workers (int): processes.
         envs_per_worker (int): rollouts that a worker holds open at once.
         max_decisions (int): decisions after which a rollout is truncated.
+        max_in_flight (int, optional): rollouts that may be under way at once. Defaults to one in
+            each environment.
         reset_timeout_s (float): seconds after which a reset counts as hung and its worker is
             replaced.
         step_timeout_s (float): the same for one decision.
@@ -109,6 +111,7 @@ class WorkerConfig:
     num_workers: int = 2
     envs_per_worker: int = 1
     max_decisions: int = 64
+    max_in_flight: int | None = None
     reset_timeout_s: float = 120.0
     step_timeout_s: float = 60.0
     start_timeout_s: float = 300.0
@@ -124,6 +127,8 @@ class WorkerConfig:
         for name in ("num_workers", "envs_per_worker", "max_decisions", "max_failures"):
             _require_positive(name, getattr(self, name))
         _require_positive("max_task_failures", self.max_task_failures)
+        if self.max_in_flight is not None:
+            _require_positive("max_in_flight", self.max_in_flight)
         if self.max_rss_bytes is not None:
             _require_positive("max_rss_bytes", parse_bytes(self.max_rss_bytes))
 
@@ -183,3 +188,46 @@ class InferenceConfig:
                 "then: set max_policy_lag=0."
             )
         return max_policy_lag == 0 if self.deterministic is None else self.deterministic
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """What the :class:`~torchrl_dvla.swimlane.Scheduler` may move while the lanes run.
+
+    It always moves ``max_in_flight`` (up to one rollout in each environment) and
+    ``max_batch_size`` (up to as many rows); the rest where a bound is given.
+
+    Args:
+        window_s (float): seconds of one measurement. It should hold a few policy calls of every
+            environment.
+        max_wait_s (float): the longest that a row may be made to wait for others to share its
+            policy call. 0 leaves the wait as it is.
+        num_epochs (tuple, optional): fewest and most passes over the groups of an update. More
+            while the learner would rest, fewer while sampling waits for it.
+        num_cores (int, optional): cores that inference process and learner share; torch's threads
+            of each are moved.
+        min_gain (float): relative gain in decisions a second below which a move is taken back.
+    """
+
+    window_s: float = 3.0
+    max_wait_s: float = 0.032
+    num_epochs: tuple[int, int] | None = None
+    num_cores: int | None = None
+    min_gain: float = 0.02
+
+    def __post_init__(self) -> None:
+        _require_positive("window_s", self.window_s)
+        if self.max_wait_s < 0:
+            raise ValueError(
+                f"max_wait_s must not be negative, got {self.max_wait_s}. 0 leaves the wait alone."
+            )
+        if self.num_epochs is not None and not 1 <= self.num_epochs[0] <= self.num_epochs[1]:
+            raise ValueError(
+                f"num_epochs must be (fewest, most) with 1 <= fewest <= most, got "
+                f"{self.num_epochs}. (1, 4) is usual."
+            )
+        if self.num_cores is not None and self.num_cores < 2:
+            raise ValueError(
+                f"num_cores must be at least 2, got {self.num_cores}. One core cannot be shared "
+                "out: leave it out."
+            )

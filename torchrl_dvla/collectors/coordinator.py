@@ -94,9 +94,9 @@ class Coordinator:
         self._workers = workers
         self._fleet = Fleet(workers.num_workers, workers.envs_per_worker)
         #: Rollouts that may be under way at once; it may be changed while the lanes run.
-        self.max_in_flight = len(self._fleet.slots)
+        self.max_in_flight = workers.max_in_flight or len(self._fleet.slots)
         self._lockstep = Lockstep(self._fleet.slots) if lockstep else None
-        self._batcher = DecisionBatcher(
+        self.batcher = DecisionBatcher(
             start_inference,
             pool,
             instructions,
@@ -114,7 +114,7 @@ class Coordinator:
         self._selector.register(self._wake_read, selectors.EVENT_READ, None)
         self._supervisor = Supervisor(
             sampling=sampling,
-            batcher=self._batcher,
+            batcher=self.batcher,
             fleet=self._fleet,
             queue=queue,
             abandon_group=abandon_group,
@@ -125,7 +125,10 @@ class Coordinator:
             inference=inference,
         )
         #: Policy calls so far, of training and of evaluations; their seeds follow from it.
-        self.num_batches = self._batcher.num_batches
+        self.num_batches = self.batcher.num_batches
+        self.inference_threads = inference.num_threads
+        #: Called once a pass of the loop.
+        self.on_pass: Callable[[], None] = lambda: None
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="dvla-coordinator", daemon=True)
         self.error: BaseException | None = None
@@ -135,6 +138,21 @@ class Coordinator:
         """Begin: from here on the lanes belong to the coordinator's thread."""
         self._supervisor.start()
         self._thread.start()
+
+    @property
+    def num_slots(self) -> int:
+        """Environments of all workers."""
+        return len(self._fleet.slots)
+
+    @property
+    def is_evaluating(self) -> bool:
+        """Whether an evaluation is under way."""
+        return self._queue.evaluating
+
+    @property
+    def is_admitting(self) -> bool:
+        """Whether new groups may begin."""
+        return self._queue.admitting.is_set()
 
     def wake(self) -> None:
         """End the loop's sleep: something has changed. Any thread may call it."""
@@ -162,6 +180,7 @@ class Coordinator:
                 for key, _ in self._selector.select(self._time_to_act()):
                     self._receive(key)
                 self._supervisor.replace_hung()
+                self.on_pass()
         except BaseException as error:
             self.error = error
             _log.debug("The coordinator ends.", exc_info=True)
@@ -172,7 +191,7 @@ class Coordinator:
     def _close(self) -> None:
         self._stopping = True
         self._queue.fail_evaluations(RuntimeError("The collector ended before the evaluation did."))
-        self._batcher.stop()
+        self.batcher.stop()
         self._sampling.stop(self._workers.stop_timeout_s)
         self._selector.close()
         os.close(self._wake_read)
@@ -196,15 +215,15 @@ class Coordinator:
 
     def _dispatch(self) -> None:
         if self._lockstep is None:
-            self._batcher.dispatch()
-        elif self._batcher.round_is_open or self._lockstep.settled:
-            self._batcher.dispatch(in_order=True)
+            self.batcher.dispatch()
+        elif self.batcher.round_is_open or self._lockstep.settled:
+            self.batcher.dispatch(in_order=True)
 
     # -- starting rollouts ----------------------------------------------------------------------
 
     def _begin_evaluation(self) -> None:
         if self._queue.next_evaluation() is not None:
-            self._batcher.snapshot()
+            self.batcher.snapshot()
 
     def _fill_idle_slots(self) -> None:
         while self._fleet.idle:
@@ -270,7 +289,7 @@ class Coordinator:
     def _on_answer(self, slot: Slot, message: Ready | Stepped) -> None:
         if isinstance(message, Ready):
             slot.occupant.instruction_id = self._instructions.id(message.instruction)
-            self._batcher.add(slot)
+            self.batcher.add(slot)
         else:
             self._on_stepped(slot, message)
 
@@ -287,7 +306,7 @@ class Coordinator:
             self._finish(rollout)
         else:
             rollout.place = rollout.next_place
-            self._batcher.add(slot)
+            self.batcher.add(slot)
 
     def _finish(self, rollout: Rollout) -> None:
         self._supervisor.note_progress(rollout.spec.task)
@@ -317,7 +336,7 @@ class Coordinator:
 
     def _receive_decisions(self) -> None:
         try:
-            batch = self._batcher.receive()
+            batch = self.batcher.receive()
         except LaneLostError as error:
             self._supervisor.restart_inference(str(error))
             return
@@ -338,4 +357,4 @@ class Coordinator:
         """Seconds that the loop may sleep if no message comes."""
         if self._lockstep is not None:  # only an answer begins the next batch
             return self._supervisor.time_to_check()
-        return min(self._supervisor.time_to_check(), self._batcher.time_to_dispatch())
+        return min(self._supervisor.time_to_check(), self.batcher.time_to_dispatch())

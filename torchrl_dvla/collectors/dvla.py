@@ -18,7 +18,12 @@ from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
 from torchrl.weight_update import WeightSyncScheme
 
-from torchrl_dvla.collectors.configs import GroupConfig, InferenceConfig, WorkerConfig
+from torchrl_dvla.collectors.configs import (
+    GroupConfig,
+    InferenceConfig,
+    SchedulerConfig,
+    WorkerConfig,
+)
 from torchrl_dvla.collectors.coordinator import Coordinator
 from torchrl_dvla.collectors.counters import CollectionCounters
 from torchrl_dvla.collectors.evaluation import Evaluation
@@ -27,10 +32,12 @@ from torchrl_dvla.collectors.lane_starter import LaneStarter
 from torchrl_dvla.collectors.matching import match_policy
 from torchrl_dvla.collectors.rollout_queue import RolloutQueue
 from torchrl_dvla.collectors.schedule import EpisodeSpec, InitStateSchedule
+from torchrl_dvla.collectors.sizing import make_plan
+from torchrl_dvla.collectors.tuning import attach_tuner, check_movable
 from torchrl_dvla.collectors.weight_telemetry import WeightTelemetry
 from torchrl_dvla.data import Admission, GroupAssembler, InstructionTable, PooledReplayBuffer
 from torchrl_dvla.data.schema import INSTRUCTION_ID_KEY, INSTRUCTION_KEY
-from torchrl_dvla.memory import DualPool, EnvironmentPool, Plan, RowLayout
+from torchrl_dvla.memory import EnvironmentPool
 from torchrl_dvla.swimlane import SamplingLane, Timeline
 from torchrl_dvla.weight_update import AsyncWeightUpdater
 
@@ -73,6 +80,8 @@ class DVLACollector(BaseCollector):
         group (GroupConfig): groups and staleness.
         workers (WorkerConfig): the sampling lane.
         inference (InferenceConfig): the inference lane.
+        scheduler (SchedulerConfig, optional): let a scheduler move settings while the lanes run.
+            Defaults to ``None``: they stay as they are.
         weight_sync_schemes (dict, optional): ``{"policy": AsyncWeightUpdater()}``, the default.
         schedule (InitStateSchedule, optional): initial states of the groups. Defaults to scenes
             sampled by seed, task after task.
@@ -113,6 +122,7 @@ class DVLACollector(BaseCollector):
         group: GroupConfig = GroupConfig(),
         workers: WorkerConfig = WorkerConfig(),
         inference: InferenceConfig = InferenceConfig(),
+        scheduler: SchedulerConfig | None = None,
         weight_sync_schemes: dict[str, WeightSyncScheme] | None = None,
         schedule: InitStateSchedule | None = None,
         rows_per_page: int = 8,
@@ -149,6 +159,8 @@ class DVLACollector(BaseCollector):
         self._closed = False
         self.group = group
         self._deterministic = inference.is_deterministic(group.max_policy_lag)
+        check_movable(scheduler, self._deterministic)
+        self._scheduler_config = scheduler
         self.timeline = Timeline()
         self._last_reading = self.timeline.reading()
         self._publishing = self.timeline.track("distribution", "learner")
@@ -164,7 +176,7 @@ class DVLACollector(BaseCollector):
         )
         try:
             layout = match_policy(policy, sampling.wait_ready(workers.start_timeout_s))
-            self.plan = self._make_plan(layout, rows_per_page, env_bytes)
+            self.plan = make_plan(layout, group, workers, rows_per_page, env_bytes)
             num_pages = self.plan.num_pages
             if env_bytes is None:  # evaluation episodes find room beside all admitted groups
                 num_pages += self.plan.pages_per_group
@@ -174,22 +186,6 @@ class DVLACollector(BaseCollector):
             sampling.stop(workers.stop_timeout_s)
             raise
         self._coordinator.start()
-
-    def _make_plan(
-        self, layout: RowLayout, rows_per_page: int, env_bytes: int | str | None
-    ) -> Plan:
-        group, workers = self.group, self._workers
-        return DualPool.plan(
-            layout=layout,
-            group_size=group.group_size,
-            candidate_group_size=group.candidate_group_size,
-            groups_per_update=group.groups_per_update,
-            max_policy_lag=group.max_policy_lag,
-            max_decisions=workers.max_decisions,
-            num_env=workers.num_workers * workers.envs_per_worker,
-            rows_per_page=rows_per_page,
-            env_bytes=env_bytes,
-        )
 
     def _build(
         self, sampling: SamplingLane, replay_buffer: Callable[..., PooledReplayBuffer]
@@ -246,6 +242,13 @@ class DVLACollector(BaseCollector):
             lockstep=self._deterministic,
             workers=self._workers,
             inference=self._inference_config,
+        )
+        self._tuner = attach_tuner(
+            self._scheduler_config,
+            coordinator=coordinator,
+            replay_buffer=self.replay_buffer,
+            timeline=self.timeline,
+            counters=self._counters,
         )
         coordinator.on_error = self._on_error
         admission.add_listener(coordinator.wake)
@@ -402,6 +405,7 @@ class DVLACollector(BaseCollector):
         self._last_reading = reading
         out.update({f"memory/{key}": value for key, value in self._pool.stats().items()})
         out.update({f"buffer/{key}": value for key, value in self.replay_buffer.stats().items()})
+        out.update(self._tuner.stats() if self._tuner is not None else {})
         out["collector/groups_admitted"] = self._queue.num_groups_admitted
         data_bytes = self.plan.row_bytes * out.get("collector/decisions", 0)
         out.update(self._weight_telemetry.scalars(data_bytes))

@@ -33,6 +33,7 @@ DASHBOARD: dict[str, dict[str, list[str]]] = {
         "idle share by reason": [r"lane/[a-z]+_idle_.+"],
         "overlap of the lanes": [r"lane/overlap"],
         "critical lane (0 sampling, 1 inference, 2 gradient, 3 distribution)": [r"lane/critical"],
+        "settings moved by the scheduler": [r"scheduler/.+"],
         "throughput": [r"collector/env_steps_per_s", r"collector/decisions_per_s"],
     },
     "Staleness": {

@@ -33,7 +33,15 @@ from torchrl_dvla.data.schema import (
 )
 from torchrl_dvla.swimlane.child import Child, prepare_child
 from torchrl_dvla.swimlane.device_wait import take_device_wait
-from torchrl_dvla.swimlane.messages import Failed, Infer, Inferred, Snapshot, Stop, UsePool
+from torchrl_dvla.swimlane.messages import (
+    Failed,
+    Infer,
+    Inferred,
+    Snapshot,
+    Stop,
+    UsePool,
+    UseThreads,
+)
 from torchrl_dvla.swimlane.seeding import seeded
 from torchrl_dvla.weight_update import WeightReader
 
@@ -154,6 +162,8 @@ def _serve(connection: Connection, engine: InferenceEngine) -> None:
                 engine.snapshot()
             elif isinstance(message, UsePool):
                 engine.use_pool(message.pool_view.rows)
+            elif isinstance(message, UseThreads):
+                torch.set_num_threads(message.num_threads)
             elif isinstance(message, Stop):
                 return
     except (EOFError, BrokenPipeError, ConnectionResetError):

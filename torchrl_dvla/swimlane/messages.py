@@ -33,6 +33,7 @@ __all__ = [
     "Stepped",
     "Stop",
     "UsePool",
+    "UseThreads",
     "pack",
     "unpack",
 ]
@@ -161,6 +162,12 @@ class Infer(NamedTuple):
     greedy: bool
     use_snapshot: bool
     seed: int | None = None
+
+
+class UseThreads(NamedTuple):
+    """Coordinator to inference process: the share of the cores has changed."""
+
+    num_threads: int
 
 
 class Snapshot(NamedTuple):
