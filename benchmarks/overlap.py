@@ -62,7 +62,13 @@ from tensordict import TensorDictBase
 from torchrl.data.vla import UniformActionTokenizer
 from torchrl.modules.vla import TinyVLA
 
-from torchrl_dvla.collectors import DVLACollector, GroupConfig, InferenceConfig, WorkerConfig
+from torchrl_dvla.collectors import (
+    DVLACollector,
+    GroupConfig,
+    InferenceConfig,
+    SchedulerConfig,
+    WorkerConfig,
+)
 from torchrl_dvla.data import PooledReplayBuffer
 from torchrl_dvla.swimlane import Timeline, Track
 from torchrl_dvla.testing import CountingChunkEnv, Latency, emulate_latency
@@ -183,7 +189,14 @@ def make_policy(mix: Mix) -> TinyVLA:
 class Loop:
     """A collector and a learner's step of stated length; it may rest between two repeats."""
 
-    def __init__(self, mix: Mix, *, sequential: bool = False) -> None:
+    def __init__(
+        self,
+        mix: Mix,
+        *,
+        sequential: bool = False,
+        scheduler: SchedulerConfig | None = None,
+        max_in_flight: int | None = None,
+    ) -> None:
         self.collector = DVLACollector(
             functools.partial(make_env, mix),
             make_policy(mix),
@@ -199,8 +212,10 @@ class Loop:
                 num_workers=mix.num_workers,
                 envs_per_worker=mix.envs_per_worker,
                 max_decisions=DECISIONS_PER_ROLLOUT,
+                max_in_flight=max_in_flight,
             ),
             inference=InferenceConfig(max_batch_size=mix.max_batch_size),
+            scheduler=scheduler,
         )
         self._num_learned, self._measured_s = 0, 0.0
         if sequential:
@@ -221,7 +236,8 @@ class Loop:
         What is learned from comes in bursts of whole groups, and so is counted over all repeats
         together, in :attr:`learned_per_s`.
         """
-        self.update()
+        for _ in range(1 if self._num_learned else 3):  # at first, its store has to fill
+            self.update()
         self.collector.timeline.start()
         decisions = self._num_decisions()
         start_s = time.monotonic()

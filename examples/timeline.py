@@ -5,8 +5,8 @@
 """Where the time goes: the timeline of the four lanes, as shares and as a trace for Perfetto.
 
 Environment, policy and learner are given stated latencies that hold no core, so the overlap is
-visible on any machine; the figures are emulated. Writes ``timeline.json``, which ui.perfetto.dev
-opens.
+visible on any machine; the figures are emulated. Nothing but the collector is needed to record it.
+Writes ``timeline.json``, which ui.perfetto.dev opens, and ``timeline.svg``, a picture of a second.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from __future__ import annotations
 import functools
 import sys
 import time
+from pathlib import Path
 
 from torchrl.data.vla import UniformActionTokenizer
 from torchrl.modules.vla import TinyVLA
 
 from torchrl_dvla import DVLACollector, PooledReplayBuffer
 from torchrl_dvla.collectors import GroupConfig, InferenceConfig, WorkerConfig
+from torchrl_dvla.swimlane import draw_timeline, read_chrome_trace
 from torchrl_dvla.testing import CountingChunkEnv
 
 STEP_S, UPDATE_S = 0.02, 0.15
@@ -57,6 +59,8 @@ def main(path: str = "timeline.json") -> None:
     print(f"lanes overlap during {reading.overlap:.0%} of the working time")
     print(f"critical lane: {reading.critical_lane}")
     collector.timeline.export_chrome_trace(path)
+    picture = draw_timeline(read_chrome_trace(path), start_s=1.0, end_s=2.0)
+    Path(path).with_suffix(".svg").write_text(picture)
     collector.shutdown()
 
 

@@ -2,13 +2,14 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Command line: ``python -m torchrl_dvla doctor``."""
+"""Command line: ``python -m torchrl_dvla doctor`` and ``... timeline run.json run.svg``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from torchrl_dvla import doctor
 from torchrl_dvla._version import __version__
@@ -30,8 +31,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     doctor.add_parser(commands)
+    _add_timeline_parser(commands)
     args = parser.parse_args(argv)
     return int(args.run(args))
+
+
+def _add_timeline_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "timeline", help="draw a stretch of a run's timeline.json as an SVG picture"
+    )
+    parser.add_argument("trace", help="what Timeline.export_chrome_trace() wrote")
+    parser.add_argument("picture", help="the SVG file to write")
+    parser.add_argument("--start", type=float, help="left end, in seconds of the trace")
+    parser.add_argument("--end", type=float, help="right end")
+    parser.set_defaults(run=_draw_timeline)
+
+
+def _draw_timeline(args: argparse.Namespace) -> int:
+    # Here, so that the doctor also runs where torch cannot be imported.
+    from torchrl_dvla.swimlane import draw_timeline, read_chrome_trace
+
+    try:
+        spans = read_chrome_trace(args.trace)
+        Path(args.picture).write_text(draw_timeline(spans, start_s=args.start, end_s=args.end))
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 
 from torchrl_dvla.swimlane.device_wait import note_device_wait, take_device_wait
 from torchrl_dvla.swimlane.inference import InferenceEngine, InferenceProcess, InferenceThread
+from torchrl_dvla.swimlane.picture import draw_timeline
 from torchrl_dvla.swimlane.reading import LANES, Reading
 from torchrl_dvla.swimlane.row_transport import RowClient, RowFuture, RowTransport
 from torchrl_dvla.swimlane.sampling import SamplingLane
@@ -32,6 +33,7 @@ __all__ = [
     "Timeline",
     "Track",
     "batch_seed",
+    "draw_timeline",
     "note_device_wait",
     "read_chrome_trace",
     "take_device_wait",

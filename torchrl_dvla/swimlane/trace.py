@@ -116,7 +116,7 @@ def read_chrome_trace(path: str | os.PathLike[str]) -> list[Span]:
             for event in events
             if event["ph"] == "X"
         ]
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (OSError, KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(
             f"path must name a trace of Timeline.export_chrome_trace(), got {os.fspath(path)!r} "
             f"({type(error).__name__}: {error}). Export one first."
