@@ -2,10 +2,11 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""What every benchmark reports beside its answer."""
+"""What benchmarks have in common: the machine, the spread of repeats, processes of their own."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import platform
 import statistics
@@ -43,3 +44,22 @@ def spread(values: Iterable[float], digits: int = 2) -> dict[str, float]:
 def paired_ratio(ours: Iterable[float], theirs: Iterable[float]) -> dict[str, float]:
     """Median and range of the ratio within one repeat: a slow moment slows both sides."""
     return spread(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def in_processes(target: Any, many_args: list[tuple[Any, ...]]) -> list[Any]:
+    """Call ``target(connection, *args)`` in a fresh process for each ``args``, all at once."""
+    context = multiprocessing.get_context("spawn")
+    running = []
+    for args in many_args:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=target, args=(theirs, *args))
+        process.start()
+        theirs.close()
+        running.append((process, ours))
+    out = [connection.recv() for _, connection in running]
+    for process, _ in running:
+        process.join(30)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return out

@@ -160,7 +160,7 @@ class InferenceConfig:
 
     where: Literal["process", "thread"] = "process"
     max_batch_size: int | None = None
-    max_wait_s: float = 2e-3
+    max_wait_s: float = 1e-2
     num_threads: int = 1
     timeout_s: float = 120.0
     start_timeout_s: float = 300.0
@@ -174,6 +174,11 @@ class InferenceConfig:
             )
         if self.max_batch_size is not None:
             _require_positive("max_batch_size", self.max_batch_size)
+        if self.max_wait_s < 0:
+            raise ValueError(
+                f"max_wait_s must be at least 0, got {self.max_wait_s}. 0 calls the policy as soon "
+                "as it is free."
+            )
 
     def is_deterministic(self, max_policy_lag: int) -> bool:
         """Whether the run works in rounds.

@@ -64,7 +64,7 @@ _OUTCOME_KEYS = (
 #: A report waits this long for more to join it. An environment that takes longer is reported at
 #: once, so that the policy can decide for it while the worker steps the next; cheap ones share the
 #: price of a message. How it was found: decision 31.
-_REPORT_AFTER_S = 2e-3
+_REPORT_AFTER_S = 1e-2
 
 EnvFactories = Mapping[str, Callable[[], EnvBase]]
 
