@@ -139,7 +139,9 @@ class InferenceConfig:
 
     Args:
         where (str): ``"process"`` (default), or ``"thread"`` of the learner's process.
-        max_batch_size (int, optional): rows of one policy call. Defaults to no limit.
+        max_batch_size (int, optional): rows of one policy call. Defaults to half of the
+            environments, so that one half is simulated while the policy decides for the other; to
+            all of them if the run is deterministic, for there the two take turns.
         max_wait_s (float): seconds that a row that is ready waits for others to share its policy
             call, while there are others. 0 calls the policy as soon as it is free.
         num_threads (int): intra-op torch threads of the process.

@@ -101,7 +101,7 @@ class Coordinator:
             pool,
             instructions,
             fleet=self._fleet,
-            max_batch_size=inference.max_batch_size or len(self._fleet.slots),
+            max_batch_size=inference.max_batch_size or self._fleet.share(1 if lockstep else 2),
             max_wait_s=inference.max_wait_s,
             # A thread shares its generator with the learner: only rounds may reseed it.
             seed=seed if lockstep or inference.where == "process" else None,

@@ -52,6 +52,10 @@ class Fleet:
         """Rollouts under way."""
         return sum(self.num_at_work_on)
 
+    def share(self, num_parts: int) -> int:
+        """Environments of the largest of ``num_parts`` even parts."""
+        return -(-len(self.slots) // num_parts)
+
     def slot(self, worker: int, env_index: int) -> Slot:
         """One environment."""
         return self.slots[worker * self.envs_per_worker + env_index]
