@@ -160,11 +160,13 @@ def test_a_server_that_stops_answers_what_waits(pool, transport):
     first = clients[0].submit(row, generation)
     assert entered.wait(20)
     second = clients[1].submit(row + 1, generation)
+    loop = server._worker
     server.shutdown(timeout=0)
     leave.set()
     assert (first.result(20)[ACTION] == 0).all()
     with pytest.raises(RuntimeError, match="InferenceServer is shutting down"):
         second.result(20)
+    loop.join(20)
 
 
 def test_one_request_at_a_time(pool, transport):
