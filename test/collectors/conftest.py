@@ -44,6 +44,15 @@ def make_policy(action_dim: int = 2, chunk_size: int = 4) -> TinyVLA:
     )
 
 
+def make_initialised_policy() -> TinyVLA:
+    """The policy after its first call, which makes its lazy parameters."""
+    policy = make_policy()
+    observed = CountingChunkEnv(**ENV_KWARGS).reset().unsqueeze(0)
+    torch.manual_seed(0)
+    policy(observed)
+    return policy
+
+
 @pytest.fixture
 def make_collector() -> Iterator[Callable[..., DVLACollector]]:
     """Builds collectors on :class:`CountingChunkEnv`; all are shut down after the test."""

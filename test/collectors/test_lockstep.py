@@ -27,20 +27,11 @@ from torchrl_dvla.objectives import GRPOLoss
 from torchrl_dvla.swimlane import batch_seed
 from torchrl_dvla.testing import CountingChunkEnv, Latency
 
-from .conftest import ENV_KWARGS, make_policy
+from .conftest import ENV_KWARGS, make_initialised_policy
 
 NUM_UPDATES, NUM_SLOTS, GROUP_SIZE, GROUPS_PER_UPDATE, MAX_DECISIONS = 4, 4, 3, 2, 4
 BATCH_SIZE, NUM_EPOCHS, SEED = 7, 2, 11
 GROUP = GroupConfig(group_size=GROUP_SIZE, groups_per_update=GROUPS_PER_UPDATE, max_policy_lag=0)
-
-
-def make_initialised_policy():
-    """The policy after its first call, which makes its lazy parameters."""
-    policy = make_policy()
-    observed = CountingChunkEnv(**ENV_KWARGS).reset().unsqueeze(0)
-    torch.manual_seed(0)
-    policy(observed)
-    return policy
 
 
 class Learner:

@@ -97,9 +97,9 @@ class WorkerConfig:
         max_failures (int): failures in a row, without a finished rollout between them, that the run
             survives. Losses of one cause, which strikes processes that were there already, are one
             failure.
-        max_task_failures (int): failures of one rollout after which its group is given up, and
-            failures of one task in a row, without a finished rollout of it, after which the run
-            goes on without the task.
+        max_rollout_failures (int): failures of one rollout after which its group is given up.
+        max_task_failures (int): groups of one task given up in a row, without a finished rollout of
+            it, after which the run goes on without the task.
         max_rss_bytes (int or str, optional): private resident memory at which a worker is replaced
             by a new one, between two rollouts. Memory that it shares with others does not count.
             Defaults to no limit.
@@ -117,16 +117,17 @@ class WorkerConfig:
     start_timeout_s: float = 300.0
     stop_timeout_s: float = 3.0
     max_failures: int = 5
-    max_task_failures: int = 5
+    max_rollout_failures: int = 3
+    max_task_failures: int = 3
     max_rss_bytes: int | str | None = None
     num_threads: int = 1
     env_vars: Mapping[str, str] = field(default_factory=dict)
     start_method: Literal["forkserver", "spawn"] = "forkserver"
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "envs_per_worker", "max_decisions", "max_failures"):
+        positive = ("num_workers", "envs_per_worker", "max_decisions", "max_failures")
+        for name in (*positive, "max_rollout_failures", "max_task_failures"):
             _require_positive(name, getattr(self, name))
-        _require_positive("max_task_failures", self.max_task_failures)
         if self.max_in_flight is not None:
             _require_positive("max_in_flight", self.max_in_flight)
         if self.max_rss_bytes is not None:

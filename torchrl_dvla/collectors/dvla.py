@@ -363,6 +363,12 @@ class DVLACollector(BaseCollector):
                 f"episodes must name tasks of create_env_fn ({sorted(self._factories)}), got "
                 f"{sorted(unknown)}."
             )
+        failing = {spec.task for spec in episodes} & self._queue.quarantined
+        if failing:
+            raise ValueError(
+                f"episodes must not name tasks that are quarantined, got {sorted(failing)}. Their "
+                "last error is in the log."
+            )
         self._require_running()
         self._queue.add_evaluation(evaluation)
         self._coordinator.wake()

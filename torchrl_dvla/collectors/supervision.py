@@ -87,7 +87,9 @@ class Supervisor:
         self._counters = counters
         self._workers = workers
         self._inference = inference
-        self._failures = FailureLog(workers.max_failures, workers.max_task_failures)
+        self._failures = FailureLog(
+            workers.max_failures, workers.max_rollout_failures, workers.max_task_failures
+        )
         self._max_bytes = parse_bytes(workers.max_rss_bytes) if workers.max_rss_bytes else None
         self._next_look_s = time.monotonic()
         #: Workers that are replaced as soon as their rollouts are finished.
@@ -133,21 +135,19 @@ class Supervisor:
         self._counters.add("faults/workers_replaced")
         culprit = self._culprit(index)
         rollout = None if culprit is None else culprit.rollout
-        task = None if rollout is None else rollout.spec.task
-        if culprit is not None and culprit.state is SlotState.STARTING:
-            task = self._sampling.first_task
-        remedy = self._failures.lost(worker.started_s, task, rollout)
+        remedy = self._failures.lost(worker.started_s, rollout)
         if self._failures.too_many:
             raise RuntimeError(
                 f"max_failures ({self._workers.max_failures}) environment workers in a row ended "
                 f"without finishing a rollout. The last one said:\n{reason}"
             )
-        if remedy is Remedy.QUARANTINE_TASK:
-            assert task is not None
-            self._quarantine(task, reason)
-        elif remedy is Remedy.ABANDON_GROUP:
-            assert rollout is not None
+        if rollout is not None and remedy is Remedy.QUARANTINE_TASK:
+            self._quarantine(rollout.spec.task, reason)
+        elif rollout is not None and remedy is Remedy.ABANDON_GROUP:
             self._abandon(rollout, reason)
+        if culprit is not None and culprit.state is SlotState.STARTING:
+            # If it is the environment's fault, it will show in a rollout, and count for its task.
+            self._choose_first_task(after=self._sampling.first_task)
         self._respawn(index)
 
     def replace_hung(self) -> None:
@@ -235,16 +235,27 @@ class Supervisor:
         return min(busy, key=lambda slot: slot.since_s, default=None)
 
     def _quarantine(self, task: str, reason: str) -> None:
-        num_failures = self._workers.max_task_failures
-        text = f"Task {task!r} failed {num_failures} times in a row (max_task_failures)."
+        text = (
+            f"Task {task!r} is quarantined: max_task_failures ({self._workers.max_task_failures}) "
+            f"of its groups failed in a row, each max_rollout_failures "
+            f"({self._workers.max_rollout_failures}) times."
+        )
         error = RuntimeError(f"{text} The last error:\n{reason}")
         groups = self._queue.quarantine(task, error)
         _log.error("%s The run goes on without it. The last error:\n%s", text, reason)
         self._counters.add("faults/tasks_quarantined")
         for group_id in groups:
             self._abandon_group(group_id, _KEPT_FAILING)
-        left = [name for name in self._sampling.tasks if name not in self._queue.quarantined]
-        self._sampling.first_task = left[0]
+        self._choose_first_task(after=task)
+
+    def _choose_first_task(self, *, after: str) -> None:
+        """Let new workers build the environment of the task after ``after`` that is healthy."""
+        tasks = self._sampling.tasks
+        start = tasks.index(after) + 1
+        for task in (*tasks[start:], *tasks[:start]):
+            if task not in self._queue.quarantined:
+                self._sampling.first_task = task
+                return
 
     def _abandon(self, rollout: Rollout, reason: str) -> None:
         text = f"A rollout of {rollout.spec} failed {rollout.num_failures} times."
@@ -279,7 +290,7 @@ class Supervisor:
         """
         _log.warning("The inference lane is restarted: %s", reason)
         self._counters.add("faults/inference_restarts")
-        self._failures.lost(self._batcher.lane.started_s, None)
+        self._failures.lost(self._batcher.lane.started_s)
         if self._failures.too_many:
             raise RuntimeError(
                 f"max_failures ({self._workers.max_failures}) failures in a row came without a "

@@ -1,0 +1,226 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Every kind of process of a run is ended, or hangs, in turn; what is promised for each holds."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import multiprocessing
+import os
+import signal
+from multiprocessing import forkserver
+
+import pytest
+import torch
+
+from torchrl_dvla.collectors import EpisodeSpec, GroupConfig, InferenceConfig
+from torchrl_dvla.data.schema import DECISION_INDEX_KEY, POLICY_VERSION_KEY, ROLLOUT_ID_KEY
+from torchrl_dvla.testing import CountingChunkEnv, Fault, FaultyEnvFactory
+
+from .conftest import ENV_KWARGS, make_initialised_policy
+
+make_env = functools.partial(CountingChunkEnv, **ENV_KWARGS)
+KEPT_FAILING = "the environment kept failing"
+
+
+def learn(collector, num_updates=1, learned=None):
+    """Take updates; every rollout that comes is whole and came never before."""
+    learned = set() if learned is None else learned
+    for _ in range(num_updates):
+        rows = torch.cat([batch.clone() for batch in collector.replay_buffer])
+        collector.update_policy_weights_()
+        ids = set(rows[ROLLOUT_ID_KEY].flatten().tolist())
+        assert not ids & learned, "learned from twice"
+        learned |= ids
+        for rollout_id in ids:
+            mine = rows[(rows[ROLLOUT_ID_KEY] == rollout_id).squeeze(-1)]
+            order = sorted(mine[DECISION_INDEX_KEY].flatten().tolist())
+            assert order == list(range(len(order)))
+    return learned
+
+
+def process(name):
+    return next(p for p in multiprocessing.active_children() if p.name == name)
+
+
+def kill(pid):
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("victim", ["dvla-env-0", "dvla-inference", "fork server"])
+def test_a_killed_process_costs_no_group(make_collector, victim):
+    collector = make_collector(
+        inference=InferenceConfig(where="process"), workers={"num_workers": 2, "max_failures": 2}
+    )
+    collector.start()
+    learned = learn(collector)
+    pid = process(victim).pid if victim != "fork server" else forkserver._forkserver._forkserver_pid
+    kill(pid)
+    # More than can have been finished before: at lag 1 four groups, two cohorts, are under way.
+    learn(collector, 4, learned)
+    stats = collector.stats()
+    num_lost = stats.get("faults/workers_replaced", 0), stats.get("faults/inference_restarts", 0)
+    assert num_lost == {"dvla-env-0": (1, 0), "dvla-inference": (0, 1)}.get(victim, (2, 1))
+    assert "faults/groups_abandoned" not in stats
+    admitted = stats["collector/groups_admitted"]
+    learned_or_dropped = 2 * 5 + stats.get("collector/groups_dropped", 0)
+    assert admitted - learned_or_dropped <= 4, "every admitted group is learned, dropped or open"
+
+
+def test_the_log_shows_where_a_hung_worker_was(make_collector, tmp_path, caplog):
+    fault = Fault("hang", "step", at=2, once_path=str(tmp_path / "struck"))
+    collector = make_collector(FaultyEnvFactory(make_env, [fault]), workers={"step_timeout_s": 1.0})
+    collector.start()
+    with caplog.at_level(logging.WARNING, "torchrl_dvla"):
+        learn(collector)
+    assert "stepping took more than step_timeout_s=1 s" in caplog.text
+    assert "in strike" in caplog.text and "run_env_worker" in caplog.text
+
+
+def hanging_policy(gate):
+    """A policy that hangs in its tenth call, if ``gate`` is not there yet."""
+    policy = make_initialised_policy()
+
+    def make():
+        num_calls = 0
+
+        def hang(module, args):
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls == 10 and not os.path.exists(gate):
+                open(gate, "w").close()
+                multiprocessing.Event().wait()
+
+        policy.register_forward_pre_hook(hang)
+        return policy
+
+    return make
+
+
+def test_a_hung_inference_process_is_replaced_at_its_deadline(make_collector, tmp_path, caplog):
+    gate = str(tmp_path / "hung")
+    collector = make_collector(
+        inference=InferenceConfig(where="process", timeout_s=1.0),
+        policy_factory=hanging_policy(gate),
+    )
+    collector.start()
+    with caplog.at_level(logging.WARNING, "torchrl_dvla"):
+        learn(collector, 5)
+    assert os.path.exists(gate)
+    assert collector.stats()["faults/inference_restarts"] == 1
+    assert "a call took more than timeout_s=1 s" in caplog.text and "in hang" in caplog.text
+
+
+def test_a_hung_inference_thread_ends_the_run_with_its_stack(make_collector, tmp_path):
+    collector = make_collector(
+        inference=InferenceConfig(where="thread", timeout_s=1.0),
+        policy_factory=hanging_policy(str(tmp_path / "hung")),
+    )
+    collector.start()
+    with pytest.raises(
+        RuntimeError, match=r"(?s)a thread cannot be ended.*in hang.*where='process'"
+    ):
+        learn(collector, 5)
+
+
+def test_a_worker_that_leaks_is_recycled_between_rollouts(make_collector):
+    leak = Fault("leak", "reset", at=1, repeat=True, leak_bytes=100 << 20)
+    collector = make_collector(
+        FaultyEnvFactory(make_env, [leak]), workers={"max_rss_bytes": "600MB", "num_workers": 2}
+    )
+    collector.start()
+    learned = set()
+    while collector.stats().get("faults/workers_recycled", 0) < 2:
+        learn(collector, 1, learned)
+    assert "faults/workers_replaced" not in collector.stats(), "recycling is no failure"
+
+
+def test_a_task_that_keeps_failing_is_quarantined_and_the_others_go_on(make_collector, caplog):
+    bad = FaultyEnvFactory(make_env, [Fault("raise", "step", repeat=True)])
+    collector = make_collector(
+        {"bad": bad, "good": make_env},
+        workers={"num_workers": 2, "max_rollout_failures": 1, "max_task_failures": 2},
+    )
+    episodes = [EpisodeSpec("good", 0), EpisodeSpec("bad", 0)]
+    collector.start()
+    learned = set()
+    with caplog.at_level(logging.ERROR, "torchrl_dvla"):
+        for _ in range(4):
+            learn(collector, 1, learned)
+            assert {group.task for group in collector.replay_buffer.cohort} == {"good"}
+    assert "Task 'bad' is quarantined" in caplog.text and "injected at step 0" in caplog.text
+    stats = collector.stats()
+    assert stats["faults/tasks_quarantined"] == 1
+    assert stats["faults/workers_replaced"] <= 4, "no restart after that"
+    assert collector.replay_buffer.drop_counts()[KEPT_FAILING]["count"] >= 2
+    with pytest.raises(ValueError, match="quarantined"):
+        collector.evaluate(episodes)
+
+
+def test_an_evaluation_of_a_task_that_keeps_failing_ends_with_its_error(make_collector):
+    bad = FaultyEnvFactory(make_env, [Fault("raise", "reset", repeat=True)])
+    collector = make_collector(
+        {"good": make_env, "bad": bad}, workers={"max_rollout_failures": 2, "max_failures": 3}
+    )
+    evaluation = collector.evaluate([EpisodeSpec("good", 0), EpisodeSpec("bad", 0)])
+    with pytest.raises(RuntimeError, match=r"(?s)failed 2 times.*injected at reset"):
+        evaluation.result(60.0)
+    result = collector.evaluate([EpisodeSpec("good", 0)]).result(60.0)
+    assert len(result.successes) == 1
+
+
+def test_without_a_healthy_task_the_run_ends_with_the_last_error(make_collector):
+    fault = Fault("raise", "step", repeat=True)
+    collector = make_collector(
+        FaultyEnvFactory(make_env, [fault]), workers={"max_rollout_failures": 2}
+    )
+    collector.start()
+    with pytest.raises(RuntimeError, match=r"(?s)max_task_failures \(3\).*injected at step 0"):
+        learn(collector, 1)
+    assert collector.stats()["faults/workers_replaced"] == 6
+
+
+def test_a_scene_that_keeps_failing_costs_its_group_alone(make_collector):
+    def make():  # nested, so that it is pickled by value
+        class BadScene(CountingChunkEnv):
+            def _reset(self, tensordict=None, **kwargs):
+                if self._seed == 1:
+                    raise RuntimeError("this scene cannot be built")
+                return super()._reset(tensordict, **kwargs)
+
+        return BadScene(**ENV_KWARGS)
+
+    collector = make_collector(make, workers={"num_workers": 2})
+    collector.start()
+    learn(collector, 3)
+    stats = collector.stats()
+    assert stats["faults/groups_abandoned"] == 1
+    assert collector.replay_buffer.drop_counts()[KEPT_FAILING]["count"] == 1
+    assert "faults/tasks_quarantined" not in stats
+
+
+def test_a_replacement_with_other_specs_is_refused(make_collector, tmp_path):
+    changed = str(tmp_path / "changed")
+    fault = Fault("kill", "step", at=1, once_path=changed)
+
+    def make():
+        size = (8, 8) if os.path.exists(changed) else (16, 16)
+        return FaultyEnvFactory(CountingChunkEnv, [fault])(**ENV_KWARGS, image_size=size)
+
+    collector = make_collector(make, workers={"max_failures": 2})
+    collector.start()
+    with pytest.raises(RuntimeError, match=r"(?s)specs.*Make create_env_fn deterministic"):
+        learn(collector, 2)
+
+
+def test_the_newest_weights_serve_after_a_restart(make_collector):
+    group = GroupConfig(group_size=3, groups_per_update=1, max_policy_lag=0)
+    collector = make_collector(group=group, inference=InferenceConfig(where="process"))
+    collector.start()
+    learn(collector, 3)
+    kill(process("dvla-inference").pid)
+    for batch in collector.replay_buffer:
+        assert (batch[POLICY_VERSION_KEY] == 3).all()
