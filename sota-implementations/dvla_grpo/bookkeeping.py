@@ -10,7 +10,7 @@ import math
 import re
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -265,6 +265,18 @@ def report_of(cfg: DictConfig, state: RunState) -> RunReport:
         ended_by=state.ended_by,
         checkpoint=state.checkpoint,
     )
+
+
+def save_after(error: Exception, policy: torch.nn.Module, save: Callable[[], None]) -> None:
+    """The run ends with ``error``: save what was learned, unless that is what is broken."""
+    if not all(bool(parameter.isfinite().all()) for parameter in policy.parameters()):
+        say(f"{type(error).__name__}: the weights hold NaN or infinity, so they are not saved")
+        return
+    say(f"{type(error).__name__}: saving a checkpoint")
+    try:
+        save()
+    except Exception as second:  # a full disk, perhaps: the first error is the one to show
+        say(f"it could not be saved: {second!r}")
 
 
 def exit_code(stop: GracefulStop) -> int:

@@ -30,6 +30,7 @@ from bookkeeping import (
     loss_metrics,
     record,
     report_of,
+    save_after,
     say,
 )
 from checks import check_policy, check_settings
@@ -96,7 +97,6 @@ def train(cfg: DictConfig, stop: GracefulStop) -> None:
         buffer = collector.replay_buffer
         if resumed is not None:
             collector.load_state_dict(resumed.state["collector"])
-            buffer.load_state_dict(resumed.state["buffer"])
         meter = stack.enter_context(Meter(cfg, state, collector))
         # A learner that waits for groups does not see a signal: this wakes it.
         stop.on_request(lambda: buffer.close(reason="the run was asked to stop"))
@@ -106,7 +106,6 @@ def train(cfg: DictConfig, stop: GracefulStop) -> None:
                 "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(),
                 "collector": collector.state_dict(),
-                "buffer": buffer.state_dict(),
                 "rng": rng_state(),
                 "run": asdict(state),
             }
@@ -157,6 +156,9 @@ def train(cfg: DictConfig, stop: GracefulStop) -> None:
                     record(recorder, "eval", result, step=state.num_updates, fps=cfg.eval.video_fps)
         except StopRequested:
             pass
+        except Exception as error:
+            save_after(error, policy, save)
+            raise
         if stop.requested:
             say(f"{stop.reason}: saving a checkpoint")
             meter.stop()

@@ -66,13 +66,15 @@ def make_collector() -> Iterator[Callable[..., DVLACollector]]:
         batch_size: int = 16,
         num_epochs: int = 1,
         policy: Any = None,
+        replay_buffer: Any = None,
         **kwargs: Any,
     ) -> DVLACollector:
         group = kwargs.pop("group", None) or GroupConfig(group_size=3, groups_per_update=2)
         collector = DVLACollector(
             create_env_fn or functools.partial(CountingChunkEnv, **ENV_KWARGS),
             policy or make_policy(),
-            replay_buffer=functools.partial(
+            replay_buffer=replay_buffer
+            or functools.partial(
                 PooledReplayBuffer, batch_size=batch_size, num_epochs=num_epochs, timeout_s=60.0
             ),
             group=group,

@@ -23,11 +23,13 @@ PAGES_PER_ROLLOUT = 2
 def make_queue():
     pools = []
 
-    def make(num_pages: int, *, groups_per_update: int = 1) -> RolloutQueue:
+    def make(
+        num_pages: int, *, groups_per_update: int = 1, tasks: tuple[str, ...] = ("task",)
+    ) -> RolloutQueue:
         layout = RowLayout({"x": ((1,), torch.float32)})
         pools.append(EnvironmentPool(layout, num_pages, rows_per_page=1))
         queue = RolloutQueue(
-            InitStateSchedule(("task",)),
+            InitStateSchedule(tasks),
             Admission(groups_per_update, max_policy_lag=0),
             num_candidates=2,
             pages_per_rollout=PAGES_PER_ROLLOUT,
@@ -57,34 +59,37 @@ def test_a_group_is_admitted_whole_and_shares_its_scene(make_queue):
 
 
 def test_a_group_waits_for_the_pages_of_all_its_rollouts(make_queue):
-    queue = make_queue(num_pages=2 * PAGES_PER_ROLLOUT + 1, groups_per_update=2)
+    # Beside the group, a rollout of an evaluation always has room.
+    queue = make_queue(num_pages=3 * PAGES_PER_ROLLOUT + 1, groups_per_update=2)
     first, second = take(queue), take(queue)
     assert queue.next() == "no_page"
-    # What finished rollouts did not take is free for others, but one page is still missing.
+    # What finished rollouts did not take is free for others; one page is taken.
     first.pages = [queue._pool.lease(first.rollout_id)]
     queue.finish(first)
     queue.finish(second)
-    assert queue._pool.num_free_pages == 4
+    assert queue._pool.num_free_pages == 6
     assert take(queue).group_id == 1
 
 
 def test_a_lost_rollout_comes_first_and_keeps_its_promise(make_queue):
-    queue = make_queue(num_pages=4, groups_per_update=2)
+    queue = make_queue(num_pages=6, groups_per_update=2)
     first, _ = take(queue), take(queue)
     first.pages = [queue._pool.lease(first.rollout_id)]
     first.num_decisions = 1
     queue.retry(first)
     again = take(queue)
     assert (again.rollout_id, again.num_decisions, again.pages) == (first.rollout_id, 0, [])
-    assert queue._pool.num_free_pages == 0, "both rollouts hold their promises"
+    assert queue._pool.num_free_pages == 2, "both rollouts hold their promises"
     again.pages = [queue._pool.lease(again.rollout_id) for _ in range(PAGES_PER_ROLLOUT)]
 
 
 def test_an_evaluation_without_room_does_not_hold_up_the_groups_that_have_it(make_queue):
-    queue = make_queue(num_pages=4, groups_per_update=2)
+    queue = make_queue(num_pages=6, groups_per_update=2)
     first = take(queue)
-    queue.add_evaluation(Evaluation([EpisodeSpec("task", 7)], greedy=True, num_frames_episodes=0))
+    episodes = [EpisodeSpec("task", 7), EpisodeSpec("task", 8)]
+    queue.add_evaluation(Evaluation(episodes, greedy=True, num_frames_episodes=0))
     assert queue.next_evaluation() is not None
+    assert take(queue).evaluation is not None, "one rollout of an evaluation always has room"
     second = take(queue)
     assert second.group_id == first.group_id
     assert queue.next() == "no_page", "the evaluation comes before a new group"
@@ -111,6 +116,43 @@ def test_evaluations_run_one_after_the_other_and_before_new_groups(make_queue):
         )
     assert queue.next_evaluation() is evaluations[1]
     assert take(queue).spec.seed == 2
+
+
+def test_a_group_that_is_given_up_leaves_no_promise_and_no_rollout(make_queue):
+    queue = make_queue(num_pages=6, groups_per_update=2)
+    running = take(queue)
+    queue.abandon(running.group_id)
+    assert running.cancelled and queue.state_dict()["reopened"] == []
+    queue.retry(running)  # its worker is lost as well
+    assert queue._pool.num_free_pages == 6
+    assert take(queue).group_id == 1
+
+
+def test_a_quarantined_task_is_skipped_and_the_last_one_ends_the_run(make_queue):
+    queue = make_queue(num_pages=16, groups_per_update=3, tasks=("a", "b"))
+    first = take(queue), take(queue)
+    assert {rollout.spec.task for rollout in first} == {"a"}
+    evaluation = Evaluation([EpisodeSpec("a", 0)], greedy=True, num_frames_episodes=0)
+    queue.add_evaluation(evaluation)
+    error = RuntimeError("a keeps failing")
+    assert queue.quarantine("a", error) == [0]
+    queue.abandon(0)
+    with pytest.raises(RuntimeError, match="a keeps failing"):
+        evaluation.result(0.0)
+    assert [take(queue).spec.task for _ in range(4)] == ["b"] * 4
+    with pytest.raises(RuntimeError, match="b too"):
+        queue.quarantine("b", RuntimeError("b too"))
+
+
+def test_groups_that_wait_to_be_begun_anew_are_not_forgotten(make_queue):
+    queue = make_queue(num_pages=16, groups_per_update=3)
+    for _ in range(6):
+        take(queue)
+    state = queue.state_dict()
+    other = make_queue(num_pages=16, groups_per_update=3)
+    other.load_state_dict(state)
+    take(other)
+    assert other.state_dict()["reopened"] == state["reopened"], "begun or not, all three"
 
 
 def test_unfinished_groups_are_begun_anew_after_a_resume(make_queue):

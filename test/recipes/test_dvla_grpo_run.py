@@ -154,7 +154,6 @@ class TestRun:
             "optimizer",
             "scheduler",
             "collector",
-            "buffer",
             "rng",
             "run",
         }

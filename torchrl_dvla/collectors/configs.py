@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from torchrl_dvla.memory import parse_bytes
 
 __all__ = ["GroupConfig", "InferenceConfig", "SchedulerConfig", "WorkerConfig"]
+
+DroughtPolicy = Literal["warn", "keep", "raise"]
 
 
 def _require_positive(name: str, value: float) -> None:
@@ -25,7 +27,8 @@ class GroupConfig:
     """Groups of rollouts, and how stale they may be when they are learned from.
 
     Args:
-        group_size (int): rollouts of one initial state whose returns are compared; at least 2.
+        group_size (int): rollouts of one initial state whose returns are compared; at least 2. They
+            need not run at once: with fewer environments than that they run one after the other.
         candidate_group_size (int, optional): rollouts sampled for a group, of which ``group_size``
             are kept, chosen for contrast. Defaults to ``group_size``.
         groups_per_update (int): groups that one learner update takes.
@@ -35,8 +38,13 @@ class GroupConfig:
             strictly between these. Groups whose returns are all equal are always left out: their
             advantages are zero.
         normalise_std (bool): divide advantages by the group's standard deviation.
-        max_drought (int): groups without contrast in a row after which a warning says so; sampling
-            goes on, and the warning is repeated after as many again.
+        max_drought (int): groups in a row with nothing to learn from after which the run is said to
+            be in a *drought*; a warning says so, and again after as many more.
+        on_drought (str): how it goes on. ``"warn"`` (default) samples on, while the learner waits:
+            nothing is learned from noise, and the time limit of the replay buffer ends a wait that
+            is too long. ``"keep"`` keeps whatever comes until there is contrast again, with
+            advantages of zero, so that the learner's clock, its other loss terms and the initial
+            states go on. ``"raise"`` ends the run.
 
     Examples:
         >>> GroupConfig(group_size=1)
@@ -53,6 +61,7 @@ state: one rollout has no advantage.
     return_bounds: tuple[float, float] | None = None
     normalise_std: bool = True
     max_drought: int = 16
+    on_drought: DroughtPolicy = "warn"
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
@@ -72,6 +81,11 @@ state: one rollout has no advantage.
             )
         _require_positive("groups_per_update", self.groups_per_update)
         _require_positive("max_drought", self.max_drought)
+        if self.on_drought not in get_args(DroughtPolicy):
+            raise ValueError(
+                f"on_drought must be one of {list(get_args(DroughtPolicy))}, got "
+                f"{self.on_drought!r}. 'warn' samples on."
+            )
 
     @property
     def num_candidates(self) -> int:

@@ -18,6 +18,7 @@ from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
 from torchrl.weight_update import WeightSyncScheme
 
+from torchrl_dvla.collectors.checks import check_buffer, check_pages, check_tasks, check_updater
 from torchrl_dvla.collectors.configs import (
     GroupConfig,
     InferenceConfig,
@@ -135,23 +136,12 @@ class DVLACollector(BaseCollector):
         else:
             self._factories = {"default": create_env_fn}
         self.schedule = schedule or InitStateSchedule(tuple(self._factories), seed=seed)
-        unknown = set(self.schedule.tasks) - set(self._factories)
-        if unknown:
-            raise ValueError(
-                f"schedule must name tasks of create_env_fn ({sorted(self._factories)}), got "
-                f"{sorted(unknown)}. Add a factory for each."
-            )
+        check_tasks(self.schedule, self._factories)
         self._policy = policy
         self._policy_factory = policy_factory
         self._workers, self._inference_config = workers, inference
         schemes = weight_sync_schemes or {"policy": AsyncWeightUpdater()}
-        updater = schemes.get("policy")
-        if len(schemes) != 1 or not isinstance(updater, AsyncWeightUpdater):
-            raise ValueError(
-                "weight_sync_schemes must be {'policy': AsyncWeightUpdater(...)}, got "
-                f"{schemes}. Other schemes write under their readers' feet or make the learner "
-                "wait."
-            )
+        updater = check_updater(schemes)
         self._weight_sync_schemes = schemes
         self._weight_updater = None
         self._updater = updater
@@ -180,6 +170,7 @@ class DVLACollector(BaseCollector):
             num_pages = self.plan.num_pages
             if env_bytes is None:  # evaluation episodes find room beside all admitted groups
                 num_pages += self.plan.pages_per_group
+            check_pages(self.plan, group, num_pages)
             self._pool = EnvironmentPool(layout, num_pages, rows_per_page)
             self._coordinator = self._build(sampling, replay_buffer)
         except BaseException:
@@ -196,6 +187,7 @@ class DVLACollector(BaseCollector):
         self.replay_buffer = replay_buffer(
             pool=pool, admission=admission, instructions=instructions
         )
+        check_buffer(self.replay_buffer, pool, admission)
         self.replay_buffer.track = self.timeline.track("gradient", "learner")
         self._queue = RolloutQueue(
             self.schedule,
@@ -218,6 +210,7 @@ class DVLACollector(BaseCollector):
             replay_buffer=self.replay_buffer,
             counters=self._counters,
             max_drought=group.max_drought,
+            on_drought=group.on_drought,
         )
         self._updater.init_on_sender(model_id="policy", model=self._policy, num_workers=0)
         self._updater.connect()
@@ -418,13 +411,20 @@ class DVLACollector(BaseCollector):
         return out
 
     def state_dict(self) -> OrderedDict[str, Any]:
-        """Cursor, counters and unfinished groups; the buffer has a state of its own."""
-        return OrderedDict(
-            schedule=self.schedule.state_dict(),
-            counters=self._counters.state_dict(),
-            queue=self._queue.state_dict(),
-            num_batches=list(self._coordinator.num_batches),
-        )
+        """Initial-state cursor, counters, seeds, unfinished groups and the replay buffer.
+
+        All of it is of one instant, although collection goes on: each group is either stored in the
+        buffer or among those that a resumed run begins anew. The learner calls it, between two
+        minibatches; see ``replay_buffer.state_dict()``.
+        """
+        with self._queue.consistent:
+            return OrderedDict(
+                schedule=self.schedule.state_dict(),
+                counters=self._counters.state_dict(),
+                queue=self._queue.state_dict(),
+                num_batches=list(self._coordinator.num_batches),
+                buffer=self.replay_buffer.state_dict(),
+            )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where ``state_dict`` was taken; call it before :meth:`start`.
@@ -438,6 +438,7 @@ class DVLACollector(BaseCollector):
         self._counters.load_state_dict(state_dict["counters"])
         self._queue.load_state_dict(state_dict["queue"])
         self._coordinator.num_batches[:] = state_dict["num_batches"]
+        self.replay_buffer.load_state_dict(state_dict["buffer"])
 
     def __repr__(self) -> str:
         return (

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import logging
 
+from torchrl_dvla.collectors.configs import DroughtPolicy
 from torchrl_dvla.collectors.counters import CollectionCounters
 from torchrl_dvla.collectors.rollout import Rollout
 from torchrl_dvla.collectors.rollout_queue import RolloutQueue
-from torchrl_dvla.data import GroupAssembler, PooledReplayBuffer, RolloutRecord
+from torchrl_dvla.data import GroupAssembler, GroupRecord, PooledReplayBuffer, RolloutRecord
 from torchrl_dvla.memory import EnvironmentPool
 
 __all__ = ["GroupSink"]
+
+_WHAT_FOLLOWS = {
+    "warn": "Sampling goes on.",
+    "keep": "Groups are kept as they come until there is contrast again.",
+    "raise": "The run ends here.",
+}
 
 _log = logging.getLogger("torchrl_dvla")
 
@@ -30,7 +37,8 @@ class GroupSink:
         queue (RolloutQueue): told when a group is complete.
         replay_buffer (PooledReplayBuffer): adopts kept groups.
         counters (CollectionCounters): takes the counts.
-        max_drought (int): groups dropped in a row after which a warning is given.
+        max_drought (int): groups without anything to learn from, in a row, that make a drought.
+        on_drought (str): what follows, see :class:`~torchrl_dvla.collectors.GroupConfig`.
     """
 
     def __init__(
@@ -42,6 +50,7 @@ class GroupSink:
         replay_buffer: PooledReplayBuffer,
         counters: CollectionCounters,
         max_drought: int,
+        on_drought: DroughtPolicy,
     ) -> None:
         self._assembler = assembler
         self._pool = pool
@@ -49,7 +58,8 @@ class GroupSink:
         self._replay_buffer = replay_buffer
         self._counters = counters
         self._max_drought = max_drought
-        self._num_dropped_in_a_row = 0
+        self._on_drought = on_drought
+        self._drought = 0
 
     def abandon(self, group_id: int, reason: str) -> None:
         """Give a group up and account for it; its finished rollouts go with it.
@@ -58,9 +68,10 @@ class GroupSink:
             group_id (int): an unfinished group.
             reason (str): why, in words that do not vary from case to case.
         """
-        self._queue.abandon(group_id)
-        self._counters.add("faults/groups_abandoned")
-        self._replay_buffer.extend(self._assembler.abandon(group_id, reason))
+        with self._queue.consistent:
+            self._queue.abandon(group_id)
+            self._counters.add("faults/groups_abandoned")
+            self._replay_buffer.extend(self._assembler.abandon(group_id, reason))
 
     def add(self, rollout: Rollout) -> None:
         """Take one finished rollout of a training group; the coordinator calls it."""
@@ -83,20 +94,30 @@ class GroupSink:
         )
         if group is None:
             return
-        self._queue.close_group(rollout.group_id)
-        # Counted first: the learner may have the group, and read the counters, at once.
-        self._counters.add("collector/groups_kept" if group.kept else "collector/groups_dropped")
-        self._replay_buffer.extend(group)
-        if group.kept:
-            self._num_dropped_in_a_row = 0
+        with self._queue.consistent:
+            self._queue.close_group(rollout.group_id)
+            # Counted first: the learner may have the group, and read the counters, at once.
+            self._counters.add("collector/groups_" + ("kept" if group.kept else "dropped"))
+            self._watch_drought(group)
+            self._replay_buffer.extend(group)
+
+    def _watch_drought(self, group: GroupRecord) -> None:
+        if group.kept and bool(group.advantages.any()):
+            self._drought = 0
+        else:
+            self._drought += 1
+        if group.kept and self._drought:
+            self._counters.add("collector/groups_kept_in_drought")
+        self._counters.totals["collector/drought"] = self._drought
+        self._assembler.keep_all = self._on_drought == "keep" and self._drought >= self._max_drought
+        if not self._drought or self._drought % self._max_drought:
             return
-        self._num_dropped_in_a_row += 1
-        if self._num_dropped_in_a_row % self._max_drought == 0:
-            _log.warning(
-                "%d groups in a row were left out, the last because of %s. Sampling goes on. If "
-                "this "
-                "stays so, the tasks are too easy or too hard for the policy: choose others, raise "
-                "candidate_group_size, or sample at a higher temperature.",
-                self._num_dropped_in_a_row,
-                group.drop_reason,
-            )
+        text = (
+            f"{self._drought} groups in a row had nothing to learn from, the last because of "
+            f"{group.drop_reason or 'no contrast'!r}. {_WHAT_FOLLOWS[self._on_drought]} If this "
+            "stays so, the tasks are too easy or too hard for the policy: choose others, raise "
+            "candidate_group_size, widen return_bounds, or sample at a higher temperature."
+        )
+        if self._on_drought == "raise":
+            raise RuntimeError(text)
+        _log.warning("%s", text)

@@ -58,6 +58,9 @@ class RolloutQueue:
         self._evaluations: deque[Evaluation] = deque()
         self._evaluation_pending: deque[Rollout] = deque()
         self._lock = threading.Lock()
+        #: Held while a group begins or ends; whoever holds it sees queue, admission and replay
+        #: buffer agree about it.
+        self.consistent = threading.RLock()
         self.admitting = threading.Event()
         self.num_groups_admitted = 0
         self.num_rollouts = 0
@@ -123,12 +126,20 @@ class RolloutQueue:
     def _begin_group(self) -> Rollout | str:
         if not self.admitting.is_set():
             return "paused"
-        num_pages = self._pages_per_rollout * self._num_candidates
-        if not self._pool.reserve(num_pages):
-            return "no_page"
-        if not self._admission.admit(self.num_groups_admitted):
-            self._pool.unreserve(num_pages)
+        if not self._admission.may_admit:
             return "no_admission"
+        num_pages = self._pages_per_rollout * self._num_candidates
+        # One rollout's pages stay free: a learner that waits for an evaluation frees no others.
+        if not self._pool.reserve(num_pages + self._pages_per_rollout):
+            return "no_page"
+        self._pool.unreserve(self._pages_per_rollout)
+        with self.consistent:
+            if self._admission.admit(self.num_groups_admitted):
+                return self._admitted_group()
+        self._pool.unreserve(num_pages)
+        return "no_admission"
+
+    def _admitted_group(self) -> Rollout:
         spec = self._next_spec()
         self._open_groups[self.num_groups_admitted] = spec
         for _ in range(self._num_candidates):
@@ -153,11 +164,14 @@ class RolloutQueue:
         self._open_groups.pop(group_id, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, and the initial states of unfinished groups: a resumed run begins them anew."""
+        """Counters, and the initial states of unfinished groups: a resumed run begins them anew.
+
+        The caller holds :attr:`consistent`.
+        """
         return {
             "num_groups_admitted": self.num_groups_admitted,
             "num_rollouts": self.num_rollouts,
-            "reopened": [tuple(spec) for spec in self._open_groups.copy().values()],
+            "reopened": [tuple(spec) for spec in (*self._open_groups.values(), *self._reopened)],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -81,6 +81,8 @@ class GroupAssembler:
         self.return_bounds = return_bounds
         self.normalise_std = normalise_std
         self.drop_no_contrast = drop_no_contrast
+        #: While True, no complete group is dropped, whatever its returns.
+        self.keep_all = False
         self._pending: dict[int, list[RolloutRecord]] = {}
 
     @property
@@ -152,6 +154,8 @@ class GroupAssembler:
     def _judge(self, members: list[RolloutRecord]) -> GroupRecord:
         returns = [member.episode_return for member in members]
         mean = fmean(returns)
+        if self.keep_all:
+            return self._kept(members, returns)
         if self.drop_no_contrast and min(returns) == max(returns):
             reason = f"no contrast: all rollouts returned {returns[0]:g}"
             return self._dropped(members[0].group_id, members, reason)
@@ -160,6 +164,9 @@ class GroupAssembler:
             return self._dropped(
                 members[0].group_id, members, f"mean return outside ({low:g}, {high:g})"
             )
+        return self._kept(members, returns)
+
+    def _kept(self, members: list[RolloutRecord], returns: list[float]) -> GroupRecord:
         chosen = max_variance_subset(returns, self.group_size)
         rollouts = tuple(members[index] for index in chosen)
         kept_returns = torch.tensor([r.episode_return for r in rollouts], dtype=torch.float32)

@@ -1,0 +1,104 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""A run that test_resume.py kills and resumes; it tells on standard output what it learns from.
+
+python resumable_run.py FOLDER NUM_UPDATES
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+
+import torch
+from tensordict.nn import InteractionType
+from torchrl.data.vla import UniformActionTokenizer
+from torchrl.modules.vla import TinyVLA
+
+from torchrl_dvla.collectors import DVLACollector, GroupConfig, InitStateSchedule, WorkerConfig
+from torchrl_dvla.data import PooledReplayBuffer
+from torchrl_dvla.objectives import GRPOLoss
+from torchrl_dvla.recording import Checkpoint, CheckpointDirectory, rng_state, set_rng_state
+from torchrl_dvla.testing import CountingChunkEnv
+from torchrl_dvla.weight_update import AsyncWeightUpdater
+
+SAVE_EVERY = 2
+
+
+def tell(**what) -> None:
+    print(json.dumps(what), flush=True)
+
+
+def main(folder: str, num_updates: int) -> None:
+    torch.manual_seed(0)
+    policy = TinyVLA(
+        action_dim=2,
+        chunk_size=4,
+        action_head="tokens",
+        vocab_size=8,
+        hidden_dim=16,
+        output_mode="both",
+        log_probs_mode="token",
+        return_vla_action_container=False,
+        action_tokenizer=UniformActionTokenizer(8, low=-1.0, high=1.0),
+        default_interaction_type=InteractionType.RANDOM,
+    )
+    make_env = functools.partial(
+        CountingChunkEnv, action_dim=2, chunk_size=4, max_env_steps=12, length="heavy_tailed"
+    )
+    policy(make_env().reset().unsqueeze(0))  # makes the lazy parameters
+    loss = GRPOLoss(policy, entropy_coeff=0.03)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    checkpoints = CheckpointDirectory(folder)
+    latest = checkpoints.latest()
+    resumed = None if latest is None else Checkpoint.load(latest)
+    update = 0 if resumed is None else resumed.update
+    collector = DVLACollector(
+        {"left": make_env, "right": make_env},
+        policy,
+        replay_buffer=functools.partial(PooledReplayBuffer, batch_size=16, timeout_s=60.0),
+        group=GroupConfig(group_size=3, groups_per_update=2, max_policy_lag=2),
+        workers=WorkerConfig(num_workers=2, max_decisions=4),
+        weight_sync_schemes={"policy": AsyncWeightUpdater(first_version=update)},
+        schedule=InitStateSchedule(("left", "right"), seed=3),
+        seed=3,
+    )
+    if resumed is not None:
+        resumed.load_policy(policy)
+        optimizer.load_state_dict(resumed.state["optimizer"])
+        set_rng_state(resumed.state["rng"])
+        collector.load_state_dict(resumed.state["collector"])
+        tell(resumed=update, queue=collector.state_dict()["queue"], random=torch.rand(2).tolist())
+    collector.start()
+    while update < num_updates:
+        ids: set[int] = set()
+        for batch in collector.replay_buffer:
+            losses = loss(batch)
+            (losses["loss_objective"] + losses["loss_entropy"]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ids |= set(batch["rollout_id"].flatten().tolist())
+        groups = collector.replay_buffer.cohort
+        scenes = [[group.task, group.seed] for group in groups]
+        lag = collector.policy_version - min(group.first_policy_version for group in groups)
+        collector.update_policy_weights_()
+        update += 1
+        tell(update=update, ids=sorted(ids), scenes=scenes, lag=lag)
+        if update % SAVE_EVERY == 0:
+            state = collector.state_dict()
+            generators = rng_state()
+            parts = {"optimizer": optimizer.state_dict(), "collector": state, "rng": generators}
+            checkpoints.save(update, policy, parts)
+            stored = [[g["task"], g["seed"]] for g in state["buffer"]["_groups"]["queue"]["groups"]]
+            random = torch.rand(2).tolist()
+            set_rng_state(generators)
+            tell(saved=update, queue=state["queue"], stored=stored, random=random)
+    collector.shutdown()
+    tell(ended=update)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,144 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""What cannot work ends with one clear error, and leaves no process behind."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+
+import pytest
+import torch
+from tensordict.nn import TensorDictModule
+from torchrl.envs import ToyVLAEnv
+
+from torchrl_dvla.collectors import GroupConfig, InferenceConfig, InitStateSchedule, WorkerConfig
+from torchrl_dvla.data import Admission, PooledReplayBuffer
+from torchrl_dvla.testing import CountingChunkEnv, Fault, FaultyEnvFactory
+
+from .conftest import ENV_KWARGS, make_policy
+
+make_env = functools.partial(CountingChunkEnv, **ENV_KWARGS)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    left = [p.name for p in multiprocessing.active_children() if p.name.startswith("dvla")]
+    assert left == []
+
+
+@pytest.fixture
+def refuse(make_collector):
+    """Builds a collector that must not come to life, and compares its error."""
+
+    def refuse(match, error=ValueError, **kwargs):
+        with pytest.raises(error, match=match):
+            make_collector(**kwargs)
+        assert not [p for p in multiprocessing.active_children() if p.name.startswith("dvla")]
+
+    return refuse
+
+
+@pytest.fixture
+def no_process(monkeypatch):
+    """Starting a process is an error."""
+    monkeypatch.setattr(
+        "torchrl_dvla.swimlane.sampling.Child", lambda *a, **k: pytest.fail("start")
+    )
+
+
+def test_an_environment_without_chunks(refuse):
+    refuse(
+        r"(?s)create_env_fn failed in dvla-env-0.*whose action is .*chunk.*Append MultiAction",
+        error=RuntimeError,
+        create_env_fn=ToyVLAEnv,
+    )
+
+
+def test_specs_that_differ_between_workers(refuse):
+    def make():  # nested, so that it is pickled by value
+        size = 8 if multiprocessing.current_process().name == "dvla-env-1" else 16
+        return CountingChunkEnv(**ENV_KWARGS, image_size=(size, size))
+
+    refuse(
+        "(?s)same specs.*worker 0.*worker 1.*Make create_env_fn deterministic",
+        error=RuntimeError,
+        create_env_fn=make,
+        workers={"num_workers": 2},
+    )
+
+
+@pytest.mark.parametrize("missing", ["log_probs", "chunk", "tokens"])
+def test_a_policy_that_writes_too_little(refuse, missing):
+    policy = make_policy()
+    forget = TensorDictModule(lambda: (), in_keys=[], out_keys=[])
+
+    class Forgetful(torch.nn.Module):
+        out_keys = policy.out_keys
+
+        def __init__(self):
+            super().__init__()
+            self.policy, self.forget = policy, forget
+
+        def forward(self, tensordict):
+            tensordict = self.policy(tensordict)
+            del tensordict["vla_action", missing]
+            return tensordict
+
+    refuse(rf"policy must write \('vla_action', '{missing}'\)", policy=Forgetful())
+
+
+def test_a_constructor_that_raises_on_every_worker_is_told_once(make_collector):
+    factory = FaultyEnvFactory(make_env, [Fault("raise", "constructor")])
+    with pytest.raises(RuntimeError) as caught:
+        make_collector(factory, workers={"num_workers": 3})
+    assert str(caught.value).count("InjectedFault: injected") == 1
+    assert str(caught.value).count("Traceback") == 1
+
+
+def test_a_group_larger_than_the_workers_can_hold_runs_one_after_the_other(make_collector):
+    group = GroupConfig(group_size=7, groups_per_update=2, max_policy_lag=0)
+    collector = make_collector(group=group, workers={"num_workers": 1, "envs_per_worker": 1})
+    collector.start()
+    rows = torch.cat([batch.clone() for batch in collector.replay_buffer])
+    assert rows["rollout_id"].unique().numel() == 14
+
+
+def test_pages_for_the_groups_but_not_for_an_evaluation(refuse, make_collector):
+    probe = make_collector()
+    plan = probe.plan
+    probe.shutdown()
+    enough = plan.min_env_bytes + plan.rows_per_page * plan.row_bytes + 4096
+    refuse(
+        r"env_bytes must hold .* = 2 x 3 \+ 1 = 7 pages, got 6.*would wait for each other",
+        env_bytes=plan.min_env_bytes,
+    )
+    collector = make_collector(env_bytes=enough)
+    collector.start()
+    for _ in range(3):
+        for _ in collector.replay_buffer:
+            pass
+        collector.update_policy_weights_()
+
+
+def test_a_buffer_with_an_admission_of_its_own(refuse):
+    def build(pool, admission, instructions):
+        return PooledReplayBuffer(pool=pool, admission=Admission(2, 1), batch_size=4)
+
+    refuse("replay_buffer must build a buffer with the pool and the admission", replay_buffer=build)
+
+
+def test_settings_are_refused_before_a_process_starts(refuse, no_process):
+    with pytest.raises(ValueError, match="max_policy_lag must be at least 0"):
+        GroupConfig(max_policy_lag=-1)
+    with pytest.raises(ValueError, match="on_drought must be one of"):
+        GroupConfig(on_drought="stop")
+    for name in ("max_failures", "max_rollout_failures", "max_task_failures", "max_rss_bytes"):
+        with pytest.raises(ValueError, match=f"{name} must be positive"):
+            WorkerConfig(**{name: 0})
+    refuse("deterministic must be", inference=InferenceConfig(deterministic=True))
+    refuse("schedule must name tasks", schedule=InitStateSchedule(("other",)))
+    refuse("weight_sync_schemes must be", weight_sync_schemes={"policy": object()})

@@ -1,0 +1,83 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Arguments of a collector that could never work together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torchrl.weight_update import WeightSyncScheme
+
+from torchrl_dvla.collectors.configs import GroupConfig
+from torchrl_dvla.collectors.schedule import InitStateSchedule
+from torchrl_dvla.data import Admission, PooledReplayBuffer
+from torchrl_dvla.memory import EnvironmentPool, Plan
+from torchrl_dvla.weight_update import AsyncWeightUpdater
+
+__all__ = ["check_buffer", "check_pages", "check_tasks", "check_updater"]
+
+
+def check_tasks(schedule: InitStateSchedule, tasks: Collection[str]) -> None:
+    """Every task of the schedule needs a factory.
+
+    Raises:
+        ValueError: naming the tasks that have none.
+    """
+    unknown = set(schedule.tasks) - set(tasks)
+    if unknown:
+        raise ValueError(
+            f"schedule must name tasks of create_env_fn ({sorted(tasks)}), got "
+            f"{sorted(unknown)}. Add a factory for each."
+        )
+
+
+def check_updater(schemes: Mapping[str, WeightSyncScheme]) -> AsyncWeightUpdater:
+    """The one scheme that a collector works with.
+
+    Raises:
+        ValueError: if there is another, or none.
+    """
+    updater = schemes.get("policy")
+    if len(schemes) != 1 or not isinstance(updater, AsyncWeightUpdater):
+        raise ValueError(
+            f"weight_sync_schemes must be {{'policy': AsyncWeightUpdater(...)}}, got {schemes}. "
+            "Other schemes write under their readers' feet or make the learner wait."
+        )
+    return updater
+
+
+def check_pages(plan: Plan, group: GroupConfig, num_pages: int) -> None:
+    """An update's groups and one rollout of an evaluation must find room at once.
+
+    With fewer pages than the groups of an update, the learner would wait for groups that wait for
+    pages; without the one rollout, a learner that waits for an evaluation would never free any.
+
+    Raises:
+        ValueError: with the inequality that fails.
+    """
+    pages_per_rollout = plan.pages_per_group // group.num_candidates
+    needed = group.groups_per_update * plan.pages_per_group + pages_per_rollout
+    if num_pages < needed:
+        page_bytes = plan.rows_per_page * plan.row_bytes
+        raise ValueError(
+            "env_bytes must hold groups_per_update x pages of a group + pages of an evaluation "
+            f"rollout = {group.groups_per_update} x {plan.pages_per_group} + {pages_per_rollout} = "
+            f"{needed} pages, got {num_pages}: with fewer, learner and sampling would wait for "
+            f"each other. Raise env_bytes by {(needed - num_pages) * page_bytes}, or lower "
+            "groups_per_update, group_size or max_decisions."
+        )
+
+
+def check_buffer(buffer: PooledReplayBuffer, pool: EnvironmentPool, admission: Admission) -> None:
+    """The buffer must be on the collector's pool and under its admission.
+
+    Raises:
+        ValueError: if it was built with others; groups would never be admitted again.
+    """
+    if buffer.pool is not pool or buffer.admission is not admission:
+        raise ValueError(
+            "replay_buffer must build a buffer with the pool and the admission it is given, got "
+            "others. Pass functools.partial(PooledReplayBuffer, batch_size=...) without them."
+        )
