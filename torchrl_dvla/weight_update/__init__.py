@@ -6,10 +6,11 @@
 
 :class:`WeightStore` holds versions in shared memory; each :class:`WeightReader` adopts the newest
 one between two of its batches; :class:`AsyncWeightUpdater` is both as a TorchRL
-``WeightSyncScheme``. What is here serves one node. A broadcast to the stores of other nodes belongs
-beside it.
+``WeightSyncScheme``. They serve one node; :class:`WeightBroadcast` brings the versions to the
+:class:`WeightRelay` of every other node, which has a store of its own for the readers there.
 """
 
+from torchrl_dvla.weight_update.broadcast import LinkModel, WeightBroadcast, WeightRelay
 from torchrl_dvla.weight_update.layout import WeightLayout
 from torchrl_dvla.weight_update.ledger import Adoption, AdoptionStats
 from torchrl_dvla.weight_update.reader import WeightReader
@@ -21,8 +22,11 @@ __all__ = [
     "Adoption",
     "AdoptionStats",
     "AsyncWeightUpdater",
+    "LinkModel",
     "PublishStats",
+    "WeightBroadcast",
     "WeightLayout",
     "WeightReader",
+    "WeightRelay",
     "WeightStore",
 ]

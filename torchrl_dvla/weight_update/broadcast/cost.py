@@ -1,0 +1,202 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+r"""What a broadcast costs, and the tree and the buckets that cost least.
+
+**The model.** A version of :math:`S` bytes is cut into :math:`m` buckets. A node sends a bucket on
+as soon as it has all of it (invariant 3 concerns readers, who see whole versions only; a leader may
+forward what it could not yet show). One bucket keeps a sender busy for each child for
+
+.. math::
+    \tau(m) = o + \frac{S}{m\,B},
+
+with the bandwidth :math:`B` of its link and an overhead :math:`o` per message; it arrives after the
+latency :math:`\alpha`, which keeps nobody busy, since receives are posted ahead of time. A node
+with :math:`c` children shares its link among them: it needs :math:`c\,\tau` for a bucket. On the
+path to one node, with :math:`h` hops and senders of fan-out :math:`c_1 \dots c_h`, the first bucket
+arrives after :math:`h\alpha + \tau \sum c_i`. Each further one follows at the pace of the slowest
+sender on the way, by induction over the hops: what arrives at intervals of :math:`g` leaves a
+sender that needs :math:`c\tau` at intervals of :math:`\max(g, c\tau)`. Hence
+
+.. math::
+    T(m) = \max_{\text{nodes}} \; h\alpha + \Bigl(\sum_i c_i + (m - 1) \max_i c_i\Bigr) \tau(m).
+
+For a chain over :math:`n` nodes that is :math:`n\alpha + (n + m - 1)\,\tau(m)`, which is least at
+:math:`m^* = \sqrt{(n - 1)\,S / (B\,o)}`: with large versions it approaches :math:`S / B`, the time
+of a single transfer, whatever :math:`n`. A binomial tree has only about :math:`\log_2 n` hops, but
+its widest node sends every byte :math:`\lceil\log_2 n\rceil` times. So the chain wins for large
+versions, the tree where latency counts for more than bytes. :math:`T` is a maximum of functions
+that are convex in :math:`m`, so the best :math:`m` is found by bisection.
+
+Not in the model: the time to open edges after a change of the tree, and the order and the report of
+a round (one latency each), which every shape pays alike.
+
+Reference: Hockney, "The communication challenge for MPP: Intel Paragon and Meiko CS-2" (1994) for
+latency and bandwidth; Alexandrov et al., "LogGP" (1995) for the overhead beside the latency.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from torchrl_dvla.weight_update.broadcast.tree import SHAPES, Path, Tree
+
+__all__ = ["LinkModel", "Plan", "bucket_bounds", "choose_plan", "transfer_s"]
+
+#: All receives of a round are posted at once; this bounds their number.
+MAX_BUCKETS = 1024
+_ALIGNMENT_BYTES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class LinkModel:
+    """What a message costs between two nodes. The default is a data centre's 10 Gb/s.
+
+    Args:
+        latency_s (float): from the end of sending to the end of receiving. Default: 100 µs.
+        bytes_per_s (float): bandwidth of a node's link. Default: 1.25e9.
+        overhead_s (float): sender's time per message. Default: 50 µs.
+
+    Raises:
+        ValueError: for a negative time or a bandwidth that is not positive.
+
+    Examples:
+        >>> LinkModel(latency_s=0.001, bytes_per_s=1e9, overhead_s=0.0).message_s(1_000_000)
+        0.001
+    """
+
+    latency_s: float = 100e-6
+    bytes_per_s: float = 1.25e9
+    overhead_s: float = 50e-6
+
+    def __post_init__(self) -> None:
+        if self.latency_s < 0 or self.overhead_s < 0 or self.bytes_per_s <= 0:
+            raise ValueError(
+                f"link must have times of at least 0 and a positive bandwidth, got {self}. Measure "
+                "them, or leave the defaults."
+            )
+
+    def message_s(self, num_bytes: float) -> float:
+        """How long a message of ``num_bytes`` keeps its sender busy."""
+        return self.overhead_s + num_bytes / self.bytes_per_s
+
+
+DEFAULT_LINK = LinkModel()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a version travels.
+
+    Args:
+        shape (str): ``"chain"``, ``"binomial"`` or ``"star"``.
+        tree (Tree): the nodes in it.
+        num_buckets (int): pieces a version is cut into.
+        predicted_s (float): time until the last node has it.
+    """
+
+    shape: str
+    tree: Tree
+    num_buckets: int
+    predicted_s: float
+
+
+def transfer_s(tree: Tree, num_bytes: int, num_buckets: int, link: LinkModel) -> float:
+    """Time until every node of ``tree`` has all of ``num_bytes``.
+
+    Args:
+        tree (Tree): who sends to whom.
+        num_bytes (int): size of the version.
+        num_buckets (int): pieces it is cut into.
+        link (LinkModel): what a message costs.
+
+    Returns:
+        seconds; 0 without nodes.
+
+    Examples:
+        >>> from torchrl_dvla.weight_update.broadcast.tree import chain
+        >>> link = LinkModel(latency_s=0.5, bytes_per_s=1.0, overhead_s=1.0)
+        >>> transfer_s(chain(3), 8, 4, link)  # 3 * 0.5 + (3 + 4 - 1) * (1 + 2)
+        19.5
+    """
+    return _transfer_s(_leaf_paths(tree), num_bytes, num_buckets, link)
+
+
+def choose_plan(
+    num_nodes: int,
+    num_bytes: int,
+    link: LinkModel = DEFAULT_LINK,
+    shapes: Sequence[str] = ("chain", "binomial"),
+) -> Plan:
+    """The shape and the number of buckets that the model finds fastest; the chain on a tie.
+
+    Args:
+        num_nodes (int): nodes that receive.
+        num_bytes (int): size of a version.
+        link (LinkModel): what a message costs.
+        shapes (sequence of str): which trees to look at, see
+            :data:`~torchrl_dvla.weight_update.broadcast.tree.SHAPES`.
+
+    Returns:
+        the plan.
+
+    Raises:
+        ValueError: for a shape that is not known.
+
+    Examples:
+        >>> choose_plan(8, 300_000_000).shape, choose_plan(8, 10_000).shape
+        ('chain', 'binomial')
+    """
+    unknown = [shape for shape in shapes if shape not in SHAPES]
+    if unknown or not shapes:
+        raise ValueError(
+            f"shapes must be some of {sorted(SHAPES)}, got {list(shapes)}. Leave them out to have "
+            "one chosen."
+        )
+    plans = []
+    for shape in shapes:
+        tree = SHAPES[shape](num_nodes)
+        paths = _leaf_paths(tree)
+        low, high = 1, min(MAX_BUCKETS, max(1, num_bytes // _ALIGNMENT_BYTES))
+        while low < high:  # convex: left of the least value, one bucket more is better
+            middle = (low + high) // 2
+            here = _transfer_s(paths, num_bytes, middle, link)
+            if _transfer_s(paths, num_bytes, middle + 1, link) < here:
+                low = middle + 1
+            else:
+                high = middle
+        plans.append(Plan(shape, tree, low, _transfer_s(paths, num_bytes, low, link)))
+    return min(plans, key=lambda plan: plan.predicted_s)
+
+
+def bucket_bounds(num_bytes: int, num_buckets: int) -> list[tuple[int, int]]:
+    """Where the buckets of ``num_bytes`` begin and end; both ends of an edge cut alike.
+
+    Examples:
+        >>> bucket_bounds(300, 2)  # whole cache lines
+        [(0, 192), (192, 300)]
+        >>> bucket_bounds(0, 2)
+        []
+    """
+    if not num_bytes:
+        return []
+    step = -(-num_bytes // num_buckets)
+    step = -(-step // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    return [(start, min(start + step, num_bytes)) for start in range(0, num_bytes, step)]
+
+
+def _leaf_paths(tree: Tree) -> set[Path]:
+    """The different paths to those who send to nobody: one of them is the slowest."""
+    senders = set(tree.parents)
+    return {path for node, path in enumerate(tree.paths()) if node not in senders}
+
+
+def _transfer_s(paths: set[Path], num_bytes: int, num_buckets: int, link: LinkModel) -> float:
+    bucket_s = link.message_s(num_bytes / num_buckets)
+    return max(
+        path.num_hops * link.latency_s
+        + (path.total_fanout + (num_buckets - 1) * path.max_fanout) * bucket_s
+        for path in paths
+    )

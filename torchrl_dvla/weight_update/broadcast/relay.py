@@ -1,0 +1,355 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The leader of a node: receives versions from the learner and gives them to the node's readers."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import wait as wait_for
+from typing import Any
+
+import torch
+
+from torchrl_dvla.weight_update.broadcast.carrier import Carrier
+from torchrl_dvla.weight_update.broadcast.channel import (
+    BEATS_PER_TIMEOUT,
+    Channel,
+    ChannelError,
+    parse_address,
+)
+from torchrl_dvla.weight_update.broadcast.description import restore_layout
+from torchrl_dvla.weight_update.broadcast.rendezvous import Rendezvous
+from torchrl_dvla.weight_update.broadcast.rounds import Order
+from torchrl_dvla.weight_update.layout import WeightSource
+from torchrl_dvla.weight_update.store import WeightStore
+
+__all__ = ["WeightRelay"]
+
+_RETRY_S = 0.2
+_ATTEMPT_S = 2.0  # close() may have to wait for it
+_TICK_S = 0.1
+
+
+class WeightRelay:
+    """A node's end of a :class:`WeightBroadcast`: a store that follows the learner's.
+
+    Readers of this node take their places in :attr:`store` and adopt from it as from the learner's
+    own; it is never half of a version. When the learner's node is lost, the last whole version
+    stays, and the relay tries to find the learner again until it is closed. It then gets the newest
+    version. So does a new relay that takes the place of a dead one.
+
+    Args:
+        address (str): ``WeightBroadcast.address``.
+        source (nn.Module, TensorDictBase or mapping): a policy as this node's readers have it; a
+            meta module will do. Its weights must be those of the learner.
+
+    Keyword Args:
+        name (str, optional): what the node is called at the learner. Default: this host's name.
+        num_slots (int): see :class:`WeightStore`. Default: 3.
+        max_readers (int): see :class:`WeightStore`. Default: 64.
+        timeout_s (float): how long to look for the learner's node. Default: 60.
+
+    Raises:
+        ValueError: listing the differences, if ``source`` has other weights than the learner.
+        TimeoutError: if the learner's node does not answer in time.
+
+    Examples:
+        >>> from torch import nn
+        >>> from torchrl_dvla.weight_update import WeightBroadcast, WeightStore
+        >>> learner, served = nn.Linear(2, 1), nn.Linear(2, 1)
+        >>> store = WeightStore(learner)
+        >>> broadcast = WeightBroadcast(store.reader("broadcast"))
+        >>> relay = WeightRelay(broadcast.address, served)  # on another node
+        >>> store.publish()
+        1
+        >>> relay.wait(1, timeout_s=30.0)
+        1
+        >>> reader = relay.store.reader("worker 0")
+        >>> reader.adopt_into(served), served.weight.equal(learner.weight)
+        (1, True)
+        >>> reader.close(); relay.close(); broadcast.close(); store.close()
+    """
+
+    def __init__(
+        self,
+        address: str,
+        source: WeightSource,
+        *,
+        name: str | None = None,
+        num_slots: int = 3,
+        max_readers: int = 64,
+        timeout_s: float = 60.0,
+    ) -> None:
+        self.address = address
+        self.name = socket.gethostname() if name is None else name
+        self._host, self._port = parse_address(address)
+        self._ending = threading.Event()
+        self._changed = threading.Condition()
+        self._lost: str | None = None
+        self._failure: BaseException | None = None
+        self._gate: Callable[[str], None] = _open_gate  # tests stop a transfer here, see Carrier
+        channel, welcome = self._connect(timeout_s)
+        try:
+            self._run = welcome["run"]
+            layout = restore_layout(welcome["layout"])
+            if layout.differences(source, as_reader=True):
+                error = layout.mismatch("source", source, as_reader=True)
+                channel.send("refuse", name=self.name, reason=str(error))
+                raise error
+            self.store = WeightStore(layout, num_slots, max_readers=max_readers)
+        except BaseException:
+            channel.close()
+            raise
+        self._hold = _StoreHold(self.store)
+        self._thread = threading.Thread(
+            target=self._serve, args=(channel, welcome), name="dvla-weight-relay", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def version(self) -> int:
+        """The newest whole version on this node; -1 before the first."""
+        return self._hold.version
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the learner's node is there."""
+        return self._lost is None and self._failure is None and not self._ending.is_set()
+
+    def wait(self, version: int = 0, timeout_s: float = 60.0) -> int:
+        """Wait until readers of this node can adopt ``version`` or a newer one; returns the newest.
+
+        Raises:
+            TimeoutError: after ``timeout_s``, saying what is known of the learner's node.
+            RuntimeError: if the relay has ended, with the cause.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while self.store.offered_version < version:
+                if self._failure is not None or self._ending.is_set():
+                    raise RuntimeError(
+                        f"Relay {self.name!r} has ended at version {self.version}, which stays "
+                        "readable. Start a new one."
+                    ) from self._failure
+                if time.monotonic() > deadline:
+                    lost = "is there" if self._lost is None else f"is lost ({self._lost})"
+                    raise TimeoutError(
+                        f"Relay {self.name!r} waited {timeout_s} s for version {version}, got "
+                        f"{self.version}, which stays readable; the learner's node at "
+                        f"{self.address} {lost}. Check that it runs, or wait longer."
+                    )
+                self._changed.wait(_RETRY_S)
+            return self.store.offered_version
+
+    def close(self) -> None:
+        """Leave the tree and close the store; readers keep what they have.
+
+        Takes as long as one bucket on its way, at most the time-out of the broadcast.
+        """
+        self._ending.set()
+        self._thread.join()
+        self.store.close()
+
+    # -- the relay's thread --------------------------------------------------------------------
+
+    def _connect(self, timeout_s: float) -> tuple[Channel, dict[str, Any]]:
+        deadline = time.monotonic() + timeout_s
+        problem: OSError | None = None
+        while (left_s := deadline - time.monotonic()) > 0 and not self._ending.is_set():
+            try:
+                channel = Channel.connect(self._host, self._port, left_s)
+                try:
+                    while (left_s := deadline - time.monotonic()) > 0:
+                        wait_for([channel.socket], left_s)
+                        for message in channel.receive():
+                            if message["kind"] == "welcome":
+                                return channel, message
+                except BaseException:
+                    channel.close()
+                    raise
+                channel.close()
+            except OSError as error:
+                problem = error
+                self._ending.wait(min(_RETRY_S, left_s))
+        raise TimeoutError(
+            f"The learner's node at {self.address} did not answer within {timeout_s} s "
+            f"({problem or 'connected, but no welcome'}). Start WeightBroadcast there first, or "
+            "check the address."
+        )
+
+    def _serve(self, channel: Channel, welcome: dict[str, Any]) -> None:
+        try:
+            while True:
+                session = _Session(self, channel, welcome)
+                try:
+                    session.follow()
+                except ConnectionError as error:
+                    self._note(lost=str(error))
+                finally:
+                    session.close()
+                if self._ending.is_set():
+                    return
+                channel, welcome = self._find_again()
+                self._note(lost=None)
+        except _Ended:
+            pass
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._note(lost=self._lost)
+
+    def _find_again(self) -> tuple[Channel, dict[str, Any]]:
+        while True:
+            try:
+                channel, welcome = self._connect(_ATTEMPT_S)
+            except TimeoutError as error:
+                if self._ending.wait(_RETRY_S):
+                    raise _Ended from error
+                continue
+            if welcome["run"] != self._run:
+                channel.close()
+                raise RuntimeError(
+                    f"Another learner answers at {self.address} than the one this relay followed; "
+                    "its versions may be older than those of this node. Start a new relay."
+                )
+            return channel, welcome
+
+    def _note(self, lost: str | None) -> None:
+        with self._changed:
+            self._lost = lost
+            self._changed.notify_all()
+
+
+class _Ended(Exception):
+    """The relay is being closed."""
+
+
+class _Session:
+    """One connection to the learner's node: this thread listens, another one carries."""
+
+    def __init__(self, relay: WeightRelay, channel: Channel, welcome: dict[str, Any]) -> None:
+        self._relay = relay
+        self._channel = channel
+        self._timeout_s: float = welcome["timeout_s"]
+        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self._failure: BaseException | None = None
+        self._is_over = False
+        self._rendezvous = Rendezvous(
+            lambda node, edge, key, text: channel.send(
+                "address", node=node, edge=edge, key=key, text=text
+            )
+        )
+        self._carrier = Carrier(
+            self._rendezvous,
+            host=channel.local_host,
+            timeout_s=self._timeout_s,
+            checksum=welcome["checksum"],
+            is_ending=lambda: self._is_over,
+            gate=lambda step: relay._gate(step),
+        )
+        self._thread = threading.Thread(target=self._carry, name="dvla-weight-carrier", daemon=True)
+        self._thread.start()
+
+    def follow(self) -> None:
+        """Join, and do what is ordered, until the relay is closed.
+
+        Raises:
+            ConnectionError: when the learner's node is gone or silent.
+        """
+        relay, channel, hold = self._relay, self._channel, self._relay._hold
+        channel.send("join", name=relay.name, version=hold.version, has_frozen=hold.has_frozen)
+        next_beat_s = 0.0
+        while not relay._ending.is_set():
+            wait_for([channel.socket], min(_TICK_S, self._timeout_s / BEATS_PER_TIMEOUT))
+            for message in channel.receive():
+                if message["kind"] == "order":
+                    self._orders.put(Order.from_json(message["order"]))
+                elif message["kind"] == "address":
+                    self._rendezvous.hear(message["edge"], message["key"], message["text"])
+                elif message["kind"] == "gone":
+                    self._rendezvous.gone(message["node"])
+            if self._failure is not None:
+                raise self._failure
+            if channel.silence_s > self._timeout_s:
+                raise ChannelError(f"nothing was heard of it for {channel.silence_s:.1f} s")
+            if time.monotonic() >= next_beat_s:
+                channel.send("beat")
+                next_beat_s = time.monotonic() + self._timeout_s / BEATS_PER_TIMEOUT
+            channel.flush()
+
+    def close(self) -> None:
+        """Leave the tree. A bucket that is on its way is waited for, at most for the time-out."""
+        self._is_over = True
+        self._channel.close()
+        self._rendezvous.close()
+        self._orders.put(None)
+        self._thread.join()
+
+    def _carry(self) -> None:
+        relay = self._relay
+        try:
+            while (order := self._orders.get()) is not None:
+                report = self._carrier.carry(order, relay._hold)
+                with relay._changed:
+                    relay._changed.notify_all()
+                self._channel.send("report", round=order.round, report=report.to_json())
+        except ConnectionError:
+            pass  # the listening thread finds out by itself
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._carrier.close()
+
+
+class _StoreHold:
+    """What a relay carries is in its node's store."""
+
+    def __init__(self, store: WeightStore) -> None:
+        self._store = store
+        self._newest: torch.Tensor | None = None
+        self.has_frozen = not store.layout.frozen_bytes
+
+    @property
+    def version(self) -> int:
+        """See :class:`Hold`."""
+        return self._store.version
+
+    @property
+    def frozen(self) -> torch.Tensor:
+        """See :class:`Hold`."""
+        return self._store.frozen_memory
+
+    def receive(self, fill: Callable[[torch.Tensor], None], version: int) -> None:
+        """See :class:`Hold`."""
+        came: list[torch.Tensor] = []
+
+        def keep(memory: torch.Tensor) -> None:
+            fill(memory)
+            came.append(memory)
+
+        self._newest = None
+        self._store.receive(keep, version=version)
+        self._newest = came[0]
+
+    def held(self, version: int) -> torch.Tensor:
+        """See :class:`Hold`.
+
+        No pin is needed: only the next :meth:`receive` may write the memory that the newest version
+        came into. It is the offered slot, or the place of a version that waits for a slot.
+        """
+        if self._newest is None or version != self.version:
+            raise RuntimeError(
+                f"Version {version} was ordered from a node that has {self.version}. This is an "
+                "error in the order."
+            )
+        return self._newest
+
+
+def _open_gate(step: str) -> None:
+    """In production nobody watches the steps."""

@@ -1,0 +1,405 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The learner's end of the broadcast: it hands versions to the first node and keeps the tree."""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait as wait_for
+from typing import Any
+
+import torch
+
+from torchrl_dvla.weight_update.broadcast.carrier import Carrier
+from torchrl_dvla.weight_update.broadcast.channel import (
+    BEATS_PER_TIMEOUT,
+    Channel,
+    ChannelError,
+    format_address,
+)
+from torchrl_dvla.weight_update.broadcast.cost import DEFAULT_LINK, LinkModel, choose_plan
+from torchrl_dvla.weight_update.broadcast.description import describe_layout
+from torchrl_dvla.weight_update.broadcast.rendezvous import Rendezvous
+from torchrl_dvla.weight_update.broadcast.rounds import LEARNER, Order, Report, Rounds
+from torchrl_dvla.weight_update.broadcast.telemetry import BroadcastTelemetry
+from torchrl_dvla.weight_update.reader import PinnedSlot, WeightReader
+
+__all__ = ["WeightBroadcast"]
+
+# How often the store is asked for a new version: one read of shared memory.
+_TICK_S = 0.005
+
+
+class WeightBroadcast:
+    """Brings the versions of a :class:`WeightStore` to the stores of other nodes.
+
+    It is one more reader of the learner's store: it pins the newest version, streams it from the
+    slot to one other node, from which it goes on along the tree, and lets it go. The learner
+    publishes as without it and never waits, and its node sends each byte once, however many nodes
+    there are. While a version is on its way further ones wait, and only the newest of them travels
+    next. Give the store one slot more than readers need: the broadcast holds one for as long as a
+    version takes.
+
+    Threads of this process do the work. Where the learner needs its process for itself, hand the
+    reader to another process of the node and make the broadcast there.
+
+    Nodes that hold a :class:`WeightRelay` come and go as they like; see
+    :mod:`~torchrl_dvla.weight_update.broadcast.rounds` for what happens then. Anybody who can reach
+    ``host`` can read the weights: keep it inside the cluster's network.
+
+    Args:
+        reader (WeightReader): a place in the learner's store, ``store.reader("broadcast")`` or
+            ``updater.reader("broadcast")``. It is closed with the broadcast.
+
+    Keyword Args:
+        host (str): address of this machine at which the other nodes reach it; no host name that
+            stands for several. Default: ``"127.0.0.1"``.
+        port (int): where nodes join; 0 takes a free one. Default: 0.
+        link (LinkModel): what messages between nodes cost; decides the tree.
+        shapes (sequence of str): trees to choose from. Default: ``("chain", "binomial")``.
+        timeout_s (float): a node that is silent for so long is given up, and so is an edge on which
+            nothing moves. Default: 10.
+        checksum (bool): let each node compare a sum for every bucket, one more pass over the
+            weights. Default: ``False``.
+
+    Raises:
+        ValueError: for a time-out that is not positive or shapes that are not known.
+        OSError: if the port is taken or ``host`` is no address of this machine.
+
+    Examples:
+        >>> from torchrl_dvla.weight_update import WeightStore
+        >>> with WeightStore(torch.nn.Linear(2, 1)) as store:
+        ...     broadcast = WeightBroadcast(store.reader("broadcast"))
+        ...     print(broadcast.nodes(), broadcast.address.startswith("127.0.0.1:"))
+        ...     broadcast.close()
+        {} True
+    """
+
+    def __init__(
+        self,
+        reader: WeightReader,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        link: LinkModel = DEFAULT_LINK,
+        shapes: Sequence[str] = ("chain", "binomial"),
+        timeout_s: float = 10.0,
+        checksum: bool = False,
+    ) -> None:
+        if timeout_s <= 0:
+            raise ValueError(f"timeout_s must be positive, got {timeout_s}. Leave the default, 10.")
+        self._reader = reader
+        self._host = host
+        self._timeout_s = timeout_s
+        num_bytes = reader.layout.slot_bytes
+        self._rounds = Rounds(
+            lambda num_nodes: choose_plan(num_nodes, num_bytes, link=link, shapes=shapes)
+        )
+        self._telemetry = BroadcastTelemetry()
+        self._peers: dict[socket.socket, _Peer] = {}
+        self._ending = threading.Event()
+        self._changed = threading.Condition(threading.RLock())
+        self._failure: BaseException | None = None
+        self._slot: PinnedSlot | None = None
+        self._version = -1
+        self._next_beat_s = 0.0
+        self._gate: Callable[[str], None] = _open_gate  # tests stop a transfer here, see Carrier
+        self._listener = socket.create_server((host, port), family=_family(host))
+        self._listener.setblocking(False)
+        self.address = format_address(host, self._listener.getsockname()[1])
+        self._rendezvous = Rendezvous(self._say_to)
+        self._welcome = {
+            "run": uuid.uuid4().hex,
+            "layout": describe_layout(reader.layout),
+            "timeout_s": timeout_s,
+            "checksum": checksum,
+        }
+        self._carrier = Carrier(
+            self._rendezvous,
+            host=host,
+            timeout_s=timeout_s,
+            checksum=checksum,
+            is_ending=self._ending.is_set,
+            gate=lambda step: self._gate(step),
+        )
+        self._orders: queue.SimpleQueue[tuple[Order, PinnedSlot] | None] = queue.SimpleQueue()
+        self._own_reports: queue.SimpleQueue[tuple[int, Report]] = queue.SimpleQueue()
+        self._wake_up, self._woken = socket.socketpair()
+        self._woken.setblocking(False)
+        self._sender = threading.Thread(target=self._send, name="dvla-weight-sender", daemon=True)
+        self._thread = threading.Thread(
+            target=self._serve, name="dvla-weight-broadcast", daemon=True
+        )
+        self._sender.start()
+        self._thread.start()
+
+    def nodes(self) -> dict[str, int]:
+        """The version each node has, -1 for none, in the order of the tree."""
+        with self._changed:
+            return {member.name: member.version for member in self._rounds.members.values()}
+
+    def wait(self, version: int, timeout_s: float = 60.0, *, num_nodes: int = 0) -> None:
+        """Wait until ``num_nodes`` or more nodes have joined and all of them have ``version``.
+
+        Raises:
+            TimeoutError: naming the nodes that are behind and their versions.
+            RuntimeError: if the broadcast has ended, with the cause.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while True:
+                if self._failure is not None or self._ending.is_set():
+                    raise RuntimeError(
+                        "The broadcast has ended. Make a new one."
+                    ) from self._failure
+                nodes = self.nodes()
+                late = {name: v for name, v in nodes.items() if v < version}
+                if not late and len(nodes) >= num_nodes:
+                    return
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"Version {version} was not everywhere within {timeout_s} s: of "
+                        f"{len(nodes)} nodes (wanted: {num_nodes}) these have older ones: {late}. "
+                        "Check those nodes, or wait longer."
+                    )
+                self._changed.wait(0.1)
+
+    def stats(self) -> dict[str, float]:
+        """Counters and times, listed in the guide's page on metrics."""
+        with self._changed:
+            return self._telemetry.scalars(self._rounds, self._version)
+
+    def edge_bytes(self) -> dict[str, int]:
+        """Bytes sent over each edge so far, as ``"sender > receiver"``."""
+        with self._changed:
+            return dict(self._telemetry.edge_bytes)
+
+    def plan(self) -> tuple[str, int]:
+        """Shape and number of buckets in use."""
+        with self._changed:
+            return self._rounds.plan.shape, self._rounds.plan.num_buckets
+
+    def close(self) -> None:
+        """End the broadcast and close the reader; the nodes keep what they have.
+
+        Takes as long as one bucket on its way, at most ``timeout_s``.
+        """
+        self._ending.set()
+        self._wake()
+        self._thread.join()
+
+    # -- the thread that decides ---------------------------------------------------------------
+
+    def _serve(self) -> None:
+        try:
+            while not self._ending.is_set():
+                self._listen()
+                with self._changed:
+                    self._drop_silent_peers()
+                    self._beat()
+                    self._begin_if_due()
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._ending.set()
+            self._rendezvous.close()
+            self._orders.put(None)
+            self._sender.join()
+            for peer in self._peers.values():
+                peer.channel.close()
+            for end in (self._listener, self._wake_up, self._woken):
+                end.close()
+            self._reader.close()
+            with self._changed:
+                self._changed.notify_all()
+
+    def _listen(self) -> None:
+        """Take what came from the nodes and from the sender's thread."""
+        # Nothing tells of a new version, so that the learner has nothing to do with this.
+        ready = wait_for([self._listener, self._woken, *self._peers], _TICK_S)
+        with self._changed:
+            for file in ready:
+                if file is self._listener:
+                    self._accept()
+                elif file is self._woken:
+                    self._woken.recv(4096)
+                elif isinstance(file, socket.socket) and file in self._peers:
+                    self._hear(self._peers[file])
+            while not self._own_reports.empty():
+                round_, report = self._own_reports.get()
+                self._take_report(LEARNER, round_, report)
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return  # it was gone again
+        peer = self._peers[sock] = _Peer(Channel(sock))
+        self._say(peer, "welcome", **self._welcome)
+
+    def _hear(self, peer: _Peer) -> None:
+        try:
+            for message in peer.channel.receive():
+                kind = message["kind"]
+                if kind == "join" and peer.node is None:
+                    peer.node = self._rounds.join(
+                        message["name"],
+                        version=message["version"],
+                        has_frozen=message["has_frozen"],
+                    )
+                    self._telemetry.join(peer.node, message["name"])
+                elif kind == "address":
+                    self._say_to(*(message[k] for k in ("node", "edge", "key", "text")))
+                elif kind == "report" and peer.node is not None:
+                    report = Report.from_json(message["report"])
+                    self._take_report(peer.node, message["round"], report)
+                elif kind == "refuse":
+                    self._telemetry.num_refused += 1
+        except ChannelError:
+            self._drop(peer)
+
+    def _say(self, peer: _Peer, kind: str, **fields: Any) -> None:
+        try:
+            peer.channel.send(kind, **fields)
+        except ChannelError:
+            self._drop(peer)
+
+    def _say_to(self, node: int, edge: str, key: str, text: str) -> None:
+        """Hand one end's address to the other end of an edge."""
+        if node == LEARNER:
+            self._rendezvous.hear(edge, key, text)
+            return
+        with self._changed:
+            for peer in [p for p in self._peers.values() if p.node == node]:
+                self._say(peer, "address", edge=edge, key=key, text=text)
+
+    def _drop(self, peer: _Peer) -> None:
+        """End a connection; its node is no longer in the tree."""
+        if self._peers.pop(peer.channel.socket, None) is None:
+            return
+        peer.channel.close()
+        if peer.node is not None:
+            self._telemetry.num_left += 1
+            self._rendezvous.gone(peer.node)
+            for other in list(self._peers.values()):
+                self._say(other, "gone", node=peer.node)
+            self._drop_nodes(self._rounds.leave(peer.node))
+            self._changed.notify_all()
+
+    def _drop_nodes(self, nodes: Sequence[int]) -> None:
+        for peer in [p for p in self._peers.values() if p.node in nodes]:
+            self._drop(peer)
+
+    def _drop_silent_peers(self) -> None:
+        for peer in list(self._peers.values()):
+            if peer.channel.silence_s > self._timeout_s:
+                self._drop(peer)
+
+    def _beat(self) -> None:
+        if time.monotonic() >= self._next_beat_s:
+            self._next_beat_s = time.monotonic() + self._timeout_s / BEATS_PER_TIMEOUT
+            for peer in list(self._peers.values()):
+                self._say(peer, "beat")
+
+    # -- rounds --------------------------------------------------------------------------------
+
+    def _begin_if_due(self) -> None:
+        if self._rounds.is_running:
+            return
+        if self._slot is not None:
+            self._reader.unpin()  # every send from the slot has ended: the learner's was reported
+            self._slot = None
+            self._telemetry.end()
+            self._changed.notify_all()
+        is_due = self._reader.has_update() or self._rounds.somebody_lacks(self._version)
+        if not self._rounds.members or not is_due:
+            return
+        self._slot = self._reader.pin_slot()
+        self._telemetry.begin(self._version, self._slot.version)
+        self._version = self._slot.version
+        orders = self._rounds.begin(self._version)
+        own = orders.get(LEARNER)
+        if own is not None:
+            self._orders.put((own, self._slot))
+        for peer in list(self._peers.values()):
+            if peer.node in orders:
+                self._say(peer, "order", order=orders[peer.node].to_json())
+
+    def _take_report(self, node: int, round_: int, report: Report) -> None:
+        if round_ != self._rounds.round or self._slot is None:
+            return
+        self._telemetry.take(node, report, self._rounds, self._slot)
+        self._drop_nodes(self._rounds.report(node, report))
+        self._changed.notify_all()
+
+    # -- the thread that sends -----------------------------------------------------------------
+
+    def _send(self) -> None:
+        try:
+            while (item := self._orders.get()) is not None:
+                order, slot = item
+                report = self._carrier.carry(order, _SlotHold(slot))
+                self._own_reports.put((order.round, report))
+                self._wake()
+        except BaseException as error:
+            self._failure = error
+            self._ending.set()
+        finally:
+            self._carrier.close()
+
+    def _wake(self) -> None:
+        try:
+            self._wake_up.send(b"!")
+        except OSError:
+            pass  # closed already
+
+
+@dataclasses.dataclass(eq=False)
+class _Peer:
+    """A connection, and the member that joined over it."""
+
+    channel: Channel
+    node: int | None = None
+
+
+class _SlotHold:
+    """What the learner's node carries: a version that is pinned for the whole round."""
+
+    has_frozen = True
+
+    def __init__(self, slot: PinnedSlot) -> None:
+        self._slot = slot
+
+    @property
+    def version(self) -> int:
+        """See :class:`Hold`."""
+        return self._slot.version
+
+    @property
+    def frozen(self) -> torch.Tensor:
+        """See :class:`Hold`."""
+        return self._slot.frozen
+
+    def receive(self, fill: Callable[[torch.Tensor], None], version: int) -> None:
+        """See :class:`Hold`."""
+        raise RuntimeError("The learner's node receives nothing. This is an error in the order.")
+
+    def held(self, version: int) -> torch.Tensor:
+        """See :class:`Hold`."""
+        return self._slot.live
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _open_gate(step: str) -> None:
+    """In production nobody watches the steps."""
