@@ -212,14 +212,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="of ours; 15 by default, 4 with --quick")
     parser.add_argument("--stock-seconds", type=float, help="60 by default, 15 with --quick")
     parser.add_argument("--repeats", type=int, help="5 by default, 1 with --quick")
+    parser.add_argument("--only", choices=NAMES[1:], help="one of ours beside stock: half the time")
     args = parser.parse_args()
     args.decisions = args.decisions or (2 if args.quick else 6)
     args.seconds = args.seconds or (4.0 if args.quick else 15.0)
     args.stock_seconds = args.stock_seconds or (15.0 if args.quick else 60.0)
     args.repeats = args.repeats or (1 if args.quick else 5)
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
+    ours = (args.only,) if args.only else NAMES[1:]
+    names = ("stock", *ours)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for repeat in range(args.repeats):
-        for name in NAMES if repeat % 2 == 0 else NAMES[::-1]:
+        for name in names if repeat % 2 == 0 else names[::-1]:
             runs[name].append(in_processes(run, [(name, args)])[0])
             line = "  ".join(f"{key} {value:.2f}" for key, value in runs[name][-1].items())
             print(f"{repeat} {name:<12} {line}", file=sys.stderr)
@@ -227,14 +230,13 @@ def main() -> None:
     def column(name: str, key: str = "env_steps_per_s") -> list[float]:
         return [one[key] for one in runs[name]]
 
-    ratios = {name: paired_ratio(column(name), column("stock")) for name in NAMES[1:]}
+    ratios = {name: paired_ratio(column(name), column("stock")) for name in ours}
     result = {
         "benchmark": "libero_throughput",
-        "ratio_same_pixels": ratios["same_pixels"]["median"],
-        "ratio_fast": ratios["fast"]["median"],
+        **{f"ratio_{name}": found["median"] for name, found in ratios.items()},
         "spread": {f"ratio_{name}": found for name, found in ratios.items()},
-        "env_steps_per_s": {name: spread(column(name)) for name in NAMES},
-        "learned_share": {name: spread(column(name, "learned_share")) for name in NAMES},
+        "env_steps_per_s": {name: spread(column(name)) for name in names},
+        "learned_share": {name: spread(column(name, "learned_share")) for name in names},
         "workload": {
             "suite": SUITE,
             "task_id": TASK_ID,

@@ -62,7 +62,7 @@ SETTINGS: dict[str, tuple[str, str, Settings]] = {
     "recipe_chunk": (
         "recipe",
         "chunk",
-        {"num_collectors": 2, "envs_per_collector": 2, "server_timeout": 0.001},
+        {"num_collectors": 1, "envs_per_collector": 4, "server_timeout": 0.01},
     ),
     "async_chunk": (
         "async",
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="of a stretch; 5 by default, 2 with --quick")
     parser.add_argument("--repeats", type=int, help="5 by default, 1 with --quick")
     parser.add_argument("--warm-up-decisions", type=int, default=50)
-    parser.add_argument("--settle-s", type=float, default=12.0, help="more, for the recipe")
+    parser.add_argument("--settle-s", type=float, default=8.0, help="more, for the recipe")
     args = parser.parse_args()
     args.seconds = args.seconds or (2.0 if args.quick else 5.0)
     args.repeats = args.repeats or (1 if args.quick else 5)
