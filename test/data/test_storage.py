@@ -218,6 +218,29 @@ def test_a_checkpoint_of_other_specs_changes_nothing(pool):
         small.load_state_dict(storage.state_dict())
 
 
+@pytest.mark.parametrize("by_value", [False, True])
+def test_a_checkpoint_that_finds_no_room_changes_nothing(pool, by_value):
+    storage = PooledStorage(pool)
+    if by_value:
+        storage.set(range(5), rows(1, 2, 3, 4, 5))
+    else:
+        storage.adopt(3, sealed(pool, 3, 1), [3, 1])
+    with EnvironmentPool(LAYOUT, num_pages=4, rows_per_page=2) as small_pool:
+        small = PooledStorage(small_pool)
+        small.set(range(2), rows(8, 9))
+        taken = [small_pool.lease("someone") for _ in range(2)]
+        with pytest.raises(ValueError, match="3 pages must fit in those that are free or .* got 2"):
+            small.load_state_dict(storage.state_dict())
+        assert xs(small[:]) == [8, 9]
+        assert small_pool.num_free_pages == 1
+        small_pool.check()
+        small_pool.free(taken[:1])  # with the storage's own page these are three
+        small.load_state_dict(storage.state_dict())
+        assert xs(small[:]) == xs(storage[:])
+        assert small_pool.num_free_pages == 0
+        small_pool.check()
+
+
 def test_size_and_pickle(pool):
     with pytest.raises(ValueError, match="max_size must be between 1 and the pool's 12"):
         PooledStorage(pool, max_size=13)

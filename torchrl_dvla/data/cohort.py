@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tensordict import TensorDict
 
 from torchrl_dvla.data.fields import RowFields
-from torchrl_dvla.memory import RowLayout
+from torchrl_dvla.memory import ModelPool, RowLayout
 
 __all__ = ["CohortPlan", "DropCounts", "Staging"]
 
@@ -98,16 +99,35 @@ class Staging:
         layout (RowLayout): fields.
         batch_size (int): rows of a batch.
         num_batches (int): length of the ring.
+        model_pool (ModelPool, optional): where their memory comes from and is counted. It must be
+            on the CPU, for the CPU gathers. By default the batches are allocated by themselves.
+
+    Raises:
+        ValueError: if *model_pool* is on another device.
+        RuntimeError: if its budget is spent.
     """
 
-    def __init__(self, layout: RowLayout, batch_size: int, num_batches: int = 2) -> None:
-        pin_memory = torch.cuda.is_available()
+    def __init__(
+        self,
+        layout: RowLayout,
+        batch_size: int,
+        num_batches: int = 2,
+        model_pool: ModelPool | None = None,
+    ) -> None:
+        if model_pool is not None and model_pool.device.type != "cpu":
+            raise ValueError(
+                f"model_pool must be on the CPU, got {model_pool.device}: rows are gathered by the "
+                "CPU. Pass a ModelPool of the host, or none."
+            )
+
+        def rows() -> TensorDict:
+            if model_pool is not None:
+                return model_pool.rows(layout, batch_size, "staging batches")
+            return layout.empty(batch_size, pin_memory=torch.cuda.is_available())
+
         #: Rows of a batch.
         self.batch_size = batch_size
-        self._batches = [
-            RowFields(layout.empty(batch_size, pin_memory=pin_memory), layout)
-            for _ in range(num_batches)
-        ]
+        self._batches = [RowFields(rows(), layout) for _ in range(num_batches)]
         self._turn = 0
         self._lock = threading.Lock()
 

@@ -84,7 +84,9 @@ class PooledReplayBuffer(RowReplayBuffer):
         seed (int): seed of the minibatch permutations.
         shuffle (bool): permute rows within an epoch. Defaults to ``True``.
         max_size (int, optional): rows that are kept by value. Defaults to all rows of the pool.
-        **kwargs: further arguments of :class:`torchrl.data.ReplayBuffer`, such as ``prefetch``.
+        **kwargs: ``model_pool``, a :class:`~torchrl_dvla.memory.ModelPool` whose budget takes the
+            persistent batches, and further arguments of :class:`torchrl.data.ReplayBuffer`, such as
+            ``prefetch``.
 
     Examples:
         >>> import torch

@@ -18,6 +18,7 @@ from torchrl.data.replay_buffers.writers import RoundRobinWriter
 from torchrl_dvla.data.cohort import Staging
 from torchrl_dvla.data.samplers import SamplerView
 from torchrl_dvla.data.storage import PooledStorage
+from torchrl_dvla.memory import ModelPool
 
 __all__ = ["RowReplayBuffer"]
 
@@ -34,6 +35,7 @@ class RowReplayBuffer(ReplayBuffer):
         storage (PooledStorage): the rows.
         batch_size (int, optional): rows of a batch.
         num_staging (int): persistent batches; 0 allocates each one.
+        model_pool (ModelPool, optional): takes the persistent batches into its budget.
         prefetch (int, optional): batches that threads of TorchRL's prepare ahead.
         **kwargs: further arguments of :class:`torchrl.data.ReplayBuffer`.
     """
@@ -44,6 +46,7 @@ class RowReplayBuffer(ReplayBuffer):
         storage: PooledStorage,
         batch_size: int | None = None,
         num_staging: int = 0,
+        model_pool: ModelPool | None = None,
         prefetch: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -66,7 +69,7 @@ class RowReplayBuffer(ReplayBuffer):
             # than they are handed out, which puts p more between a batch and its memory's reuse.
             num_batches = num_staging + 2 * (prefetch or 0)
             num_rows = min(batch_size, storage.pool.num_rows)
-            self._staging = Staging(storage.pool.layout, num_rows, num_batches)
+            self._staging = Staging(storage.pool.layout, num_rows, num_batches, model_pool)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """Overwrite rows, or with a key one field of all rows."""

@@ -271,7 +271,9 @@ class PooledStorage(TensorStorage):
         Raises:
             ValueError: if the checkpoint was made with other specs, or does not fit.
         """
-        check_checkpoint(self.pool.layout, self.max_size, state_dict)
+        adopted = [owned for segment in self._segments.values() for owned in segment.pages]
+        num_own_pages = len(self._own_pages) + sum(map(len, adopted))
+        check_checkpoint(self.pool, self.max_size, num_own_pages, state_dict)
         self._empty()
         num_rows = int(state_dict["num_rows"])
         start = 0

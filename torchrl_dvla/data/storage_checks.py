@@ -15,7 +15,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase, is_leaf_nontensor
 from torchrl.data.replay_buffers.checkpointers import StorageCheckpointerBase
 
-from torchrl_dvla.memory import RowLayout
+from torchrl_dvla.memory import EnvironmentPool, RowLayout
 
 if TYPE_CHECKING:
     from torchrl_dvla.data.storage import PooledStorage
@@ -71,8 +71,18 @@ def check_fields(layout: RowLayout, data: TensorDictBase) -> None:
             )
 
 
-def check_checkpoint(layout: RowLayout, max_size: int, state_dict: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of other specs, or of more rows than ``max_size``."""
+def check_checkpoint(
+    pool: EnvironmentPool, max_size: int, num_own_pages: int, state_dict: Mapping[str, Any]
+) -> None:
+    """Refuse a checkpoint of other specs, of more rows than ``max_size``, or of too many pages.
+
+    Args:
+        pool (EnvironmentPool): where it shall go.
+        max_size (int): rows that the storage may hold.
+        num_own_pages (int): pages that the storage gives back first.
+        state_dict (Mapping): the checkpoint.
+    """
+    layout = pool.layout
     if state_dict["signature"] != layout.signature:
         raise ValueError(
             f"The checkpoint must come from the same specs, got rows "
@@ -83,4 +93,12 @@ def check_checkpoint(layout: RowLayout, max_size: int, state_dict: Mapping[str, 
         raise ValueError(
             f"The checkpoint's {state_dict['num_rows']} rows must fit in max_size, got "
             f"{max_size}. Raise env_bytes."
+        )
+    sizes = [size for _, group in state_dict["segments"] for size in group]
+    num_pages = sum(-(-size // pool.rows_per_page) for size in sizes or [state_dict["num_rows"]])
+    room = pool.num_free_pages + num_own_pages
+    if num_pages > room:
+        raise ValueError(
+            f"The checkpoint's {num_pages} pages must fit in those that are free or the storage's "
+            f"own, got {room}. Load it before sampling begins, or raise env_bytes."
         )
