@@ -14,6 +14,7 @@ tasks            for each task id: ``num_solved``, ``num_episodes`` and ``num_en
                  left out
 success_rate     solved episodes over all episodes played
 num_env_steps    mean length of all solved episodes
+lengths          the length of each
 env_steps_per_s  physics and expert together, resets not counted
 """
 
@@ -90,6 +91,7 @@ def main() -> None:
         "tasks": tasks,
         "success_rate": len(lengths) / max(1, num_episodes * len(tasks)),
         "num_env_steps": statistics.fmean(lengths) if lengths else 0.0,
+        "lengths": lengths,
         "env_steps_per_s": total_steps / max(1e-9, total_s),
     }
     print(json.dumps(result))

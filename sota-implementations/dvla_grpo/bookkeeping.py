@@ -31,7 +31,8 @@ from torchrl_dvla.recording import (
 #: Of all that collector, pool and buffer count, what is worth a chart.
 _LOGGED = re.compile(
     r"collector/\w+|lane/\w+|weights/\w+|planes/\w+|faults/\w+"
-    r"|memory/(pages_\w+|used_bytes|peak_bytes|internal_waste)|buffer/(groups_stored|wait_s)"
+    r"|memory/(pages_\w+|used_bytes|peak_bytes|internal_waste|page_wait_s)"
+    r"|buffer/(groups_stored|wait_s)"
 )
 
 
