@@ -196,12 +196,13 @@ class Loop:
         sequential: bool = False,
         scheduler: SchedulerConfig | None = None,
         max_in_flight: int | None = None,
+        timeout_s: float | None = 60.0,
     ) -> None:
         self.collector = DVLACollector(
             functools.partial(make_env, mix),
             make_policy(mix),
             replay_buffer=functools.partial(
-                PooledReplayBuffer, batch_size=ROWS_PER_UPDATE, timeout_s=60.0
+                PooledReplayBuffer, batch_size=ROWS_PER_UPDATE, timeout_s=timeout_s
             ),
             group=GroupConfig(
                 group_size=GROUP_SIZE,
