@@ -21,6 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from torchrl.envs.utils import exploration_type, set_exploration_type
 
 HAS_LIBERO = importlib.util.find_spec("libero") is not None
 
@@ -44,6 +45,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def seeded() -> None:
     """Every test draws the same numbers, whichever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_exploration_type_left() -> Iterator[None]:
+    """TorchRL keeps one for the whole process: a test that leaves it set fails, not a later one."""
+    yield
+    left = exploration_type()
+    set_exploration_type(None).__enter__()  # for good
+    assert left is None, f"the exploration type {left} was left set"
 
 
 @pytest.fixture(scope="session", autouse=True)

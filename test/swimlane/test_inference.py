@@ -6,16 +6,19 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 from torchrl.data.vla import UniformActionTokenizer
+from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
 from torchrl.modules.vla import TinyVLA
 
 from torchrl_dvla.data import decision_layout
 from torchrl_dvla.memory import EnvironmentPool
 from torchrl_dvla.swimlane import InferenceEngine, InferenceThread
-from torchrl_dvla.swimlane.messages import Failed, Infer, Inferred
+from torchrl_dvla.swimlane.messages import Failed, Infer, Inferred, UsePool
 from torchrl_dvla.weight_update import WeightStore
 
 NUM_BINS = 8
@@ -60,14 +63,19 @@ def prefer(policy: nn.Module, token: int) -> None:
 
 
 @pytest.fixture
-def rows():
+def pool():
     observation = {
         ("observation", "image"): ((3, 8, 8), torch.uint8),
         ("observation", "state"): ((4,), torch.float32),
     }
     layout = decision_layout(observation, chunk_size=3, action_dim=2)
     with EnvironmentPool(layout, num_pages=2, rows_per_page=4) as pool:
-        yield pool.rows
+        yield pool
+
+
+@pytest.fixture
+def rows(pool):
+    return pool.rows
 
 
 def infer(rows: list[int], **kwargs: bool) -> Infer:
@@ -142,3 +150,28 @@ def test_an_exception_in_the_policy_is_reported(rows):
         message = lane.connection.recv()
         assert isinstance(message, Failed) and not isinstance(message, Inferred)
         lane.stop()
+
+
+def test_a_thread_samples_while_the_learner_s_loss_runs(pool):
+    inside, go, seen = threading.Event(), threading.Event(), []
+
+    def look(*_):
+        inside.set()
+        go.wait(20)
+        seen.append(exploration_type())
+
+    def factory():
+        policy = make_policy()
+        policy.register_forward_pre_hook(look)
+        return policy
+
+    with WeightStore(make_policy()) as store:
+        lane = InferenceThread(factory, store.reader("lane"))
+        lane.connection.send(UsePool(pool.worker_view()))
+        lane.connection.send(infer([0], greedy=False))
+        assert inside.wait(20)
+        with set_exploration_type(ExplorationType.DETERMINISTIC):  # as every TorchRL loss does
+            go.set()
+            assert lane.connection.poll(20)
+        lane.stop()
+    assert seen == [ExplorationType.RANDOM]

@@ -33,6 +33,7 @@ from torchrl_dvla.data.schema import (
 )
 from torchrl_dvla.swimlane.child import Child, prepare_child
 from torchrl_dvla.swimlane.device_wait import take_device_wait
+from torchrl_dvla.swimlane.exploration import own_exploration_type
 from torchrl_dvla.swimlane.messages import (
     Failed,
     Infer,
@@ -256,6 +257,11 @@ class InferenceProcess:
         self._child.stop(Stop(), grace_s)
 
 
+def _serve_in_thread(connection: Connection, engine: InferenceEngine) -> None:
+    own_exploration_type()  # the learner's loss sets the common one
+    _serve(connection, engine)
+
+
 class InferenceThread:
     """The inference lane as a thread of the learner's process, with the same life as the process.
 
@@ -271,7 +277,7 @@ class InferenceThread:
         self.connection, theirs = Pipe(duplex=True)
         self.started_s = time.monotonic()
         self._thread = threading.Thread(
-            target=_serve,
+            target=_serve_in_thread,
             args=(theirs, InferenceEngine(policy_factory(), reader)),
             name="dvla-inference",
             daemon=True,
