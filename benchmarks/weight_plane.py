@@ -224,22 +224,23 @@ def measure_readers(megabytes: int, rounds: int) -> dict[str, Any]:
     return out
 
 
-def worst(models: list[dict[str, Any]], serving: tuple[str, ...]) -> dict[str, float]:
-    """The keys of the issue, over all models (and ways of serving)."""
-    out = {
+def worst(models: list[dict[str, Any]], serving: tuple[str, ...]) -> dict[str, float | None]:
+    """The keys of the issue, over all models (and ways of serving); None for what none measured."""
+    out: dict[str, float | None] = {
         key: max(model[key] for model in models)
         for key in ("stall_over_copy", "stall_8_over_1", "resident_over_model")
     }
     served = [m["served_while_publishing"] for m in models if "served_while_publishing" in m]
-    out["served_while_publishing"] = min(served)
+    out["served_while_publishing"] = min(served, default=None)
     parts = [model[way] for model in models for way in serving]
     out["ratio_vs_shared_mem"] = max(part["ratio_vs_shared"]["median"] for part in parts)
+    whole: list[float] = []
     for name in ("multiprocess", "process_server"):
         key = f"ratio_vs_{name}"
-        out[key] = min(part[key]["median"] for part in parts if key in part)
-    out["ratio_vs_whole_versions"] = min(
-        out["ratio_vs_multiprocess"], out["ratio_vs_process_server"]
-    )
+        ratios = [part[key]["median"] for part in parts if key in part]
+        out[key] = min(ratios, default=None)
+        whole += ratios
+    out["ratio_vs_whole_versions"] = min(whole, default=None)
     return out
 
 
@@ -260,6 +261,8 @@ def main() -> None:
             skipped[str(megabytes)] = f"needs {need >> 30} GiB, {free >> 30} are free"
             continue
         models.append(measure_model(megabytes, args.readers, args.quick))
+    if not models:
+        sys.exit(f"No model fits into memory: {skipped}")
     result: dict[str, Any] = {"benchmark": "weight_plane", "readers": args.readers}
     result.update(worst(models, ("emulate", "compute")))
     result["emulate_only"] = worst(models, ("emulate",))

@@ -170,6 +170,19 @@ def test_pinning_registers_the_whole_arena_once(monkeypatch):
     assert cudart.registered == {}
 
 
+def test_an_arena_that_is_dropped_open_is_unregistered_before_its_views_go(monkeypatch):
+    cudart = _FakeCudart()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    shared = SharedArena(128)
+    view = shared.tensor(0, (128,)).fill_(7)
+    assert shared.pin()
+    del shared
+    gc.collect()
+    assert cudart.registered == {}
+    assert view.sum().item() == 7 * 128
+
+
 def test_a_refused_pin_names_the_remedy(monkeypatch):
     shared = SharedArena(128)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -121,6 +121,28 @@ def test_frozen_weights_travel_once_and_only_adapted_layers_are_private() -> Non
         first.close(), second.close()
 
 
+def test_a_reader_on_an_old_slot_keeps_its_adapters_while_new_ones_are_published() -> None:
+    learner, old = adapted(), adapted()
+    with WeightStore(learner, lora_only=True) as store:
+        holder, late = store.reader("holder"), store.reader("late")
+        train(learner)
+        assert store.publish() == 1
+        assert holder.adopt_into(old) == 1
+        before = learner(INPUTS)
+        for version in range(2, 6):  # more versions than there are slots
+            train(learner)
+            assert store.publish() == version
+            torch.testing.assert_close(old(INPUTS), before, rtol=0, atol=0)
+        assert (store.offered_version, store.stats().num_deferred) == (5, 0)
+        plain = Model().requires_grad_(False).eval()
+        assert late.adopt_into(plain) == 5  # merges from the newest slot beside the held one
+        torch.testing.assert_close(plain(INPUTS), learner(INPUTS), rtol=1e-5, atol=1e-5)
+        assert holder.adopt_into(old) == 5
+        torch.testing.assert_close(old(INPUTS), learner(INPUTS), rtol=0, atol=0)
+        assert store.stats().bytes_total == 6 * 4 * 22  # 22 elements of the adapters, six times
+        holder.close(), late.close()
+
+
 def test_merging_again_and_again_adds_no_error() -> None:
     learner, served = adapted(), Model().requires_grad_(False).eval()
     train(learner)

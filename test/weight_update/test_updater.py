@@ -143,6 +143,19 @@ def test_pause_and_resume() -> None:
     updater.shutdown()
 
 
+def test_a_version_can_be_given_and_hooks_see_it() -> None:
+    updater = make_updater(make_policy())
+    seen: list[int] = []
+    updater.register_publish_hook(seen.append, when="before")
+    updater.register_publish_hook(seen.append, when="after")
+    assert (updater.publish(version=7), updater.publish()) == (7, 8)
+    with pytest.raises(ValueError, match="version must grow, got 8 after 8"):
+        updater.publish(version=8)
+    assert updater.version == 8
+    assert seen == [0, 7, 7, 8, 8]  # the refused call got as far as the hooks before it
+    updater.shutdown()
+
+
 def test_scalars_of_both_sides() -> None:
     trained, served = make_policy(1.0 + 2.0**-9), make_policy()
     updater = AsyncWeightUpdater(transport_dtype=torch.bfloat16)
@@ -248,6 +261,23 @@ def test_a_single_process_collector_follows_another_module() -> None:
     collector.update_policy_weights_()
     assert actions_of(next(batches)) == [0.25]
     assert updater.version == 2
+    collector.shutdown()
+    updater.shutdown()
+
+
+def test_a_single_process_collector_still_follows_after_a_pause() -> None:
+    acting, trained = make_policy(), make_policy()
+    updater = AsyncWeightUpdater()
+    collector = Collector(
+        make_env, acting, frames_per_batch=4, weight_sync_schemes={"policy": updater}
+    )
+    batches = iter(collector)
+    set_bias(trained, 0.5)
+    updater.pause()
+    collector.update_policy_weights_(trained)
+    assert actions_of(next(batches)) == [0.0]
+    updater.resume()
+    assert actions_of(next(batches)) == [0.5]
     collector.shutdown()
     updater.shutdown()
 

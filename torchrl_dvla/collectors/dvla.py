@@ -382,6 +382,7 @@ class DVLACollector(BaseCollector):
         """
         with self._publishing.span("publish"):
             super().update_policy_weights_(*args, **kwargs)
+            self._updater.store.finish_copy()  # admission counts what lanes can adopt
         self._publishing.waiting("no_update")
         self._weight_telemetry.record_adoptions()
         if self.replay_buffer.admission is not None:

@@ -83,7 +83,7 @@ class SharedArena:
         self._fd = fd
         self._map: mmap.mmap | None = mmap.mmap(fd, nbytes)
         self._owner_pid = -1
-        self._pinned: torch.Tensor | None = None
+        self._unpin: weakref.finalize[..., SharedArena] | None = None
         self._finalizer = weakref.finalize(self, os.close, fd)
 
     @property
@@ -144,7 +144,7 @@ class SharedArena:
         Raises:
             RuntimeError: if the driver refuses.
         """
-        if self._pinned is not None:
+        if self._unpin is not None:
             return True
         if not torch.cuda.is_available():
             return False
@@ -155,7 +155,9 @@ class SharedArena:
                 f"{format_bytes(self.nbytes)} could not be page-locked (cudaHostRegister: {code}). "
                 "Raise the limit of locked memory (ulimit -l) or pass pin_memory=False."
             )
-        self._pinned = whole
+        # At the latest when nobody takes views any more: the driver must not keep what is unmapped.
+        self._unpin = weakref.finalize(self, _unregister, whole, os.getpid())
+        self._unpin.atexit = False
         return True
 
     def close(self) -> None:
@@ -167,9 +169,9 @@ class SharedArena:
         """
         if self._map is None:
             return
-        if self._pinned is not None:
-            torch.cuda.cudart().cudaHostUnregister(self._pinned.data_ptr())
-            self._pinned = None
+        if self._unpin is not None:
+            self._unpin()
+            self._unpin = None
         if self.is_owner and hasattr(mmap, "MADV_REMOVE"):
             try:
                 self._map.madvise(mmap.MADV_REMOVE)
@@ -222,6 +224,11 @@ def _from_process(pid: int, fd: int, identity: tuple[int, int], nbytes: int) -> 
             "it. Keep the pool open until every worker has taken its view."
         )
     return _from_fd(opened, nbytes)
+
+
+def _unregister(whole: torch.Tensor, pid: int) -> None:
+    if os.getpid() == pid:  # a forked child has the map, not the registration
+        torch.cuda.cudart().cudaHostUnregister(whole.data_ptr())
 
 
 def _anonymous_file() -> int:

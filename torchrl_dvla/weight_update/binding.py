@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from torchrl_dvla.weight_update import device_copy
 from torchrl_dvla.weight_update.layout import WeightLayout, named_weights, weight_places
 from torchrl_dvla.weight_update.lora import LoraUpdate
 
@@ -22,7 +23,8 @@ class ModuleBinding:
 
     A tensor of the store's dtype on the CPU is pointed at the slot: the :class:`torch.nn.Parameter`
     object stays the same, its memory is the slot's. Parameters on the meta device are replaced by
-    frozen ones that are pointed. A tensor on another device or of another precision is copied into.
+    frozen ones that are pointed. A tensor on another device or of another precision is copied into;
+    on CUDA by a side stream, which :meth:`apply` waits for.
 
     A module without the low-rank adapters of the published one gets the adapted weights *merged*,
     in private memory of those layers alone; see :mod:`~torchrl_dvla.weight_update.lora`.
@@ -75,7 +77,12 @@ class ModuleBinding:
                     "configuration."
                 )
         self._pointed = list(pointed.values())
-        self._copied = list(copied.values())
+        self._copied: list[tuple[torch.Tensor, int]] = []
+        self._uploaded: dict[device_copy.SideStream, list[tuple[torch.Tensor, int]]] = {}
+        for tensor, index in copied.values():
+            side = device_copy.side_stream([tensor])
+            pairs = self._copied if side is None else self._uploaded.setdefault(side, [])
+            pairs.append((tensor, index))
         self._merged = list(merged.values())
         self._is_applied = False
         self.applied_offer = -1
@@ -87,6 +94,11 @@ class ModuleBinding:
             return True
         return any(not self._entries[index].is_frozen for _, index in self._pointed)
 
+    @property
+    def is_uploaded(self) -> bool:
+        """Whether the module is on a device that the slot is copied up to."""
+        return bool(self._uploaded)
+
     def apply(self, views: Sequence[torch.Tensor]) -> None:
         """Make the module read ``views``, which are in the order of the layout's entries."""
         if not self._is_applied:
@@ -96,6 +108,8 @@ class ModuleBinding:
         with torch.no_grad():
             for tensor, index in self._copied:
                 tensor.data.copy_(views[index])
+        for side, uploaded in self._uploaded.items():
+            _upload(side, [(tensor.data, views[index]) for tensor, index in uploaded])
         for tensor, index in self._merged:
             self._updates[index].merge(views, tensor.data)
 
@@ -123,6 +137,21 @@ class ModuleBinding:
                 group.append((tensor, index))
             places[key] = made[index, is_parameter]
         self._placed = []
+
+
+def _upload(
+    side: device_copy.SideStream, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """Copy to the device and wait: when this returns the slot may be let go."""
+
+    @torch.no_grad()
+    def start() -> None:
+        for tensor, view in pairs:
+            tensor.copy_(view, non_blocking=True)
+
+    # After what the caller has started: forward passes there still read the old weights.
+    before = side.on_current(lambda: None)
+    side.wait(side.on_side(start, after=before))
 
 
 def _refuse_obstacles(updates: Mapping[str, LoraUpdate]) -> None:

@@ -333,6 +333,8 @@ class WeightReader:
                 "Detach it there first."
             )
         self._bindings[module] = ModuleBinding(module, self._segment.layout, copy=copy)
+        if self._bindings[module].is_uploaded:
+            self._segment.pin()
         _READER_OF[module] = self
 
     def __getstate__(self) -> dict[str, Any]:

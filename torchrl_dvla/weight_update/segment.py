@@ -56,9 +56,9 @@ class SlotViews:
     memory: torch.Tensor
 
 
-def private_views(layout: WeightLayout) -> SlotViews:
+def private_views(layout: WeightLayout, device: torch.device | str = "cpu") -> SlotViews:
     """A copy of the live weights in this process's own memory; frozen entries are empty."""
-    memory = torch.zeros(layout.slot_bytes, dtype=torch.uint8)
+    memory = torch.zeros(layout.slot_bytes, dtype=torch.uint8, device=device)
     entries = []
     for entry in layout.entries:
         stop = entry.offset_bytes + entry.numel * entry.dtype.itemsize
@@ -101,6 +101,10 @@ class WeightSegment:
     def ledger(self) -> Ledger:
         """The shared words, as seen from this process."""
         return Ledger(self._arena.tensor(0, (self._num_words,), torch.int64), self.num_slots)
+
+    def pin(self) -> None:
+        """Page-lock the memory in this process, for copies from and to CUDA."""
+        self._arena.pin()
 
     def views(self, slot: int) -> SlotViews:
         """The tensors of ``slot``."""

@@ -66,7 +66,9 @@ from typing import Any, NoReturn
 
 import torch
 
+from torchrl_dvla.weight_update import device_copy
 from torchrl_dvla.weight_update.copying import cast_error
+from torchrl_dvla.weight_update.device_writer import DeviceWriter
 from torchrl_dvla.weight_update.layout import WeightLayout, WeightSource
 from torchrl_dvla.weight_update.ledger import MAX_SLOTS, Adoption, AdoptionStats
 from torchrl_dvla.weight_update.places import ReaderPlaces
@@ -158,7 +160,9 @@ class WeightStore:
         )
         self._tensors = SourceTensors(self.layout)
         self._segment = WeightSegment(self.layout, num_slots=num_slots, max_readers=max_readers)
+        self._check_finite = check_finite
         self._writer = SlotWriter(self._segment, check_finite=check_finite, checksum=checksum)
+        self._device_writer: DeviceWriter | None = None
         self._ledger = self._segment.ledger()
         self._places = ReaderPlaces(self._ledger, self._writer.locks, max_readers)
         self._publishing = threading.Lock()
@@ -167,6 +171,7 @@ class WeightStore:
         try:
             self._writer.write_frozen(self.layout.tensors_of(source))
             self.publish(version=first_version)
+            self.finish_copy()
             self.cast_error()
         except BaseException:
             self.close()
@@ -177,19 +182,25 @@ class WeightStore:
     @property
     def version(self) -> int:
         """The version published last, deferred ones included."""
-        return self._writer.version
+        writer = self._device_writer or self._writer
+        return writer.version
 
     @property
     def offered_version(self) -> int:
         """The newest version that readers can adopt now.
 
-        It is below :attr:`version` while one is deferred or publishing is paused.
+        It is below :attr:`version` while one is deferred or comes from a device, and while
+        publishing is paused.
         """
         self._require_writer()
         return self._ledger.offer // MAX_SLOTS
 
     def publish(self, source: WeightSource | None = None, *, version: int | None = None) -> int:
         """Copy the weights and make them the newest version. Never waits for a reader.
+
+        Weights on CUDA are copied within the device, on the current stream, and brought to the host
+        by a thread; :meth:`finish_copy` waits for it. A refusal then comes with the next call of
+        either; see :mod:`~torchrl_dvla.weight_update.device_writer`. Not run on a GPU here.
 
         Args:
             source (optional): the weights; default is what the store was made from.
@@ -215,9 +226,21 @@ class WeightStore:
         try:
             start_s = time.perf_counter()
             tensors = self._tensors.of(self._source if source is None else source)
-            return self._writer.publish(tensors, version=version, start_s=start_s)
+            writer = self._writer_for(tensors)
+            return writer.publish(tensors, version=version, start_s=start_s)
         finally:
             self._publishing.release()
+
+    def finish_copy(self) -> None:
+        """Wait until what was published from a device is on the host; else return at once.
+
+        From then on it is offered, unless publishing is paused or every other slot is in use.
+
+        Raises:
+            ValueError: if it was refused since the weights are not finite.
+        """
+        if self._device_writer is not None:
+            self._device_writer.finish()
 
     def receive(self, fill: Callable[[torch.Tensor], None], *, version: int) -> None:
         """Take a version that comes as bytes, from the store of another node.
@@ -339,6 +362,7 @@ class WeightStore:
             RuntimeError: naming the readers that have died.
         """
         version = self.version if version is None else version
+        self.finish_copy()
         deadline = time.monotonic() + timeout_s
         while True:
             dead = self.dead_readers()
@@ -369,6 +393,8 @@ class WeightStore:
             return
         self._last_stats = self.adoption_stats()
         self._is_closed = True
+        if self._device_writer is not None:
+            self._device_writer.close()
         self._writer.close()
         self._segment.locks.close()
         del self._segment, self._ledger, self._places
@@ -380,6 +406,18 @@ class WeightStore:
     def set_gate(self, gate: Callable[[str], None]) -> None:
         """Have ``gate`` called with the name of each step of the protocol, for tests of races."""
         self._writer.gate = gate
+
+    def _writer_for(self, tensors: list[torch.Tensor]) -> DeviceWriter | SlotWriter:
+        side = device_copy.side_stream(tensors)
+        if side is None:
+            self.finish_copy()  # versions arrive in order
+            return self._writer
+        if self._device_writer is None:
+            self._segment.pin()
+            self._device_writer = DeviceWriter(
+                self._writer, self.layout, side, check_finite=self._check_finite
+            )
+        return self._device_writer
 
     def _require_writer(self) -> None:
         if os.getpid() != self._pid:

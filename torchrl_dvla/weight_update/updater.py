@@ -422,8 +422,8 @@ class AsyncWeightUpdater(WeightSyncScheme):
         policy = self._local_policy() if self._local_policy is not None else None
         if policy is not None and self._local_is_behind and self._reader is not None:
             # In the thread that runs the policy, and by copy: its parameters may be under training.
-            self._local_is_behind = False
-            self._reader.adopt_into(policy, copy=True)
+            version = self._reader.adopt_into(policy, copy=True)
+            self._local_is_behind = version < self.store.version
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()

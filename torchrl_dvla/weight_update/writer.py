@@ -23,7 +23,7 @@ from torchrl_dvla.weight_update.segment import (
     slot_byte,
 )
 
-__all__ = ["PublishStats", "SlotWriter"]
+__all__ = ["PublishStats", "SlotWriter", "not_finite"]
 
 # How often a deferred version looks for a free slot. A look costs a system call per slot.
 _RETRY_S = 5e-4
@@ -34,7 +34,7 @@ class PublishStats:
     """Counters of the writing side.
 
     Args:
-        num_publishes (int): versions taken.
+        num_publishes (int): versions taken; from a device, those that arrived or were replaced.
         num_deferred (int): versions that found no free slot at once.
         num_coalesced (int): versions that a newer one replaced before any reader could see them.
         num_refused (int): publishes refused since weights were not finite.
@@ -81,6 +81,7 @@ class SlotWriter:
         self.source_addresses: set[int] = set()
         self.gate: Callable[[str], None] | None = None
         self._stats = PublishStats()
+        self._counting = threading.Lock()
         self._is_paused = False
         # The slot that is locked exclusively, and the whole version in it if there is one.
         self._claimed: int | None = None
@@ -100,7 +101,7 @@ class SlotWriter:
             if entry.is_frozen:
                 view.copy_(tensor.detach())
                 if self._check_finite and not is_finite(view.reshape(-1)):
-                    raise _not_finite([f"{entry.name} (frozen)"])
+                    raise not_finite([f"{entry.name} (frozen)"])
 
     def publish(
         self, tensors: Sequence[torch.Tensor], *, version: int | None, start_s: float
@@ -112,29 +113,22 @@ class SlotWriter:
             if self._check_finite:
                 names = non_finite_names(self._segment.layout, tensors)
                 if names:
-                    self._count(num_refused=1)
-                    raise _not_finite(names)
+                    self.count(num_refused=1)
+                    raise not_finite(names)
 
-        self._require_growth(version)
+        self.require_growth(version, self.version)
         self._give_way.set()
         with self._mutex:  # free, or held by the flusher, which gives way within one piece
             self._give_way.clear()
             self._take(version, lambda views: self._fill(tensors, views), look)
-            self.source_addresses = {tensor.data_ptr() for tensor in tensors if tensor.numel()}
-            stall_s = time.perf_counter() - start_s
-            self._count(
-                num_publishes=1,
-                bytes_total=self._segment.layout.weight_bytes,
-                stall_total_s=stall_s,
-            )
-            self._stats = dataclasses.replace(
-                self._stats, stall_last_s=stall_s, stall_max_s=max(self._stats.stall_max_s, stall_s)
-            )
+            self.note_source(tensors)
+            self.count(num_publishes=1, bytes_total=self._segment.layout.weight_bytes)
+            self.note_stall(start_s)
         return version
 
     def receive(self, fill: Callable[[torch.Tensor], None], version: int) -> None:
         """Take a version whose bytes ``fill`` writes. A part of a version is never offered."""
-        self._require_growth(version)
+        self.require_growth(version, self.version)
         self._give_way.set()
         with self._mutex:
             self._give_way.clear()
@@ -146,7 +140,7 @@ class SlotWriter:
                 kept = [version for version in whole if version is not None]
                 self.version = max([self._ledger.offer // MAX_SLOTS, *kept])
                 raise
-            self._count(num_publishes=1, bytes_total=self._segment.layout.weight_bytes)
+            self.count(num_publishes=1, bytes_total=self._segment.layout.weight_bytes)
 
     def pause(self) -> None:
         """Offer nothing from now on."""
@@ -176,12 +170,35 @@ class SlotWriter:
         # The last views that this side holds: the memory may go.
         del self._views, self._staging, self._ledger, self._segment
 
-    def _require_growth(self, version: int) -> None:
-        if version <= self.version:
+    def require_growth(self, version: int, newest: int) -> None:
+        """Raise ValueError if ``version`` is not above ``newest``."""
+        if version <= newest:
             raise ValueError(
-                f"version must grow, got {version} after {self.version}. Leave it out, or resume "
-                "with WeightStore(first_version=...)."
+                f"version must grow, got {version} after {newest}. Leave it out, or resume with "
+                "WeightStore(first_version=...)."
             )
+
+    def note_source(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Remember whose memory was published."""
+        self.source_addresses = {tensor.data_ptr() for tensor in tensors if tensor.numel()}
+
+    def note_stall(self, start_s: float) -> None:
+        """Record that the learner was held up since ``start_s``."""
+        stall_s = time.perf_counter() - start_s
+        with self._counting:
+            stats = self._stats
+            self._stats = dataclasses.replace(
+                stats,
+                stall_last_s=stall_s,
+                stall_max_s=max(stats.stall_max_s, stall_s),
+                stall_total_s=stats.stall_total_s + stall_s,
+            )
+
+    def count(self, **increments: float) -> None:
+        """Add to the counters."""
+        with self._counting:
+            values = {name: getattr(self._stats, name) + step for name, step in increments.items()}
+            self._stats = dataclasses.replace(self._stats, **values)
 
     def _take(
         self,
@@ -211,15 +228,15 @@ class SlotWriter:
                 self._claimed = None
                 raise
         self.version = version
-        self._count(num_coalesced=int(replaces is not None))
+        self.count(num_coalesced=int(replaces is not None))
         if slot is None:
             self._staged_version = version
-            self._count(num_deferred=1)
+            self.count(num_deferred=1)
             self._start_flusher()
             return
         if self._staged_version is not None:
             self._staged_version = None
-            self._count(num_coalesced=1)
+            self.count(num_coalesced=1)
         self._finish(slot, version)
 
     def _claim(self) -> int | None:
@@ -235,8 +252,8 @@ class SlotWriter:
     def _fill(self, tensors: Sequence[torch.Tensor], views: SlotViews) -> None:
         between = None if self.gate is None else self._step_between
         if not self._copier.copy(tensors, views, check_finite=self._check_finite, between=between):
-            self._count(num_refused=1)
-            raise _not_finite(non_finite_names(self._segment.layout, tensors))
+            self.count(num_refused=1)
+            raise not_finite(non_finite_names(self._segment.layout, tensors))
 
     def _finish(self, slot: int, version: int) -> None:
         if self._is_paused:
@@ -289,10 +306,6 @@ class SlotWriter:
         self._finish(slot, version)
         return True
 
-    def _count(self, **increments: float) -> None:
-        values = {name: getattr(self._stats, name) + step for name, step in increments.items()}
-        self._stats = dataclasses.replace(self._stats, **values)
-
     def _step(self, name: str) -> None:
         if self.gate is not None:
             self.gate(name)
@@ -302,7 +315,8 @@ class SlotWriter:
         return False
 
 
-def _not_finite(names: list[str]) -> ValueError:
+def not_finite(names: list[str]) -> ValueError:
+    """The error that lists weights that are not finite."""
     listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return ValueError(
         f"weights must be finite, got NaN or infinity in {listed}. The last version stays in use; "
