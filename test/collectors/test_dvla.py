@@ -29,8 +29,8 @@ from torchrl_dvla.data.schema import (
     STATE_KEY,
     SUCCESS_KEY,
 )
-from torchrl_dvla.testing import CountingChunkEnv, Fault, FaultyEnvFactory
-from torchrl_dvla.weight_update import AsyncWeightUpdater
+from torchrl_dvla.testing import CountingChunkEnv, Fault, FaultyEnvFactory, LazyDevice
+from torchrl_dvla.weight_update import AsyncWeightUpdater, device_copy
 
 from .conftest import ENV_KWARGS, make_policy
 
@@ -160,6 +160,29 @@ def test_published_weights_take_the_next_decisions(make_collector):
     assert (rows[POLICY_VERSION_KEY] == 1).all()
     assert (rows["vla_action", "tokens"][:, 0] == 7).all()
     assert not (rows["vla_action", "tokens"][:, 1:] == 7).all()
+
+
+def test_weights_from_a_device_are_counted_once_they_can_be_adopted(make_collector, monkeypatch):
+    device = LazyDevice()
+    monkeypatch.setattr(device_copy, "side_stream", device.of)
+    updater = AsyncWeightUpdater()
+    collector = make_collector(weight_sync_schemes={"policy": updater})
+    admission, offered = collector.replay_buffer.admission, []
+    advance, finish = admission.advance, updater.store.finish_copy
+
+    def note_and_advance():
+        offered.append(updater.store.offered_version)
+        return advance()
+
+    def release_and_finish():
+        device.release()
+        finish()
+
+    monkeypatch.setattr(admission, "advance", note_and_advance)
+    monkeypatch.setattr(updater.store, "finish_copy", release_and_finish)
+    device.hold()  # until somebody waits for the copy
+    collector.update_policy_weights_()
+    assert (offered, admission.version) == ([1], 1)
 
 
 def test_iterating_yields_one_update_at_a_time(make_collector):

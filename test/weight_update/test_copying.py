@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -56,6 +59,26 @@ def test_pieces_bound_what_is_copied_between_two_looks() -> None:
     views.runs[torch.float32].zero_()
     assert not copier.copy(layout.tensors_of(source), views, between=lambda: True)
     assert int(views.runs[torch.float32].sum()) == 128  # stopped after one piece
+
+
+def test_the_views_of_a_destination_are_made_once_and_go_with_it() -> None:
+    source = {"a": torch.ones(64), "b": torch.ones(320)}
+    layout = WeightLayout(source)
+    copier = WeightCopier(layout, piece_bytes=512)
+    first, second = private_views(layout), private_views(layout)
+    assert copier.copy(layout.tensors_of(source), first)
+    made = copier._targets_of[first]
+    source["b"] = torch.full((320,), 2.0)  # another tensor: only the destination is remembered
+    assert copier.copy(layout.tensors_of(source), first)
+    assert copier.copy(layout.tensors_of(source), second)
+    assert copier._targets_of[first] is made
+    for views in (first, second):
+        assert int(views.runs[torch.float32].sum()) == 64 + 2 * 320
+    memory = weakref.ref(first.memory)
+    del first, made, views
+    gc.collect()
+    assert len(copier._targets_of) == 1
+    assert memory() is None  # a closed store's memory goes, whatever copier there is
 
 
 @pytest.mark.parametrize("name", ["small", "large", "transposed", "expanded", "half"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -33,8 +34,23 @@ class _Piece:
     part_of_entry: tuple[int, int] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """Where a piece goes in one copy of the weights.
+
+    Args:
+        run (torch.Tensor): all of its memory, flat.
+        entries (list of torch.Tensor): the entries that it fills, or the one that it is a part of.
+    """
+
+    run: torch.Tensor
+    entries: list[torch.Tensor]
+
+
 class WeightCopier:
     """Copies the live (not frozen) entries of a layout into a slot.
+
+    The views of a destination are made once, at its first copy, and go with it.
 
     Args:
         layout (WeightLayout): which entries there are, and which of them are live.
@@ -46,6 +62,9 @@ class WeightCopier:
     def __init__(self, layout: WeightLayout, *, piece_bytes: int = _PIECE_BYTES) -> None:
         self._entries = layout.entries
         self._pieces: list[_Piece] = []
+        self._targets_of: weakref.WeakKeyDictionary[SlotViews, list[_Target]] = (
+            weakref.WeakKeyDictionary()
+        )
         for bucket in layout.buckets:
             self._add_pieces(bucket, piece_bytes)
 
@@ -102,11 +121,10 @@ class WeightCopier:
         Returns:
             True if everything was copied and, where that is checked, is finite.
         """
-        for piece in self._pieces:
-            run = destination.runs[piece.dtype][piece.start : piece.stop]
+        for piece, target in zip(self._pieces, self._targets(destination), strict=True):
+            run = target.run
             if piece.part_of_entry is None:
-                targets = [destination.entries[index] for index in piece.indices]
-                torch._foreach_copy_(targets, [source[index] for index in piece.indices])
+                torch._foreach_copy_(target.entries, [source[index] for index in piece.indices])
             else:
                 index, (start, stop) = piece.indices[0], piece.part_of_entry
                 tensor = source[index]
@@ -115,12 +133,24 @@ class WeightCopier:
                     run.copy_(tensor.as_strided((stop - start,), (1,), offset))
                 elif start == 0:
                     # A source that is not dense has no flat parts: the first piece carries it all.
-                    destination.entries[index].copy_(tensor)
+                    target.entries[0].copy_(tensor)
             if check_finite and not is_finite(run):
                 return False
             if between is not None and between():
                 return False
         return True
+
+    def _targets(self, destination: SlotViews) -> list[_Target]:
+        targets = self._targets_of.get(destination)
+        if targets is None:
+            targets = self._targets_of[destination] = [
+                _Target(
+                    destination.runs[piece.dtype][piece.start : piece.stop],
+                    [destination.entries[index] for index in piece.indices],
+                )
+                for piece in self._pieces
+            ]
+        return targets
 
 
 def is_finite(flat: torch.Tensor) -> bool:

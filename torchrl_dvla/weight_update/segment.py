@@ -38,9 +38,9 @@ def reader_byte(row: int) -> int:
     return 1 + MAX_SLOTS + row
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class SlotViews:
-    """One copy of the weights in memory.
+    """One copy of the weights in memory; equal to itself alone.
 
     Args:
         entries (list of torch.Tensor): in the order of the layout's entries, frozen ones included.
