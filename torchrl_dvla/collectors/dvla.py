@@ -86,7 +86,8 @@ class DVLACollector(BaseCollector):
         weight_sync_schemes (dict, optional): ``{"policy": AsyncWeightUpdater()}``, the default.
         schedule (InitStateSchedule, optional): initial states of the groups. Defaults to scenes
             sampled by seed, task after task.
-        rows_per_page (int): decisions of one page of the environment pool.
+        rows_per_page (int): decisions of one page of the environment pool. Half a page a rollout
+            stays empty on average (:meth:`DualPool.plan` recommends a size).
         env_bytes (int or str, optional): byte budget of the environment pool. Defaults to what the
             lag bound can ever use.
         seed (int): seed of the initial states and of sampled tokens.
@@ -126,7 +127,7 @@ class DVLACollector(BaseCollector):
         scheduler: SchedulerConfig | None = None,
         weight_sync_schemes: dict[str, WeightSyncScheme] | None = None,
         schedule: InitStateSchedule | None = None,
-        rows_per_page: int = 8,
+        rows_per_page: int = 4,
         env_bytes: int | str | None = None,
         seed: int = 0,
     ) -> None:
