@@ -84,6 +84,20 @@ def test_a_row_waits_no_longer_than_it_may(bench):
     assert lane.sent[0].rows == [1]
 
 
+def test_the_wait_begins_when_the_policy_is_free(bench):
+    batcher, lane, _, begin = bench
+    slots = [begin(number) for number in range(4)]
+    for slot in slots[:3]:
+        batcher.add(slot)
+    batcher.dispatch()
+    batcher.add(slots[3])
+    slots[3].since_s -= 2e6  # twice max_wait_s, all of it during the call
+    batcher.receive()  # the other three are being simulated now
+    assert 0.0 < batcher.time_to_dispatch() <= 1e6
+    batcher.dispatch()
+    assert len(lane.sent) == 1
+
+
 def test_a_full_batch_waits_for_nobody(bench):
     batcher, lane, _, begin = bench
     slots = [begin(number) for number in range(4)]

@@ -40,7 +40,8 @@ class DecisionBatcher:
     While a batch is under way the next one gathers, so the batch size follows the load by itself. A
     policy call costs little more for a few more rows, so a batch that could begin waits a moment
     for what is being simulated: until it is full, until nothing more can come, or until
-    ``max_wait_s`` is over.
+    ``max_wait_s`` is over. The moment begins when the policy is free: rows that have waited for the
+    call before are often joined right afterwards by the environments that are in step with it.
 
     Args:
         start_inference (Callable): starts the inference lane.
@@ -50,7 +51,7 @@ class DecisionBatcher:
     Keyword Args:
         fleet (Fleet): says how many rollouts are under way.
         max_batch_size (int): rows of one batch.
-        max_wait_s (float): seconds that a row waits for others.
+        max_wait_s (float): seconds that a row waits for others while the policy is free.
         seed (int, optional): of the tokens that are sampled; each batch has a seed of its own, see
             :func:`~torchrl_dvla.swimlane.batch_seed`. ``None`` leaves the lane's generator alone.
         timeline (Timeline): takes the spans.
@@ -87,6 +88,7 @@ class DecisionBatcher:
         }
         self._counters = counters
         self._waiting: deque[Slot] = deque()
+        self._free_since_s = 0.0
         #: Whether rows were left when the last batch was begun.
         self.round_is_open = False
         #: The decisions that are being taken; a slot may change hands meanwhile, a rollout does
@@ -178,7 +180,8 @@ class DecisionBatcher:
             return math.inf
         if len(self._waiting) >= min(self.max_batch_size, self._fleet.num_at_work):
             return 0.0
-        return max(0.0, self._waiting[0].since_s + self.max_wait_s - time.monotonic())
+        could_begin_s = max(self._waiting[0].since_s, self._free_since_s)
+        return max(0.0, could_begin_s + self.max_wait_s - time.monotonic())
 
     def receive(self) -> list[tuple[Slot, Rollout]]:
         """The decisions that have been taken; they stand in the rows.
@@ -198,6 +201,7 @@ class DecisionBatcher:
         )
         self._counters.add("collector/inference_batches")
         self.lane_has_answered, self.requested_s = True, None
+        self._free_since_s = time.monotonic()
         batch, self._batch = self._batch, []
         if not self._waiting:
             self._track.waiting("no_ready_row")

@@ -158,7 +158,7 @@ class InferenceConfig:
             environments, so that one half is simulated while the policy decides for the other; to
             all of them if the run is deterministic, for there the two take turns.
         max_wait_s (float): seconds that a row that is ready waits for others to share its policy
-            call, while there are others. 0 calls the policy as soon as it is free.
+            call, while there are others and the policy is free. 0 calls it as soon as it is free.
         num_threads (int): intra-op torch threads of the process.
         timeout_s (float): seconds after which a policy call counts as hung. The process is replaced
             then; a thread cannot be, so the run ends with its stack.
