@@ -350,3 +350,15 @@ def test_a_plain_script_gets_a_whole_timeline(make_collector):
         shares = [value for key, value in stats.items() if key.startswith(f"lane/{lane}_")]
         # Work that is under way is told at its end; all else is accounted for.
         assert 0.7 < sum(shares) < 1.05, lane
+
+
+def test_a_checkpoint_without_the_buffer_is_refused(make_collector):
+    collector = make_collector()
+    state = collector.state_dict()
+    buffer = state.pop("buffer")
+    cursor = next(collector.schedule).seed
+    with pytest.raises(ValueError, match=r"'buffer', got \['counters', 'num_batches'.*Load the po"):
+        collector.load_state_dict(state)
+    assert next(collector.schedule).seed == cursor + 1, "nothing was taken over"
+    collector.load_state_dict({**state, "buffer": buffer})
+    assert next(collector.schedule).seed == cursor

@@ -66,6 +66,20 @@ def test_several_stragglers_may_not_all_wait_for_the_last_version():
     assert admission.select([0, 2, 4, 5]) == [0, 2]
 
 
+def test_only_who_must_go_now_is_named():
+    # Group 0 has to be learned at version 2; 3 and 4 may follow at 3 and 4, as they are due.
+    admission = Admission(groups_per_update=1, max_policy_lag=2)
+    assert all(admission.admit(key) for key in range(3))
+    for version, group_id in enumerate((1, 2), start=1):
+        admission.learned(admission.select([group_id]))
+        admission.advance()
+        assert admission.admit(group_id + 2)
+        assert admission.deadline(group_id + 2) == version + 2
+    assert admission.missing([]) == [0]
+    with pytest.raises(RuntimeError, match=r"cannot advance past 2: groups \[0\] would"):
+        admission.advance()
+
+
 def test_a_dropped_straggler_sets_the_learner_free():
     admission = Admission(groups_per_update=1, max_policy_lag=1)
     assert admission.admit(0)
@@ -156,8 +170,7 @@ def test_listeners_and_waiters_hear_of_changes():
 
 
 class AdmissionMachine(RuleBasedStateMachine):
-    """An adversary finishes, drops and learns in any order; the bound and the progress must "
-    "hold."""
+    """An adversary finishes, drops and learns in any order; bound and progress must hold."""
 
     @initialize(groups=st.integers(1, 4), lag=st.integers(0, 3))
     def build(self, groups, lag):
@@ -166,7 +179,7 @@ class AdmissionMachine(RuleBasedStateMachine):
         self.admitted_at: dict[int, int] = {}
         self.running: list[int] = []
         self.done: set[int] = set()
-        self.count = 0
+        self.count = self.num_learned = self.num_dropped = 0
         self.updates_now = 0
 
     @rule(burst=st.integers(1, 8))
@@ -183,13 +196,16 @@ class AdmissionMachine(RuleBasedStateMachine):
     def finish(self, data):
         # Mostly the newest: the order that keeps stragglers waiting longest.
         index = data.draw(st.sampled_from([-1, -1, -1, 0, len(self.running) // 2]))
-        self.done.add(self.running.pop(index))
+        key = self.running.pop(index)
+        self.admission.complete(key)
+        self.done.add(key)
 
     @precondition(lambda self: self.running or self.done)
     @rule(data=st.data())
     def drop(self, data):
         key = data.draw(st.sampled_from(sorted(self.running) + sorted(self.done)))
         self.admission.drop(key)
+        self.num_dropped += 1
         del self.admitted_at[key]
         self.done.discard(key)
         if key in self.running:
@@ -198,9 +214,14 @@ class AdmissionMachine(RuleBasedStateMachine):
     @rule(publish=st.booleans())
     def learn(self, publish):
         cohort = self.admission.select(self.done)
-        assert cohort == self.admission.select(self.done)  # asking changes nothing
+        assert cohort == self.admission.select()  # asking changes nothing, and all are noted
+        missing = self.admission.missing(self.done)
+        assert set(missing) <= set(self.running)
         if cohort is None:
+            # A learner that waits is short of groups, or is told for which it waits.
+            assert len(self.done) < self.groups or missing
             return
+        assert not missing
         assert len(set(cohort)) == self.groups
         assert set(cohort) <= self.done
         assert cohort == sorted(cohort)
@@ -208,6 +229,7 @@ class AdmissionMachine(RuleBasedStateMachine):
             assert self.admission.version - self.admitted_at.pop(key) <= self.lag
             self.done.remove(key)
         self.admission.learned(cohort)
+        self.num_learned += len(cohort)
         self.updates_now += 1
         if publish:
             self.publish()
@@ -221,10 +243,37 @@ class AdmissionMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.updates_now)
     @rule()
     def publish_without_learning(self):
+        version = self.admission.version
         try:
             self.admission.advance()
         except RuntimeError:
-            assert self.admitted_at
+            assert self.admitted_at and self.admission.version == version
+
+    @rule()
+    def resume_from_a_checkpoint(self):
+        resumed = Admission(self.groups, self.lag)
+        resumed.load_state_dict(self.admission.state_dict())
+        self.admission = resumed
+
+    @invariant()
+    def every_group_is_in_one_place(self):
+        if hasattr(self, "admission"):
+            stats = self.admission.stats()
+            assert stats["groups_admitted"] == self.count
+            assert stats["groups_learned"] == self.num_learned
+            assert stats["groups_dropped"] == self.num_dropped
+            assert stats["groups_in_flight"] == len(self.running)
+            assert stats["groups_completed"] == len(self.done)
+            assert self.count == self.num_learned + self.num_dropped + len(self.admitted_at)
+
+    @invariant()
+    def as_many_as_can_still_be_learned_are_unlearned(self):
+        """(1) of the docstring of Admission."""
+        if hasattr(self, "admission"):
+            version, num_taken = self.admission.version, self.groups * (self.updates_now > 0)
+            for waiting in range(self.lag + 1):
+                due = sum(at + self.lag <= version + waiting for at in self.admitted_at.values())
+                assert due + num_taken <= (waiting + 1) * self.groups
 
     @invariant()
     def nothing_is_overdue(self):
@@ -236,6 +285,27 @@ class AdmissionMachine(RuleBasedStateMachine):
     def the_waiting_learner_gets_a_cohort_or_the_collector_a_group(self):
         if hasattr(self, "admission") and not self.running and not self.updates_now:
             assert self.admission.select(self.done) is not None or self.admission.may_admit
+
+    def teardown(self):
+        """From wherever the adversary stops: once all rollouts end, every group is learned."""
+        if not hasattr(self, "admission"):
+            return
+        while self.running:
+            key = self.running.pop()
+            self.admission.complete(key)
+            self.done.add(key)
+        while self.admitted_at:
+            if self.updates_now:
+                self.publish()
+            while len(self.done) < self.groups:  # the rest of the last cohort
+                assert self.admission.admit(self.count)
+                self.admitted_at[self.count] = self.admission.version
+                self.admission.complete(self.count)
+                self.done.add(self.count)
+                self.count += 1
+            num_unlearned = len(self.admitted_at)
+            self.learn(publish=True)
+            assert len(self.admitted_at) == num_unlearned - self.groups
 
 
 @pytest.mark.parametrize("steps", [12, 60])

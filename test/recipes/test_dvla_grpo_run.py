@@ -16,6 +16,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from torchrl_dvla.recording import Checkpoint
@@ -48,7 +49,7 @@ class Run:
     It is killed after DEADLINE_S, so that a run that hangs is an error and outlives no test.
     """
 
-    def __init__(self, tmp_path, *overrides):
+    def __init__(self, tmp_path, *overrides, script=(SCRIPT,)):
         self.mark = f"DVLA_TEST_RUN={uuid.uuid4().hex}"
         self.tmp = tmp_path / "tmp"
         self.tmp.mkdir(exist_ok=True)
@@ -56,8 +57,9 @@ class Run:
         env = dict(os.environ, TMPDIR=str(self.tmp), OMP_NUM_THREADS="1", **{key: value})
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
         self.output = ""
+        self.unused_before = _unused_shared_memory()
         self.process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), *SMALL, f"log.dir={tmp_path / 'runs'}", *overrides],
+            [sys.executable, *script, *SMALL, f"log.dir={tmp_path / 'runs'}", *overrides],
             cwd=tmp_path,
             env=env,
             stdout=subprocess.PIPE,
@@ -88,8 +90,8 @@ class Run:
         self.process.stdout.close()
 
     def left_over(self):
-        """Processes and temporary files of the run that outlived it."""
-        alive = []
+        """Processes, temporary files and shared memory of the run that outlived it."""
+        alive = [f"/dev/shm/{name}" for name in _unused_shared_memory() - self.unused_before]
         for environ in Path("/proc").glob("[0-9]*/environ"):
             try:
                 if self.mark.encode() in environ.read_bytes().split(b"\0"):
@@ -97,6 +99,18 @@ class Run:
             except OSError:
                 continue  # gone, or another user's
         return alive + [str(path) for path in self.tmp.rglob("*") if path.is_file()]
+
+
+def _unused_shared_memory():
+    """Named shared memory that no process maps: nobody will ever free it."""
+    names = set(os.listdir("/dev/shm"))
+    for maps in Path("/proc").glob("[0-9]*/maps") if names else ():
+        try:
+            mapped = maps.read_text()
+        except OSError:
+            continue  # gone, or another user's
+        names = {name for name in names if f"/dev/shm/{name}" not in mapped}
+    return names
 
 
 def _scalars(folder):
@@ -243,3 +257,46 @@ def test_a_run_without_contrast_ends_with_its_time_budget(tmp_path):
         run.kill()
     assert "ended by time budget, waiting for a group with contrast" in run.output
     assert not run.left_over()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_learner_that_raises_leaves_a_checkpoint(tmp_path, recipe, settings):
+    script = (Path(__file__).with_name("failing_learner.py"), SCRIPT)
+    # No checkpoint is due before the error.
+    run = Run(tmp_path, "eval.num_episodes=0", "checkpoint.every_updates=1000", script=script)
+    try:
+        assert run.finish() == 1, run.output
+    finally:
+        run.kill()
+    assert "ArithmeticError: injected after 2 updates" in run.output
+    assert "ArithmeticError: saving a checkpoint" in run.output
+    assert run.left_over() == []
+    (path,) = tmp_path.glob("runs/toy/*/checkpoints/update_*")
+    checkpoint = Checkpoint.load(path)
+    assert checkpoint.update == checkpoint.state["run"]["num_updates"] == 2
+    assert checkpoint.state["collector"]["buffer"]["_groups"]["num_updates"] == 2
+    policy = recipe.utils.make_policy(settings("toy", *[s for s in SMALL if s != "--quick"]))
+    checkpoint.load_policy(policy)
+    assert all(bool(parameter.isfinite().all()) for parameter in policy.parameters())
+    assert checkpoint.state["optimizer"]["state"][0]["step"] >= 2
+
+
+@pytest.mark.parametrize(("value", "num_saved"), [(1.0, 1), (float("nan"), 0), (float("inf"), 0)])
+def test_only_finite_weights_are_saved_after_an_error(recipe, capsys, value, num_saved):
+    policy = torch.nn.Linear(2, 1)
+    with torch.no_grad():
+        policy.weight[0, 1] = value
+    saved = []
+    recipe.bookkeeping.save_after(ArithmeticError("no"), policy, lambda: saved.append(1))
+    assert len(saved) == num_saved
+    expected = "saving a checkpoint" if num_saved else "the weights hold NaN or infinity"
+    assert f"ArithmeticError: {expected}" in capsys.readouterr().out
+
+
+def test_an_error_while_saving_does_not_hide_the_first(recipe, capsys):
+    def save():
+        raise OSError("disk full")
+
+    recipe.bookkeeping.save_after(ArithmeticError("no"), torch.nn.Linear(2, 1), save)
+    assert "it could not be saved: OSError('disk full')" in capsys.readouterr().out

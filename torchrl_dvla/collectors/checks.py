@@ -6,17 +6,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from torchrl.weight_update import WeightSyncScheme
 
 from torchrl_dvla.collectors.configs import GroupConfig
-from torchrl_dvla.collectors.schedule import InitStateSchedule
+from torchrl_dvla.collectors.schedule import EpisodeSpec, InitStateSchedule
 from torchrl_dvla.data import Admission, PooledReplayBuffer
 from torchrl_dvla.memory import EnvironmentPool, Plan
 from torchrl_dvla.weight_update import AsyncWeightUpdater
 
-__all__ = ["check_buffer", "check_pages", "check_tasks", "check_updater"]
+__all__ = [
+    "check_buffer",
+    "check_episodes",
+    "check_pages",
+    "check_state",
+    "check_tasks",
+    "check_updater",
+]
 
 
 def check_tasks(schedule: InitStateSchedule, tasks: Collection[str]) -> None:
@@ -80,4 +88,39 @@ def check_buffer(buffer: PooledReplayBuffer, pool: EnvironmentPool, admission: A
         raise ValueError(
             "replay_buffer must build a buffer with the pool and the admission it is given, got "
             "others. Pass functools.partial(PooledReplayBuffer, batch_size=...) without them."
+        )
+
+
+def check_episodes(
+    episodes: Sequence[EpisodeSpec], tasks: Collection[str], quarantined: Collection[str]
+) -> None:
+    """Every episode of an evaluation needs a task that can be played.
+
+    Raises:
+        ValueError: naming the tasks that are unknown or in quarantine.
+    """
+    named = {spec.task for spec in episodes}
+    if unknown := named - set(tasks):
+        raise ValueError(
+            f"episodes must name tasks of create_env_fn ({sorted(tasks)}), got {sorted(unknown)}."
+        )
+    if failing := named & set(quarantined):
+        raise ValueError(
+            f"episodes must not name tasks that are quarantined, got {sorted(failing)}. Their "
+            "last error is in the log."
+        )
+
+
+def check_state(state_dict: Mapping[str, Any]) -> None:
+    """The state of a collector must hold that of its replay buffer.
+
+    Raises:
+        ValueError: if it was taken before it did, or from something else.
+    """
+    if "buffer" not in state_dict:
+        raise ValueError(
+            f"state_dict must hold the replay buffer's state as 'buffer', got {sorted(state_dict)}."
+            " Checkpoints of older versions kept collector and buffer apart, taken at two "
+            "instants: going on from them could learn from a group twice. Load the policy and the "
+            "optimizer alone, and start with an empty buffer."
         )

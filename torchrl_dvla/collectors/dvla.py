@@ -18,7 +18,14 @@ from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
 from torchrl.weight_update import WeightSyncScheme
 
-from torchrl_dvla.collectors.checks import check_buffer, check_pages, check_tasks, check_updater
+from torchrl_dvla.collectors.checks import (
+    check_buffer,
+    check_episodes,
+    check_pages,
+    check_state,
+    check_tasks,
+    check_updater,
+)
 from torchrl_dvla.collectors.configs import (
     GroupConfig,
     InferenceConfig,
@@ -351,18 +358,7 @@ class DVLACollector(BaseCollector):
             The evaluation; its ``result()`` waits.
         """
         evaluation = Evaluation(episodes, greedy=greedy, num_frames_episodes=num_frames_episodes)
-        unknown = {spec.task for spec in episodes} - set(self._factories)
-        if unknown:
-            raise ValueError(
-                f"episodes must name tasks of create_env_fn ({sorted(self._factories)}), got "
-                f"{sorted(unknown)}."
-            )
-        failing = {spec.task for spec in episodes} & self._queue.quarantined
-        if failing:
-            raise ValueError(
-                f"episodes must not name tasks that are quarantined, got {sorted(failing)}. Their "
-                "last error is in the log."
-            )
+        check_episodes(episodes, self._factories, self._queue.quarantined)
         self._require_running()
         self._queue.add_evaluation(evaluation)
         self._coordinator.wake()
@@ -433,9 +429,11 @@ class DVLACollector(BaseCollector):
 
         Raises:
             RuntimeError: if a group was begun already.
+            ValueError: if it does not hold the replay buffer, as older checkpoints do not.
         """
         if self._queue.num_groups_admitted:
             raise RuntimeError("load_state_dict must be called before start().")
+        check_state(state_dict)
         self.schedule.load_state_dict(state_dict["schedule"])
         self._counters.load_state_dict(state_dict["counters"])
         self._queue.load_state_dict(state_dict["queue"])

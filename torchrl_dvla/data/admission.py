@@ -249,7 +249,7 @@ class Admission:
                     self._group(group_id)
                 ready = [key for key in self._groups if key in wanted]
             cohort = ready[: self.groups_per_update]
-            if len(cohort) < self.groups_per_update or self._overdue(set(cohort)):
+            if len(cohort) < self.groups_per_update or self._overdue(set(cohort)) is not None:
                 return None
             return cohort
 
@@ -258,10 +258,9 @@ class Admission:
         with self._changed:
             completed = set(completed_group_ids)
             ready = [key for key in self._groups if key in completed][: self.groups_per_update]
-            overdue = self._overdue(set(ready))
-            if not overdue:
+            limit = self._overdue(set(ready))
+            if limit is None:
                 return []
-            limit = max(overdue)
             return [
                 key
                 for key, group in self._groups.items()
@@ -306,11 +305,9 @@ class Admission:
                 publication follows the learning of a cohort.
         """
         with self._changed:
-            overdue = self._overdue(set())
-            if overdue:
-                late = [
-                    key for key, group in self._groups.items() if group.deadline <= max(overdue)
-                ]
+            limit = self._overdue(set())
+            if limit is not None:
+                late = [key for key, group in self._groups.items() if group.deadline <= limit]
                 raise RuntimeError(
                     f"The version cannot advance past {self._version}: groups {late} would be "
                     f"learned more than max_policy_lag={self.max_policy_lag} versions after their "
@@ -370,16 +367,19 @@ class Admission:
         limit = (self.max_policy_lag + 1) * self.groups_per_update
         return len(self._groups) + self._num_learned_now + 1 <= limit
 
-    def _overdue(self, leaving: set[int]) -> list[int]:
-        """Deadlines ``d`` at which the groups that stay are more than ``(d - V) * G``."""
-        overdue, staying, last = [], 0, None
+    def _overdue(self, leaving: set[int]) -> int | None:
+        """The deadline ``d`` at which most groups stay beyond the ``(d - V) * G`` that can wait.
+
+        The first of several: with one straggler too many at ``d``, younger groups are too many as
+        well, but not once it has gone. ``None`` if all that stay can wait.
+        """
+        worst, most, staying = None, 0, 0
         for key, group in self._groups.items():
             staying += key not in leaving
-            if staying > (group.deadline - self._version) * self.groups_per_update:
-                if group.deadline != last:
-                    overdue.append(group.deadline)
-                last = group.deadline
-        return overdue
+            excess = staying - (group.deadline - self._version) * self.groups_per_update
+            if excess > most:
+                worst, most = group.deadline, excess
+        return worst
 
     def _group(self, group_id: int) -> _Group:
         try:
