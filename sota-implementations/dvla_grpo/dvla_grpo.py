@@ -132,7 +132,7 @@ def train(cfg: DictConfig, stop: GracefulStop) -> None:
                     if not meter.is_out_of_time():
                         raise
                     break
-                if not metrics:
+                if stop.requested and not metrics:
                     break
                 published_s = time.monotonic()
                 collector.update_policy_weights_()
@@ -183,14 +183,18 @@ def learn(
     """One learner update: every minibatch of the next groups.
 
     Returns:
-        Its metrics; empty if the run was asked to stop before there was anything to learn from.
+        Its metrics; empty if nothing was left to learn from: the run was asked to stop, or goes on
+        from a checkpoint of an update whose last minibatch had been handed out.
     """
     loss.version = collector.policy_version
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     parts: list[tuple[int, TensorDictBase]] = []
     norms: list[float] = []
+    # Held in a name, so that an error below leaves the update open: unwinding drops what only the
+    # loop holds, and a cohort whose iterator is dropped counts as learned.
+    minibatches = iter(collector.replay_buffer)
     try:
-        for batch in collector.replay_buffer:
+        for batch in minibatches:
             batch = batch.to(cfg.device)
             normaliser = loss.normaliser(batch)
             # Gradients of micro-batches add up to that of the minibatch.

@@ -275,7 +275,9 @@ def test_a_learner_that_raises_leaves_a_checkpoint(tmp_path, recipe, settings):
     (path,) = tmp_path.glob("runs/toy/*/checkpoints/update_*")
     checkpoint = Checkpoint.load(path)
     assert checkpoint.update == checkpoint.state["run"]["num_updates"] == 2
-    assert "buffer" in checkpoint.state["collector"]
+    groups = checkpoint.state["collector"]["buffer"]["_groups"]
+    assert groups["num_updates"] == 2
+    assert groups["plan"]["update"] == 2 and groups["plan"]["position"] == 1, "it goes on there"
     cfg = settings("toy", *SMALL[1:])
     policy = recipe.utils.make_policy(cfg)
     recipe.checks.check_policy(cfg, policy)  # makes the lazy parameters
