@@ -43,9 +43,8 @@ from typing import Any
 import numpy as np
 import torch
 from _machine import machine, paired_ratio, spread
+from _small_policy import make_small_policy
 from tensordict import TensorDictBase
-from torchrl.data.vla import UniformActionTokenizer
-from torchrl.modules.vla import TinyVLA
 
 from torchrl_dvla.collectors import DVLACollector, GroupConfig, WorkerConfig
 from torchrl_dvla.data import PooledReplayBuffer
@@ -154,17 +153,7 @@ def main() -> None:
     args = parser.parse_args()
     num_repeats, phase_s = (2, 10.0) if args.quick else (5, 25.0)
     torch.manual_seed(0)
-    policy = TinyVLA(
-        action_dim=2,
-        chunk_size=4,
-        action_head="tokens",
-        vocab_size=8,
-        hidden_dim=16,
-        output_mode="both",
-        log_probs_mode="token",
-        return_vla_action_container=False,
-        action_tokenizer=UniformActionTokenizer(8, low=-1.0, high=1.0),
-    )
+    policy = make_small_policy()
     with tempfile.TemporaryDirectory() as folder:
         make_env = make_env_factory(folder)
         start_s = time.monotonic()

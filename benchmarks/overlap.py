@@ -58,8 +58,8 @@ from unittest import mock
 
 import torch
 from _machine import machine, paired_ratio, spread
+from _small_policy import make_small_policy
 from tensordict import TensorDictBase
-from torchrl.data.vla import UniformActionTokenizer
 from torchrl.modules.vla import TinyVLA
 
 from torchrl_dvla.collectors import (
@@ -170,17 +170,7 @@ def make_env(mix: Mix) -> Any:
 
 
 def make_policy(mix: Mix) -> TinyVLA:
-    policy = TinyVLA(
-        action_dim=2,
-        chunk_size=4,
-        action_head="tokens",
-        vocab_size=8,
-        hidden_dim=16,
-        output_mode="both",
-        log_probs_mode="token",
-        return_vla_action_container=False,
-        action_tokenizer=UniformActionTokenizer(8, low=-1.0, high=1.0),
-    )
+    policy = make_small_policy()
     if mix.infer_s:
         emulate_latency(policy, Latency(mix.infer_s, per_row_s=mix.infer_row_s))
     return policy
