@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import time
 from multiprocessing import forkserver
 
 import pytest
@@ -112,6 +113,56 @@ def test_a_hung_inference_process_is_replaced_at_its_deadline(make_collector, tm
     assert os.path.exists(gate)
     assert collector.stats()["faults/inference_restarts"] == 1
     assert "a call took more than timeout_s=1 s" in caplog.text and "in hang" in caplog.text
+
+
+def policy_that_dies_once(gate):
+    """A policy that ends its process in its sixth call, once the file ``gate`` is there."""
+    policy = make_initialised_policy()
+
+    def make():
+        num_calls = 0
+
+        def die(module, args):
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls == 6 and not os.path.exists(f"{gate}.died"):
+                while not os.path.exists(gate):
+                    time.sleep(0.01)
+                open(f"{gate}.died", "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        policy.register_forward_pre_hook(die)
+        return policy
+
+    return make
+
+
+def test_an_evaluation_never_mixes_two_versions(make_collector, tmp_path):
+    gate = str(tmp_path / "published")
+    collector = make_collector(
+        inference=InferenceConfig(where="process"), policy_factory=policy_that_dies_once(gate)
+    )
+    evaluation = collector.evaluate([EpisodeSpec("default", seed) for seed in range(8)])
+    while not (evaluation.num_finished or evaluation.done()):
+        time.sleep(0.01)
+    collector.update_policy_weights_()
+    open(gate, "w").close()
+    assert evaluation.result(60.0).policy_version == 1
+    assert {version for *_, version in evaluation._finished.values()} == {1}
+    assert collector.stats()["faults/inference_restarts"] == 1
+
+
+def test_an_evaluation_that_ends_with_the_collection_says_why(make_collector):
+    def broken():
+        policy = make_initialised_policy()
+        policy.register_forward_pre_hook(lambda module, args: 1 / 0)
+        return policy
+
+    collector = make_collector(policy_factory=broken)
+    evaluation = collector.evaluate([EpisodeSpec("default", 0)])
+    with pytest.raises(RuntimeError, match="ended before the evaluation") as raised:
+        evaluation.result(60.0)
+    assert "ZeroDivisionError" in str(raised.value.__cause__)
 
 
 def test_a_hung_inference_thread_ends_the_run_with_its_stack(make_collector, tmp_path):

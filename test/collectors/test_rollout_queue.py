@@ -118,6 +118,45 @@ def test_evaluations_run_one_after_the_other_and_before_new_groups(make_queue):
     assert take(queue).spec.seed == 2
 
 
+def test_an_evaluation_that_lost_its_weights_is_played_again_from_its_first_episode(make_queue):
+    queue = make_queue(num_pages=8)
+    assert not queue.replay_evaluation(), "none is under way"
+    evaluation = Evaluation([EpisodeSpec("task", 7)] * 3, greedy=True, num_frames_episodes=0)
+    queue.add_evaluation(evaluation)
+    assert not queue.replay_evaluation(), "it has not begun: its weights are still to be copied"
+    queue.next_evaluation()
+    finished, running = take(queue), take(queue)
+    queue.finish(finished)
+    evaluation.finish_episode(
+        0, success=True, episode_return=1.0, num_env_steps=3, policy_version=0
+    )
+    assert queue.replay_evaluation()
+    assert running.cancelled and evaluation.num_finished == 0
+    queue.finish(running)
+    for episode in range(3):
+        rollout = take(queue)
+        assert rollout.episode == episode
+        assert rollout.rollout_id not in (finished.rollout_id, running.rollout_id)
+        queue.finish(rollout)
+        evaluation.finish_episode(
+            episode, success=False, episode_return=0.0, num_env_steps=3, policy_version=1
+        )
+    assert evaluation.result(0.0).successes == [False] * 3
+    assert not queue.replay_evaluation()
+
+
+def test_the_rest_of_an_abandoned_evaluation_still_needs_weights(make_queue):
+    queue = make_queue(num_pages=8)
+    evaluation = Evaluation([EpisodeSpec("task", 7)] * 3, greedy=True, num_frames_episodes=0)
+    queue.add_evaluation(evaluation)
+    queue.next_evaluation()
+    running = take(queue)
+    queue.abandon_evaluation(evaluation, RuntimeError("given up"))
+    assert queue.replay_evaluation(), "a decision of the rollout may be under way"
+    queue.finish(running)
+    assert not queue.replay_evaluation()
+
+
 def test_a_group_that_is_given_up_leaves_no_promise_and_no_rollout(make_queue):
     queue = make_queue(num_pages=6, groups_per_update=2)
     running = take(queue)

@@ -190,7 +190,9 @@ class Coordinator:
 
     def _close(self) -> None:
         self._stopping = True
-        self._queue.fail_evaluations(RuntimeError("The collector ended before the evaluation did."))
+        ended = RuntimeError("The collector ended before the evaluation did.")
+        ended.__cause__ = self.error
+        self._queue.fail_evaluations(ended)
         self.batcher.stop()
         self._sampling.stop(self._workers.stop_timeout_s)
         self._selector.close()

@@ -345,7 +345,8 @@ class DVLACollector(BaseCollector):
         """Play ``episodes`` on the collector's own workers, before any new training rollout.
 
         All episodes are played with a private copy of the weights that are newest when the
-        evaluation begins, so training may go on meanwhile.
+        evaluation begins, so training may go on meanwhile. If the inference lane has to be
+        restarted, the evaluation begins anew.
 
         Args:
             episodes (sequence of EpisodeSpec): what to play.

@@ -110,6 +110,11 @@ class Evaluation:
             )
         )
 
+    def begin_anew(self) -> None:
+        """Called by the collector when all episodes have to be played again."""
+        self._finished.clear()
+        self._frames.clear()
+
     def fail(self, error: Exception) -> None:
         """Called by the collector when it ends before the evaluation does."""
         if not self._future.done():

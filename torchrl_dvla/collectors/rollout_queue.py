@@ -86,12 +86,37 @@ class RolloutQueue:
             evaluation = self._evaluations[0]
             if any(rollout.evaluation is evaluation for rollout in self._running):
                 return None
-            for episode, spec in enumerate(evaluation.episodes):
-                self._evaluation_pending.append(
-                    Rollout(spec, -1, -1 - self._num_episodes, evaluation, episode)
-                )
-                self._num_episodes += 1
+            self._make_due(evaluation)
             return evaluation
+
+    def replay_evaluation(self) -> bool:
+        """The weights of the evaluation under way are lost: all its episodes become due again.
+
+        Returns:
+            bool: whether any rollout needs weights that were copied aside.
+        """
+        with self._lock:
+            rollouts = [*self._evaluation_pending, *(r for r in self._running if r.evaluation)]
+            evaluation = next((r.evaluation for r in rollouts if not r.cancelled), None)
+            if evaluation is not None:
+                self._forget_episodes(evaluation)
+                evaluation.begin_anew()
+                self._make_due(evaluation)
+            return bool(rollouts)
+
+    def _make_due(self, evaluation: Evaluation) -> None:
+        for episode, spec in enumerate(evaluation.episodes):
+            self._evaluation_pending.append(
+                Rollout(spec, -1, -1 - self._num_episodes, evaluation, episode)
+            )
+            self._num_episodes += 1
+
+    def _forget_episodes(self, evaluation: Evaluation) -> None:
+        kept = [r for r in self._evaluation_pending if r.evaluation is not evaluation]
+        self._evaluation_pending = deque(kept)
+        for rollout in self._running:
+            if rollout.evaluation is evaluation:
+                rollout.cancelled = True
 
     @property
     def evaluating(self) -> bool:
@@ -206,11 +231,7 @@ class RolloutQueue:
     def abandon_evaluation(self, evaluation: Evaluation, error: Exception) -> None:
         """Give an evaluation up; who waits for its result gets ``error``."""
         evaluation.fail(error)
-        kept = [r for r in self._evaluation_pending if r.evaluation is not evaluation]
-        self._evaluation_pending = deque(kept)
-        for rollout in self._running:
-            if rollout.evaluation is evaluation:
-                rollout.cancelled = True
+        self._forget_episodes(evaluation)
 
     def quarantine(self, task: str, error: Exception) -> list[int]:
         """Begin nothing more of ``task``, and give up the evaluations that hold it.

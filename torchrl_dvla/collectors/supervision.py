@@ -285,6 +285,8 @@ class Supervisor:
     def restart_inference(self, reason: str) -> None:
         """The inference lane is lost: start another with the newest weights, repeat the request.
 
+        An evaluation that is under way has lost its weights, and is played from the start again.
+
         Raises:
             RuntimeError: if too many failures came without a finished rollout between them.
         """
@@ -297,7 +299,7 @@ class Supervisor:
                 f"finished rollout. The last one, of the inference lane: {reason}"
             )
         self._selector.unregister(self._inference_descriptor)
-        self._listen_to_inference(self._batcher.restart(snapshot=self._queue.evaluating))
+        self._listen_to_inference(self._batcher.restart(snapshot=self._queue.replay_evaluation()))
 
     def _inference_deadline(self) -> tuple[str, float]:
         """The limit that holds for the call under way, and when it passes."""
