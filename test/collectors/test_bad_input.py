@@ -14,7 +14,13 @@ import torch
 from tensordict.nn import TensorDictModule
 from torchrl.envs import ToyVLAEnv
 
-from torchrl_dvla.collectors import GroupConfig, InferenceConfig, InitStateSchedule, WorkerConfig
+from torchrl_dvla.collectors import (
+    DVLACollector,
+    GroupConfig,
+    InferenceConfig,
+    InitStateSchedule,
+    WorkerConfig,
+)
 from torchrl_dvla.data import Admission, PooledReplayBuffer
 from torchrl_dvla.testing import CountingChunkEnv, Fault, FaultyEnvFactory
 
@@ -48,6 +54,11 @@ def no_process(monkeypatch):
     monkeypatch.setattr(
         "torchrl_dvla.swimlane.sampling.Child", lambda *a, **k: pytest.fail("start")
     )
+
+
+def test_no_policy(no_process):
+    with pytest.raises(ValueError, match="policy or policy_factory must be given, got neither"):
+        DVLACollector(make_env, replay_buffer=PooledReplayBuffer)
 
 
 def test_an_environment_without_chunks(refuse):

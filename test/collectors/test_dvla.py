@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import multiprocessing
 import os
 import signal
@@ -15,7 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchrl_dvla.collectors import EpisodeSpec, GroupConfig, InferenceConfig
+from torchrl_dvla.collectors import (
+    DVLACollector,
+    EpisodeSpec,
+    GroupConfig,
+    InferenceConfig,
+    WorkerConfig,
+)
+from torchrl_dvla.data import PooledReplayBuffer
 from torchrl_dvla.data.schema import (
     ADVANTAGE_KEY,
     DECISION_INDEX_KEY,
@@ -26,13 +34,14 @@ from torchrl_dvla.data.schema import (
     POLICY_VERSION_KEY,
     REWARD_KEY,
     ROLLOUT_ID_KEY,
+    SAMPLE_LOG_PROB_KEY,
     STATE_KEY,
     SUCCESS_KEY,
 )
 from torchrl_dvla.testing import CountingChunkEnv, Fault, FaultyEnvFactory, LazyDevice
 from torchrl_dvla.weight_update import AsyncWeightUpdater, device_copy
 
-from .conftest import ENV_KWARGS, make_policy
+from .conftest import ENV_KWARGS, make_initialised_policy, make_policy
 
 make_env = functools.partial(CountingChunkEnv, **ENV_KWARGS)
 
@@ -211,6 +220,36 @@ def test_evaluation_runs_beside_training_and_keeps_its_order(make_collector):
         scene = env.scene(5, index)
         assert int(before.frames[index][0, 0, 0, 0]) == scene.scene_id
     assert sorted(before.frames) == [0, 1]
+
+
+def test_a_policy_factory_alone_builds_the_learners_policy_too():
+    collector = DVLACollector(
+        make_env,
+        policy_factory=make_initialised_policy,
+        replay_buffer=functools.partial(PooledReplayBuffer, batch_size=16, timeout_s=60.0),
+        group=GroupConfig(group_size=3, groups_per_update=2),
+        workers=WorkerConfig(num_workers=1, max_decisions=4),
+        inference=InferenceConfig(where="thread"),
+    )
+    try:
+        weights = dict(collector.policy.named_parameters())
+        assert weights.keys() == dict(make_initialised_policy().named_parameters()).keys()
+        collector.start()
+        for _ in collector.replay_buffer:
+            pass
+        with torch.no_grad():
+            for weight in weights.values():
+                weight.zero_()
+        collector.update_policy_weights_()
+        for _ in range(3):  # at lag 1, groups of version 0 come first
+            rows = torch.cat([batch.clone() for batch in collector.replay_buffer])
+            collector.update_policy_weights_()
+        # Nothing but zeros in the policy: all of the eight tokens are equally likely.
+        assert rows[POLICY_VERSION_KEY].min() >= 1
+        log_probs = rows[SAMPLE_LOG_PROB_KEY]
+        torch.testing.assert_close(log_probs, torch.full_like(log_probs, -math.log(8)))
+    finally:
+        collector.shutdown()
 
 
 def test_pause_admits_no_group(make_collector):

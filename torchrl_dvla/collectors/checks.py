@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from tensordict.nn import TensorDictModuleBase
 from torchrl.weight_update import WeightSyncScheme
 
 from torchrl_dvla.collectors.configs import GroupConfig
@@ -21,6 +22,7 @@ __all__ = [
     "check_buffer",
     "check_episodes",
     "check_pages",
+    "check_policy",
     "check_state",
     "check_tasks",
     "check_updater",
@@ -39,6 +41,22 @@ def check_tasks(schedule: InitStateSchedule, tasks: Collection[str]) -> None:
             f"schedule must name tasks of create_env_fn ({sorted(tasks)}), got "
             f"{sorted(unknown)}. Add a factory for each."
         )
+
+
+def check_policy(
+    policy: TensorDictModuleBase | None,
+    policy_factory: Callable[[], TensorDictModuleBase] | None,
+) -> TensorDictModuleBase:
+    """The learner's policy: ``policy``, or a new one of ``policy_factory``.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    if policy is not None:
+        return policy
+    if policy_factory is None:
+        raise ValueError("policy or policy_factory must be given, got neither.")
+    return policy_factory()
 
 
 def check_updater(schemes: Mapping[str, WeightSyncScheme]) -> AsyncWeightUpdater:

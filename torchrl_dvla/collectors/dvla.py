@@ -22,6 +22,7 @@ from torchrl_dvla.collectors.checks import (
     check_buffer,
     check_episodes,
     check_pages,
+    check_policy,
     check_state,
     check_tasks,
     check_updater,
@@ -76,7 +77,7 @@ class DVLACollector(BaseCollector):
             ``[chunk, A]``, observation under ``"observation"``.
         policy (TensorDictModuleBase, optional): the learner's policy; it writes
             ``("vla_action", "tokens")``, ``("vla_action", "log_probs")`` (one a token) and
-            ``("vla_action", "chunk")``.
+            ``("vla_action", "chunk")``. Defaults to one of ``policy_factory``, as :attr:`policy`.
 
     Keyword Args:
         policy_factory (Callable, optional): builds the policy of the inference lane, in the lane.
@@ -124,7 +125,7 @@ class DVLACollector(BaseCollector):
     def __init__(
         self,
         create_env_fn: EnvFactory | Mapping[str, EnvFactory],
-        policy: TensorDictModuleBase,
+        policy: TensorDictModuleBase | None = None,
         *,
         policy_factory: Callable[[], TensorDictModuleBase] | None = None,
         replay_buffer: Callable[..., PooledReplayBuffer],
@@ -145,7 +146,7 @@ class DVLACollector(BaseCollector):
             self._factories = {"default": create_env_fn}
         self.schedule = schedule or InitStateSchedule(tuple(self._factories), seed=seed)
         check_tasks(self.schedule, self._factories)
-        self._policy = policy
+        self.policy = policy = check_policy(policy, policy_factory)
         self._policy_factory = policy_factory
         self._workers, self._inference_config = workers, inference
         schemes = weight_sync_schemes or {"policy": AsyncWeightUpdater()}
@@ -220,12 +221,12 @@ class DVLACollector(BaseCollector):
             max_drought=group.max_drought,
             on_drought=group.on_drought,
         )
-        self._updater.init_on_sender(model_id="policy", model=self._policy, num_workers=0)
+        self._updater.init_on_sender(model_id="policy", model=self.policy, num_workers=0)
         self._updater.connect()
         coordinator = Coordinator(
             sampling=sampling,
             start_inference=LaneStarter(
-                self._policy,
+                self.policy,
                 self._policy_factory,
                 self._updater,
                 self._inference_config,

@@ -37,8 +37,7 @@ def match_policy(policy: TensorDictModuleBase, specs: EnvSpecs) -> RowLayout:
 
     Raises:
         ValueError: if the policy writes no chunk, no tokens or no log-prob for each token, or a
-        chunk
-            that the environment does not take.
+            chunk that the environment does not take.
     """
     tensordict = TensorDict(
         {key: torch.zeros(1, *shape, dtype=dtype) for key, shape, dtype in specs.observation},
@@ -67,9 +66,8 @@ def match_policy(policy: TensorDictModuleBase, specs: EnvSpecs) -> RowLayout:
         expected = "any" if specs.chunk_size == -1 else specs.chunk_size
         raise ValueError(
             f"policy must write chunks of [chunk_size={expected}, action_dim={specs.action_dim}], "
-            "as "
-            f"the environment takes them, got [{chunk_size}, {action_dim}]. Build the policy, or "
-            "choose its checkpoint, for this environment."
+            f"as the environment takes them, got [{chunk_size}, {action_dim}]. Build the policy, "
+            "or choose its checkpoint, for this environment."
         )
     observation = {key: (shape, dtype) for key, shape, dtype in specs.observation}
     return decision_layout(observation, chunk_size=chunk_size, action_dim=action_dim)

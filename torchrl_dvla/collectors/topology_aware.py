@@ -53,7 +53,7 @@ class TopologyAwareCollector(DVLACollector):
     def __init__(
         self,
         create_env_fn: Callable[[], EnvBase] | Mapping[str, Callable[[], EnvBase]],
-        policy: TensorDictModuleBase,
+        policy: TensorDictModuleBase | None = None,
         *,
         placement: Placement,
         **kwargs: Any,
