@@ -10,7 +10,12 @@ one between two of its batches; :class:`AsyncWeightUpdater` is both as a TorchRL
 :class:`WeightRelay` of every other node, which has a store of its own for the readers there.
 """
 
-from torchrl_dvla.weight_update.broadcast import LinkModel, WeightBroadcast, WeightRelay
+from torchrl_dvla.weight_update.broadcast import (
+    LinkModel,
+    Transfer,
+    WeightBroadcast,
+    WeightRelay,
+)
 from torchrl_dvla.weight_update.layout import WeightLayout
 from torchrl_dvla.weight_update.ledger import Adoption, AdoptionStats
 from torchrl_dvla.weight_update.reader import WeightReader
@@ -24,6 +29,7 @@ __all__ = [
     "AsyncWeightUpdater",
     "LinkModel",
     "PublishStats",
+    "Transfer",
     "WeightBroadcast",
     "WeightLayout",
     "WeightReader",

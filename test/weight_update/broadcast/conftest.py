@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from torchrl_dvla.testing import EmulatedNetwork, Remote
-from torchrl_dvla.weight_update import WeightBroadcast, WeightRelay, WeightStore
+from torchrl_dvla.weight_update import Transfer, WeightBroadcast, WeightRelay, WeightStore
 
 
 class Stamped(nn.Module):
@@ -85,6 +85,9 @@ class LearnerNode:
 
     def tell(self) -> tuple[dict[str, float], dict[str, int], tuple[str, int]]:
         return self.broadcast.stats(), self.broadcast.edge_bytes(), self.broadcast.plan()
+
+    def transfers(self) -> list[Transfer]:
+        return self.broadcast.take_transfers()
 
     def payload_bytes(self) -> tuple[int, int]:
         return self.store.layout.slot_bytes, self.store.layout.frozen_bytes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import time
+from multiprocessing.connection import wait as wait_for
 from typing import Any
 
 import pytest
@@ -16,8 +17,11 @@ import torch
 from torch import nn
 
 from torchrl_dvla.weight_update import WeightBroadcast, WeightRelay, WeightStore
+from torchrl_dvla.weight_update.broadcast.channel import Channel, ChannelError, parse_address
 
 WHOLE = {-7.0}
+#: What learner and node do in a round.
+ROUND = [("learner", "send"), ("a", "receive")]
 
 
 def assert_reads(node: Any, version: int) -> None:
@@ -88,6 +92,18 @@ def test_a_relay_killed_during_a_transfer_is_cut_out(cluster: Any, make_gate: An
     learner.call("publish")
     assert learner.call("wait", 2, 3) == {"first": 2, "last": 2, "middle": 2}
     assert_reads(back, 2)
+
+    told = [(t.node, t.what) for t in learner.call("transfers") if t.version == 1]
+    assert sorted(told) == [
+        ("first", "receive"),
+        ("first", "send"),
+        ("last", "lose"),
+        ("last", "receive"),
+        ("last", "send"),  # to the one that came back
+        ("learner", "send"),
+        ("middle", "lose"),
+        ("middle", "receive"),
+    ]
 
 
 def test_the_first_relay_may_die_too(cluster: Any, make_gate: Any) -> None:
@@ -235,6 +251,77 @@ class TestInOneProcess:
             reader.close(), relay.close(), broadcast.close()
             with pytest.raises(RuntimeError, match="The broadcast has ended"):
                 broadcast.wait(5)
+
+    def test_the_version_of_a_relay_is_what_readers_can_adopt(self) -> None:
+        learner, served = nn.Linear(2, 1), nn.Linear(2, 1)
+        with WeightStore(learner) as store:
+            broadcast = WeightBroadcast(store.reader("broadcast"))
+            relay = WeightRelay(broadcast.address, served)
+            relay.wait(0)
+            told: dict[str, int] = {}
+            relay.store.set_gate(lambda step: told.setdefault(step, relay.version))
+            store.publish()
+            assert relay.wait(1) == relay.version == 1
+            # It has come whole, but it is not offered yet.
+            assert told["written"] == told["unlocked"] == 0
+            relay.close(), broadcast.close()
+
+    def test_two_nodes_of_one_name_are_two_nodes(self) -> None:
+        with WeightStore(nn.Linear(2, 1)) as store:
+            broadcast = WeightBroadcast(store.reader("broadcast"))
+            relays = [WeightRelay(broadcast.address, nn.Linear(2, 1), name="a") for _ in range(2)]
+            broadcast.wait(0, 30.0, num_nodes=2)
+            assert broadcast.nodes() == {"a": 0, "a #2": 0}
+            for relay in relays:
+                relay.close()
+            broadcast.close()
+
+    @pytest.mark.parametrize(
+        "message", [{"kind": "join"}, {"kind": "report", "round": 0, "report": {}}, {"kind": "hi"}]
+    )
+    def test_one_that_talks_nonsense_is_dropped_alone(self, message: dict[str, Any]) -> None:
+        with WeightStore(nn.Linear(2, 1)) as store:
+            broadcast = WeightBroadcast(store.reader("broadcast"))
+            relay = WeightRelay(broadcast.address, nn.Linear(2, 1), name="a")
+            stranger = Channel.connect(*parse_address(broadcast.address), timeout_s=10.0)
+            if message["kind"] == "report":
+                stranger.send("join", name="stranger", version=0, has_frozen=True)
+            stranger.send(**message)
+            with pytest.raises(ChannelError):
+                while True:
+                    wait_for([stranger.socket], 10.0)
+                    stranger.receive()
+            stranger.close()
+            store.publish()
+            broadcast.wait(1, 30.0, num_nodes=1)
+            assert broadcast.nodes() == {"a": 1}
+            relay.close(), broadcast.close()
+
+    def test_nobody_waits_for_a_broadcast_without_nodes(self) -> None:
+        with WeightStore(nn.Linear(2, 1)) as store:
+            broadcast = WeightBroadcast(store.reader("broadcast"))
+            store.publish()
+            store.wait(1, timeout_s=30.0)
+            broadcast.close()
+
+    def test_transfers_are_told_once(self) -> None:
+        with WeightStore(nn.Linear(2, 1)) as store:
+            broadcast = WeightBroadcast(store.reader("broadcast"), shapes=["chain"])
+            before_s = time.monotonic()
+            relay = WeightRelay(broadcast.address, nn.Linear(2, 1), name="a")
+            broadcast.wait(0, 30.0, num_nodes=1)
+            store.publish()
+            broadcast.wait(1, 30.0)
+            with broadcast._changed:  # the learner's own reports may be the last ones
+                assert broadcast._changed.wait_for(lambda: broadcast._slot is None, 30.0)
+            transfers = broadcast.take_transfers()
+            told = {(t.node, t.what, t.version) for t in transfers}
+            assert told == {(n, w, v) for n, w in ROUND for v in (0, 1)}
+            assert len(transfers) == 4
+            for t in transfers:
+                assert before_s < t.start_s < t.end_s < time.monotonic()
+            assert broadcast.take_transfers() == []
+            relay.close(), broadcast.close()
 
     def test_impossible_settings(self) -> None:
         with WeightStore(nn.Linear(1, 1)) as store:

@@ -13,5 +13,6 @@ process group of two (:mod:`.link`), so that a dead node takes nothing down but 
 from torchrl_dvla.weight_update.broadcast.cost import LinkModel
 from torchrl_dvla.weight_update.broadcast.relay import WeightRelay
 from torchrl_dvla.weight_update.broadcast.root import WeightBroadcast
+from torchrl_dvla.weight_update.broadcast.telemetry import Transfer
 
-__all__ = ["LinkModel", "WeightBroadcast", "WeightRelay"]
+__all__ = ["LinkModel", "Transfer", "WeightBroadcast", "WeightRelay"]

@@ -25,36 +25,16 @@ import concurrent.futures
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
 
 from torchrl_dvla.weight_update.broadcast.cost import bucket_bounds
+from torchrl_dvla.weight_update.broadcast.hold import Hold
 from torchrl_dvla.weight_update.broadcast.link import Edge, EdgeError
 from torchrl_dvla.weight_update.broadcast.rendezvous import Rendezvous, edge_name
 from torchrl_dvla.weight_update.broadcast.rounds import Order, Report
 
-__all__ = ["Carrier", "Hold"]
-
-
-class Hold(Protocol):
-    """Where a node keeps what it carries."""
-
-    has_frozen: bool
-
-    @property
-    def version(self) -> int:
-        """The newest whole version here; -1 for none."""
-
-    @property
-    def frozen(self) -> torch.Tensor:
-        """Weights that travel once, uint8 ``[frozen_bytes]``."""
-
-    def receive(self, fill: Callable[[torch.Tensor], None], version: int) -> None:
-        """Have ``fill`` write a version; it counts only if that returns."""
-
-    def held(self, version: int) -> torch.Tensor:
-        """The bytes of ``version``, which came before; they stay as they are for this round."""
+__all__ = ["Carrier"]
 
 
 class ParentLost(Exception):

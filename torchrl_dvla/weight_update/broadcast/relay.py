@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import socket
 import threading
@@ -13,8 +14,6 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import wait as wait_for
 from typing import Any
-
-import torch
 
 from torchrl_dvla.weight_update.broadcast.carrier import Carrier
 from torchrl_dvla.weight_update.broadcast.channel import (
@@ -24,6 +23,7 @@ from torchrl_dvla.weight_update.broadcast.channel import (
     parse_address,
 )
 from torchrl_dvla.weight_update.broadcast.description import restore_layout
+from torchrl_dvla.weight_update.broadcast.hold import StoreHold
 from torchrl_dvla.weight_update.broadcast.rendezvous import Rendezvous
 from torchrl_dvla.weight_update.broadcast.rounds import Order
 from torchrl_dvla.weight_update.layout import WeightSource
@@ -31,6 +31,7 @@ from torchrl_dvla.weight_update.store import WeightStore
 
 __all__ = ["WeightRelay"]
 
+_log = logging.getLogger("torchrl_dvla")
 _RETRY_S = 0.2
 _ATTEMPT_S = 2.0  # close() may have to wait for it
 _TICK_S = 0.1
@@ -106,7 +107,7 @@ class WeightRelay:
         except BaseException:
             channel.close()
             raise
-        self._hold = _StoreHold(self.store)
+        self._hold = StoreHold(self.store)
         self._thread = threading.Thread(
             target=self._serve, args=(channel, welcome), name="dvla-weight-relay", daemon=True
         )
@@ -114,8 +115,8 @@ class WeightRelay:
 
     @property
     def version(self) -> int:
-        """The newest whole version on this node; -1 before the first."""
-        return self._hold.version
+        """The newest version that readers of this node can adopt; -1 before the first."""
+        return self.store.offered_version
 
     @property
     def is_connected(self) -> bool:
@@ -201,6 +202,12 @@ class WeightRelay:
             pass
         except BaseException as error:
             self._failure = error
+            _log.error(
+                "Relay %r has ended at version %d, which stays readable",
+                self.name,
+                self.version,
+                exc_info=error,
+            )
         finally:
             self._note(lost=self._lost)
 
@@ -305,50 +312,6 @@ class _Session:
             self._failure = error
         finally:
             self._carrier.close()
-
-
-class _StoreHold:
-    """What a relay carries is in its node's store."""
-
-    def __init__(self, store: WeightStore) -> None:
-        self._store = store
-        self._newest: torch.Tensor | None = None
-        self.has_frozen = not store.layout.frozen_bytes
-
-    @property
-    def version(self) -> int:
-        """See :class:`Hold`."""
-        return self._store.version
-
-    @property
-    def frozen(self) -> torch.Tensor:
-        """See :class:`Hold`."""
-        return self._store.frozen_memory
-
-    def receive(self, fill: Callable[[torch.Tensor], None], version: int) -> None:
-        """See :class:`Hold`."""
-        came: list[torch.Tensor] = []
-
-        def keep(memory: torch.Tensor) -> None:
-            fill(memory)
-            came.append(memory)
-
-        self._newest = None
-        self._store.receive(keep, version=version)
-        self._newest = came[0]
-
-    def held(self, version: int) -> torch.Tensor:
-        """See :class:`Hold`.
-
-        No pin is needed: only the next :meth:`receive` may write the memory that the newest version
-        came into. It is the offered slot, or the place of a version that waits for a slot.
-        """
-        if self._newest is None or version != self.version:
-            raise RuntimeError(
-                f"Version {version} was ordered from a node that has {self.version}. This is an "
-                "error in the order."
-            )
-        return self._newest
 
 
 def _open_gate(step: str) -> None:

@@ -6,36 +6,30 @@
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 import queue
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import wait as wait_for
 from typing import Any
 
-import torch
-
 from torchrl_dvla.weight_update.broadcast.carrier import Carrier
-from torchrl_dvla.weight_update.broadcast.channel import (
-    BEATS_PER_TIMEOUT,
-    Channel,
-    ChannelError,
-    format_address,
-)
+from torchrl_dvla.weight_update.broadcast.channel import format_address
 from torchrl_dvla.weight_update.broadcast.cost import DEFAULT_LINK, LinkModel, choose_plan
 from torchrl_dvla.weight_update.broadcast.description import describe_layout
+from torchrl_dvla.weight_update.broadcast.hold import SlotHold
+from torchrl_dvla.weight_update.broadcast.peers import Peer, Peers
 from torchrl_dvla.weight_update.broadcast.rendezvous import Rendezvous
 from torchrl_dvla.weight_update.broadcast.rounds import LEARNER, Order, Report, Rounds
-from torchrl_dvla.weight_update.broadcast.telemetry import BroadcastTelemetry
+from torchrl_dvla.weight_update.broadcast.telemetry import BroadcastTelemetry, Transfer
 from torchrl_dvla.weight_update.reader import PinnedSlot, WeightReader
 
 __all__ = ["WeightBroadcast"]
 
 # How often the store is asked for a new version: one read of shared memory.
 _TICK_S = 0.005
+_log = logging.getLogger("torchrl_dvla")
 
 
 class WeightBroadcast:
@@ -75,8 +69,9 @@ class WeightBroadcast:
         OSError: if the port is taken or ``host`` is no address of this machine.
 
     Examples:
+        >>> from torch import nn
         >>> from torchrl_dvla.weight_update import WeightStore
-        >>> with WeightStore(torch.nn.Linear(2, 1)) as store:
+        >>> with WeightStore(nn.Linear(2, 1)) as store:
         ...     broadcast = WeightBroadcast(store.reader("broadcast"))
         ...     print(broadcast.nodes(), broadcast.address.startswith("127.0.0.1:"))
         ...     broadcast.close()
@@ -96,32 +91,31 @@ class WeightBroadcast:
     ) -> None:
         if timeout_s <= 0:
             raise ValueError(f"timeout_s must be positive, got {timeout_s}. Leave the default, 10.")
-        self._reader = reader
-        self._host = host
-        self._timeout_s = timeout_s
         num_bytes = reader.layout.slot_bytes
         self._rounds = Rounds(
             lambda num_nodes: choose_plan(num_nodes, num_bytes, link=link, shapes=shapes)
         )
+        self._reader = reader
         self._telemetry = BroadcastTelemetry()
-        self._peers: dict[socket.socket, _Peer] = {}
         self._ending = threading.Event()
-        self._changed = threading.Condition(threading.RLock())
+        self._changed = threading.Condition()
         self._failure: BaseException | None = None
         self._slot: PinnedSlot | None = None
         self._version = -1
-        self._next_beat_s = 0.0
         self._gate: Callable[[str], None] = _open_gate  # tests stop a transfer here, see Carrier
-        self._listener = socket.create_server((host, port), family=_family(host))
-        self._listener.setblocking(False)
-        self.address = format_address(host, self._listener.getsockname()[1])
-        self._rendezvous = Rendezvous(self._say_to)
-        self._welcome = {
-            "run": uuid.uuid4().hex,
-            "layout": describe_layout(reader.layout),
-            "timeout_s": timeout_s,
-            "checksum": checksum,
-        }
+        self._peers = Peers(
+            host,
+            port,
+            timeout_s=timeout_s,
+            welcome={
+                "run": uuid.uuid4().hex,
+                "layout": describe_layout(reader.layout),
+                "timeout_s": timeout_s,
+                "checksum": checksum,
+            },
+        )
+        self.address = format_address(host, self._peers.port)
+        self._rendezvous = Rendezvous(self._pass_on)
         self._carrier = Carrier(
             self._rendezvous,
             host=host,
@@ -132,8 +126,6 @@ class WeightBroadcast:
         )
         self._orders: queue.SimpleQueue[tuple[Order, PinnedSlot] | None] = queue.SimpleQueue()
         self._own_reports: queue.SimpleQueue[tuple[int, Report]] = queue.SimpleQueue()
-        self._wake_up, self._woken = socket.socketpair()
-        self._woken.setblocking(False)
         self._sender = threading.Thread(target=self._send, name="dvla-weight-sender", daemon=True)
         self._thread = threading.Thread(
             target=self._serve, name="dvla-weight-broadcast", daemon=True
@@ -182,6 +174,14 @@ class WeightBroadcast:
         with self._changed:
             return dict(self._telemetry.edge_bytes)
 
+    def take_transfers(self) -> list[Transfer]:
+        """Each node's part in the rounds since the last call, for a timeline.
+
+        The last 4096 are kept; nothing waits for them to be taken.
+        """
+        with self._changed:
+            return self._telemetry.take_transfers()
+
     def plan(self) -> tuple[str, int]:
         """Shape and number of buckets in use."""
         with self._changed:
@@ -193,7 +193,7 @@ class WeightBroadcast:
         Takes as long as one bucket on its way, at most ``timeout_s``.
         """
         self._ending.set()
-        self._wake()
+        self._peers.wake()
         self._thread.join()
 
     # -- the thread that decides ---------------------------------------------------------------
@@ -201,113 +201,70 @@ class WeightBroadcast:
     def _serve(self) -> None:
         try:
             while not self._ending.is_set():
-                self._listen()
+                # Nothing tells of a new version, so the learner has nothing to do with this.
+                for peer, message in self._peers.receive(_TICK_S):
+                    self._hear(peer, message)
                 with self._changed:
-                    self._drop_silent_peers()
-                    self._beat()
+                    self._take_own_reports()
+                    self._take_leave()
                     self._begin_if_due()
         except BaseException as error:
-            self._failure = error
+            self._fail(error)
         finally:
             self._ending.set()
             self._rendezvous.close()
             self._orders.put(None)
             self._sender.join()
-            for peer in self._peers.values():
-                peer.channel.close()
-            for end in (self._listener, self._wake_up, self._woken):
-                end.close()
+            self._peers.close()
             self._reader.close()
             with self._changed:
                 self._changed.notify_all()
 
-    def _listen(self) -> None:
-        """Take what came from the nodes and from the sender's thread."""
-        # Nothing tells of a new version, so that the learner has nothing to do with this.
-        ready = wait_for([self._listener, self._woken, *self._peers], _TICK_S)
-        with self._changed:
-            for file in ready:
-                if file is self._listener:
-                    self._accept()
-                elif file is self._woken:
-                    self._woken.recv(4096)
-                elif isinstance(file, socket.socket) and file in self._peers:
-                    self._hear(self._peers[file])
-            while not self._own_reports.empty():
-                round_, report = self._own_reports.get()
-                self._take_report(LEARNER, round_, report)
-
-    def _accept(self) -> None:
+    def _hear(self, peer: Peer, message: dict[str, Any]) -> None:
+        kind = message["kind"]
         try:
-            sock, _ = self._listener.accept()
-        except OSError:
-            return  # it was gone again
-        peer = self._peers[sock] = _Peer(Channel(sock))
-        self._say(peer, "welcome", **self._welcome)
-
-    def _hear(self, peer: _Peer) -> None:
-        try:
-            for message in peer.channel.receive():
-                kind = message["kind"]
+            with self._changed:
                 if kind == "join" and peer.node is None:
-                    peer.node = self._rounds.join(
-                        message["name"],
-                        version=message["version"],
-                        has_frozen=message["has_frozen"],
-                    )
-                    self._telemetry.join(peer.node, message["name"])
-                elif kind == "address":
-                    self._say_to(*(message[k] for k in ("node", "edge", "key", "text")))
+                    self._join(peer, message)
                 elif kind == "report" and peer.node is not None:
                     report = Report.from_json(message["report"])
                     self._take_report(peer.node, message["round"], report)
+                elif kind == "address":
+                    self._pass_on(*(message[key] for key in ("node", "edge", "key", "text")))
                 elif kind == "refuse":
                     self._telemetry.num_refused += 1
-        except ChannelError:
-            self._drop(peer)
+                elif kind != "beat":
+                    raise ValueError(f"a message of kind {kind!r} was not expected")
+        except (KeyError, TypeError, ValueError) as error:  # one that is wrong harms nobody else
+            self._peers.drop(peer, f"it does not speak this protocol ({error!r})")
 
-    def _say(self, peer: _Peer, kind: str, **fields: Any) -> None:
-        try:
-            peer.channel.send(kind, **fields)
-        except ChannelError:
-            self._drop(peer)
+    def _join(self, peer: Peer, message: dict[str, Any]) -> None:
+        node = self._rounds.join(
+            str(message["name"]),
+            version=int(message["version"]),
+            has_frozen=bool(message["has_frozen"]),
+        )
+        self._peers.admit(peer, node)
+        self._telemetry.join(node, self._rounds.members[node].name)
 
-    def _say_to(self, node: int, edge: str, key: str, text: str) -> None:
+    def _pass_on(self, node: int, edge: str, key: str, text: str) -> None:
         """Hand one end's address to the other end of an edge."""
         if node == LEARNER:
             self._rendezvous.hear(edge, key, text)
-            return
-        with self._changed:
-            for peer in [p for p in self._peers.values() if p.node == node]:
-                self._say(peer, "address", edge=edge, key=key, text=text)
+        else:
+            self._peers.say(node, "address", edge=edge, key=key, text=text)
 
-    def _drop(self, peer: _Peer) -> None:
-        """End a connection; its node is no longer in the tree."""
-        if self._peers.pop(peer.channel.socket, None) is None:
-            return
-        peer.channel.close()
-        if peer.node is not None:
-            self._telemetry.num_left += 1
-            self._rendezvous.gone(peer.node)
-            for other in list(self._peers.values()):
-                self._say(other, "gone", node=peer.node)
-            self._drop_nodes(self._rounds.leave(peer.node))
+    def _take_leave(self) -> None:
+        """Take those who are gone out of the tree; the next round is without them."""
+        for node in self._peers.take_left():
+            self._rendezvous.gone(node)
+            self._telemetry.leave(node, self._rounds, self._version)
+            self._cut(self._rounds.leave(node))
             self._changed.notify_all()
 
-    def _drop_nodes(self, nodes: Sequence[int]) -> None:
-        for peer in [p for p in self._peers.values() if p.node in nodes]:
-            self._drop(peer)
-
-    def _drop_silent_peers(self) -> None:
-        for peer in list(self._peers.values()):
-            if peer.channel.silence_s > self._timeout_s:
-                self._drop(peer)
-
-    def _beat(self) -> None:
-        if time.monotonic() >= self._next_beat_s:
-            self._next_beat_s = time.monotonic() + self._timeout_s / BEATS_PER_TIMEOUT
-            for peer in list(self._peers.values()):
-                self._say(peer, "beat")
+    def _cut(self, nodes: Sequence[int]) -> None:
+        for node in nodes:
+            self._peers.drop_member(node, "its edges kept breaking")
 
     # -- rounds --------------------------------------------------------------------------------
 
@@ -319,25 +276,28 @@ class WeightBroadcast:
             self._slot = None
             self._telemetry.end()
             self._changed.notify_all()
-        is_due = self._reader.has_update() or self._rounds.somebody_lacks(self._version)
-        if not self._rounds.members or not is_due:
+        # Without members, too: whoever waits for all readers of the store need not wait for nodes.
+        if not (self._reader.has_update() or self._rounds.somebody_lacks(self._version)):
             return
         self._slot = self._reader.pin_slot()
         self._telemetry.begin(self._version, self._slot.version)
         self._version = self._slot.version
-        orders = self._rounds.begin(self._version)
-        own = orders.get(LEARNER)
-        if own is not None:
-            self._orders.put((own, self._slot))
-        for peer in list(self._peers.values()):
-            if peer.node in orders:
-                self._say(peer, "order", order=orders[peer.node].to_json())
+        for node, order in self._rounds.begin(self._version).items():
+            if node == LEARNER:
+                self._orders.put((order, self._slot))
+            else:
+                self._peers.say(node, "order", order=order.to_json())
+
+    def _take_own_reports(self) -> None:
+        while not self._own_reports.empty():
+            round_, report = self._own_reports.get()
+            self._take_report(LEARNER, round_, report)
 
     def _take_report(self, node: int, round_: int, report: Report) -> None:
         if round_ != self._rounds.round or self._slot is None:
             return
         self._telemetry.take(node, report, self._rounds, self._slot)
-        self._drop_nodes(self._rounds.report(node, report))
+        self._cut(self._rounds.report(node, report))
         self._changed.notify_all()
 
     # -- the thread that sends -----------------------------------------------------------------
@@ -346,59 +306,19 @@ class WeightBroadcast:
         try:
             while (item := self._orders.get()) is not None:
                 order, slot = item
-                report = self._carrier.carry(order, _SlotHold(slot))
+                report = self._carrier.carry(order, SlotHold(slot))
                 self._own_reports.put((order.round, report))
-                self._wake()
+                self._peers.wake()
         except BaseException as error:
-            self._failure = error
-            self._ending.set()
+            self._fail(error)
         finally:
             self._carrier.close()
 
-    def _wake(self) -> None:
-        try:
-            self._wake_up.send(b"!")
-        except OSError:
-            pass  # closed already
-
-
-@dataclasses.dataclass(eq=False)
-class _Peer:
-    """A connection, and the member that joined over it."""
-
-    channel: Channel
-    node: int | None = None
-
-
-class _SlotHold:
-    """What the learner's node carries: a version that is pinned for the whole round."""
-
-    has_frozen = True
-
-    def __init__(self, slot: PinnedSlot) -> None:
-        self._slot = slot
-
-    @property
-    def version(self) -> int:
-        """See :class:`Hold`."""
-        return self._slot.version
-
-    @property
-    def frozen(self) -> torch.Tensor:
-        """See :class:`Hold`."""
-        return self._slot.frozen
-
-    def receive(self, fill: Callable[[torch.Tensor], None], version: int) -> None:
-        """See :class:`Hold`."""
-        raise RuntimeError("The learner's node receives nothing. This is an error in the order.")
-
-    def held(self, version: int) -> torch.Tensor:
-        """See :class:`Hold`."""
-        return self._slot.live
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
+    def _fail(self, error: BaseException) -> None:
+        """End by an error of our own; the learner goes on, and may never ask."""
+        self._failure = error
+        self._ending.set()
+        _log.error("The broadcast of weights has ended; nodes keep what they have", exc_info=error)
 
 
 def _open_gate(step: str) -> None:

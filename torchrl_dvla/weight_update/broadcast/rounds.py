@@ -206,12 +206,22 @@ class Rounds:
         """Whether somebody's report is still missing."""
         return bool(self._pending)
 
+    def waits_for(self, node: int) -> bool:
+        """Whether this member's report is still missing."""
+        return node in self._pending
+
     def join(self, name: str, *, version: int, has_frozen: bool) -> int:
-        """Take a member in, from the next round on; returns its number, never used before."""
+        """Take a member in, from the next round on; returns its number, never used before.
+
+        If another member has this name, its own gets the number: ``"name #7"``.
+        """
         self._num_joined += 1
-        self.members[self._num_joined] = Member(name, version, has_frozen)
+        node = self._num_joined
+        if any(member.name == name for member in self.members.values()):
+            name = f"{name} #{node}"
+        self.members[node] = Member(name, version, has_frozen)
         self._is_new_epoch = True
-        return self._num_joined
+        return node
 
     def leave(self, node: int) -> list[int]:
         """A member is gone. Returns members to be cut, see :meth:`report`."""

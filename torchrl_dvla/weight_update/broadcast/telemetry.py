@@ -14,9 +14,30 @@ from torchrl_dvla.weight_update.broadcast.rounds import LEARNER, Report, Rounds
 from torchrl_dvla.weight_update.ledger import quantile
 from torchrl_dvla.weight_update.reader import PinnedSlot
 
-__all__ = ["BroadcastTelemetry"]
+__all__ = ["BroadcastTelemetry", "Transfer"]
 
 _NUM_LATENCIES = 256
+_NUM_TRANSFERS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """One node's part in one round, by the clock of the learner's machine.
+
+    Args:
+        node (str): the node; ``"learner"`` is the learner's.
+        what (str): ``"receive"`` a version whole, ``"send"`` one that it had already, or ``"lose"``
+            it since an edge broke or the node left.
+        version (int): which one.
+        start_s (float): when the round began, in seconds of ``time.monotonic``.
+        end_s (float): when it had the version, or its report came.
+    """
+
+    node: str
+    what: str
+    version: int
+    start_s: float
+    end_s: float
 
 
 @dataclasses.dataclass
@@ -45,11 +66,18 @@ class BroadcastTelemetry:
         self._begun_s = 0.0
         self._names = {LEARNER: "learner"}
         self._latencies: collections.deque[float] = collections.deque(maxlen=_NUM_LATENCIES)
+        self._transfers: collections.deque[Transfer] = collections.deque(maxlen=_NUM_TRANSFERS)
 
     def join(self, node: int, name: str) -> None:
         """A node has come."""
         self._names[node] = name
         self.num_joined += 1
+
+    def leave(self, node: int, rounds: Rounds, version: int) -> None:
+        """A node has gone; ``rounds`` does not know it yet."""
+        self.num_left += 1
+        if rounds.waits_for(node):
+            self._note(node, "lose", version, time.monotonic())
 
     def begin(self, previous: int, version: int) -> None:
         """A round begins, ``previous`` was the version of the last one; -1 for none."""
@@ -64,16 +92,26 @@ class BroadcastTelemetry:
             self.edge_bytes[edge] = self.edge_bytes.get(edge, 0) + num_bytes
             if node == LEARNER:
                 self.learner_bytes += num_bytes
+        # By this machine's clock alone: the way of the report is included, what the node did after
+        # it had the version is not.
+        whole_s = time.monotonic() - report.tail_s
         member = rounds.members.get(node)
         if member is not None and member.version < report.version == slot.version:
-            # By this machine's clock alone: the way of the report is included, what the node did
-            # after it had the version is not.
-            since_s = (time.monotonic_ns() - slot.published_ns) / 1e9
-            self._latencies.append(since_s - report.tail_s)
+            self._latencies.append(whole_s - slot.published_ns / 1e9)
+            self._note(node, "receive", slot.version, whole_s)
+        else:
+            what = "lose" if report.lost_parent else "send"
+            self._note(node, what, slot.version, time.monotonic())
 
     def end(self) -> None:
         """The round is over."""
         self.round_s = time.monotonic() - self._begun_s
+
+    def take_transfers(self) -> list[Transfer]:
+        """What was noted since the last call, as far as it was kept."""
+        taken = list(self._transfers)
+        self._transfers.clear()
+        return taken
 
     def scalars(self, rounds: Rounds, version: int) -> dict[str, float]:
         """Everything by the names of the guide's page on metrics."""
@@ -93,3 +131,6 @@ class BroadcastTelemetry:
             "broadcast/round_s": self.round_s,
             "broadcast/round_predicted_s": rounds.plan.predicted_s,
         }
+
+    def _note(self, node: int, what: str, version: int, end_s: float) -> None:
+        self._transfers.append(Transfer(self._names[node], what, version, self._begun_s, end_s))
