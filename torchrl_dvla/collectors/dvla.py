@@ -383,7 +383,7 @@ class DVLACollector(BaseCollector):
             super().update_policy_weights_(*args, **kwargs)
             self._updater.store.finish_copy()  # admission counts what lanes can adopt
         self._publishing.waiting("no_update")
-        self._weight_telemetry.record_adoptions()
+        self._weight_telemetry.record()
         if self.replay_buffer.admission is not None:
             self.replay_buffer.admission.advance()  # its listener wakes the coordinator
 
@@ -397,7 +397,7 @@ class DVLACollector(BaseCollector):
 
     def stats(self) -> dict[str, Any]:
         """Scalars by TensorBoard name; see the guide's page on metrics."""
-        self._weight_telemetry.record_adoptions()
+        self._weight_telemetry.record()
         out: dict[str, Any] = self._counters.stats()
         reading = self.timeline.reading()
         out.update(reading.since(self._last_reading).scalars())

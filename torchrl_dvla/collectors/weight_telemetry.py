@@ -13,27 +13,35 @@ __all__ = ["WeightTelemetry"]
 
 
 class WeightTelemetry:
-    """Turns what updater and readers noted into scalars and spans.
+    """Turns what updater, readers and nodes noted into scalars and spans.
 
     Args:
         updater (AsyncWeightUpdater): the learner's end.
-        timeline (Timeline): takes the readers' adoptions, a track of the distribution lane each.
+        timeline (Timeline): takes the readers' adoptions and, if the updater has a broadcast, the
+            nodes' transfers: a track of the distribution lane each.
     """
 
     def __init__(self, updater: AsyncWeightUpdater, timeline: Timeline) -> None:
         self._updater = updater
         self._timeline = timeline
 
-    def record_adoptions(self) -> None:
-        """Put what readers have adopted since the last call on the timeline."""
+    def record(self) -> None:
+        """Put what readers adopted, and nodes received, since the last call on the timeline."""
         for name, adoptions in self._updater.store.take_adoptions().items():
             track = self._timeline.track("distribution", f"reader {name}")
             for adoption in adoptions:
                 track.add(adoption.start_s, adoption.end_s, f"adopt {adoption.version}")
                 track.waiting("no_version", adoption.end_s)
 
+        if self._updater.broadcast is not None:
+            for transfer in self._updater.broadcast.take_transfers():
+                track = self._timeline.track("distribution", f"node {transfer.node}")
+                name = f"{transfer.what} {transfer.version}"
+                track.add(transfer.start_s, transfer.end_s, name)
+                track.waiting("no_version", transfer.end_s)
+
     def scalars(self, data_bytes: float) -> dict[str, float]:
-        """``weights/...`` and the bytes of both planes.
+        """``weights/...``, ``broadcast/...`` if there is one, and the bytes of both planes.
 
         Args:
             data_bytes (float): bytes of the training-data plane until now.
@@ -43,4 +51,6 @@ class WeightTelemetry:
             "planes/weight_bytes": weights.pop("published_bytes"),
             "planes/data_bytes": data_bytes,
         }
-        return planes | {f"weights/{key}": value for key, value in weights.items()}
+        broadcast = self._updater.broadcast
+        nodes = {} if broadcast is None else broadcast.stats()
+        return planes | nodes | {f"weights/{key}": value for key, value in weights.items()}

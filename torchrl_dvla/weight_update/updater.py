@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +20,10 @@ from torchrl.weight_update.weight_sync_schemes import (
 )
 
 from torchrl_dvla.weight_update.binding import memory_of
+from torchrl_dvla.weight_update.broadcast import WeightBroadcast
 from torchrl_dvla.weight_update.layout import WeightSource
 from torchrl_dvla.weight_update.reader import WeightReader
+from torchrl_dvla.weight_update.scalars import store_scalars
 from torchrl_dvla.weight_update.store import WeightStore
 from torchrl_dvla.weight_update.transport import (
     BeforeCall,
@@ -109,6 +110,7 @@ class AsyncWeightUpdater(WeightSyncScheme):
             "first_version": first_version,
         }
         self._source: WeightSource | None = None
+        self.broadcast: WeightBroadcast | None = None
         self._readers: dict[int, WeightReader] = {}
         self._reader: WeightReader | None = None
         self._hooks: dict[str, dict[int, Callable[[int], None]]] = {_BEFORE: {}, _AFTER: {}}
@@ -183,6 +185,25 @@ class AsyncWeightUpdater(WeightSyncScheme):
         """A new reader of the store, for a process or thread that is no TorchRL worker."""
         return self.store.reader(name)
 
+    def open_broadcast(self, **options: Any) -> WeightBroadcast:
+        """Bring every version to other nodes, too; :attr:`broadcast` from now on.
+
+        It is one more reader of the store and wants a slot more: ``num_slots=4``.
+
+        Args:
+            **options: see :class:`WeightBroadcast`. It ends with the updater.
+
+        Raises:
+            RuntimeError: if there is one already.
+        """
+        if self.broadcast is not None:
+            raise RuntimeError(
+                f"AsyncWeightUpdater has a broadcast at {self.broadcast.address} already. Let all "
+                "nodes join that one."
+            )
+        self.broadcast = WeightBroadcast(self.store.reader("broadcast"), **options)
+        return self.broadcast
+
     def receiver(self, worker_idx: int) -> AsyncWeightUpdater:
         """The receiving end of worker ``worker_idx``, for a TorchRL part that takes a scheme.
 
@@ -211,35 +232,8 @@ class AsyncWeightUpdater(WeightSyncScheme):
         return {name: self.store.version - version for name, version in self.versions().items()}
 
     def stats(self) -> dict[str, float]:
-        """Scalars of both sides; after ``shutdown`` what was known then.
-
-        Returns:
-            ``version``; of the learner's side ``num_publishes``, ``num_coalesced``,
-            ``num_deferred``, ``num_refused``, ``published_bytes``, ``publish_stall_s`` (the last
-            one), ``publish_stall_max_s`` and ``cast_error``; of each reader
-            ``<reader>_adopt_p50_s``, ``<reader>_adopt_p99_s``, ``<reader>_skipped`` and
-            ``<reader>_lag``.
-        """
-        store = self.store
-        publish = store.stats()
-        out: dict[str, float] = {
-            "version": store.version,
-            "num_publishes": publish.num_publishes,
-            "num_coalesced": publish.num_coalesced,
-            "num_deferred": publish.num_deferred,
-            "num_refused": publish.num_refused,
-            "published_bytes": publish.bytes_total,
-            "publish_stall_s": publish.stall_last_s,
-            "publish_stall_max_s": publish.stall_max_s,
-            "cast_error": store.last_cast_error,
-        }
-        for name, adopted in store.adoption_stats().items():
-            reader = re.sub(r"\W", "_", name)
-            out[f"{reader}_adopt_p50_s"] = adopted.latency_p50_s
-            out[f"{reader}_adopt_p99_s"] = adopted.latency_p99_s
-            out[f"{reader}_skipped"] = adopted.num_skipped
-            out[f"{reader}_lag"] = store.version - adopted.version
-        return out
+        """Scalars of both sides, see :func:`~torchrl_dvla.weight_update.scalars.store_scalars`."""
+        return store_scalars(self.store)
 
     def pause(self) -> None:
         """Keep readers at what they have: later versions are taken, but not offered."""
@@ -395,6 +389,8 @@ class AsyncWeightUpdater(WeightSyncScheme):
             self._before_call.remove()
         if self._reader is not None:
             self._reader.close()
+        if self.broadcast is not None:
+            self.broadcast.close()
         if self._store is not None and self._owns_store:
             self._store.close()
 
@@ -428,7 +424,7 @@ class AsyncWeightUpdater(WeightSyncScheme):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         # A receiver takes its reader along, not the learner's end.
-        state.update(_store=None, _source=None, _reader=None, _before_call=None)
+        state.update(_store=None, broadcast=None, _source=None, _reader=None, _before_call=None)
         state.update(_local_policy=None, _local_is_behind=False, _receiver_transport=None)
         state["_hooks"] = {_BEFORE: {}, _AFTER: {}}
         return state
