@@ -1,0 +1,317 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Does every living node get the newest weights, whole, whoever is killed or stopped and whenever?
+
+    python benchmarks/broadcast_soak.py [--quick] [--seconds 60] [--nodes 4] [--seed 0]
+
+A learner publishes without rest to nodes that each have a relay and a reader, all processes of
+their own. At random moments nodes are killed (SIGKILL) and replaced a little later, and nodes or
+the learner are stopped (SIGSTOP) for a time around the broadcast's time-out and go on. Then the
+disturbance ends, and every node has to get the version that was published last; or the learner
+itself is killed, in the middle of a transfer, and every node has to keep a whole version. All of it
+repeats, as a chain or a binomial tree, with and without checksums. The last line of stdout is one
+JSON object, and the exit code is 0 if every figure that should be 0 is:
+
+torn_reads         adoptions that mixed two versions, or two places of one; each is read twice
+num_backwards      adoptions of an older version than the one before
+num_stale          nodes that did not get the last version within 30 s of the last disturbance
+num_slow_publishes publishes that took more than half of the time-out: the learner waited for a node
+num_bad_ends       processes that died by themselves, did not end when asked to, or left a thread
+num_left           processes that were left, and files of theirs in /dev/shm (the stores' memory has
+                   no name: it goes with the last process)
+settle_s           from the last disturbance until the last node had the last version
+publish_s          longest publish of each learner
+num_adoptions, num_node_kills, num_node_stops, num_learner_kills, num_learner_stops
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import os
+import random
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from _machine import machine, spread
+from torch import nn
+
+from torchrl_dvla.weight_update import WeightBroadcast, WeightRelay, WeightStore
+
+TIMEOUT_S = 1.0
+SETTLED_WITHIN_S = 30.0
+ADOPTIONS, TORN, BACKWARDS, VERSION, IS_CLEAN, NUM_COLUMNS = range(6)
+#: Words of the learner: where it listens, what it should do, and what it found.
+PORT, IS_LAST, LAST_VERSION, NUM_STOPS, NUM_SLOW, SLOWEST_NS, NODES_END, NUM_WORDS = range(8)
+
+PIDS: set[int] = set()  # of every process of the run
+
+
+class Weights(nn.Module):
+    """Part ``k`` of version ``v`` holds ``v + k / 8`` everywhere; 4 MiB in all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList(torch.arange(8).div(8)[k].repeat(131_072) for k in range(8))
+
+    def is_whole(self, version: int) -> bool:
+        """Whether every element is what it should be, read twice."""
+        return all(
+            bool((part == version + k / 8).all())
+            for _ in range(2)
+            for k, part in enumerate(self.parts)
+        )
+
+
+def forked(body: Callable[[], None]) -> int:
+    """Run ``body`` in a child; its id."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            body()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    PIDS.add(pid)
+    return pid
+
+
+def no_threads_left() -> bool:
+    return not [t for t in threading.enumerate() if t.name.startswith("dvla")]
+
+
+def learn(words: torch.Tensor, shape: str, checksum: bool) -> None:
+    """Publish without rest until told which version is the last one."""
+    shared, module = words.numpy(), Weights()
+    with WeightStore(module, 4) as store:
+        broadcast = WeightBroadcast(
+            store.reader("broadcast"), shapes=[shape], timeout_s=TIMEOUT_S, checksum=checksum
+        )
+        shared[PORT] = int(broadcast.address.rpartition(":")[2])
+        while not shared[NODES_END]:
+            is_last, num_stops = bool(shared[IS_LAST]), shared[NUM_STOPS]
+            if is_last and shared[LAST_VERSION]:
+                time.sleep(0.002)
+                continue
+            with torch.no_grad():
+                torch._foreach_add_(list(module.parts), 1.0)
+            start_ns = time.monotonic_ns()
+            version = store.publish()
+            taken_ns = time.monotonic_ns() - start_ns
+            if num_stops == shared[NUM_STOPS]:  # else it was this process that stood still
+                shared[SLOWEST_NS] = max(shared[SLOWEST_NS], taken_ns)
+                shared[NUM_SLOW] += taken_ns > TIMEOUT_S / 2 * 1e9
+            if is_last:
+                shared[LAST_VERSION] = version
+            time.sleep(0.002)
+        broadcast.close()
+    if not no_threads_left():
+        raise RuntimeError("the learner has threads left")
+
+
+def serve(words: torch.Tensor, row: torch.Tensor, index: int) -> None:
+    """A node: a relay, and a reader that looks at every weight of every version it meets."""
+    shared, mine = words.numpy(), row.numpy()
+    with torch.device("meta"):
+        source = Weights()
+    relay = WeightRelay(f"127.0.0.1:{shared[PORT]}", source, name=f"node {index}")
+    reader, module, previous = relay.store.reader("worker"), Weights(), -1
+    while not shared[NODES_END]:
+        if relay.version >= 0:  # readers can adopt it
+            version = reader.adopt_into(module)
+            if version != previous:
+                mine[ADOPTIONS] += 1
+                mine[TORN] += not module.is_whole(version)
+                mine[BACKWARDS] += version < previous
+                mine[VERSION] = previous = version
+        time.sleep(0.001)
+    mine[TORN] += previous >= 0 and not module.is_whole(reader.adopt_into(module))
+    reader.close()
+    relay.close()
+    mine[IS_CLEAN] = no_threads_left()
+
+
+class Epoch:
+    """One learner from birth to death, and its nodes."""
+
+    def __init__(self, generator: random.Random, num_nodes: int, totals: dict[str, int]) -> None:
+        self.generator, self.totals = generator, totals
+        self.words = torch.zeros(NUM_WORDS, dtype=torch.int64).share_memory_()
+        self.rows = torch.zeros(num_nodes, NUM_COLUMNS, dtype=torch.int64).share_memory_()
+        shape, checksum = generator.choice(["chain", "binomial"]), generator.random() < 0.5
+        self.way = f"{shape}{', checksums' if checksum else ''}"
+        self.learner = forked(lambda: learn(self.words, shape, checksum))
+        wait_until(lambda: bool(self.words[PORT]), "a learner")
+        self.nodes: dict[int, int] = {}
+        self.later: list[tuple[float, int, str, int]] = []  # heap: when, number, what, to whom
+        for index in range(num_nodes):
+            self.start(index)
+
+    def start(self, index: int) -> None:
+        self.rows[index, VERSION] = -1
+        self.nodes[index] = forked(lambda: serve(self.words, self.rows[index], index))
+
+    def disturb(self) -> None:
+        """Kill or stop somebody, and note when that ends."""
+        index = self.generator.randrange(len(self.rows))
+        busy = {whom for _, _, _, whom in self.later}
+        until_s = time.monotonic() + self.generator.uniform(0.0, 2.0 * TIMEOUT_S)
+        kind = self.generator.random()
+        if kind < 0.05 and -1 not in busy:
+            self.words[NUM_STOPS] += 1
+            os.kill(self.learner, signal.SIGSTOP)
+            self.count("num_learner_stops")
+            heapq.heappush(self.later, (until_s, len(self.later), "go on", -1))
+        elif index not in busy and kind < 0.55:
+            os.kill(self.nodes[index], signal.SIGSTOP)
+            self.count("num_node_stops")
+            heapq.heappush(self.later, (until_s, len(self.later), "go on", index))
+        elif index not in busy:
+            self.count("num_bad_ends", kill(self.nodes.pop(index)) != -signal.SIGKILL)
+            self.count("num_node_kills")
+            heapq.heappush(self.later, (until_s, len(self.later), "start", index))
+
+    def mend(self, *, all_of_it: bool = False) -> None:
+        """Let those go on, and come back, whose time it is."""
+        while self.later and (all_of_it or self.later[0][0] <= time.monotonic()):
+            _, _, what, whom = heapq.heappop(self.later)
+            if what == "start":
+                self.start(whom)
+            else:
+                os.kill(self.learner if whom == -1 else self.nodes[whom], signal.SIGCONT)
+
+    def settle(self) -> float:
+        """The disturbance ends; the time until every node has the last version."""
+        self.mend(all_of_it=True)
+        start_s = time.monotonic()
+        self.words[IS_LAST] = 1
+        wait_until(lambda: bool(self.words[LAST_VERSION]), "the last version")
+        last = int(self.words[LAST_VERSION])
+        while bool((self.rows[:, VERSION] < last).any()):
+            if time.monotonic() > start_s + SETTLED_WITHIN_S:
+                self.count("num_stale", int((self.rows[:, VERSION] < last).sum()))
+                log(f"stale ({self.way}): {self.rows[:, VERSION].tolist()} of {last}")
+                break
+            time.sleep(0.005)
+        return time.monotonic() - start_s
+
+    def end(self) -> None:
+        """The learner ends, orderly or in the middle of a transfer; then the nodes do."""
+        if self.generator.random() < 0.5:
+            self.words[IS_LAST] = self.words[LAST_VERSION] = 0  # on it goes
+            time.sleep(self.generator.uniform(0.0, 0.2))
+            self.count("num_bad_ends", kill(self.learner) != -signal.SIGKILL)
+            self.count("num_learner_kills")
+            # Nodes have found out, or not yet.
+            time.sleep(self.generator.choice([0.0, 0.5 * TIMEOUT_S, 1.5 * TIMEOUT_S]))
+            self.words[NODES_END] = 1
+        else:
+            self.words[NODES_END] = 1
+            self.count("num_bad_ends", end_of(self.learner) != 0)
+        for index, pid in self.nodes.items():
+            is_clean = end_of(pid) == 0 and bool(self.rows[index, IS_CLEAN])
+            self.count("num_bad_ends", not is_clean)
+        self.count("num_adoptions", int(self.rows[:, ADOPTIONS].sum()))
+        self.count("torn_reads", int(self.rows[:, TORN].sum()))
+        self.count("num_backwards", int(self.rows[:, BACKWARDS].sum()))
+        self.count("num_slow_publishes", int(self.words[NUM_SLOW]))
+
+    def count(self, key: str, number: int = 1) -> None:
+        self.totals[key] += number
+
+
+def kill(pid: int) -> int:
+    """Its exit code: -9, if it was alive."""
+    os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def end_of(pid: int) -> int:
+    """Exit code of a process that should end; it is killed if it does not."""
+    deadline = time.monotonic() + 10.0 * TIMEOUT_S
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    kill(pid)
+    return -1
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 60.0
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} did not come")
+        time.sleep(0.005)
+
+
+def log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="20 seconds")
+    parser.add_argument("--seconds", type=float, help="default 60")
+    parser.add_argument("--nodes", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0, help="of what happens to whom, and when")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    seconds = args.seconds or (20.0 if args.quick else 60.0)
+    failures = ("torn_reads", "num_backwards", "num_stale", "num_slow_publishes", "num_bad_ends")
+    counts = ("adoptions", "node_kills", "node_stops", "learner_kills", "learner_stops")
+    totals = dict.fromkeys([*failures, *(f"num_{name}" for name in counts), "num_epochs"], 0)
+    generator, settle_s, publish_s = random.Random(args.seed), list[float](), list[float]()
+    start_s = time.monotonic()
+    while time.monotonic() < start_s + seconds:
+        epoch = Epoch(generator, args.nodes, totals)
+        end_s = time.monotonic() + generator.uniform(2.0, 8.0)
+        while time.monotonic() < end_s:
+            time.sleep(generator.uniform(0.0, 0.8))
+            epoch.mend()
+            epoch.disturb()
+        settle_s.append(epoch.settle())
+        epoch.end()
+        publish_s.append(float(epoch.words[SLOWEST_NS]) / 1e9)
+        totals["num_epochs"] += 1
+        log(f"{epoch.way}: settled in {settle_s[-1]:.2f} s, {totals}")
+    left = [pid for pid in PIDS if os.path.exists(f"/proc/{pid}")]
+    files = [
+        name for name in os.listdir("/dev/shm") if PIDS & set(map(int, re.findall(r"\d+", name)))
+    ]
+    result = {
+        "benchmark": "broadcast_soak",
+        **totals,
+        "num_left": len(left) + len(files),
+        "settle_s": spread(settle_s),
+        "publish_s": spread(publish_s, 4),
+        "nodes": args.nodes,
+        "timeout_s": TIMEOUT_S,
+        "seed": args.seed,
+        "duration_s": round(time.monotonic() - start_s, 1),
+        "quick": args.quick,
+        "machine": machine(),
+    }
+    print(json.dumps(result))
+    if any(result[key] for key in (*failures, "num_left")):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
