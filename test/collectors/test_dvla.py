@@ -177,7 +177,7 @@ def test_weights_from_a_device_are_counted_once_they_can_be_adopted(make_collect
     updater = AsyncWeightUpdater()
     collector = make_collector(weight_sync_schemes={"policy": updater})
     admission, offered = collector.replay_buffer.admission, []
-    advance, finish = admission.advance, updater.store.finish_copy
+    advance, finish = admission.advance, updater.store.finish
 
     def note_and_advance():
         offered.append(updater.store.offered_version)
@@ -188,7 +188,7 @@ def test_weights_from_a_device_are_counted_once_they_can_be_adopted(make_collect
         finish()
 
     monkeypatch.setattr(admission, "advance", note_and_advance)
-    monkeypatch.setattr(updater.store, "finish_copy", release_and_finish)
+    monkeypatch.setattr(updater.store, "finish", release_and_finish)
     device.hold()  # until somebody waits for the copy
     collector.update_policy_weights_()
     assert (offered, admission.version) == ([1], 1)

@@ -11,7 +11,8 @@ import weakref
 import pytest
 import torch
 
-from torchrl_dvla.weight_update.copying import WeightCopier, is_finite, non_finite_names
+from torchrl_dvla.weight_update.copying import WeightCopier
+from torchrl_dvla.weight_update.finite import is_finite, non_finite_names
 from torchrl_dvla.weight_update.layout import WeightLayout
 from torchrl_dvla.weight_update.segment import private_views
 

@@ -381,7 +381,7 @@ class DVLACollector(BaseCollector):
         """
         with self._publishing.span("publish"):
             super().update_policy_weights_(*args, **kwargs)
-            self._updater.store.finish_copy()  # admission counts what lanes can adopt
+            self._updater.store.finish()  # admission counts what lanes can adopt
         self._publishing.waiting("no_update")
         self._weight_telemetry.record()
         if self.replay_buffer.admission is not None:

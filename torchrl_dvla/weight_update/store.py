@@ -16,8 +16,9 @@ publish (the learner)                  adopt (a reader, between two batches)
    that is not offered; skip the       b. read the offer                        ("offer read")
    refused ones       ("claimed")      c. lock its slot shared; if refused go to b
 2. record := -1       ("marked")                                                ("slot locked")
-3. copy               ("copying")      d. read the record; if -1 unlock, go to b  ("pinned")
-4. record := version  ("written")      e. point the module at the slot
+3. copy, and look at  ("copying")      d. read the record; if -1 unlock, go to b  ("pinned")
+   what is copied      ("looked")      e. point the module at the slot
+4. record := version  ("written")
 5. unlock             ("unlocked")
 6. offer := version   ("offered")
 =====================================  ==========================================================
@@ -29,6 +30,9 @@ the kernel's lock of the file, which orders memory: the reader sees all of the c
 overwrites nothing that a reader has yet to load. The offer is a hint and may be as stale as it
 likes.
 
+**Only finite weights are offered.** Where the look takes time, a thread follows the copy with it
+and goes on with 4 to 6 (:mod:`~torchrl_dvla.weight_update.release`); ``publish`` returns before.
+
 **A writer that dies** in 1-5 loses the exclusive lock to the kernel and leaves the record at -1 in
 a slot that is not offered: the last whole version stays offered and readable. A reader that dies
 loses its pin the same way. So nothing is ever held by the dead, and nobody has to notice the death
@@ -36,14 +40,14 @@ first.
 
 **Nobody waits** (invariant 4). A reader is refused at c only if the writer claimed the slot that
 the reader had read as offered, so the offer has moved since b: each retry means that another
-publish has finished. The writer claims without waiting. When it finds a slot, ``publish`` costs one
-copy. Live readers hold at most one slot each, so ``num_slots = num_readers + 2`` always has one
-left beside the offered one; with readers that adopt at every batch, three are nearly always enough,
-for then two different old versions must be in use at the very moment of the publish. If they are,
-the version is *deferred*: copied aside (one more copy of the weights, allocated at that time), and
-moved into the first slot that a reader leaves, by a thread that gives way to the next ``publish``
-within one piece of its copy. A newer version replaces a deferred one: versions coalesce, they never
-queue.
+publish has finished. The writer waits for no reader, only for its own thread if that has not ended
+with the version before. When it finds a slot, ``publish`` costs one copy. Live readers hold at most
+one slot each, so ``num_slots = num_readers + 2`` always has one left beside the offered one; with
+readers that adopt at every batch, three are nearly always enough, for then two different old
+versions must be in use at the very moment of the publish. If they are, the version is *deferred*:
+copied aside (one more copy of the weights, allocated at that time), and moved into the first slot
+that a reader leaves, by a thread that gives way to the next ``publish`` within one piece of its
+copy. A newer version replaces a deferred one: versions coalesce, they never queue.
 
 A worked trace, with three slots and readers P and Q; the star is the offer::
 
@@ -163,6 +167,7 @@ class WeightStore:
         self._check_finite = check_finite
         self._writer = SlotWriter(self._segment, check_finite=check_finite, checksum=checksum)
         self._device_writer: DeviceWriter | None = None
+        self._last_writer: DeviceWriter | SlotWriter = self._writer
         self._ledger = self._segment.ledger()
         self._places = ReaderPlaces(self._ledger, self._writer.locks, max_readers)
         self._publishing = threading.Lock()
@@ -171,7 +176,7 @@ class WeightStore:
         try:
             self._writer.write_frozen(self.layout.tensors_of(source))
             self.publish(version=first_version)
-            self.finish_copy()
+            self.finish()
             self.cast_error()
         except BaseException:
             self.close()
@@ -181,16 +186,15 @@ class WeightStore:
 
     @property
     def version(self) -> int:
-        """The version published last, deferred ones included."""
-        writer = self._device_writer or self._writer
-        return writer.version
+        """The version published last, deferred ones and those not looked at yet included."""
+        return self._writer.newest
 
     @property
     def offered_version(self) -> int:
         """The newest version that readers can adopt now.
 
-        It is below :attr:`version` while one is deferred or comes from a device, and while
-        publishing is paused.
+        It is below :attr:`version` until a new version was looked at, while one is deferred, and
+        while publishing is paused.
         """
         self._require_writer()
         return self._ledger.offer // MAX_SLOTS
@@ -198,9 +202,14 @@ class WeightStore:
     def publish(self, source: WeightSource | None = None, *, version: int | None = None) -> int:
         """Copy the weights and make them the newest version. Never waits for a reader.
 
-        Weights on CUDA are copied within the device, on the current stream, and brought to the host
-        by a thread; :meth:`finish_copy` waits for it. A refusal then comes with the next call of
-        either; see :mod:`~torchrl_dvla.weight_update.device_writer`. Not run on a GPU here.
+        Where it would take time to look for NaN and infinity (from 4 MiB), a thread does it, a few
+        pieces behind the copy, and offers the version when it has ended; :meth:`finish` waits for
+        it. A refusal is raised by this call or by the next of ``publish``, :meth:`finish` and
+        :meth:`wait`, which then does nothing else. A look that has not ended is waited for.
+
+        Weights on CUDA are copied within the device, on the current stream, and looked at and
+        brought to the host by that thread; see :mod:`~torchrl_dvla.weight_update.device_writer`.
+        Not run on a GPU here.
 
         Args:
             source (optional): the weights; default is what the store was made from.
@@ -212,8 +221,9 @@ class WeightStore:
             the version.
 
         Raises:
-            ValueError: if the weights are not finite (the last good version stays), if their layout
-                differs (the differences are listed), or if ``version`` does not grow.
+            ValueError: if these weights, or those published before, are not finite (the last good
+                version stays), if the layout differs (the differences are listed), or if
+                ``version`` does not grow.
             RuntimeError: if another thread publishes right now, or this is not the process that
                 made the store.
         """
@@ -231,16 +241,15 @@ class WeightStore:
         finally:
             self._publishing.release()
 
-    def finish_copy(self) -> None:
-        """Wait until what was published from a device is on the host; else return at once.
+    def finish(self) -> None:
+        """Wait until what was published was looked at, and is on the host.
 
         From then on it is offered, unless publishing is paused or every other slot is in use.
 
         Raises:
             ValueError: if it was refused since the weights are not finite.
         """
-        if self._device_writer is not None:
-            self._device_writer.finish()
+        self._writer.releaser.finish()
 
     def receive(self, fill: Callable[[torch.Tensor], None], *, version: int) -> None:
         """Take a version that comes as bytes, from the store of another node.
@@ -362,7 +371,7 @@ class WeightStore:
             RuntimeError: naming the readers that have died.
         """
         version = self.version if version is None else version
-        self.finish_copy()
+        self.finish()
         deadline = time.monotonic() + timeout_s
         while True:
             dead = self.dead_readers()
@@ -384,18 +393,16 @@ class WeightStore:
     # -- life ----------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End publishing; a version that is deferred is dropped.
+        """Offer what was published, then end; a version that is deferred is dropped.
 
         Readers keep what is offered now. The memory goes with the last view on it, so with this
         store and its last reader; closing the arena would empty it under those that still act.
         """
         if self._is_closed or os.getpid() != self._pid:
             return
+        self._writer.close()
         self._last_stats = self.adoption_stats()
         self._is_closed = True
-        if self._device_writer is not None:
-            self._device_writer.close()
-        self._writer.close()
         self._segment.locks.close()
         del self._segment, self._ledger, self._places
 
@@ -409,15 +416,17 @@ class WeightStore:
 
     def _writer_for(self, tensors: list[torch.Tensor]) -> DeviceWriter | SlotWriter:
         side = device_copy.side_stream(tensors)
-        if side is None:
-            self.finish_copy()  # versions arrive in order
-            return self._writer
-        if self._device_writer is None:
-            self._segment.pin()
-            self._device_writer = DeviceWriter(
-                self._writer, self.layout, side, check_finite=self._check_finite
-            )
-        return self._device_writer
+        writer: DeviceWriter | SlotWriter = self._writer
+        if side is not None:
+            if self._device_writer is None:
+                self._segment.pin()
+                check = self._check_finite
+                self._device_writer = DeviceWriter(self._writer, side, check_finite=check)
+            writer = self._device_writer
+        if writer is not self._last_writer:
+            self.finish()  # versions arrive in order
+            self._last_writer = writer
+        return writer
 
     def _require_writer(self) -> None:
         if os.getpid() != self._pid:

@@ -144,6 +144,9 @@ class AsyncWeightUpdater(WeightSyncScheme):
     def publish(self, weights: WeightSource | None = None, *, version: int | None = None) -> int:
         """Copy the weights into the store and return at once.
 
+        Large ones are looked at afterwards, see :meth:`WeightStore.publish`, which also lists what
+        it raises.
+
         Args:
             weights (optional): a module, its tensordict, or a flat or nested dict of tensors; the
                 default is the model that the updater was initialised with.
@@ -152,7 +155,7 @@ class AsyncWeightUpdater(WeightSyncScheme):
             version (int, optional): the number to give; it must grow. The default is the next one.
 
         Returns:
-            the version, see :meth:`WeightStore.publish`, which also lists what it raises.
+            the version.
         """
         source = self._source if weights is None else as_source(weights)
         for hook in list(self._hooks[_BEFORE].values()):
@@ -218,6 +221,10 @@ class AsyncWeightUpdater(WeightSyncScheme):
         twin = type(self).__new__(type(self))
         twin.__setstate__(self.__getstate__())
         return twin
+
+    def finish(self) -> None:
+        """Wait until what was published can be adopted; see :meth:`WeightStore.finish`."""
+        self.store.finish()
 
     def wait(self, version: int | None = None, timeout_s: float = 60.0) -> None:
         """Wait until every reader adopted ``version``; see :meth:`WeightStore.wait`."""
@@ -315,6 +322,7 @@ class AsyncWeightUpdater(WeightSyncScheme):
     ) -> None:
         if weights is not None:
             self.publish(weights)
+            self.finish()  # receivers begin with these
 
     def _init_on_receiver_impl(
         self,
@@ -417,6 +425,7 @@ class AsyncWeightUpdater(WeightSyncScheme):
     def _copy_before_call(self) -> None:
         policy = self._local_policy() if self._local_policy is not None else None
         if policy is not None and self._local_is_behind and self._reader is not None:
+            self.finish()
             # In the thread that runs the policy, and by copy: its parameters may be under training.
             version = self._reader.adopt_into(policy, copy=True)
             self._local_is_behind = version < self.store.version

@@ -10,11 +10,20 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 
-from torchrl_dvla.weight_update.copying import WeightCopier, is_finite, non_finite_names
+from torchrl_dvla.weight_update.copying import WeightCopier
+from torchrl_dvla.weight_update.finite import (
+    TrailingLook,
+    is_finite,
+    non_finite_names,
+    not_finite,
+)
+from torchrl_dvla.weight_update.layout import WeightLayout
 from torchrl_dvla.weight_update.ledger import MAX_SLOTS
+from torchrl_dvla.weight_update.release import Releaser
 from torchrl_dvla.weight_update.segment import (
     WRITER_BYTE,
     SlotViews,
@@ -23,10 +32,14 @@ from torchrl_dvla.weight_update.segment import (
     slot_byte,
 )
 
-__all__ = ["PublishStats", "SlotWriter", "not_finite"]
+__all__ = ["PublishStats", "SlotWriter"]
 
 # How often a deferred version looks for a free slot. A look costs a system call per slot.
 _RETRY_S = 5e-4
+
+# Up to here the learner looks for NaN and infinity itself: of 1 MB, it takes 17 us, while the other
+# thread would be done 50 us after it was told (docs/decisions/0022).
+_LOOK_AT_ONCE_BYTES = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +96,9 @@ class SlotWriter:
         self._stats = PublishStats()
         self._counting = threading.Lock()
         self._is_paused = False
+        self._is_looked_at_later = check_finite and segment.layout.slot_bytes > _LOOK_AT_ONCE_BYTES
+        #: The thread that ends what ``publish`` began.
+        self.releaser = Releaser()
         # The slot that is locked exclusively, and the whole version in it if there is one.
         self._claimed: int | None = None
         self._prepared_version: int | None = None
@@ -96,34 +112,36 @@ class SlotWriter:
 
     def write_frozen(self, tensors: Sequence[torch.Tensor]) -> None:
         """Write the weights that travel once. There are no readers yet."""
-        entries = self._segment.layout.entries
+        entries = self.layout.entries
         for entry, tensor, view in zip(entries, tensors, self._views[0].entries, strict=True):
             if entry.is_frozen:
                 view.copy_(tensor.detach())
                 if self._check_finite and not is_finite(view.reshape(-1)):
-                    raise not_finite([f"{entry.name} (frozen)"])
+                    raise not_finite([f"{entry.name} (frozen)"], 0)
 
     def publish(
         self, tensors: Sequence[torch.Tensor], *, version: int | None, start_s: float
     ) -> int:
-        """Take a version: into a free slot, or aside until there is one."""
+        """Take a version: into a free slot, or aside until there is one.
+
+        Where looking for NaN and infinity takes time, :attr:`releaser` does it while this thread
+        copies, and offers the version when it has ended. One version is on its way at a time: if
+        the thread has not ended with the one before, it is waited for, and its refusal raised.
+        """
+        self.releaser.finish()
         version = self.version + 1 if version is None else version
-
-        def look() -> None:
-            if self._check_finite:
-                names = non_finite_names(self._segment.layout, tensors)
-                if names:
-                    self.count(num_refused=1)
-                    raise not_finite(names)
-
         self.require_growth(version, self.version)
         self._give_way.set()
         with self._mutex:  # free, or held by the flusher, which gives way within one piece
             self._give_way.clear()
-            self._take(version, lambda views: self._fill(tensors, views), look)
-            self.note_source(tensors)
-            self.count(num_publishes=1, bytes_total=self._segment.layout.weight_bytes)
-            self.note_stall(start_s)
+            slot, replaces = self._choose()
+            if self._is_looked_at_later and not replaces:
+                self._copy_and_look_later(tensors, slot, version)
+            else:
+                self._copy_and_look(tensors, slot, version, replaces)
+                self._accept(slot, version, replaces)
+        self.note_source(tensors)
+        self.note_stall(start_s)
         return version
 
     def receive(self, fill: Callable[[torch.Tensor], None], version: int) -> None:
@@ -133,14 +151,40 @@ class SlotWriter:
         with self._mutex:
             self._give_way.clear()
             try:
-                self._take(version, lambda views: fill(views.memory))
+                slot, replaces = self._choose()
+                self._fill(slot, lambda views: fill(views.memory))
             except BaseException:
                 # The target may have been a version that was put aside and that nobody has seen.
                 whole = (self._staged_version, self._prepared_version)
                 kept = [version for version in whole if version is not None]
                 self.version = max([self._ledger.offer // MAX_SLOTS, *kept])
                 raise
-            self.count(num_publishes=1, bytes_total=self._segment.layout.weight_bytes)
+            self._accept(slot, version, replaces)
+
+    @property
+    def newest(self) -> int:
+        """The version taken last, be it good or not looked at yet."""
+        on_the_way = self.releaser.newest  # read first: it becomes `version` before it leaves there
+        return max(on_the_way, self.version)
+
+    @property
+    def layout(self) -> WeightLayout:
+        """What a slot holds."""
+        return self._segment.layout
+
+    def accept(self, slot: int | None, version: int) -> None:
+        """Offer a version that was looked at, or have it wait for a slot."""
+        self._step("looked")
+        self._give_way.set()
+        with self._mutex:
+            self._give_way.clear()
+            self._accept(slot, version)
+
+    def refuse(self, slot: int | None) -> None:
+        """Give back the slot of a version that no reader may see."""
+        self.count(num_refused=1)
+        if slot is not None:
+            self.locks.unlock(slot_byte(slot))
 
     def pause(self) -> None:
         """Offer nothing from now on."""
@@ -159,7 +203,8 @@ class SlotWriter:
         return self._stats
 
     def close(self) -> None:
-        """Stop the flusher and let every lock go."""
+        """Release what was published, stop the flusher and let every lock go."""
+        self.releaser.close()
         self._closing.set()
         self._give_way.set()
         with self._mutex:
@@ -200,43 +245,90 @@ class SlotWriter:
             values = {name: getattr(self._stats, name) + step for name, step in increments.items()}
             self._stats = dataclasses.replace(self._stats, **values)
 
-    def _take(
-        self,
-        version: int,
-        fill: Callable[[SlotViews], None],
-        look: Callable[[], None] | None = None,
-    ) -> None:
+    def _choose(self) -> tuple[int | None, bool]:
+        """Where to write, None for aside, and whether a good version that nobody saw is there."""
         if self._claimed is None:
             self._claimed = self._claim()
         slot = self._claimed
-        replaces = self._prepared_version if slot is not None else self._staged_version
-        if replaces is not None and look is not None:
-            look()  # the target holds a good version that nobody has seen
+        unseen = self._prepared_version if slot is not None else self._staged_version
+        return slot, unseen is not None
+
+    def _fill(self, slot: int | None, fill: Callable[[SlotViews], None]) -> None:
+        """Write where no reader is."""
         if slot is None:
             if self._staging is None:
-                self._staging = private_views(self._segment.layout)
+                self._staging = private_views(self.layout)
             self._staged_version = None
             fill(self._staging)
-        else:
-            self._prepared_version = None
-            self._ledger.begin_write(slot)
-            self._step("marked")
+            return
+        self._prepared_version = None
+        self._ledger.begin_write(slot)
+        self._step("marked")
+        try:
+            fill(self._views[slot])
+        except BaseException:
+            self.locks.unlock(slot_byte(slot))
+            self._claimed = None
+            raise
+
+    def _copy_and_look(
+        self, tensors: Sequence[torch.Tensor], slot: int | None, version: int, replaces: bool
+    ) -> None:
+        def refuse() -> NoReturn:
+            self.count(num_refused=1)
+            raise not_finite(non_finite_names(self.layout, tensors), version)
+
+        def copy(views: SlotViews) -> None:
+            between = None if self.gate is None else self._step_between
+            check = self._check_finite
+            if not self._copier.copy(tensors, views, check_finite=check, between=between):
+                refuse()
+
+        # A good version is written over only by one that is good as well.
+        if replaces and self._check_finite and non_finite_names(self.layout, tensors):
+            refuse()
+        self._fill(slot, copy)
+
+    def _copy_and_look_later(
+        self, tensors: Sequence[torch.Tensor], slot: int | None, version: int
+    ) -> None:
+        def copy(views: SlotViews) -> None:
+            look = TrailingLook(self._copier.runs(views))
+            self.releaser.submit(_HostRelease(version, self, slot, views, look))
+            between = look.note_piece
+            if self.gate is not None:
+                between = lambda: self._step_between() or look.note_piece()  # noqa: E731
             try:
-                fill(self._views[slot])
+                self._copier.copy(tensors, views, between=between)
             except BaseException:
-                self.locks.unlock(slot_byte(slot))
-                self._claimed = None
+                look.end(is_given_up=True)
                 raise
+            self._claimed = None  # the slot stays locked, but belongs to the release from here on
+            look.end()
+
+        self._fill(slot, copy)
+
+    def _accept(self, slot: int | None, version: int, replaces: bool = False) -> None:
+        """Offer the good version in ``slot``, or have what was put aside wait for one."""
         self.version = version
-        self.count(num_coalesced=int(replaces is not None))
+        self.count(
+            num_publishes=1,
+            bytes_total=self.layout.weight_bytes,
+            num_coalesced=int(replaces),
+        )
         if slot is None:
             self._staged_version = version
             self.count(num_deferred=1)
             self._start_flusher()
             return
+        if self._claimed not in (None, slot):
+            # While this version was looked at, the flusher began to move an older one.
+            self.count(num_coalesced=int(self._prepared_version is not None))
+            self.locks.unlock(slot_byte(self._claimed))
         if self._staged_version is not None:
             self._staged_version = None
             self.count(num_coalesced=1)
+        self._claimed = slot
         self._finish(slot, version)
 
     def _claim(self) -> int | None:
@@ -248,12 +340,6 @@ class SlotWriter:
                 self._step("claimed")
                 return slot
         return None
-
-    def _fill(self, tensors: Sequence[torch.Tensor], views: SlotViews) -> None:
-        between = None if self.gate is None else self._step_between
-        if not self._copier.copy(tensors, views, check_finite=self._check_finite, between=between):
-            self.count(num_refused=1)
-            raise not_finite(non_finite_names(self._segment.layout, tensors))
 
     def _finish(self, slot: int, version: int) -> None:
         if self._is_paused:
@@ -315,10 +401,24 @@ class SlotWriter:
         return False
 
 
-def not_finite(names: list[str]) -> ValueError:
-    """The error that lists weights that are not finite."""
-    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return ValueError(
-        f"weights must be finite, got NaN or infinity in {listed}. The last version stays in use; "
-        "look at the gradients, or pass check_finite=False."
-    )
+@dataclasses.dataclass
+class _HostRelease:
+    """A version that the learner is copying, or has copied, to ``slot`` (None: aside)."""
+
+    version: int
+    writer: SlotWriter
+    slot: int | None
+    views: SlotViews
+    look: TrailingLook
+
+    def run(self) -> None:
+        """Offer it if it is good; see :class:`~torchrl_dvla.weight_update.release.Release`."""
+        is_good = self.look.follow()
+        if self.look.is_given_up:
+            return  # publish has raised why
+        if is_good:
+            self.writer.accept(self.slot, self.version)
+            return
+        names = non_finite_names(self.writer.layout, self.views.entries)
+        self.writer.refuse(self.slot)
+        raise not_finite(names, self.version)
