@@ -34,6 +34,19 @@ def test_synchronous_loop():
     assert admission.deadline(2) == 1
 
 
+def test_groups_are_held_back_while_the_version_cannot_be_adopted():
+    admission = Admission(groups_per_update=1, max_policy_lag=1)
+    can_be_adopted, woken = threading.Event(), []
+    admission.begin_only_if(can_be_adopted.is_set)
+    admission.add_listener(lambda: woken.append(admission.may_admit))
+    assert not admission.admit(0)
+    assert not admission.wait_admissible(timeout_s=0.0)
+    can_be_adopted.set()
+    admission.reconsider()
+    assert woken == [True]
+    assert [admission.admit(key) for key in range(3)] == [True, True, False]  # the bound stays
+
+
 def test_a_straggler_is_overtaken_until_its_deadline():
     admission = Admission(groups_per_update=1, max_policy_lag=2)
     assert [admission.admit(key) for key in range(4)] == [True, True, True, False]

@@ -89,3 +89,25 @@ def test_a_thread_with_nothing_to_do_ends_and_the_next_begins(
             thread.join(30.0)
         assert releaser._thread is None
     assert ran == [1, 2]
+
+
+def test_listeners_are_called_after_each_release(releaser: Releaser) -> None:
+    seen: list[bool] = []
+    called = threading.Semaphore(0)
+
+    def listen() -> None:
+        seen.append(releaser.is_idle)
+        called.release()
+        raise RuntimeError("listener")
+
+    releaser.add_listener(listen)
+    release = Gated(1, [])
+    releaser.submit(release)
+    assert not releaser.is_idle
+    release.may_end.set()
+    assert called.acquire(timeout=30.0)
+    assert seen == [True]
+    with releaser._changed:
+        assert releaser._changed.wait_for(lambda: releaser._error is not None, timeout=30.0)
+    with pytest.raises(RuntimeError, match="listener"):
+        releaser.finish()

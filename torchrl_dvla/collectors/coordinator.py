@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import selectors
@@ -156,7 +157,8 @@ class Coordinator:
 
     def wake(self) -> None:
         """End the loop's sleep: something has changed. Any thread may call it."""
-        os.write(self._wake_write, b"x")
+        with contextlib.suppress(BrokenPipeError):  # the loop has ended, nobody sleeps
+            os.write(self._wake_write, b"x")
 
     def stop(self) -> None:
         """End the loop and both lanes; safe to call twice."""

@@ -150,12 +150,9 @@ class DVLACollector(BaseCollector):
         self._policy_factory = policy_factory
         self._workers, self._inference_config = workers, inference
         schemes = weight_sync_schemes or {"policy": AsyncWeightUpdater()}
-        updater = check_updater(schemes)
-        self._weight_sync_schemes = schemes
-        self._weight_updater = None
-        self._updater = updater
-        self._seed = seed
-        self._closed = False
+        self._updater = updater = check_updater(schemes)
+        self._weight_sync_schemes, self._weight_updater = schemes, None
+        self._seed, self._closed = seed, False
         self.group = group
         self._deterministic = inference.is_deterministic(group.max_policy_lag)
         check_movable(scheduler, self._deterministic)
@@ -192,7 +189,7 @@ class DVLACollector(BaseCollector):
     ) -> Coordinator:
         group, pool = self.group, self._pool
         self._instructions = instructions = InstructionTable()
-        admission = Admission(group.groups_per_update, group.max_policy_lag)
+        admission = self._admission = Admission(group.groups_per_update, group.max_policy_lag)
         self.replay_buffer = replay_buffer(
             pool=pool, admission=admission, instructions=instructions
         )
@@ -254,6 +251,8 @@ class DVLACollector(BaseCollector):
         )
         coordinator.on_error = self._on_error
         admission.add_listener(coordinator.wake)
+        admission.begin_only_if(lambda: self._updater.store.releaser.is_idle)
+        self._updater.store.releaser.add_listener(admission.reconsider)
         return coordinator
 
     # -- life -----------------------------------------------------------------------------------
@@ -328,8 +327,7 @@ class DVLACollector(BaseCollector):
             update = iter(self.replay_buffer)
             next(update)  # waits for the groups
             groups = self.replay_buffer.cohort
-            rows = torch.cat([group.row_index(self._pool) for group in groups])
-            data = self._pool.rows[rows]
+            data = self._pool.rows[torch.cat([group.row_index(self._pool) for group in groups])]
             texts = self._instructions.texts(data.get(INSTRUCTION_ID_KEY))
             data.set(INSTRUCTION_KEY, NonTensorStack(*texts))
             # The data is a copy: the groups count as learned, and the next publication is theirs.
@@ -362,6 +360,7 @@ class DVLACollector(BaseCollector):
         evaluation = Evaluation(episodes, greedy=greedy, num_frames_episodes=num_frames_episodes)
         check_episodes(episodes, self._factories, self._queue.quarantined)
         self._require_running()
+        self._updater.finish()
         self._queue.add_evaluation(evaluation)
         self._coordinator.wake()
         return evaluation
@@ -381,11 +380,11 @@ class DVLACollector(BaseCollector):
         """
         with self._publishing.span("publish"):
             super().update_policy_weights_(*args, **kwargs)
-            self._updater.store.finish()  # admission counts what lanes can adopt
+            if self._deterministic:
+                self._updater.finish()  # else admission waits, not the learner
         self._publishing.waiting("no_update")
         self._weight_telemetry.record()
-        if self.replay_buffer.admission is not None:
-            self.replay_buffer.admission.advance()  # its listener wakes the coordinator
+        self._admission.advance()  # its listener wakes the coordinator
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -417,6 +416,7 @@ class DVLACollector(BaseCollector):
         buffer or among those that a resumed run begins anew. The learner calls it, between two
         minibatches; see ``replay_buffer.state_dict()``.
         """
+        self._updater.finish()  # raises: weights that were refused are not worth keeping
         with self._queue.consistent:
             return OrderedDict(
                 schedule=self.schedule.state_dict(),

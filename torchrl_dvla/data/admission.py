@@ -74,7 +74,8 @@ class Admission:
 
     The bound is on the version at which a group was *admitted*. Decisions carry the version of the
     weights that took them; these are no older than the admitted version if the inference lane
-    adopts the newest weights before the group's first decision. A rollout that is lost and sampled
+    adopts the newest weights before the group's first decision, and if the admitted version can be
+    adopted when the group is granted (:meth:`begin_only_if`). A rollout that is lost and sampled
     again stays in its group and keeps its deadline: its decisions are younger than those that were
     lost, so the bound holds for them all the more. A group that is given up is dropped.
 
@@ -125,6 +126,7 @@ class Admission:
         self._num_dropped = 0
         self._changed = threading.Condition()
         self._listeners: list[Callable[[], None]] = []
+        self._may_begin: Callable[[], bool] = lambda: True
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -319,6 +321,19 @@ class Admission:
         self._notify()
         return version
 
+    def begin_only_if(self, condition: Callable[[], bool]) -> None:
+        """Grant groups only while ``condition()`` is true as well; that can only delay them.
+
+        The collector holds groups back while a version that counts here cannot be adopted yet. Call
+        :meth:`reconsider` when it becomes true. It is called under this object's lock.
+        """
+        with self._changed:
+            self._may_begin = condition
+
+    def reconsider(self) -> None:
+        """Wake those that wait for a group to be granted."""
+        self._notify()
+
     def add_listener(self, listener: Callable[[], None]) -> None:
         """Call ``listener()`` after every change that may let someone go on; it must not block."""
         with self._changed:
@@ -365,7 +380,7 @@ class Admission:
 
     def _may_admit(self) -> bool:
         limit = (self.max_policy_lag + 1) * self.groups_per_update
-        return len(self._groups) + self._num_learned_now + 1 <= limit
+        return len(self._groups) + self._num_learned_now + 1 <= limit and self._may_begin()
 
     def _overdue(self, leaving: set[int]) -> int | None:
         """The deadline ``d`` at which most groups stay beyond the ``(d - V) * G`` that can wait.

@@ -53,14 +53,10 @@ class DeviceWriter:
     Args:
         writer (SlotWriter): fills and offers the slots.
         side (SideStream): what copies.
-
-    Keyword Args:
-        check_finite (bool): refuse NaN and infinite weights.
     """
 
-    def __init__(self, writer: SlotWriter, side: SideStream, *, check_finite: bool) -> None:
+    def __init__(self, writer: SlotWriter, side: SideStream) -> None:
         self._writer, self._side = writer, side
-        self._check_finite = check_finite
         self._copier = WeightCopier(writer.layout, piece_bytes=_PIECE_BYTES)
         self._free: list[_Snapshot] = []
 
@@ -107,7 +103,7 @@ class DeviceWriter:
             self._side.wait(self._side.on_side(start, after=taken))
 
         try:
-            if self._check_finite:
+            if self._writer.check_finite:
                 self._side.wait(self._side.on_side(look, after=taken))
             if names:
                 self._writer.refuse(None)

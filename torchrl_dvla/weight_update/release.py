@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Callable
 from typing import Protocol
 
 __all__ = ["Release", "Releaser"]
@@ -56,6 +57,16 @@ class Releaser:
         self._error: BaseException | None = None
         self._is_closing = False
         self._thread: threading.Thread | None = None
+        self._listeners: list[Callable[[], None]] = []
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no version is on its way."""
+        return self.newest < 0
+
+    def add_listener(self, listener: Callable[[], None]) -> None:
+        """Call ``listener()`` in the thread after each release; it must not block."""
+        self._listeners.append(listener)
 
     @property
     def newest(self) -> int:
@@ -128,3 +139,10 @@ class Releaser:
                 self._running = None
                 self._changed.notify_all()
             del error
+            try:
+                for listener in self._listeners:
+                    listener()
+            except Exception as raised:
+                with self._changed:
+                    self._error = self._error or raised
+                    self._changed.notify_all()

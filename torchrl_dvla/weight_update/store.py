@@ -164,8 +164,9 @@ class WeightStore:
         )
         self._tensors = SourceTensors(self.layout)
         self._segment = WeightSegment(self.layout, num_slots=num_slots, max_readers=max_readers)
-        self._check_finite = check_finite
         self._writer = SlotWriter(self._segment, check_finite=check_finite, checksum=checksum)
+        #: What it does after :meth:`publish` has returned.
+        self.releaser = self._writer.releaser
         self._device_writer: DeviceWriter | None = None
         self._last_writer: DeviceWriter | SlotWriter = self._writer
         self._ledger = self._segment.ledger()
@@ -249,7 +250,7 @@ class WeightStore:
         Raises:
             ValueError: if it was refused since the weights are not finite.
         """
-        self._writer.releaser.finish()
+        self.releaser.finish()
 
     def receive(self, fill: Callable[[torch.Tensor], None], *, version: int) -> None:
         """Take a version that comes as bytes, from the store of another node.
@@ -420,8 +421,7 @@ class WeightStore:
         if side is not None:
             if self._device_writer is None:
                 self._segment.pin()
-                check = self._check_finite
-                self._device_writer = DeviceWriter(self._writer, side, check_finite=check)
+                self._device_writer = DeviceWriter(self._writer, side)
             writer = self._device_writer
         if writer is not self._last_writer:
             self.finish()  # versions arrive in order

@@ -78,7 +78,7 @@ class SlotWriter:
 
     def __init__(self, segment: WeightSegment, *, check_finite: bool, checksum: bool) -> None:
         self._segment = segment
-        self._check_finite = check_finite
+        self.check_finite = check_finite
         self._checksum = checksum
         self.locks = segment.locks.open()
         if not self.locks.try_exclusive(WRITER_BYTE):
@@ -116,7 +116,7 @@ class SlotWriter:
         for entry, tensor, view in zip(entries, tensors, self._views[0].entries, strict=True):
             if entry.is_frozen:
                 view.copy_(tensor.detach())
-                if self._check_finite and not is_finite(view.reshape(-1)):
+                if self.check_finite and not is_finite(view.reshape(-1)):
                     raise not_finite([f"{entry.name} (frozen)"], 0)
 
     def publish(
@@ -280,12 +280,12 @@ class SlotWriter:
 
         def copy(views: SlotViews) -> None:
             between = None if self.gate is None else self._step_between
-            check = self._check_finite
+            check = self.check_finite
             if not self._copier.copy(tensors, views, check_finite=check, between=between):
                 refuse()
 
         # A good version is written over only by one that is good as well.
-        if replaces and self._check_finite and non_finite_names(self.layout, tensors):
+        if replaces and self.check_finite and non_finite_names(self.layout, tensors):
             refuse()
         self._fill(slot, copy)
 
