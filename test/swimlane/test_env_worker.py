@@ -42,6 +42,13 @@ def step(env_index, row, next_row):
     return Step(env_index, row, generation=0, next_row=next_row, next_generation=0)
 
 
+def execute(worker, *steps):
+    """What the worker says of these steps, once all are in their rows."""
+    for _ in worker.steps(steps):
+        pass
+    return list(unpack(Stepped, worker.settle()))
+
+
 @pytest.fixture
 def worker_and_rows():
     specs = describe_env(make_env())
@@ -62,12 +69,11 @@ def test_observations_land_in_the_rows_that_were_named(worker_and_rows):
     assert worker.reset(Reset(0, "default", 3, 1, row=6, generation=0)) == make_env().instruction
     assert rows["observation", "image"][6, 0, 0, 0] == scene.scene_id
     rows["vla_action", "chunk"][6] = torch.tensor(scene.target)
-    done, success, reward, num_env_steps = worker.step(step(0, row=6, next_row=2))
-    assert (done, success, reward, num_env_steps) == (False, False, 0.0, 4)
+    assert execute(worker, step(0, row=6, next_row=2)) == [Stepped(0, False, False, 0.0, 4)]
     assert rows["observation", "image"][2, :, 0, 0].tolist() == [scene.scene_id, 1, 4]
     rows["vla_action", "chunk"][2] = torch.tensor(scene.target)
     # 6 right steps of 10 are a success: it comes with the second step of the second chunk.
-    assert worker.step(step(0, row=2, next_row=3)) == (True, True, 1.0, 2)
+    assert execute(worker, step(0, row=2, next_row=3)) == [Stepped(0, True, True, 1.0, 2)]
     assert rows["action_is_pad"][2].tolist() == [False, False, True, True]
     assert rows["next", "terminated"][2] and not rows["next", "truncated"][2]
 
@@ -75,7 +81,8 @@ def test_observations_land_in_the_rows_that_were_named(worker_and_rows):
 def test_the_last_allowed_decision_truncates(worker_and_rows):
     worker, rows = worker_and_rows
     worker.reset(Reset(0, "default", 3, 1, row=0, generation=0))
-    assert worker.step(step(0, row=0, next_row=-1))[0], "no next row: the rollout ends"
+    (stepped,) = execute(worker, step(0, row=0, next_row=-1))
+    assert stepped.done, "no next row: the rollout ends"
     assert rows["next", "done"][0] and rows["next", "truncated"][0]
     assert not rows["next", "terminated"][0]
 
@@ -84,17 +91,39 @@ def test_two_environments_of_one_worker_do_not_mix(worker_and_rows):
     worker, rows = worker_and_rows
     worker.reset(Reset(0, "default", 3, 1, row=0, generation=0))
     worker.reset(Reset(1, "default", 3, 2, row=4, generation=0))
-    worker.step(step(1, row=4, next_row=5))
-    worker.step(step(0, row=0, next_row=1))
     env = make_env()
-    assert rows["observation", "image"][1, 0, 0, 0] == env.scene(3, 1).scene_id
+    rows["vla_action", "chunk"][0] = torch.tensor(env.scene(3, 1).target)
+    # One ends with its time, the other goes on: both in one go, the last environment first.
+    stepped = execute(worker, step(1, row=4, next_row=-1), step(0, row=0, next_row=1))
+    assert stepped == [Stepped(1, True, False, 0.0, 4), Stepped(0, False, False, 0.0, 4)]
+    assert rows["next", "truncated"][:5, 0].tolist() == [False] * 4 + [True]
+    assert rows["observation", "image"][1, :, 0, 0].tolist() == [env.scene(3, 1).scene_id, 1, 4]
+    worker.reset(Reset(1, "default", 3, 2, row=4, generation=0))
+    execute(worker, step(1, row=4, next_row=5), step(0, row=1, next_row=2))
+    assert rows["observation", "image"][2, 0, 0, 0] == env.scene(3, 1).scene_id
     assert rows["observation", "image"][5, 0, 0, 0] == env.scene(3, 2).scene_id
 
 
 def test_a_step_before_a_reset_is_an_error(worker_and_rows):
     worker, _ = worker_and_rows
     with pytest.raises(RuntimeError, match="must be reset"):
-        worker.step(step(0, row=0, next_row=1))
+        execute(worker, step(0, row=0, next_row=1))
+
+
+def test_a_failure_is_not_put_down_to_the_environments_before_it(worker_and_rows):
+    worker, rows = worker_and_rows
+    worker.reset(Reset(0, "default", 3, 1, row=0, generation=0))
+    worker.reset(Reset(1, "default", 3, 2, row=4, generation=0))
+    broken = worker.build(1, "default")
+    returned = broken._step
+    broken._step = lambda td: returned(td).update({"observation": {"state": torch.zeros(9)}})
+    both = step(0, row=0, next_row=1), step(1, row=4, next_row=5)
+    with pytest.raises(ValueError, match=r"'state'\) must be"):
+        execute(worker, *both)
+    worker.drop_failed()
+    assert list(unpack(Stepped, worker.settle())) == [Stepped(0, False, False, 0.0, 4)]
+    assert rows["observation", "image"][[1, 5], 1, 0, 0].tolist() == [1, 0]
+    assert worker.settle() == ()
 
 
 def test_rows_of_pages_that_are_not_leased_are_refused():
@@ -114,7 +143,7 @@ def test_rows_of_pages_that_are_not_leased_are_refused():
         pool.seal([first], num_rows=1)
         # The coordinator's mistake: the chunk of a sealed row is still to be executed.
         with pytest.raises(RuntimeError, match="Row 0 .* page 0, which is sealed"):
-            worker.step(Step(0, 0, first.generation, 2, second.generation))
+            execute(worker, Step(0, 0, first.generation, 2, second.generation))
         pool.free([second])
         assert pool.lease("other").generation == second.generation + 1
         with pytest.raises(RuntimeError, match="Row 2 .* page 1, which is leased anew"):

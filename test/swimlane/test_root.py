@@ -26,6 +26,11 @@ from torchrl_dvla.swimlane.root import Root
 from torchrl_dvla.testing import CountingChunkEnv
 
 
+def execute(root, chunk):
+    root.take(chunk)
+    return root.step()
+
+
 class StatefulEnv(CountingChunkEnv):
     """Multiplies a state entry that only the root has, and says so."""
 
@@ -83,7 +88,7 @@ def test_steps_are_those_of_torchrl(make_env):
         for chunk in chunks[episode]:
             expected["vla_action", "chunk"] = chunk
             expected = reference.step(expected)
-            found = root.step(chunk)
+            found = execute(root, chunk)
             ours = found.clone()
             root.advance()
             theirs = expected["next"]
@@ -97,7 +102,7 @@ def test_what_only_the_root_has_is_carried_along():
     root = Root(StatefulEnv())
     root.reset(seed=0, init_state_id=-1)
     for step in range(6):
-        assert root.step(torch.zeros(4, 2))["gained"] == 3.0 ** (step + 1)
+        assert execute(root, torch.zeros(4, 2))["gained"] == 3.0 ** (step + 1)
         root.advance()
     assert root.leaves_out_step_mdp
 
@@ -106,7 +111,7 @@ def test_an_environment_that_recycles_its_tensordict_keeps_step_mdp():
     root = Root(RecyclingEnv(chunk_size=4, action_dim=2, max_env_steps=40))
     root.reset(seed=0, init_state_id=-1)
     for step in range(6):
-        found = root.step(torch.zeros(4, 2))
+        found = execute(root, torch.zeros(4, 2))
         assert found["observation", "image"][1, 0, 0] == step + 1
         root.advance()
     assert not root.leaves_out_step_mdp
@@ -123,6 +128,6 @@ def test_the_reward_does_not_reach_the_next_root():
     root = Root(Watching(chunk_size=4, action_dim=2, max_env_steps=40))
     root.reset(seed=0, init_state_id=-1)
     for _ in range(5):
-        root.step(torch.zeros(4, 2))
+        execute(root, torch.zeros(4, 2))
         root.advance()
     assert root.leaves_out_step_mdp and seen == [False] * 5

@@ -9,12 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
 
 if TYPE_CHECKING:
     from torchrl_dvla.memory.pool import WorkerView
 
 __all__ = ["RowWriter"]
+
+#: Rows of a field up to this size are gathered first and written in one call. That is one copy
+#: more, and costs less than a call for each.
+_STACKED_BYTES = 16 * 1024
 
 
 class RowWriter:
@@ -66,8 +72,15 @@ class RowWriter:
                 f"environment's and the policy's specs: {list(view.layout)}."
             )
         self._require_leased = view.require_leased
+        self._types = {key: view.layout[key] for key in self.keys}
         self._fields = [view.rows.get(key).numpy() for key in self.keys]
-        self._types = [(key, *view.layout[key]) for key in self.keys]
+        self._flat = [field.reshape(len(field), -1) for field in self._fields]
+        #: The fields by the node that they hang on: a look at all its entries costs less than two
+        #: at one each.
+        self._by_node: dict[tuple[str, ...], list[tuple[Any, ...]]] = {}
+        for key, field in zip(self.keys, self._fields):
+            path = (key,) if isinstance(key, str) else key
+            self._by_node.setdefault(path[:-1], []).append((path[-1], key, field))
 
     def write(self, row: int, generation: int, values: Sequence[Any]) -> None:
         """Write one value to each field of ``row``.
@@ -84,6 +97,26 @@ class RowWriter:
         for field, value in zip(self._fields, values, strict=True):
             field[row] = value
 
+    def write_rows(
+        self, rows: Sequence[int], generations: Sequence[int], columns: Sequence[Any]
+    ) -> None:
+        """Write several rows, field by field: for small values a tenth of the price of one by one.
+
+        Args:
+            rows (sequence of int): ``N`` different rows.
+            generations (sequence of int): of the page of each row, as in the lease.
+            columns (sequence): for each key ``N`` arrays or, for a field of one number, scalars.
+
+        Raises:
+            RuntimeError: if the page of a row is not leased, or was leased anew; nothing is
+                written.
+        """
+        for row, generation in zip(rows, generations, strict=True):
+            self._require_leased(row, generation)
+        index = np.array(rows)
+        for field, column in zip(self._flat, columns, strict=True):
+            field[index] = np.reshape(column, (len(index), -1))
+
     def write_from(self, row: int, generation: int, tensordict: TensorDictBase) -> None:
         """Copy the fields of ``row`` out of a tensordict without batch dimensions.
 
@@ -97,9 +130,35 @@ class RowWriter:
             KeyError: if the tensordict lacks a key.
             ValueError: if a tensor has not the shape or type of its field; nothing is written.
         """
-        arrays = []
-        for key, shape, dtype in self._types:
-            tensor = tensordict.get(key)
+        self.write_rows_from([row], [generation], [tensordict])
+
+    def write_rows_from(
+        self,
+        rows: Sequence[int],
+        generations: Sequence[int],
+        tensordicts: Sequence[TensorDictBase],
+    ) -> None:
+        """Copy the fields of several rows, each out of a tensordict, as :meth:`write_from` does."""
+        found = []
+        for node, fields in self._by_node.items():
+            nodes = [_entries(tensordict, node) for tensordict in tensordicts]
+            for name, key, field in fields:
+                tensors: list[Any] = [entries.get(name) for entries in nodes]
+                self._check(key, tensors)
+                found.append((field, tensors))
+        for row, generation in zip(rows, generations, strict=True):
+            self._require_leased(row, generation)
+        for field, tensors in found:
+            if len(rows) > 1 and field[0].nbytes <= _STACKED_BYTES:
+                field[rows] = torch.stack(tensors).numpy()
+            else:
+                for row, tensor in zip(rows, tensors, strict=True):
+                    field[row] = tensor.numpy()
+
+    def _check(self, key: NestedKey, tensors: Sequence[Any]) -> None:
+        """Refuse what would be broadcast or cast."""
+        shape, dtype = self._types[key]
+        for tensor in tensors:
             if tensor is None:
                 raise KeyError(
                     f"Field {key!r} must be in what is written, got none. Whoever is asked for it "
@@ -110,5 +169,9 @@ class RowWriter:
                     f"Field {key!r} must be {list(shape)} {dtype} in every row, got "
                     f"{list(tensor.shape)} {tensor.dtype}. Return what the environment's spec says."
                 )
-            arrays.append(tensor.numpy())
-        self.write(row, generation, arrays)
+
+
+def _entries(tensordict: TensorDictBase, node: tuple[str, ...]) -> dict[str, Any]:
+    """What hangs on a node of ``tensordict``; nothing if there is no such node."""
+    found = tensordict.get(node, None) if node else tensordict
+    return {} if found is None else dict(found.items())

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
 
 import cloudpickle
 import numpy as np
@@ -34,6 +33,7 @@ from torchrl_dvla.data.schema import (
 from torchrl_dvla.memory import RowWriter, WorkerView
 from torchrl_dvla.swimlane.child import prepare_child
 from torchrl_dvla.swimlane.messages import (
+    Columns,
     EnvSpecs,
     Failed,
     Orders,
@@ -41,7 +41,6 @@ from torchrl_dvla.swimlane.messages import (
     Report,
     Reset,
     Step,
-    Stepped,
     Stop,
     UsePool,
     pack,
@@ -51,7 +50,7 @@ from torchrl_dvla.swimlane.root import Root
 
 __all__ = ["EnvWorker", "describe_env", "run_env_worker"]
 
-#: What a decision has led to, in the order in which :meth:`EnvWorker.step` writes it.
+#: What a decision has led to, in the order in which :meth:`EnvWorker.settle` writes it.
 _OUTCOME_KEYS = (
     REWARD_KEY,
     DONE_KEY,
@@ -131,8 +130,11 @@ class EnvWorker:
         self._roots: dict[tuple[int, str], Root] = {}
         self._active: list[Root | None] = [None] * num_envs
         self._chunks = np.empty(0, np.float32)
+        self._no_pad = np.empty(0, np.bool_)
         self._observations: RowWriter | None = None
         self._outcomes: RowWriter | None = None
+        #: Steps that :meth:`settle` has not written to their rows yet.
+        self._unsettled: list[tuple[Step, Root]] = []
 
     def build(self, env_index: int, task: str) -> EnvBase:
         """The environment of ``env_index`` for ``task``, built at most once."""
@@ -144,6 +146,7 @@ class EnvWorker:
     def use_pool(self, view: WorkerView) -> None:
         """Take the rows that chunks are read from and observations and outcomes written to."""
         self._chunks = view.rows.get(ACTION_CHUNK_KEY).numpy()
+        self._no_pad = np.zeros(view.layout[ACTION_IS_PAD_KEY][0], np.bool_)
         keys = [key for key in view.layout if isinstance(key, tuple) and key[0] == OBSERVATION_KEY]
         self._observations = RowWriter(view, keys)
         self._outcomes = RowWriter(view, _OUTCOME_KEYS)
@@ -162,36 +165,90 @@ class EnvWorker:
         self._observations.write_from(message.row, message.generation, tensordict)
         return _instruction(tensordict)
 
-    def step(self, message: Step) -> tuple[bool, bool, float, int]:
-        """Execute one chunk; returns done, success, reward, executed env steps."""
-        env_index, row, generation, next_row, next_generation = message
-        root, observations, outcomes = self._active[env_index], self._observations, self._outcomes
-        if root is None or observations is None or outcomes is None:
-            raise RuntimeError(f"Environment {env_index} must be reset before it is stepped.")
-        chunk = self._chunks[row].copy()
-        next_tensordict = root.step(torch.from_numpy(chunk))
-        found = dict(next_tensordict.items())  # one look for all: get() has a price of its own
-        done = bool(found["done"])
-        terminated = bool(found.get("terminated", done))
-        success = bool(found.get("success", terminated))
-        reward = found["reward"]
-        reward = float(reward.sum() if reward.numel() > 1 else reward)
-        is_pad: Any = found.get(ACTION_IS_PAD_KEY, False)
-        if is_pad is not False:
-            is_pad = is_pad.numpy()
+    def steps(self, messages: Sequence[Step]) -> Iterator[None]:
+        """Execute one chunk after the other; :meth:`settle` says how it went.
+
+        What is done for all of them in a row costs half of what it costs one by one: a step of an
+        environment leaves nothing of our code in the caches of the core.
+
+        Yields:
+            None: after each step.
+        """
+        roots = [self._active_root(message.env_index) for message in messages]
+        chunks = torch.from_numpy(self._chunks[[message.row for message in messages]]).unbind()
+        for root, chunk in zip(roots, chunks):
+            root.take(chunk)
+        for message, root in zip(messages, roots):
+            root.step()
+            self._unsettled.append((message, root))
+            yield
+
+    def settle(self) -> Columns:
+        """Write what the steps since the last call have led to into their rows, field by field.
+
+        Until then an environment may not touch what it has returned; its own next step comes
+        later.
+
+        Returns:
+            Columns: of :class:`~torchrl_dvla.swimlane.messages.Stepped`.
+        """
+        if not self._unsettled:
+            return ()
+        stepped = self._write(self._unsettled)
+        for (message, root), is_over in zip(self._unsettled, stepped[1]):
+            if is_over:
+                self._active[message.env_index] = None
+            else:
+                root.advance()
+        self._unsettled = []
+        return stepped
+
+    def drop_failed(self) -> None:
+        """After a failure: keep the unsettled steps before the first that cannot be settled."""
+        steps, self._unsettled = self._unsettled, []
+        for step in steps:
+            try:
+                self._write([step])
+            except Exception:
+                return
+            self._unsettled.append(step)
+
+    def _write(self, steps: Sequence[tuple[Step, Root]]) -> Columns:
+        observations, outcomes = self._observations, self._outcomes
+        assert observations is not None and outcomes is not None, "a reset comes first"
+        messages, roots = pack(steps)
+        env_indices, rows, generations, next_rows, next_generations = pack(messages)
+        # One look for all entries: get() has a price of its own.
+        found = [dict(root.next_tensordict.items()) for root in roots]
+        done = [bool(entries["done"]) for entries in found]
+        terminated = [bool(entries.get("terminated", flag)) for entries, flag in zip(found, done)]
+        success = [bool(entries.get("success", flag)) for entries, flag in zip(found, terminated)]
+        rewards = [_total(entries["reward"]) for entries in found]
+        is_pad = np.array([self._is_pad(entries) for entries in found])
         # A rollout that may take no further decision ends here, whether the environment agrees or
         # not: for the learner that is a truncation.
-        out_of_decisions = next_row < 0 and not done
-        is_over = done or out_of_decisions
-        truncated = is_over and not terminated
-        outcome = (reward, is_over, terminated, truncated, success, is_pad)
-        outcomes.write(row, generation, outcome)
-        if is_over:
-            self._active[env_index] = None
-        else:
-            observations.write_from(next_row, next_generation, next_tensordict)
-            root.advance()
-        return is_over, success, reward, chunk.shape[0] - int(np.count_nonzero(is_pad))
+        over = [flag or next_row < 0 for flag, next_row in zip(done, next_rows)]
+        truncated = [is_over and not flag for is_over, flag in zip(over, terminated)]
+        outcome = (rewards, over, terminated, truncated, success, is_pad)
+        outcomes.write_rows(rows, generations, outcome)
+        goes_on = [index for index, is_over in enumerate(over) if not is_over]
+        observations.write_rows_from(
+            [next_rows[index] for index in goes_on],
+            [next_generations[index] for index in goes_on],
+            [roots[index].next_tensordict for index in goes_on],
+        )
+        num_env_steps = np.logical_not(is_pad).sum(1).tolist()
+        return env_indices, over, success, rewards, num_env_steps
+
+    def _is_pad(self, entries: Mapping[str, torch.Tensor]) -> np.ndarray:
+        found = entries.get(ACTION_IS_PAD_KEY)
+        return self._no_pad if found is None else found.numpy()
+
+    def _active_root(self, env_index: int) -> Root:
+        root = self._active[env_index]
+        if root is None:
+            raise RuntimeError(f"Environment {env_index} must be reset before it is stepped.")
+        return root
 
     def close(self) -> None:
         """Close every environment."""
@@ -199,6 +256,10 @@ class EnvWorker:
             if not root.env.is_closed:
                 root.env.close()
         self._roots.clear()
+
+
+def _total(reward: torch.Tensor) -> float:
+    return float(reward.sum() if reward.numel() > 1 else reward)
 
 
 def _instruction(tensordict: TensorDictBase) -> str:
@@ -209,12 +270,12 @@ def _instruction(tensordict: TensorDictBase) -> str:
 
 
 class _Reporter:
-    """Gathers what was done, and sends it when it is worth a message."""
+    """Gathers what the worker has done, and sends it when it is worth a message."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, worker: EnvWorker) -> None:
         self._connection = connection
+        self._worker = worker
         self._ready: list[Ready] = []
-        self._stepped: list[Stepped] = []
         self._spans: list[tuple[str, float, float]] = []
         self._until_s = 0.0
 
@@ -222,32 +283,29 @@ class _Reporter:
         """The worker works from now on."""
         self._until_s = time.monotonic()
 
-    def add(self, name: str, record: Ready | Stepped) -> None:
+    def add(self, name: str, ready: Ready | None = None) -> None:
         """One order was carried out; ``name`` is what it was for the timeline."""
-        start_s, now_s = self._until_s, time.monotonic()
-        self._until_s = now_s
-        if isinstance(record, Stepped):
-            self._stepped.append(record)
-        else:
-            self._ready.append(record)
+        start_s, self._until_s = self._until_s, time.monotonic()
+        if ready is not None:
+            self._ready.append(ready)
         if self._spans and self._spans[-1][0] == name:
             start_s = self._spans.pop()[1]
-        self._spans.append((name, start_s, now_s))
-        if now_s - self._spans[0][1] > _REPORT_AFTER_S:
+        self._spans.append((name, start_s, self._until_s))
+        if self._until_s - self._spans[0][1] > _REPORT_AFTER_S:
             self.send()
 
     def send(self) -> None:
         """Report now, if there is anything to report."""
         if self._spans:
-            report = Report(pack(self._stepped), pack(self._ready), self._spans)
+            report = Report(self._worker.settle(), pack(self._ready), self._spans)
             self._connection.send(report)
-            self._ready, self._stepped, self._spans = [], [], []
+            self._ready, self._spans = [], []
 
 
 def _carry_out(orders: Orders, worker: EnvWorker, reporter: _Reporter) -> None:
     reporter.begin()
-    for step in unpack(Step, orders.steps):
-        reporter.add("step", Stepped(step.env_index, *worker.step(step)))
+    for _ in worker.steps(list(unpack(Step, orders.steps))):
+        reporter.add("step")
     for reset in unpack(Reset, orders.resets):
         reporter.add("reset", Ready(reset.env_index, worker.reset(reset)))
     reporter.send()
@@ -267,7 +325,7 @@ def run_env_worker(
     try:
         worker = EnvWorker(cloudpickle.loads(pickled_factories), num_envs)
         connection.send(describe_env(worker.build(0, first_task)))
-        reporter = _Reporter(connection)
+        reporter = _Reporter(connection, worker)
         while True:
             message = connection.recv()
             if isinstance(message, Orders):
@@ -280,7 +338,8 @@ def run_env_worker(
         pass  # the coordinator is gone
     except BaseException:
         try:
-            if reporter is not None:
+            if worker is not None and reporter is not None:
+                worker.drop_failed()
                 reporter.send()  # what went well, so that the failure is not put down to it
             connection.send(Failed(traceback.format_exc()))
         except OSError:

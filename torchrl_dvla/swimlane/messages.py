@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 __all__ = [
+    "Columns",
     "EnvSpecs",
     "Failed",
     "Infer",

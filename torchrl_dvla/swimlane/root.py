@@ -37,7 +37,8 @@ class Root:
         >>> root = Root(CountingChunkEnv(chunk_size=4, action_dim=2))
         >>> _ = root.reset(seed=0, init_state_id=0)
         >>> for _ in range(3):
-        ...     done = root.step(torch.ones(4, 2))["done"]
+        ...     root.take(torch.ones(4, 2))
+        ...     done = root.step()["done"]
         ...     root.advance()
         >>> root.leaves_out_step_mdp
         True
@@ -46,6 +47,8 @@ class Root:
     def __init__(self, env: EnvBase) -> None:
         self.env = env
         self._tensordict: TensorDictBase = TensorDict({})
+        #: What the last step has led to.
+        self.next_tensordict: TensorDictBase = self._tensordict
         self._reward_keys = list(env.reward_keys)
         # A request is no state: unless the environment speaks of it too, it ends with the reset.
         self._request_is_foreign = INIT_STATE_ID_KEY not in set(env.observation_spec.keys())
@@ -70,15 +73,19 @@ class Root:
             self._tensordict.pop(INIT_STATE_ID_KEY, None)
         return self._tensordict
 
-    def step(self, chunk: torch.Tensor) -> TensorDictBase:
-        """Execute ``chunk`` ``[chunk_size, A]``; returns what is under ``"next"`` then."""
+    def take(self, chunk: torch.Tensor) -> None:
+        """Take the ``chunk`` ``[chunk_size, A]`` that :meth:`step` executes."""
         self._tensordict.set(ACTION_CHUNK_KEY, chunk)
+
+    def step(self) -> TensorDictBase:
+        """Execute the chunk; returns what is under ``"next"`` then."""
         self._tensordict = self.env.step(self._tensordict)
-        return self._tensordict.get("next")
+        self.next_tensordict = self._tensordict.get("next")
+        return self.next_tensordict
 
     def advance(self) -> None:
         """The rollout goes on: prepare the next step. What :meth:`step` returned is spent."""
-        before, root = self._tensordict, self._tensordict.get("next")
+        before, root = self._tensordict, self.next_tensordict
         if self.leaves_out_step_mdp:
             for key in self._carried_keys:
                 root.set(key, before.get(key))
