@@ -88,7 +88,7 @@ class Policy(nn.Module):
             extremes = [torch.aminmax(layer.weight) for layer in self.layers]
             return {float(v) for pair in extremes for v in pair} == {float(version)}
         if order == "emulate":
-            self.layers[0](inputs)
+            # Not even one layer: of 16 MiB, in eight readers, it would hold one and a half cores.
             time.sleep(EMULATED_DECISION_S)
             return True
         for layer in self.layers:

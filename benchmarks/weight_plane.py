@@ -18,7 +18,8 @@ The last line of stdout is one JSON object. Where a figure is measured for sever
 ways of serving, the key of the issue is the *worst* of them and ``by_model`` has them all:
 
 stall_over_copy           learner's time in ``publish`` over one ``copy_`` of as many bytes
-stall_8_over_1            that time with all readers serving (emulated) over that with one
+stall_8_over_1            that time with all readers serving (emulated) over that with one;
+                          ``copy_8_over_1`` is the same of a plain copy beside the same readers
 ratio_vs_whole_versions   adoption time of ``multiprocess`` and of ``process_server``, the smaller,
                           over ours (larger is better): from the call of publish until the last
                           reader begins a decision with the new weights
@@ -29,8 +30,10 @@ torn_reads                reads of ours that mixed two versions, of ``num_reads`
 resident_over_model       memory of the slots and what all readers have added of their own, over the
                           model's; the learner's own model is not counted
 served_while_publishing   decisions/s of one reader (computed) while a version is published every
-                          100 ms, over those without
-adopt_p99_growth          of publish-to-adopt, by a saturated data plane; ``_weight_planes.py``
+                          100 ms, over those without; ``served_while_copying``: while as many
+                          bytes are copied
+adopt_p99_growth          of publish-to-adopt, by a saturated data plane; ``copy_p99_growth`` is
+                          that of a plain copy in the same run; ``_weight_planes.py``
 data_plane_loss           of its bytes/s, by weights that are published without rest, beyond what
                           one core of plain copying costs it
 
@@ -61,7 +64,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from _machine import machine, spread
+from _machine import machine, paired_ratio, spread
 from _weight_node import DECISIONS, SCHEMES, Node, ServerNode, make_policy, set_version
 from _weight_planes import measure_planes
 
@@ -110,20 +113,44 @@ def measure_stall(megabytes: int, repeats: int) -> dict[str, Any]:
     }
 
 
+def plain_copy(megabytes: int) -> Callable[[], None]:
+    """A call that copies as many bytes: a large model's in several passes over half a GB."""
+    part = min(megabytes, 512)
+    flat = torch.ones(part << 18)
+    targets = itertools.cycle([torch.zeros_like(flat) for _ in range(3 if part < 512 else 1)])
+
+    def copy() -> None:
+        for _ in range(megabytes // part):
+            next(targets).copy_(flat)
+
+    return copy
+
+
 def measure_contended_stall(node: Node, rounds: int, repeats: int) -> dict[str, Any]:
-    ratios = []
+    """With all readers and with one, in turns, beside plain copies under the same readers."""
+    calls = {"stall": node.publish, "copy": plain_copy(node.megabytes)}
+    names = list(calls)
+    ratios: dict[str, list[float]] = {name: [] for name in (*names, "stall_over_copy")}
     for _ in range(rounds):
-        medians = []
-        for count in (1, None):
+        medians: dict[int | None, dict[str, float]] = {}
+        for count in random.sample([1, None], 2):
+            times: dict[str, list[float]] = {name: [] for name in names}
             with node.ordered("emulate", count):
-                times = []
                 for _ in range(repeats):
                     node.train()
-                    times.append(timed(node.publish))
-                    time.sleep(0.01)
-            medians.append(statistics.median(times))
-        ratios.append(medians[1] / medians[0])
-    return {"stall_8_over_1": statistics.median(ratios), "stall_8_over_1_spread": spread(ratios)}
+                    for name in random.sample(names, 2):
+                        times[name].append(timed(calls[name]))
+                        time.sleep(0.01)
+            medians[count] = {name: statistics.median(values) for name, values in times.items()}
+        for name in names:
+            ratios[name].append(medians[None][name] / medians[1][name])
+        ratios["stall_over_copy"].append(ratios["stall"][-1] / ratios["copy"][-1])
+    return {
+        "stall_8_over_1": statistics.median(ratios["stall"]),
+        "stall_8_over_1_spread": spread(ratios["stall"]),
+        "copy_8_over_1": spread(ratios["copy"]),
+        "stall_8_over_1_beyond_copy": spread(ratios["stall_over_copy"]),
+    }
 
 
 def measure_adoption(nodes: list[AnyNode], order: str, rounds: int, repeats: int) -> dict[str, Any]:
@@ -146,27 +173,33 @@ def measure_adoption(nodes: list[AnyNode], order: str, rounds: int, repeats: int
     return out
 
 
-def measure_served(node: Node, seconds: float, rounds: int) -> dict[str, Any]:
-    """One reader, so that on two cores learner and reader have one each."""
-    ratios = []
-    for _ in range(rounds):
-        rates = []
-        for is_publishing in (False, True):
-            with node.ordered("compute", 1):
+def measure_served(node: Node, window_s: float, rounds: int) -> dict[str, Any]:
+    """One reader, so that on two cores learner and reader have one each; windows in turns."""
+    calls: dict[str, Callable[[], None] | None] = {
+        "alone": None,
+        "publishing": node.publish,
+        "copying": plain_copy(node.megabytes),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in calls}
+    with node.ordered("compute", 1):
+        for _ in range(rounds):
+            for name in random.sample(list(calls), len(calls)):
                 first, start = int(node.words[0, DECISIONS]), time.monotonic()
                 next_s = start
-                while time.monotonic() - start < seconds:
-                    if is_publishing:
-                        node.publish()
+                while next_s - start < window_s:
+                    if (call := calls[name]) is not None:
+                        call()
                     next_s += 0.1
                     time.sleep(max(0.0, next_s - time.monotonic()))
                 decisions = int(node.words[0, DECISIONS]) - first
-                rates.append(decisions / (time.monotonic() - start))
-        ratios.append(rates[1] / rates[0])
+                rates[name].append(decisions / (time.monotonic() - start))
     say("served while publishing")
+    served = [a / b for a, b in zip(rates["publishing"], rates["alone"], strict=True)]
     return {
-        "served_while_publishing": statistics.median(ratios),
-        "served_while_publishing_spread": spread(ratios),
+        "served_while_publishing": statistics.median(served),
+        "served_while_publishing_spread": spread(served, 3),
+        "served_while_copying": paired_ratio(rates["copying"], rates["alone"]),
+        "served_publishing_over_copying": paired_ratio(rates["publishing"], rates["copying"]),
     }
 
 
@@ -182,17 +215,17 @@ def measure_model(megabytes: int, num_readers: int, quick: bool) -> dict[str, An
         nodes.append(dvla)
         out["resident_over_model"] = dvla.resident_bytes() / (megabytes << 20)
         rounds = 5 if quick or not is_small else 11
-        out.update(measure_contended_stall(dvla, rounds, 15 if is_small else 3))
+        out.update(measure_contended_stall(dvla, rounds, 15 if is_small else 2 if is_large else 5))
         if not is_large:
-            seconds = 1.0 if quick else 2.0
-            out.update(measure_served(dvla, seconds, 3 if quick else 9 if is_small else 5))
+            window_s = 0.5 if is_small else 1.0
+            out.update(measure_served(dvla, window_s, 5 if quick else 15 if is_small else 11))
         names = ["shared"] if is_large else ["shared", "multiprocess", "process_server"]
         nodes += [make_node(name, num_readers, megabytes) for name in names]
         say(f"{megabytes} MB: {num_readers} readers under each scheme")
         repeats = 5 if is_small else 2
         out["emulate"] = measure_adoption(nodes, "emulate", rounds, repeats)
         if not is_large:
-            out["compute"] = measure_adoption(nodes, "compute", 5, repeats)
+            out["compute"] = measure_adoption(nodes, "compute", 5, 2 if quick else repeats)
         if is_small:
             out["reads"] = {node.name: node.torn(1.5 if quick else 5.0) for node in nodes}
         if is_large:
@@ -278,9 +311,9 @@ def main() -> None:
     result.update(worst(models, ("emulate", "compute")))
     result["emulate_only"] = worst(models, ("emulate",))
     say("planes")
-    planes = measure_planes(*((4, 25, 0.4) if args.quick else (10, 50, 0.7)))
-    result["adopt_p99_growth"] = planes["adopt_p99_growth"]
-    result["data_plane_loss"] = planes["data_plane_loss"]
+    planes = measure_planes(5 if args.quick else 25, 15)
+    for key in ("adopt_p99_growth", "copy_p99_growth", "data_plane_loss"):
+        result[key] = planes[key]
     reads = models[0].get("reads", {})
     result["torn_reads"] = reads.get("dvla", {}).get("torn_reads")
     result.update(planes=planes, reads=reads, by_model=models, skipped=skipped)
