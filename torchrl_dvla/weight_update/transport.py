@@ -51,12 +51,19 @@ class StoreTransport:
         strategy: Any = None,
     ) -> TensorDictBase | None:
         """Let ``model`` adopt the newest version; its weights, or None if there was nothing new."""
-        if self._reader is None or model is None:
-            raise RuntimeError("Receiving needs a reader and a model. Call init_on_receiver first.")
+        if model is None:
+            raise RuntimeError("Receiving needs a model. Call init_on_receiver first.")
+        return TensorDict.from_module(model) if self.adopt(model) else None
+
+    def adopt(self, model: nn.Module) -> bool:
+        """Let ``model`` read the newest version; whether it is another than before.
+
+        For those who do not want the weights: to gather them takes longer than to adopt them.
+        """
+        if self._reader is None:
+            raise RuntimeError("Receiving needs a reader. Call init_on_receiver first.")
         previous = self._reader.version
-        if self._reader.adopt_into(model) == previous:
-            return None
-        return TensorDict.from_module(model)
+        return self._reader.adopt_into(model) != previous
 
 
 class BeforeCall:

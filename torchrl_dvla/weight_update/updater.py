@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import nn
 from torchrl.weight_update.weight_sync_schemes import (
     WeightSyncScheme,
@@ -383,12 +383,7 @@ class AsyncWeightUpdater(WeightSyncScheme):
         Raises:
             RuntimeError: on a sender.
         """
-        if self._reader is None or self._receiver_transport is None:
-            raise RuntimeError("receive() needs a receiver. Call init_on_receiver first.")
-        weights = self._receiver_transport.receive_weights(model=self.model)
-        if weights is not None and self.context is not None:
-            tell_version(self.context, self.model_id or "policy", self._reader.version, self.model)
-        return weights
+        return TensorDict.from_module(self.model) if self._adopt() else None
 
     def shutdown(self) -> None:
         """Close what this side owns: the store of a sender, the reader of a receiver."""
@@ -404,7 +399,7 @@ class AsyncWeightUpdater(WeightSyncScheme):
 
     def _follow(self, model: nn.Module) -> None:
         """Keep ``model`` at the newest version from now on."""
-        self.receive()
+        self._adopt()
         if asks_for_weights(self.context):
             return
         if self._before_call is None or not self._before_call.serves(model):
@@ -413,7 +408,15 @@ class AsyncWeightUpdater(WeightSyncScheme):
             self._before_call = BeforeCall(self._receive_before_call, model)
 
     def _receive_before_call(self) -> None:
-        self.receive()
+        self._adopt()
+
+    def _adopt(self) -> bool:
+        if self._reader is None or self._receiver_transport is None:
+            raise RuntimeError("receive() needs a receiver. Call init_on_receiver first.")
+        is_new = self._receiver_transport.adopt(self.model)
+        if is_new and self.context is not None:
+            tell_version(self.context, self.model_id or "policy", self._reader.version, self.model)
+        return is_new
 
     def _serve_locally(self, policy: Any) -> None:
         """A single-process collector acts with ``policy`` here, beside the learner."""
