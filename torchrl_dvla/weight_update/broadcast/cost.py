@@ -30,7 +30,8 @@ versions, the tree where latency counts for more than bytes. :math:`T` is a maxi
 that are convex in :math:`m`, so the best :math:`m` is found by bisection.
 
 Not in the model: the time to open edges after a change of the tree, and the order and the report of
-a round (one latency each), which every shape pays alike.
+a round (one latency each), which every shape pays alike. The guide's page on the weight plane has
+what was predicted beside what was measured.
 
 Reference: Hockney, "The communication challenge for MPP: Intel Paragon and Meiko CS-2" (1994) for
 latency and bandwidth; Alexandrov et al., "LogGP" (1995) for the overhead beside the latency.
