@@ -43,8 +43,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from _emulated_loop import Loop, Mix
 from _machine import machine, paired_ratio, spread
-from overlap import Loop, Mix
 
 from torchrl_dvla.collectors import SchedulerConfig
 
@@ -97,7 +97,7 @@ class Side:
 
     def close(self) -> None:
         self._stopping = True
-        self.collector.shutdown()
+        self.loop.close()
         self._thread.join(10.0)
 
 
