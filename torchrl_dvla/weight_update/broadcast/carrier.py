@@ -75,6 +75,7 @@ class Carrier:
         self._parent: Edge | None = None
         self._children: dict[int, Edge] = {}
         self._sent_bytes: dict[int, int] = {}
+        self._heads: tuple[torch.Tensor, torch.Tensor] | None = None  # what should come, and did
         self._gate = gate
 
     def carry(self, order: Order, hold: Hold) -> Report:
@@ -129,7 +130,7 @@ class Carrier:
         self._children.clear()
 
     def _open(self, order: Order) -> None:
-        """Open the edges that this round needs first, side by side, and agree on what comes."""
+        """Open the edges that this round needs first, side by side, and say what comes."""
         missing = [child for child in order.sends if child not in self._children]
         with concurrent.futures.ThreadPoolExecutor(max_workers=len(missing) + 1) as pool:
             opening = {child: pool.submit(self._edge, order.node, child) for child in missing}
@@ -142,14 +143,25 @@ class Carrier:
         head = torch.tensor([order.round, order.version, order.num_buckets], dtype=torch.int64)
         for child in order.sends:
             self._send(child, head)
+        self._heads = None
         if order.receives:
             assert self._parent is not None
-            told = torch.zeros_like(head)
+            self._heads = (head, torch.zeros_like(head))
             with _parent_lost_if_broken():
-                self._parent.post(told)
-                self._parent.wait()
-            if not told.equal(head):
-                raise ParentLost(f"The parent sends {told.tolist()} instead of {head.tolist()}")
+                self._parent.post(self._heads[1])
+
+    def _compare_heads(self, source: Edge) -> None:
+        """See that the parent means this round, once its buckets are asked for as well.
+
+        To ask for them only then would cost one more way there and back. What has come for nothing
+        lies in a slot that is not offered.
+        """
+        if self._heads is not None:
+            (wanted, told), self._heads = self._heads, None
+            with _parent_lost_if_broken():
+                source.wait()
+            if not told.equal(wanted):
+                raise ParentLost(f"The parent sends {told.tolist()} instead of {wanted.tolist()}")
 
     def _edge(self, parent: int, child: int, *, is_parent: bool = True) -> Edge:
         name = edge_name(self._epoch, parent, child)
@@ -166,6 +178,7 @@ class Carrier:
             with _parent_lost_if_broken():
                 for bucket in buckets:
                     source.post(bucket)
+            self._compare_heads(source)
         for index, bucket in enumerate(buckets):
             if self._is_ending():
                 raise ParentLost("This node ends its part")

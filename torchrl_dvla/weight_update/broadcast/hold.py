@@ -73,10 +73,12 @@ class StoreHold:
 
     Args:
         store (WeightStore): the node's.
+        tell (callable): called when a version has come, before the node's children all have it.
     """
 
-    def __init__(self, store: WeightStore) -> None:
+    def __init__(self, store: WeightStore, tell: Callable[[], None]) -> None:
         self._store = store
+        self._tell = tell
         self._newest: torch.Tensor | None = None
         self.has_frozen = not store.layout.frozen_bytes
 
@@ -101,6 +103,7 @@ class StoreHold:
         self._newest = None
         self._store.receive(keep, version=version)
         self._newest = came[0]
+        self._tell()
 
     def held(self, version: int) -> torch.Tensor:
         """See :class:`Hold`.

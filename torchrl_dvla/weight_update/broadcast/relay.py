@@ -107,7 +107,7 @@ class WeightRelay:
         except BaseException:
             channel.close()
             raise
-        self._hold = StoreHold(self.store)
+        self._hold = StoreHold(self.store, self._tell)
         self._thread = threading.Thread(
             target=self._serve, args=(channel, welcome), name="dvla-weight-relay", daemon=True
         )
@@ -227,6 +227,10 @@ class WeightRelay:
                 )
             return channel, welcome
 
+    def _tell(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
     def _note(self, lost: str | None) -> None:
         with self._changed:
             self._lost = lost
@@ -303,8 +307,6 @@ class _Session:
         try:
             while (order := self._orders.get()) is not None:
                 report = self._carrier.carry(order, relay._hold)
-                with relay._changed:
-                    relay._changed.notify_all()
                 self._channel.send("report", round=order.round, report=report.to_json())
         except ConnectionError:
             pass  # the listening thread finds out by itself
