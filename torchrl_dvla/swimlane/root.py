@@ -66,7 +66,8 @@ class Root:
             seed (int): of the scene.
             init_state_id (int): the environment's numbered initial state; -1 lets it sample one.
         """
-        self.env.set_seed(seed)
+        # Not static, it would make a generator to draw a next seed that nobody asks for.
+        self.env.set_seed(seed, static_seed=True)
         request = TensorDict({INIT_STATE_ID_KEY: torch.tensor([init_state_id])})
         self._tensordict = self.env.reset(request)
         if self._request_is_foreign:
