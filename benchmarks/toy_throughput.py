@@ -9,7 +9,8 @@
 Every arrangement plays the same task with the same policy (``TinyVLA``), collecting alone and then
 collecting and learning with the same gradient step for every minibatch (``_toy_task.py``):
 
-ours        ``DVLACollector``: two workers, the policy in a process, pages, admission, lag 1.
+ours        ``DVLACollector``: two workers on a core each, the policy in a process, pages,
+            admission, lag 2.
 recipe      the arrangement of TorchRL's VLA recipe: process ``Collector`` on ``ParallelEnv``, one
             shared ``ProcessInferenceServer``, ``MCAdvantage`` replay, pause, update, sync.
 async       ``AsyncBatchedCollector``.
@@ -128,6 +129,7 @@ class Ours:
                 num_workers=num_workers,
                 envs_per_worker=envs_per_worker,
                 max_decisions=MAX_DECISIONS,
+                pin_workers=True,
             ),
         )
         self.num_learned = 0

@@ -120,6 +120,13 @@ class WorkerConfig:
         num_threads (int): intra-op torch threads of a worker.
         env_vars (Mapping): environment variables of the workers.
         start_method (str): how processes are started.
+        pin_workers (bool): keep each worker on one core, where there is no more than one of them a
+            core and their steps cost more than everything else. Off by default:
+            :doc:`/decisions/0034-share-of-the-cpu-bound` says what it gains and where it was tried.
+
+    Raises:
+        ValueError: for a number that is not positive, or for ``pin_workers`` with a
+            ``num_threads`` above 1.
     """
 
     num_workers: int = 2
@@ -137,6 +144,7 @@ class WorkerConfig:
     num_threads: int = 1
     env_vars: Mapping[str, str] = field(default_factory=dict)
     start_method: Literal["forkserver", "spawn"] = "forkserver"
+    pin_workers: bool = False
 
     def __post_init__(self) -> None:
         positive = ("num_workers", "envs_per_worker", "max_decisions", "max_failures")
@@ -146,6 +154,11 @@ class WorkerConfig:
             _require_positive("max_in_flight", self.max_in_flight)
         if self.max_rss_bytes is not None:
             _require_positive("max_rss_bytes", parse_bytes(self.max_rss_bytes))
+        if self.pin_workers and self.num_threads > 1:
+            raise ValueError(
+                f"num_threads must be 1 with pin_workers, got {self.num_threads}. They would take "
+                "turns on one core: leave pin_workers out."
+            )
 
 
 @dataclass(frozen=True)

@@ -140,10 +140,8 @@ class DVLACollector(BaseCollector):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if isinstance(create_env_fn, Mapping):
-            self._factories = dict(create_env_fn)
-        else:
-            self._factories = {"default": create_env_fn}
+        tasks = create_env_fn if isinstance(create_env_fn, Mapping) else {"default": create_env_fn}
+        self._factories = dict(tasks)
         self.schedule = schedule or InitStateSchedule(tuple(self._factories), seed=seed)
         check_tasks(self.schedule, self._factories)
         self.policy = policy = check_policy(policy, policy_factory)
@@ -169,6 +167,7 @@ class DVLACollector(BaseCollector):
             num_threads=workers.num_threads,
             env_vars=workers.env_vars,
             start_method=workers.start_method,
+            pin_workers=workers.pin_workers,
         )
         try:
             layout = match_policy(policy, sampling.wait_ready(workers.start_timeout_s))

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait
@@ -36,6 +38,8 @@ class SamplingLane:
         num_threads (int): intra-op torch threads of a worker.
         env_vars (Mapping, optional): environment variables of the workers.
         start_method (str): how the processes are started.
+        pin_workers (bool): keep each worker on one of the cores that this process may run on, in
+            turn. Where the system knows no such thing, nothing happens.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class SamplingLane:
         num_threads: int = 1,
         env_vars: Mapping[str, str] | None = None,
         start_method: str = "forkserver",
+        pin_workers: bool = False,
     ) -> None:
         self._payload = cloudpickle.dumps(dict(factories))
         self.tasks = tuple(factories)
@@ -56,6 +61,7 @@ class SamplingLane:
         self.specs: EnvSpecs | None = None
         self._args = (envs_per_worker, num_threads, dict(env_vars or {}))
         self._start_method = start_method
+        self._pin_workers = pin_workers
         self._resets: list[list[Reset]] = [[] for _ in range(num_workers)]
         self._steps: list[list[Step]] = [[] for _ in range(num_workers)]
         self.workers: list[Child] = []
@@ -67,12 +73,15 @@ class SamplingLane:
             raise
 
     def _spawn(self, index: int) -> Child:
-        return Child(
+        worker = Child(
             run_env_worker,
             (self._payload, self.first_task, *self._args),
             name=f"dvla-env-{index}",
             start_method=self._start_method,
         )
+        if self._pin_workers:
+            _keep_on_core(worker.pid, index)
+        return worker
 
     def wait_ready(self, timeout_s: float) -> EnvSpecs:
         """Wait until every worker has built its environment.
@@ -173,3 +182,11 @@ class SamplingLane:
         for worker in self.workers:
             worker.process.join(max(0.0, deadline_s - time.monotonic()))
             worker.kill()
+
+
+def _keep_on_core(pid: int, index: int) -> None:
+    """The process has one thread yet; those that it starts inherit its core."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))  # what a container or launcher leaves to this run
+        with contextlib.suppress(OSError):  # it may have died already, which its pipe will tell
+            os.sched_setaffinity(pid, {cores[index % len(cores)]})
