@@ -48,9 +48,9 @@ from _machine import machine, paired_ratio, spread
 
 from torchrl_dvla.collectors import SchedulerConfig
 
-MIX = Mix(0.040, 0.040, 0.001, 0.001, max_batch_size=1)
+MIX = Mix(0.040, 0.040, 0.001, 0.001, max_batch_size=1, envs_per_worker=3)
 IN_FLIGHT, BATCH_SIZES = (8, 16, 24), (4, 8, 12, 24)
-WINDOW_S = 1.5
+WINDOW_S = 0.5
 
 
 class Side:
@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="short, with a small grid")
     args = parser.parse_args()
-    num_repeats, duration_s, limit_s = (3, 1.5, 25.0) if args.quick else (5, 3.0, 150.0)
+    num_repeats, duration_s, limit_s = (3, 1.5, 30.0) if args.quick else (5, 3.0, 150.0)
     global IN_FLIGHT, BATCH_SIZES
     if args.quick:
         IN_FLIGHT, BATCH_SIZES = (8, 24), (4, 12)

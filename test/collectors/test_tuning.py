@@ -17,6 +17,8 @@ from torchrl_dvla.collectors.counters import CollectionCounters
 from torchrl_dvla.collectors.tuning import Tuner
 from torchrl_dvla.swimlane import Timeline
 
+from .simulated_lanes import Latencies, SimulatedLanes
+
 
 class FakeLanes:
     """What the tuner sees of a coordinator, a buffer and a clock."""
@@ -24,7 +26,7 @@ class FakeLanes:
     def __init__(self, config: SchedulerConfig) -> None:
         self.now = 0.0
         self.max_in_flight, self.num_slots, self.inference_threads = 1, 8, 1
-        self.is_evaluating, self.is_admitting = False, True
+        self.is_evaluating, self.is_admitting, self.num_at_work = False, True, 1
         self.batcher = SimpleNamespace(max_batch_size=8, max_wait_s=0.0)
         self.num_epochs = 1
         self.counters, self.timeline = CollectionCounters(), Timeline()
@@ -58,6 +60,66 @@ def test_it_moves_what_the_scheduler_says():
     stats = lanes.tuner.stats()
     assert stats["scheduler/max_in_flight"] == 4
     assert stats["scheduler/moves"] >= 2
+
+
+LATENCIES = {
+    "equal": Latencies(),
+    "sampling": Latencies(step_s=0.1, infer_s=0.02),
+    "inference": Latencies(step_s=0.01, infer_s=0.05),
+    "jitter": Latencies(jitter=0.5),
+}
+#: Rollouts under way, rows of a batch, seconds of waiting.
+STARTS = [(1, 1, 0.01), (24, 1, 0.0), (1, 24, 0.032), (2, 2, 0.032)]
+GRID = [(n, b, 0.01) for n in (8, 16, 24) for b in (4, 8, 12, 16, 24) if b <= n]
+
+
+def steady_rate(latencies: Latencies, settings: tuple[int, int, float]) -> float:
+    lanes = SimulatedLanes(latencies, *settings)
+    lanes.run(4.0)
+    return lanes.run(10.0)
+
+
+@pytest.fixture(scope="module")
+def best() -> dict[str, float]:
+    return {
+        name: max(steady_rate(latencies, settings) for settings in GRID)
+        for name, latencies in LATENCIES.items()
+    }
+
+
+def test_simulated_lanes_cost_what_they_state():
+    """One rollout alternates: 40 ms step, 41 ms call, 2 messages; and a reset of 5 ms in all."""
+    rate = steady_rate(Latencies(), (1, 1, 0.0))
+    assert rate == pytest.approx(4 / (4 * 0.083 + 0.004), rel=0.01)
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("name", list(LATENCIES))
+def test_it_converges_within_a_minute_while_the_lanes_run(best, name, start):
+    lanes = SimulatedLanes(LATENCIES[name], *start)
+    tuner = Tuner(
+        SchedulerConfig(window_s=0.5),
+        coordinator=lanes,
+        replay_buffer=lanes,
+        timeline=lanes.timeline,
+        counters=lanes.counters,
+        clock=lambda: lanes.now,
+    )
+    lanes.on_pass = tuner.tick
+    lanes.run(60.0)
+    found = tuner.scheduler.settings
+    settings = int(found["max_in_flight"]), int(found["max_batch_size"]), found["max_wait_s"]
+    assert steady_rate(LATENCIES[name], settings) >= 0.95 * best[name], (settings, best[name])
+
+
+def test_no_window_begins_before_a_smaller_number_is_under_way():
+    lanes = FakeLanes(SchedulerConfig(window_s=1.0))
+    lanes.num_at_work = 4  # three rollouts have to end first
+    lanes.run(20.0)
+    assert lanes.max_in_flight == 1
+    lanes.num_at_work = 1
+    lanes.run(20.0)
+    assert lanes.max_in_flight > 1
 
 
 def test_an_evaluation_or_a_pause_is_no_window():

@@ -30,8 +30,15 @@ def knobs(**start: float) -> list[Knob]:
         "num_epochs": (1, 4, "gradient", 1),
     }
     takes = {"inference_threads": "gradient"}
+    follows = {"max_batch_size": "num_envs" if "num_envs" in start else ""}
     return [
-        Knob(name, value, *bounds[name], takes_from=takes.get(name, ""))
+        Knob(
+            name,
+            value,
+            *bounds[name],
+            takes_from=takes.get(name, ""),
+            follows=follows.get(name, ""),
+        )
         for name, value in start.items()
     ]
 
@@ -197,10 +204,31 @@ def test_every_move_is_explained_in_the_log(caplog):
     with caplog.at_level(logging.INFO, logger="torchrl_dvla"):
         moves = scheduler.observe(Measurement(10.0, reading(inference=1.0, sampling=0.5)))
     assert [str(move) for move in moves] == [
-        "max_batch_size: 1 -> 2, because inference is the critical lane (busy 100 %); hoping for "
-        "up to +100%"
+        "num_envs: 1 -> 2, because inference is the critical lane (busy 100 %); hoping for up to "
+        "+100%",
+        "max_batch_size: 1 -> 2, because it keeps its share of num_envs",
     ]
-    assert [record.getMessage() for record in caplog.records] == [f"Scheduler: {moves[0]}."]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"Scheduler: {move}." for move in moves]
+
+
+def test_a_batch_is_no_larger_than_what_is_under_way():
+    scheduler = Scheduler(knobs(num_envs=1, max_batch_size=32), num_windows=1, num_settle=0)
+    moves = scheduler.observe(Measurement(10.0, reading(sampling=0.5)))
+    assert [(move.knob, move.new) for move in moves] == [("num_envs", 2), ("max_batch_size", 2)]
+
+
+def test_a_saturated_lane_that_no_setting_helps_ends_the_search():
+    scheduler = Scheduler(knobs(num_envs=4, max_batch_size=4), num_windows=1)
+    assert scheduler.observe(Measurement(50.0, reading(sampling=0.99, inference=0.5))) == []
+    assert scheduler.at_rest
+
+
+def test_after_a_fine_step_that_paid_coarse_ones_are_tried_again():
+    scheduler = Scheduler(knobs(num_envs=4), num_windows=1, num_settle=0)
+    rates = iter([100.0, 90.0, 90.0, 150.0])  # at 4, 8, 2 and 6
+    moves = [scheduler.observe(Measurement(next(rates), reading(sampling=0.3))) for _ in range(4)]
+    assert [move[-1].new for move in moves] == [8, 2, 6, 12]
 
 
 def test_a_knob_outside_its_bounds_is_refused():

@@ -233,8 +233,9 @@ class SchedulerConfig:
     ``max_batch_size`` (up to as many rows); the rest where a bound is given.
 
     Args:
-        window_s (float): seconds of one measurement. It should hold a few policy calls of every
-            environment.
+        window_s (float): seconds of one measurement at least; it lasts longer where four decisions
+            of every rollout under way do. Where sampling and learner share cores it should hold a
+            whole update, or the learner's phases look like gains and losses.
         max_wait_s (float): the longest that a row may be made to wait for others to share its
             policy call. 0 leaves the wait as it is.
         num_epochs (tuple, optional): fewest and most passes over the groups of an update. More

@@ -146,6 +146,11 @@ class Coordinator:
         return len(self._fleet.slots)
 
     @property
+    def num_at_work(self) -> int:
+        """Rollouts under way."""
+        return self._fleet.num_at_work
+
+    @property
     def is_evaluating(self) -> bool:
         """Whether an evaluation is under way."""
         return self._queue.evaluating

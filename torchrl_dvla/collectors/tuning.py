@@ -20,6 +20,10 @@ from torchrl_dvla.swimlane import Knob, Measurement, Scheduler, Timeline
 
 __all__ = ["Tuner", "attach_tuner", "check_movable"]
 
+#: Decisions of every rollout under way that a window holds at least: they come in bursts as large
+#: as a batch, and a window of few bursts says little.
+_MIN_ROUNDS = 4
+
 
 def check_movable(config: SchedulerConfig | None, deterministic: bool) -> None:
     """Refuse a scheduler where a run is to be a function of its seeds."""
@@ -80,7 +84,12 @@ class Tuner:
         knobs = [
             Knob("max_in_flight", self._coordinator.max_in_flight, 1, num_slots, "all"),
             Knob(
-                "max_batch_size", min(batcher.max_batch_size, num_slots), 1, num_slots, "inference"
+                "max_batch_size",
+                min(batcher.max_batch_size, num_slots),
+                1,
+                num_slots,
+                "inference",
+                follows="max_in_flight",
             ),
         ]
         if config.max_wait_s > 0:
@@ -98,12 +107,14 @@ class Tuner:
 
     def tick(self) -> None:
         """Called once a pass of the coordinator's loop; does nothing until a window is over."""
-        now = self._clock()
-        if self._coordinator.is_evaluating or not self._coordinator.is_admitting:
+        now, coordinator = self._clock(), self._coordinator
+        decisions = self._num_decisions() - self._decisions
+        if coordinator.is_evaluating or not coordinator.is_admitting:
             self._begin_window(now)  # another load: nothing to compare with
-        elif now >= self._end_s:
+        elif coordinator.num_at_work > coordinator.max_in_flight:
+            self._begin_window(now)  # the move has not taken effect: rollouts have to end first
+        elif now >= self._end_s and decisions >= _MIN_ROUNDS * coordinator.num_at_work:
             reading = self._timeline.reading(now)
-            decisions = self._num_decisions() - self._decisions
             rate = decisions / (now - self._start_s)
             for move in self.scheduler.observe(Measurement(rate, reading.since(self._reading))):
                 self._apply(move.knob, move.new)

@@ -38,6 +38,8 @@ class Knob:
             work under way, so that every lane rests less.
         unit (float): smallest step from zero; values are multiples of it.
         takes_from (str): the lane that does less when the setting is raised, if there is one.
+        follows (str): another setting, of which this one is a part: it keeps its share of it when
+            that one is moved, and cannot be more than it.
 
     Examples:
         >>> knob = Knob("max_batch_size", 6, low=1, high=16, helps="inference")
@@ -55,6 +57,7 @@ class Knob:
     helps: str
     unit: float = 1
     takes_from: str = ""
+    follows: str = ""
 
     def __post_init__(self) -> None:
         if not self.low <= self.value <= self.high:
@@ -100,9 +103,9 @@ class _Trial(NamedTuple):
     factor: float
 
     @property
-    def key(self) -> tuple[tuple[str, ...], float]:
+    def key(self) -> tuple[str, float]:
         """What is closed when it was no good."""
-        return tuple(move.knob for move in self.moves), self.factor
+        return self.moves[0].knob, self.factor
 
 
 class Scheduler:
@@ -155,8 +158,8 @@ up to +50%
         knobs: Iterable[Knob],
         *,
         min_gain: float = 0.02,
-        num_windows: int = 2,
-        max_windows: int = 4,
+        num_windows: int = 3,
+        max_windows: int = 8,
         num_settle: int = 1,
         drift: float = 0.15,
     ) -> None:
@@ -169,9 +172,9 @@ up to +50%
         self._drift = drift
         self._stage = 0
         self._trial: _Trial | None = None
-        self._momentum: tuple[tuple[str, ...], bool] | None = None
+        self._momentum: tuple[str, bool] | None = None
         #: Steps that were no good, by knobs and factor, since the last one that was.
-        self._closed: set[tuple[tuple[str, ...], float]] = set()
+        self._closed: set[tuple[str, float]] = set()
         self._base: list[float] = []
         self._rates: list[float] = []
         self._left_out = 0
@@ -217,13 +220,13 @@ up to +50%
             return []
         gain = _mean(self._rates) / _mean(self._base) - 1.0
         threshold = max(self._min_gain, 2.0 * _error(self._rates, self._base))
-        knobs, factor = trial.key
+        knob, factor = trial.key
         if gain > threshold:
             what = ", ".join(f"{move.knob} = {move.new:g}" for move in trial.moves)
             _log.info("Scheduler: %s is kept, it brought %+.0f %%.", what, 100 * gain)
             # Another landscape: what did not help before may help now, but for the way back.
-            self._closed = {(knobs, 1.0 / factor)}
-            self._momentum = (knobs, factor > 1)
+            self._closed, self._stage = {(knob, 1.0 / factor)}, 0
+            self._momentum = (knob, factor > 1)
             self._base, self._trial = self._rates, None
             return self._next(measurement)
         if gain > -threshold and len(self._rates) < self._max_windows:
@@ -257,76 +260,72 @@ up to +50%
         """The step that promises most, of those that are not closed."""
         up = _FACTORS[self._stage]
         names = [name for name in self._knobs if name != "num_epochs"]
-        candidates: list[tuple[tuple[str, ...], float]] = [
-            ((name,), factor) for factor in (up, 1.0 / up) for name in names
-        ]
-        # More work under way may need more room with the policy, and the other way round: where
-        # neither helps alone, both may.
-        for more in (name for name in names if self._knobs[name].helps == "all"):
-            candidates += [((more, room), up) for room in names if room != more]
+        candidates = [(name, factor) for factor in (up, 1.0 / up) for name in names]
         best: tuple[int, _Trial] | None = None
         for key in candidates:
             trial = self._make_trial(*key, critical, shares, reading)
-            if trial is None or key in self._closed or self._is_hopeless(*key, critical, shares):
+            if trial is None or key in self._closed:
                 continue
+            if max(move.expected_gain for move in trial.moves) < self._min_gain:
+                continue  # another lane has no time left for it
             rank = self._rank(*key, critical, shares)
             if best is None or rank < best[0]:
                 best = rank, trial
         return None if best is None else best[1]
 
-    def _is_hopeless(
-        self, names: tuple[str, ...], factor: float, critical: str, shares: Mapping[str, float]
-    ) -> bool:
-        """Whether the learner is the limit, and the step gives it nothing."""
-        if critical != "gradient" or shares["gradient"] < _SATURATED:
-            return False
-        knobs = [self._knobs[name] for name in names]
-        gives = [knob.helps if factor > 1 else knob.takes_from for knob in knobs]
-        return "gradient" not in gives
-
-    def _rank(
-        self, names: tuple[str, ...], factor: float, critical: str, shares: Mapping[str, float]
-    ) -> int:
+    def _rank(self, name: str, factor: float, critical: str, shares: Mapping[str, float]) -> int:
         """0 for a direction that has just helped, then what helps the critical lane."""
-        if self._momentum == (names, factor > 1):
+        if self._momentum == (name, factor > 1):
             return 0
-        knobs = [self._knobs[name] for name in names]
-        if len(names) > 1:
-            return 4
+        knob = self._knobs[name]
         saturated = shares[critical] >= _SATURATED
         if factor < 1:
-            return 1 if saturated and knobs[0].takes_from == critical else 3
-        helps = {knob.helps for knob in knobs}
-        return 1 if (critical in helps if saturated else "all" in helps) else 2
+            return 1 if saturated and knob.takes_from == critical else 3
+        if knob.helps == "all":
+            return 1
+        return 1 if saturated and knob.helps == critical else 2
 
     def _make_trial(
         self,
-        names: tuple[str, ...],
+        name: str,
         factor: float,
         critical: str,
         shares: Mapping[str, float],
         reading: Reading,
     ) -> _Trial | None:
+        knob, old = self._knobs[name], self._effective(self._knobs[name])
+        new = knob.moved(old, factor)
+        if new == old or (knob.follows and new > self.settings[knob.follows]):
+            return None
+        reason = _say_busy(critical, shares)
+        if knob.helps == "all" and factor > 1:
+            reason = _say_idle(reading) or reason
+        elif critical != (knob.helps if factor > 1 else knob.takes_from):
+            reason += ", and nothing else is left to try"
         moves = []
-        for name in names:
-            knob, old = self._knobs[name], self.settings[name]
-            new = knob.moved(old, factor)
-            if new == old:
-                return None
-            reason = _say_busy(critical, shares)
-            if knob.helps == "all" and factor > 1:
-                reason = _say_idle(reading) or reason
-            elif critical != (knob.helps if factor > 1 else knob.takes_from):
-                reason += ", and nothing else is left to try"
-            ratio = new / old if old else 2.0
-            moves.append(Move(name, old, new, reason, self._headroom(knob, ratio, shares)))
-        return _Trial(tuple(moves), factor)
+        relieved = {knob.helps if factor > 1 else knob.takes_from}
+        ratio = new / old if old else 2.0
+        for other in self._knobs.values():
+            if other.follows == name:
+                before = self._effective(other)
+                after = other.moved(before, ratio)
+                if after != self.settings[other.name]:
+                    why = f"it keeps its share of {name}"
+                    moves.append(Move(other.name, self.settings[other.name], after, why, 0.0))
+                if after > before:
+                    relieved.add(other.helps)
+        hope = self._headroom(relieved, ratio, shares)
+        return _Trial((Move(name, self.settings[name], new, reason, hope), *moves), factor)
+
+    def _effective(self, knob: Knob) -> float:
+        """Where the setting stands: not above the one that it is a part of."""
+        value = self.settings[knob.name]
+        return min(value, self.settings[knob.follows]) if knob.follows else value
 
     @staticmethod
-    def _headroom(knob: Knob, factor: float, shares: Mapping[str, float]) -> float:
+    def _headroom(relieved: set[str], factor: float, shares: Mapping[str, float]) -> float:
         """What a step can bring at most: then another lane has no time left."""
-        relieved = knob.helps if factor > 1.0 else knob.takes_from
-        others = max(share for lane, share in shares.items() if lane != relieved)
+        others = max(share for lane, share in shares.items() if lane not in relieved)
         limit = 1.0 / max(others, 0.01) - 1.0
         return max(0.0, min(factor - 1.0 if factor > 1.0 else limit, limit))
 
