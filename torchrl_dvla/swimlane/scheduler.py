@@ -117,12 +117,17 @@ class Scheduler:
     A move is a *trial*. After it one window is left out, for what was under way to settle; then
     windows are compared with those before. A trial is kept if it gained more than ``min_gain`` and
     more than twice the standard error of the comparison, and tried again in the same direction;
-    else it is taken back, and not repeated before another one was kept. The timeline says where to
-    begin: with the settings that help the lane that is busiest, or, while no lane is busy all the
-    time, with more work under way. Steps double and halve; when none of these helps, finer ones are
-    tried; when none of those does, the scheduler rests until the rate changes by ``drift``.
+    else it is taken back, and not repeated before another one was kept. A setting that is a part of
+    another (:attr:`Knob.follows`) keeps its share of it: more work under way brings nothing without
+    larger batches, so the two are one trial.
 
-    When the learner is the limit, nothing can raise the rate but less learning, so all others rest.
+    The timeline says where to begin: with more work under way, then with what helps a lane that is
+    busy all the time. It also says what is not worth a trial: what a step can bring is limited by
+    the lanes that it does not help, and below ``min_gain`` it is left out. So the search ends at
+    once when sampling or the learner is busy all the time. Steps double and halve; when none of
+    these helps, finer ones are tried, and coarse ones again after each that was kept; when none of
+    those does, the scheduler rests until the rate changes by ``drift``.
+
     How often a cohort is learned from is its own matter (``num_epochs``): it is not climbed, for
     fewer passes are always faster. It rises while the learner would still have time to spare, and
     falls when sampling waits for the learner, within its bounds.
