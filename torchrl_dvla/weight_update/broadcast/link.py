@@ -42,7 +42,8 @@ class Edge:
     Keyword Args:
         is_parent (bool): which end this is.
         host (str): address of this machine at which the other end reaches it.
-        timeout_s (float): how long to wait for the other end, here and in every :meth:`wait`.
+        timeout_s (float): how long to wait for the other end in every :meth:`wait`, and in each of
+            Gloo's tries to connect: opening an edge to a node that is stopped can take several.
 
     Raises:
         EdgeError: if the other end does not come.
