@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="short, with a small grid")
     args = parser.parse_args()
-    num_repeats, duration_s, limit_s = (3, 1.5, 30.0) if args.quick else (5, 3.0, 150.0)
+    num_repeats, duration_s, limit_s = (3, 1.5, 22.0) if args.quick else (5, 3.0, 90.0)
     global IN_FLIGHT, BATCH_SIZES
     if args.quick:
         IN_FLIGHT, BATCH_SIZES = (8, 24), (4, 12)
