@@ -50,6 +50,13 @@ class Recipe:
         num_collectors (int): collector processes.
         envs_per_collector (int): environments of each, a process a piece.
         server_timeout (float): seconds that the server waits for requests.
+        worker_metadata (bool): environments describe themselves when they start, so that none is
+            built for that alone. It needs ``ParallelEnv`` without buffers, to which it falls back
+            in any case where an environment has text.
+
+    Raises:
+        RuntimeError: from each way to spend time, if a collector process has died. TorchRL's
+            collector, running free, says nothing then: the counts just stand still.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class Recipe:
         num_collectors: int,
         envs_per_collector: int,
         server_timeout: float,
+        worker_metadata: bool = False,
     ) -> None:
         context = mp.get_context("spawn")
         self._policy, self._envs_per_collector = make_policy(), envs_per_collector
@@ -96,7 +104,11 @@ class Recipe:
         self._collector = Collector(
             [
                 functools.partial(
-                    _parallel_env, make_env, envs_per_collector, k * envs_per_collector
+                    _parallel_env,
+                    make_env,
+                    envs_per_collector,
+                    k * envs_per_collector,
+                    worker_metadata,
                 )
                 for k in range(num_collectors)
             ],
@@ -127,6 +139,8 @@ class Recipe:
             num_sub_threads=1,
         )
         self._update = make_update(self._policy)
+        #: Seconds inside of updates, from the request to pause until the collector goes on.
+        self.update_s = 0.0
 
     def __enter__(self) -> Recipe:
         self._collector.start()
@@ -144,22 +158,40 @@ class Recipe:
     def collect_for(self, seconds: float) -> None:
         end_s = time.monotonic() + seconds
         while time.monotonic() < end_s:
+            self._check_alive()
             time.sleep(0.05)
 
     def learn_for(self, seconds: float) -> None:
         end_s = time.monotonic() + seconds
         while time.monotonic() < end_s:
-            self._sync_writes()
-            if len(self._buffer) < self._update_decisions:
-                time.sleep(0.01)
-                continue
-            with self._collector.pause():
-                while len(self._buffer):
-                    self._update(self._buffer.sample())
-                self._advantage.clear_queues()
-                self._collector.map_fn("replay_buffer._transform[0].clear_queues")
-                self._collector.map_fn("reset")
-                self._server.update_model_weights(weights(self._policy))
+            self._learn_if_ready()
+
+    def learn_once(self) -> None:
+        """Wait for enough data and make one update; all is at rest for a moment when it ends."""
+        while not self._learn_if_ready():
+            pass
+
+    def _learn_if_ready(self) -> bool:
+        self._check_alive()
+        self._sync_writes()
+        if len(self._buffer) < self._update_decisions:
+            time.sleep(0.01)
+            return False
+        start_s = time.monotonic()
+        with self._collector.pause():
+            while len(self._buffer):
+                self._update(self._buffer.sample())
+            self._advantage.clear_queues()
+            self._collector.map_fn("replay_buffer._transform[0].clear_queues")
+            self._collector.map_fn("reset")
+            self._server.update_model_weights(weights(self._policy))
+        self.update_s += time.monotonic() - start_s
+        return True
+
+    def _check_alive(self) -> None:
+        dead = [process.pid for process in self._collector.procs if not process.is_alive()]
+        if dead:
+            raise RuntimeError(f"collector processes {dead} have died: see their traceback above")
 
     def _sync_writes(self) -> None:
         # The workers write the shared storage; the sampler of this process has to be told.
@@ -175,6 +207,14 @@ def weights(policy: torch.nn.Module) -> TensorDict:
     return TensorDict.from_module(policy).data.detach().clone()
 
 
-def _parallel_env(make_env: Callable[[int], EnvBase], num_envs: int, first: int) -> ParallelEnv:
+def _parallel_env(
+    make_env: Callable[[int], EnvBase], num_envs: int, first: int, worker_metadata: bool
+) -> ParallelEnv:
     factories = [functools.partial(make_env, first + k) for k in range(num_envs)]
-    return ParallelEnv(num_envs, factories, mp_start_method="spawn", device="cpu")
+    return ParallelEnv(
+        num_envs,
+        factories,
+        mp_start_method="spawn",
+        device="cpu",
+        metadata_from_workers=worker_metadata,
+    )

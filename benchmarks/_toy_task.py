@@ -104,6 +104,7 @@ def make_rival_env(
         success_tol=0.35,
         seed=worker_idx,
         batch_size=torch.Size(batch_size),
+        device="cpu",  # ParallelEnv's; else its first partial reset fails
         **({} if kind == "vectorised" else group),
     )
     transforms = (

@@ -7,24 +7,35 @@
     python benchmarks/libero_throughput.py [--quick]
 
 The whole loop: simulation, inference, updates, new weights. Every arrangement drives two simulators
-on the same task with the checkpoint of ``sota-implementations/dvla_sft``, plays episodes of the
-same length, and takes the same gradient step (``GRPOLoss``, AdamW) for each decision once.
+on the same task with the checkpoint of ``sota-implementations/dvla_sft``, plays episodes of at most
+120 env steps (the horizon of ``dvla_grpo``'s configuration), and takes the same gradient step
+(``GRPOLoss``, AdamW) once for each decision that it learns from.
 
 stock        the arrangement of TorchRL's VLA recipe (``_recipe.py``) on ``LiberoEnv`` with
              ``MultiAction``, built as the recipe builds it. On two cores its best is one collector
-             with two environments: they step side by side and share the policy call. Two collectors
-             with one each take a batch of one from the server twice as often.
+             with two environments; ``--search 1x2,2x1`` compares it with two collectors of one,
+             which came to 0.8 of it.
+stock_tuned  with ``--tuned``: the same with one camera and soft resets, which are not TorchRL's
+             defaults: for information.
 same_pixels  ``DVLACollector`` on ``LiberoChunkEnv`` with stock render settings, whose frames
              ``benchmarks/libero_env.py`` finds equal to stock's.
 fast         the same without shadows and multisampling.
 
-So short an episode ends by its limit, unsolved. That groups are learned from nevertheless, each
-decision once, returns are drawn at random, by a transform on every environment alike; and the
-learning rate is so small that the policy stays what it is.
+How it is measured. All are built once, and then work in turns: between its turns the processes of
+an arrangement are stopped (``_turns.py``), so none collects, computes or waits in the time of
+another. A turn begins at the end of an update and ends at the end of another at least ``seconds``
+later, so that it holds whole cycles of collecting, updating and, for stock, the resets that end an
+update. The first round only warms up. Env steps are decisions times ``CHUNK_SIZE``, for all alike;
+those count that were collected in the turn, learned from or not. That favours stock: it learns from
+``learned_share`` of them only, since an update resets its environments and breaks their next group.
 
-ratio_same_pixels, ratio_fast: env steps/s over those of ``stock``. Resets count: stock's takes
-seconds, and recipes reset after every episode. ``env_steps_per_episode`` says how much they weigh;
-the recipe's own episodes take about as long.
+Returns are drawn at random, by a transform on every environment alike, so that every group has
+contrast, and the learning rate is so small that the policy stays what it is.
+
+ratio_same_pixels, ratio_fast: env steps/s over those of ``stock``, resets and updates included.
+ratio_*_vs_collecting: over those of ``stock`` outside of its updates, as if these cost nothing. An
+update of four rollouts, fewer than real recipes take, makes them weigh more: for larger ones the
+truth lies between the two.
 
 The last line of stdout is one JSON object.
 """
@@ -32,25 +43,30 @@ The last line of stdout is one JSON object.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
 import sys
 import time
 import warnings
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from _machine import in_processes, machine, paired_ratio, spread
+from _machine import machine, paired_ratio, spread
+from _turns import TurnTaker, close, wait_ready
 from tensordict import TensorDictBase
 from torchrl.envs import Compose, EnvBase, LiberoEnv, MultiAction, StepCounter, TransformedEnv
 from torchrl.envs.transforms import Transform
 
 SUITE, TASK_ID, CHUNK_SIZE, SIZE = "libero_object", 3, 8, 128
 GROUP_SIZE, GROUPS_PER_UPDATE, MINIBATCH = 2, 2, 16
-NAMES = ("stock", "same_pixels", "fast")
+NUM_ENVS, LAYOUT = 2, "1x2"
+RIVALS, OURS = ("stock", "stock_tuned"), ("same_pixels", "fast")
+TUNED = {"camera_names": ["agentview"], "hard_reset": False}
+NEVER_S = 1e5  # deadlines go on while a process stands still
 CHECKPOINT = Path(__file__).resolve().parents[1] / "sota-implementations/dvla_sft/checkpoints"
 
 
@@ -73,7 +89,7 @@ def make_env(name: str, decisions: int, worker_idx: int = 0) -> EnvBase:
     setup_libero()
     size = {"camera_height": SIZE, "camera_width": SIZE}
     reward = RandomReturn(os.getpid() + worker_idx)
-    if name != "stock":
+    if name in OURS:
         render = {"shadows": name != "fast", "msaa": name != "fast"}
         env = LiberoChunkEnv(SUITE, TASK_ID, chunk_size=CHUNK_SIZE, **render, **size)
         return TransformedEnv(env, reward)
@@ -83,6 +99,8 @@ def make_env(name: str, decisions: int, worker_idx: int = 0) -> EnvBase:
         init_state_mode="cycle",
         group_repeats=GROUP_SIZE,
         group_id_offset=worker_idx * 10**6,
+        device="cpu",  # ParallelEnv's; else its first partial reset fails
+        env_kwargs=TUNED if name == "stock_tuned" else {},
         **size,
     )
     stock.set_seed(worker_idx)
@@ -119,9 +137,11 @@ class Update:
 class Ours:
     """``DVLACollector`` with the interface of the recipe's arrangement."""
 
+    update_s = 0.0  # it collects meanwhile
+
     def __init__(self, name: str, decisions: int) -> None:
         from torchrl_dvla import DVLACollector, PooledReplayBuffer
-        from torchrl_dvla.collectors import GroupConfig, WorkerConfig
+        from torchrl_dvla.collectors import GroupConfig, InferenceConfig, WorkerConfig
 
         policy = make_policy()
         self.update = Update(policy)
@@ -130,7 +150,13 @@ class Ours:
             policy,
             replay_buffer=functools.partial(PooledReplayBuffer, batch_size=MINIBATCH),
             group=GroupConfig(group_size=GROUP_SIZE, groups_per_update=GROUPS_PER_UPDATE),
-            workers=WorkerConfig(num_workers=2, max_decisions=decisions),
+            workers=WorkerConfig(
+                num_workers=NUM_ENVS,
+                max_decisions=decisions,
+                reset_timeout_s=NEVER_S,
+                step_timeout_s=NEVER_S,
+            ),
+            inference=InferenceConfig(timeout_s=NEVER_S),
         )
 
     def __enter__(self) -> Ours:
@@ -143,16 +169,14 @@ class Ours:
     def num_decisions(self) -> int:
         return int(self._collector.stats().get("collector/decisions", 0))
 
-    def learn_for(self, seconds: float) -> None:
-        end_s = time.monotonic() + seconds
-        while time.monotonic() < end_s:
-            for batch in self._collector.replay_buffer:
-                self.update(batch)
-            self._collector.update_policy_weights_()
+    def learn_once(self) -> None:
+        for batch in self._collector.replay_buffer:
+            self.update(batch)
+        self._collector.update_policy_weights_()
 
 
-def make_stock(decisions: int) -> Any:
-    """The recipe's arrangement, which begins an update when it has as many decisions as ours."""
+def make_stock(name: str, decisions: int, layout: str) -> Any:
+    """The recipe's arrangement; it begins an update when it has as many groups as ours."""
     from _recipe import Recipe
 
     updates: list[Update] = []
@@ -161,82 +185,129 @@ def make_stock(decisions: int) -> Any:
         updates.append(Update(policy))
         return updates[0]
 
+    num_collectors, envs_per_collector = (int(number) for number in layout.split("x"))
     recipe = Recipe(
-        functools.partial(make_env, "stock", decisions),
+        functools.partial(make_env, name, decisions),
         make_policy,
         make_update,
         group_size=GROUP_SIZE,
         minibatch=MINIBATCH,
-        update_decisions=GROUP_SIZE * GROUPS_PER_UPDATE * decisions,
+        # groups less than these cannot be so many
+        update_decisions=GROUP_SIZE * (GROUPS_PER_UPDATE - 1) * decisions + 1,
         return_bounds=None,
-        num_collectors=1,
-        envs_per_collector=2,
+        num_collectors=num_collectors,
+        envs_per_collector=envs_per_collector,
         server_timeout=0.001,
+        worker_metadata=True,
     )
     recipe.update = updates[0]
     return recipe
 
 
-def run(connection: Connection, name: str, args: argparse.Namespace) -> None:
-    """In a process of its own: build, play until all is warm, measure whole update cycles."""
+@contextlib.contextmanager
+def build(name: str, decisions: int, layout: str) -> Iterator[Callable[[float], dict[str, float]]]:
+    """An arrangement, and the call that measures it for a while."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    with open(os.devnull, "w") as null:
-        sys.stdout = null
-        built = make_stock(args.decisions) if name == "stock" else Ours(name, args.decisions)
-        with built as arrangement:
-            start_s = time.monotonic()
-            while arrangement.num_decisions() < 2:  # first steps compile
-                arrangement.learn_for(1.0 if name == "stock" else 0.1)
-            warm_up_s = time.monotonic() - start_s
-            before, learned = arrangement.num_decisions(), arrangement.update.num_learned
-            start_s = time.monotonic()
-            arrangement.learn_for(args.stock_seconds if name == "stock" else args.seconds)
-            elapsed_s = time.monotonic() - start_s
-            decisions = arrangement.num_decisions() - before
-            learned = arrangement.update.num_learned - learned
-        connection.send(
-            {
-                "env_steps_per_s": decisions * CHUNK_SIZE / elapsed_s,
-                "learned_share": learned / decisions,
-                "elapsed_s": elapsed_s,
-                "warm_up_s": warm_up_s,
-            }
-        )
+    built = Ours(name, decisions) if name in OURS else make_stock(name, decisions, layout)
+    with built as arrangement:
+        yield functools.partial(measure, arrangement)
+
+
+def measure(arrangement: Any, seconds: float) -> dict[str, float]:
+    """Whole updates, from the end of one to the end of another at least ``seconds`` later."""
+    decisions, learned = arrangement.num_decisions(), arrangement.update.num_learned
+    start_s, update_s, num_updates = time.monotonic(), arrangement.update_s, 0
+    while num_updates == 0 or time.monotonic() - start_s < seconds:
+        arrangement.learn_once()
+        num_updates += 1
+    elapsed_s = time.monotonic() - start_s
+    env_steps = (arrangement.num_decisions() - decisions) * CHUNK_SIZE
+    learned = arrangement.update.num_learned - learned
+    return {
+        "env_steps_per_s": env_steps / elapsed_s,
+        "env_steps": env_steps,
+        "elapsed_s": elapsed_s,
+        "num_updates": num_updates,
+        "learned_share": learned * CHUNK_SIZE / env_steps,
+        "update_share": (arrangement.update_s - update_s) / elapsed_s,
+    }
+
+
+def take_turns(
+    arrangements: dict[str, tuple[str, str]], args: argparse.Namespace
+) -> dict[str, list[dict[str, float]]]:
+    """Measure ``arrangements`` (name and layout by label) in turns, each from standing."""
+    runs: dict[str, list[dict[str, float]]] = {label: [] for label in arrangements}
+    start_s = time.monotonic()
+
+    def tell(text: str) -> None:
+        print(f"{time.monotonic() - start_s:4.0f} s  {text}", file=sys.stderr, flush=True)
+
+    takers: dict[str, TurnTaker] = {}
+    try:
+        for label, (name, layout) in arrangements.items():
+            takers[label] = TurnTaker(build, name, args.decisions, layout)
+        for label in wait_ready(takers):
+            tell(f"built {label}")
+        warm_ups = 0 if args.quick else 1
+        labels = list(takers)
+        for repeat in range(-warm_ups, args.repeats):
+            for label in labels if repeat % 2 == 0 else labels[::-1]:
+                found = takers[label].take(args.seconds if repeat >= 0 else 0.0)
+                if repeat >= 0:
+                    runs[label].append(found)
+                line = "  ".join(f"{key} {value:.4g}" for key, value in found.items())
+                tell(f"{repeat if repeat >= 0 else 'warm-up'} {label:<12} {line}")
+    finally:
+        close(takers.values())
+    return runs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one round of short stretches")
-    parser.add_argument("--decisions", type=int, help="of an episode; 6 by default, 2 with --quick")
-    parser.add_argument("--seconds", type=float, help="of ours; 15 by default, 4 with --quick")
-    parser.add_argument("--stock-seconds", type=float, help="60 by default, 15 with --quick")
-    parser.add_argument("--repeats", type=int, help="5 by default, 1 with --quick")
-    parser.add_argument("--only", choices=NAMES[1:], help="one of ours beside stock: half the time")
+    parser.add_argument("--quick", action="store_true", help="one round of very short episodes")
+    parser.add_argument("--decisions", type=int, help="of an episode: 15, or 2 if --quick")
+    parser.add_argument("--seconds", type=float, help="at least: 15, or 4 if --quick")
+    parser.add_argument("--repeats", type=int, help="5, or 1 if --quick")
+    parser.add_argument("--only", choices=OURS, help="one of ours beside stock")
+    parser.add_argument("--tuned", action="store_true", help="stock_tuned as well (20 GB in all)")
+    parser.add_argument("--search", help="layouts of stock to compare instead, e.g. 1x2,2x1")
     args = parser.parse_args()
-    args.decisions = args.decisions or (2 if args.quick else 6)
+    args.decisions = args.decisions or (2 if args.quick else 15)
     args.seconds = args.seconds or (4.0 if args.quick else 15.0)
-    args.stock_seconds = args.stock_seconds or (15.0 if args.quick else 60.0)
     args.repeats = args.repeats or (1 if args.quick else 5)
-    ours = (args.only,) if args.only else NAMES[1:]
-    names = ("stock", *ours)
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for repeat in range(args.repeats):
-        for name in names if repeat % 2 == 0 else names[::-1]:
-            runs[name].append(in_processes(run, [(name, args)])[0])
-            line = "  ".join(f"{key} {value:.2f}" for key, value in runs[name][-1].items())
-            print(f"{repeat} {name:<12} {line}", file=sys.stderr)
+    if args.search:
+        layouts = args.search.split(",")
+        runs = take_turns({f"stock {layout}": ("stock", layout) for layout in layouts}, args)
+        rates = {key: spread(run["env_steps_per_s"] for run in runs[key]) for key in runs}
+        print(json.dumps({"benchmark": "libero_throughput", "search": rates}))
+        return
+    rivals = RIVALS if args.tuned else RIVALS[:1]
+    ours = (args.only,) if args.only else OURS
+    names = (*rivals, *ours)
+    runs = take_turns({name: (name, LAYOUT) for name in names}, args)
 
     def column(name: str, key: str = "env_steps_per_s") -> list[float]:
-        return [one[key] for one in runs[name]]
+        return [run[key] for run in runs[name]]
 
-    ratios = {name: paired_ratio(column(name), column("stock")) for name in ours}
+    def outside_updates(name: str) -> list[float]:
+        return [run["env_steps_per_s"] / (1.0 - run["update_share"]) for run in runs[name]]
+
+    ratios = {f"ratio_{name}": paired_ratio(column(name), column("stock")) for name in ours}
+    for name in ours:
+        ratios[f"ratio_{name}_vs_collecting"] = paired_ratio(column(name), outside_updates("stock"))
+        if args.tuned:
+            ratios[f"ratio_{name}_vs_tuned"] = paired_ratio(column(name), column("stock_tuned"))
     result = {
         "benchmark": "libero_throughput",
-        **{f"ratio_{name}": found["median"] for name, found in ratios.items()},
-        "spread": {f"ratio_{name}": found for name, found in ratios.items()},
+        **{key: found["median"] for key, found in ratios.items()},
+        "spread": ratios,
         "env_steps_per_s": {name: spread(column(name)) for name in names},
         "learned_share": {name: spread(column(name, "learned_share")) for name in names},
+        "update_share": {name: spread(column(name, "update_share")) for name in rivals},
+        "num_updates": {name: sum(column(name, "num_updates")) for name in names},
+        "elapsed_s": {name: round(sum(column(name, "elapsed_s")), 1) for name in names},
         "workload": {
             "suite": SUITE,
             "task_id": TASK_ID,
@@ -245,8 +316,10 @@ def main() -> None:
             "env_steps_per_episode": CHUNK_SIZE * args.decisions,
             "group_size": GROUP_SIZE,
             "groups_per_update": GROUPS_PER_UPDATE,
+            "num_envs": NUM_ENVS,
+            "stock_layout": LAYOUT,
             "policy": "checkpoint of sota-implementations/dvla_sft",
-            "seconds": {"ours": args.seconds, "stock": args.stock_seconds},
+            "seconds": args.seconds,
             "repeats": args.repeats,
         },
         "machine": machine("mujoco", "robosuite"),
