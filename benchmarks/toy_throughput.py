@@ -4,10 +4,11 @@
 # LICENSE file in the root directory of this source tree.
 """How many decisions per second does the loop make on the toy task, beside TorchRL's own parts?
 
-    python benchmarks/toy_throughput.py [--quick]
+    python benchmarks/toy_throughput.py [--quick] [--stock-env]
 
 Every arrangement plays the same task with the same policy (``TinyVLA``), collecting alone and then
-collecting and learning with the same gradient step for every minibatch (``_toy_task.py``):
+collecting and learning with the same gradient step for every minibatch (``_toy_task.py``). Every
+other round learns first, so that no mode has the start-up of an arrangement always before it:
 
 ours        ``DVLACollector``: two workers on a core each, the policy in a process, pages,
             admission, lag 2.
@@ -27,8 +28,9 @@ ratio_vs_recipe          ours over ``recipe_chunk``, collecting and learning.
 ratio_vs_best_torchrl    ours over the best of ``async_chunk`` and ``sync_chunk``, likewise. Both of
                          these compare with the same environment class.
 *_collect_only           the same ratios without learning.
-*_stock_env              the same ratios against TorchRL's arrangements on its own environment, as
-                         a user of the recipe sees it, with the environment's share in it.
+*_stock_env              with ``--stock-env``, which doubles the time: the same ratios against
+                         TorchRL's arrangements on its own environment, as a user of the recipe
+                         sees it, with the environment's share in it, and ``ratio_vs_vectorised``.
 fraction_of_cpu_bound    our decisions/s over ``cores / (env_s + policy_s + update_s)``: CPU time
                          that ``env.step`` and ``reset``, the forward at our mean batch size
                          and the update at our share of learned decisions take when called directly,
@@ -163,7 +165,12 @@ class Ours:
             self.collector.update_policy_weights_()
 
 
-def run(connection: Connection, spec: tuple[str, str, Settings], args: argparse.Namespace) -> None:
+def run(
+    connection: Connection,
+    spec: tuple[str, str, Settings],
+    args: argparse.Namespace,
+    modes: tuple[str, str] = ("collect", "learn"),
+) -> None:
     """In a process of its own: build, warm up, measure both ways."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -180,7 +187,7 @@ def run(connection: Connection, spec: tuple[str, str, Settings], args: argparse.
             # The processes of a recipe import torch one beside the other on the same cores: its
             # first collectors are at work long before the last.
             arrangement.collect_for(args.settle_s if family == "recipe" else 0.0)
-            for mode in ("collect", "learn"):
+            for mode in modes:
                 spend = getattr(arrangement, f"{mode}_for")
                 spend(0.2 * args.seconds)
                 before, start_s = arrangement.num_decisions(), time.monotonic()
@@ -191,7 +198,8 @@ def run(connection: Connection, spec: tuple[str, str, Settings], args: argparse.
                 out[mode] = decisions / (time.monotonic() - start_s)
                 if family == "ours":
                     out[f"{mode}_batch"] = decisions / (_calls(arrangement) - calls)
-                    out["learned_share"] = (arrangement.num_learned - learned) / decisions
+                    if mode == "learn":
+                        out["learned_share"] = (arrangement.num_learned - learned) / decisions
         connection.send(out)
 
 
@@ -226,25 +234,27 @@ def fraction(run: dict[str, float], cost: dict[str, float], mode: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one short round, no stock envs")
+    parser.add_argument("--quick", action="store_true", help="one round")
+    parser.add_argument("--stock-env", action="store_true", help="TorchRL's environment as well")
     parser.add_argument("--search", help="measure other settings of one rival: recipe, async, sync")
-    parser.add_argument("--seconds", type=float, help="of a stretch; 5 by default, 2 with --quick")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a stretch")
     parser.add_argument("--repeats", type=int, help="5 by default, 1 with --quick")
     parser.add_argument("--warm-up-decisions", type=int, default=50)
     parser.add_argument("--settle-s", type=float, default=8.0, help="more, for the recipe")
     args = parser.parse_args()
-    args.seconds = args.seconds or (2.0 if args.quick else 5.0)
     args.repeats = args.repeats or (1 if args.quick else 5)
     if args.search:
         for spec in (spec for spec in SEARCH if spec[0] == args.search):
             print(spec, in_processes(run, [(spec, args)])[0], flush=True)
         return
-    specs = SETTINGS if args.quick else {**SETTINGS, **STOCK}
+    specs = {**SETTINGS, **STOCK} if args.stock_env else SETTINGS
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in specs}
     costs, fractions = [], {"collect": [], "learn": []}
     for repeat in range(args.repeats):
-        for name in list(specs) if repeat % 2 == 0 else list(specs)[::-1]:
-            found = in_processes(run, [(specs[name], args)])[0]
+        step = 1 if repeat % 2 == 0 else -1
+        modes = ("collect", "learn")[::step]
+        for name in list(specs)[::step]:
+            found = in_processes(run, [(specs[name], args, modes)])[0]
             runs[name].append(found)
             line = "  ".join(f"{key} {value:.2f}" for key, value in found.items())
             print(f"{repeat} {name:<14} {line}", file=sys.stderr)
@@ -262,12 +272,12 @@ def main() -> None:
     ratios = {}
     for suffix, mode in (("", "learn"), ("_collect_only", "collect")):
         ours = column("ours", mode)
-        for env in ("chunk", "stock") if not args.quick else ("chunk",):
+        for env in ("chunk", "stock") if args.stock_env else ("chunk",):
             end = suffix + ("" if env == "chunk" else "_stock_env")
             others = best((f"async_{env}", f"sync_{env}"), mode)
             ratios[f"ratio_vs_recipe{end}"] = paired_ratio(ours, column(f"recipe_{env}", mode))
             ratios[f"ratio_vs_best_torchrl{end}"] = paired_ratio(ours, others)
-        if not args.quick:
+        if args.stock_env:
             ratios[f"ratio_vs_vectorised{suffix}"] = paired_ratio(ours, column("vectorised", mode))
     result = {
         "benchmark": "toy_throughput",
