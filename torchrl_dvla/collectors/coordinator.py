@@ -290,7 +290,10 @@ class Coordinator:
         for name, start_s, end_s in report.spans:
             self._tracks[index].add(start_s, end_s, name, "no_decision")
         answer = self._on_answer if self._lockstep is None else self._lockstep.hold
-        for stepped in unpack(Stepped, report.stepped):
+        steps = list(unpack(Stepped, report.stepped))
+        self._counters.add("collector/decisions", len(steps))
+        self._counters.add("collector/env_steps", sum(step.num_env_steps for step in steps))
+        for stepped in steps:
             answer(self._fleet.slot(index, stepped.env_index), stepped)
         for ready in unpack(Ready, report.ready):
             answer(self._fleet.slot(index, ready.env_index), ready)
@@ -308,8 +311,6 @@ class Coordinator:
         rollout.num_env_steps += message.num_env_steps
         rollout.episode_return += message.reward
         rollout.success |= message.success
-        self._counters.add("collector/decisions")
-        self._counters.add("collector/env_steps", message.num_env_steps)
         if message.done:
             self._fleet.end(slot)
             self._finish(rollout)

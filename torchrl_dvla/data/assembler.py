@@ -172,8 +172,9 @@ class GroupAssembler:
         kept_returns = torch.tensor([r.episode_return for r in rollouts], dtype=torch.float32)
         advantages = group_advantage(kept_returns, normalise_std=self.normalise_std)
         column = self.pool.rows.get(ADVANTAGE_KEY)
-        for rollout, advantage in zip(rollouts, advantages.tolist()):
-            column[self.pool.row_index(rollout.pages, rollout.num_rows)] = advantage
+        rows = [self.pool.row_index(rollout.pages, rollout.num_rows) for rollout in rollouts]
+        sizes = torch.tensor([rollout.num_rows for rollout in rollouts])
+        column[torch.cat(rows), 0] = advantages.repeat_interleave(sizes)
         for index, member in enumerate(members):
             if index not in chosen:
                 self.pool.free(member.pages)

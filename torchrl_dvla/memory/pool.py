@@ -176,9 +176,9 @@ class EnvironmentPool(PageLedger):
             pages (sequence of Page): its pages in order.
             num_rows (int, optional): its rows. Defaults to every row of the pages.
         """
-        starts = torch.tensor([int(page) for page in pages], dtype=torch.int64) * self.rows_per_page
-        index = starts.unsqueeze(-1) + torch.arange(self.rows_per_page)
-        return index.flatten()[:num_rows]
+        size = self.rows_per_page
+        rows = [row for page in pages for row in range(page * size, (page + 1) * size)]
+        return torch.tensor(rows[:num_rows], dtype=torch.int64)
 
     def close(self) -> None:
         """Give the memory back at once; safe to call twice. Views that live on read zeros."""

@@ -168,8 +168,9 @@ class EnvWorker:
     def steps(self, messages: Sequence[Step]) -> Iterator[None]:
         """Execute one chunk after the other; :meth:`settle` says how it went.
 
-        What is done for all of them in a row costs half of what it costs one by one: a step of an
-        environment leaves nothing of our code in the caches of the core.
+        Chunks are handed out for all of them first, and results read for all of them by
+        :meth:`settle`: in between two steps the same calls cost up to twice as much
+        (:doc:`/decisions/0033-what-a-decision-costs`).
 
         Yields:
             None: after each step.
