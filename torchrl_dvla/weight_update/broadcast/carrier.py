@@ -166,6 +166,7 @@ class Carrier:
     def _edge(self, parent: int, child: int, *, is_parent: bool = True) -> Edge:
         name = edge_name(self._epoch, parent, child)
         store = self._rendezvous.store(name, peer=child if is_parent else parent)
+        store.patience_s = self._timeout_s
         return Edge(store, is_parent=is_parent, host=self._host, timeout_s=self._timeout_s)
 
     def _move(self, order: Order, kind: str, memory: torch.Tensor) -> None:

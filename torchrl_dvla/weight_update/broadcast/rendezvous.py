@@ -52,6 +52,8 @@ class EdgeStore(Store):
         self._values: dict[str, bytes] = {}
         self._problem = ""
         self._changed = threading.Condition()
+        #: What c10d asks to wait for is the time-out of connecting; the other end may come later.
+        self.patience_s = 0.0
 
     def set(self, key: str, value: bytes) -> None:  # type: ignore[override]  # so c10d calls it
         """Put a value, here and at the other end."""
@@ -81,11 +83,13 @@ class EdgeStore(Store):
         """Wait until all of ``keys`` are there.
 
         Raises:
-            RuntimeError: after ``timeout``, or when the other end is known to be gone.
+            RuntimeError: after the longer of ``timeout`` and ``patience_s``, or when the other end
+                is known to be gone.
         """
         with self._changed:
             self._changed.wait_for(
-                lambda: self._problem or self._values.keys() >= set(keys), timeout.total_seconds()
+                lambda: self._problem or self._values.keys() >= set(keys),
+                max(timeout.total_seconds(), self.patience_s),
             )
             if not self._values.keys() >= set(keys):
                 raise RuntimeError(self._problem or "the other end did not come in time")
