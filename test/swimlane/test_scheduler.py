@@ -224,6 +224,14 @@ def test_a_saturated_lane_that_no_setting_helps_ends_the_search():
     assert scheduler.at_rest
 
 
+def test_a_step_that_was_taken_back_says_nothing_about_what_to_try():
+    scheduler = Scheduler(knobs(num_envs=4), num_windows=1, num_settle=0)
+    scheduler.observe(Measurement(100.0, reading(sampling=0.3)))
+    moves = scheduler.observe(Measurement(50.0, reading(sampling=1.0)))
+    assert [move.new for move in moves] == [4, 2], "sampling has time left with 4"
+    assert not scheduler.at_rest
+
+
 def test_after_a_fine_step_that_paid_coarse_ones_are_tried_again():
     scheduler = Scheduler(knobs(num_envs=4), num_windows=1, num_settle=0)
     rates = iter([100.0, 90.0, 90.0, 150.0])  # at 4, 8, 2 and 6

@@ -182,6 +182,9 @@ up to +50%
         self._closed: set[tuple[str, float]] = set()
         self._base: list[float] = []
         self._rates: list[float] = []
+        #: What the lanes did in the windows of each of the two.
+        self._base_readings: list[Reading] = []
+        self._readings: list[Reading] = []
         self._left_out = 0
         #: Whether no step is left to try.
         self.at_rest = False
@@ -193,6 +196,7 @@ up to +50%
             self._left_out -= 1
             return []
         self._rates.append(measurement.rate)
+        self._readings.append(measurement.reading)
         if self._trial is None:
             moves = self._begin(measurement)
         else:
@@ -202,13 +206,14 @@ up to +50%
             _log.info("Scheduler: %s.", move)
         if moves:
             self.num_moves += len(moves)
-            self._left_out, self._rates = self._num_settle, []
+            self._left_out, self._rates, self._readings = self._num_settle, [], []
         return moves
 
     # -- the steps of a trial -------------------------------------------------------------------
 
     def _begin(self, measurement: Measurement) -> list[Move]:
         self._rates = self._rates[-self._max_windows :]
+        self._readings = self._readings[-self._max_windows :]
         if len(self._rates) < self._num_windows:
             return []
         if self.at_rest:
@@ -217,7 +222,7 @@ up to +50%
                 return self._balance(measurement)
             _log.info("Scheduler: the rate has changed by %+.0f %%, looking again.", 100 * change)
             self.at_rest, self._stage, self._closed = False, 0, set()
-        self._base = self._rates
+        self._base, self._base_readings = self._rates, self._readings
         return self._next(measurement)
 
     def _judge(self, trial: _Trial, measurement: Measurement) -> list[Move]:
@@ -232,7 +237,8 @@ up to +50%
             # Another landscape: what did not help before may help now, but for the way back.
             self._closed, self._stage = {(knob, 1.0 / factor)}, 0
             self._momentum = (knob, factor > 1)
-            self._base, self._trial = self._rates, None
+            self._base, self._base_readings = self._rates, self._readings
+            self._trial = None
             return self._next(measurement)
         if gain > -threshold and len(self._rates) < self._max_windows:
             return []
@@ -246,11 +252,14 @@ up to +50%
         return [*back, *self._next(measurement)]
 
     def _next(self, measurement: Measurement) -> list[Move]:
-        """The next trial; what the timeline says about it comes with the move."""
-        shares = measurement.reading.shares()
+        """The next trial; what the timeline says about it comes with the move.
+
+        It is asked about the settings as they are now, not about a trial that was taken back.
+        """
+        shares = _mean_shares(self._base_readings)
         critical = max(("sampling", "inference", "gradient"), key=shares.__getitem__)
         while self._stage < len(_FACTORS):
-            found = self._choose(critical, shares, measurement.reading)
+            found = self._choose(critical, shares, self._base_readings[-1])
             if found is not None:
                 self._trial = found
                 return list(found.moves)
@@ -358,6 +367,11 @@ up to +50%
 
 def _mean(rates: list[float]) -> float:
     return max(statistics.fmean(rates), 1e-9)
+
+
+def _mean_shares(readings: list[Reading]) -> dict[str, float]:
+    every = [reading.shares() for reading in readings]
+    return {lane: statistics.fmean(shares[lane] for shares in every) for lane in every[0]}
 
 
 def _error(rates: list[float], base: list[float]) -> float:
