@@ -227,8 +227,10 @@ def test_the_older_version_that_is_moved_meanwhile_does_not_come_back(
     gate.await_look()  # version 4 is in slot 0, locked and not offered
     q.unpin()
     with store._writer._mutex:  # the flusher moves version 3 to slot 1, and is paused
-        store._writer._claimed = store._writer._claim()
-        assert store._writer._flush_into(1)
+        slot = store._writer._claim()
+        assert slot == 1  # not the one that is being looked at, which is locked by the same holder
+        store._writer._claimed = slot
+        assert store._writer._flush_into(slot)
     gate.release()
     store.finish()
     store.resume()

@@ -102,6 +102,9 @@ class SlotWriter:
         # The slot that is locked exclusively, and the whole version in it if there is one.
         self._claimed: int | None = None
         self._prepared_version: int | None = None
+        # The slot of the version that is being looked at. Its lock does not keep this side from
+        # locking it again: all of the writer is one holder.
+        self._looked_at: int | None = None
         # A deferred version and where it is kept.
         self._staging: SlotViews | None = None
         self._staged_version: int | None = None
@@ -178,13 +181,16 @@ class SlotWriter:
         self._give_way.set()
         with self._mutex:
             self._give_way.clear()
+            self._looked_at = None
             self._accept(slot, version)
 
     def refuse(self, slot: int | None) -> None:
         """Give back the slot of a version that no reader may see."""
         self.count(num_refused=1)
         if slot is not None:
-            self.locks.unlock(slot_byte(slot))
+            with self._mutex:
+                self._looked_at = None
+                self.locks.unlock(slot_byte(slot))
 
     def pause(self) -> None:
         """Offer nothing from now on."""
@@ -303,7 +309,7 @@ class SlotWriter:
             except BaseException:
                 look.end(is_given_up=True)
                 raise
-            self._claimed = None  # the slot stays locked, but belongs to the release from here on
+            self._claimed, self._looked_at = None, slot
             look.end()
 
         self._fill(slot, copy)
@@ -333,7 +339,8 @@ class SlotWriter:
 
     def _claim(self) -> int | None:
         offered = self._ledger.offer % MAX_SLOTS if self._ledger.offer >= 0 else -1
-        slots = [slot for slot in range(self._segment.num_slots) if slot != offered]
+        mine = (offered, self._looked_at)
+        slots = [slot for slot in range(self._segment.num_slots) if slot not in mine]
         # The oldest first: the slot whose readers had the most time to leave.
         for slot in sorted(slots, key=self._ledger.version_in):
             if self.locks.try_exclusive(slot_byte(slot)):
