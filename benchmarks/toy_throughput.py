@@ -65,7 +65,7 @@ SETTINGS: dict[str, tuple[str, str, Settings]] = {
     "recipe_chunk": (
         "recipe",
         "chunk",
-        {"num_collectors": 1, "envs_per_collector": 4, "server_timeout": 0.01},
+        {"num_collectors": 1, "envs_per_collector": 8, "server_timeout": 0.01},
     ),
     "async_chunk": (
         "async",
@@ -83,7 +83,8 @@ STOCK["vectorised"] = ("sync", "vectorised", {"num_envs": 64, "batched_env": ""}
 SEARCH: list[tuple[str, str, Settings]] = [
     *[
         ("recipe", "chunk", {"num_collectors": c, "envs_per_collector": e, "server_timeout": t})
-        for c, e, t in ((1, 1, 0.01), (1, 4, 0.01), (1, 4, 0.001), (2, 2, 0.001))
+        for c, e in ((1, 1), (1, 4), (1, 8), (1, 16), (2, 2), (2, 8))
+        for t in (0.01, 0.001)
     ],
     *[
         ("async", "chunk", {"num_envs": n, "transport": "auto", "max_batch_size": 64})
