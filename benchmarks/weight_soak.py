@@ -9,10 +9,13 @@
 A writer publishes without rest; readers adopt each version that they meet and read every weight
 twice. At random moments readers are killed (SIGKILL) and replaced, and the writer is killed; what
 it leaves must be one whole version, the same for every reader and for one that comes late. Then a
-new writer with a new store begins. The last line of stdout is one JSON object:
+new writer with a new store begins: in turns with weights of 20 KB, which the writer looks at for
+NaN itself, and of 6 MB, which a thread of its looks at (decision record 22). The last line of
+stdout is one JSON object:
 
 torn_reads        reads that mixed two versions
 num_adoptions     adoptions that were read; the run ends when there are enough of them
+num_large         those of the large weights
 num_backwards     adoptions of an older version than the one before
 num_bad_ends      readers that did not find the same whole version after the writer's death
 num_deferred      versions that found no free slot at once (three slots, all readers behind)
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import os
 import random
@@ -43,16 +47,18 @@ from torchrl_dvla.weight_update import WeightReader, WeightStore
 ADOPTIONS, TORN, BACKWARDS, PID, END_VERSION = range(5)
 #: Words that belong to all: end of the epoch, and versions deferred by the writer.
 IS_OVER, DEFERRED = 0, 1
+#: Elements of one of five tensors, in turns.
+NUMELS = (1_024, 300_000)
 NOT_YET, BAD = -1, -2
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 class Constant(nn.Module):
-    """Weights that all have one value, in five tensors of 4 KiB."""
+    """Weights that all have one value, in five tensors."""
 
-    def __init__(self) -> None:
+    def __init__(self, numel: int) -> None:
         super().__init__()
-        self.parts = nn.ParameterList(torch.zeros(1024) for _ in range(5))
+        self.parts = nn.ParameterList(torch.zeros(numel) for _ in range(5))
 
     def is_whole(self, value: float) -> bool:
         """Whether every element is ``value``, read twice with other work between."""
@@ -70,8 +76,8 @@ def forked(body: Callable[[], None]) -> int:
     return pid
 
 
-def read(reader: WeightReader, words: torch.Tensor, row: torch.Tensor) -> None:
-    module, previous = Constant(), -1
+def read(reader: WeightReader, numel: int, words: torch.Tensor, row: torch.Tensor) -> None:
+    module, previous = Constant(numel), -1
     mine, shared = row.numpy(), words.numpy()
     mine[PID] = os.getpid()
     while not shared[IS_OVER]:
@@ -85,15 +91,15 @@ def read(reader: WeightReader, words: torch.Tensor, row: torch.Tensor) -> None:
     mine[END_VERSION] = version if module.is_whole(float(version)) else BAD
 
 
-def write(words: torch.Tensor, rows: torch.Tensor) -> None:
+def write(numel: int, words: torch.Tensor, rows: torch.Tensor) -> None:
     """Publish without rest, and replace readers that were killed; the last row's one comes late."""
-    learner = Constant()
+    learner = Constant(numel)
     store = WeightStore(learner, max_readers=len(rows) + 4)
     names: dict[int, int] = {}
 
     def start(index: int) -> None:
         reader = store.reader(index)
-        names[forked(lambda: read(reader, words, rows[index]))] = index
+        names[forked(lambda: read(reader, numel, words, rows[index]))] = index
 
     for index in range(len(rows) - 1):
         start(index)
@@ -103,7 +109,7 @@ def write(words: torch.Tensor, rows: torch.Tensor) -> None:
         rows[-1, PID] = os.getpid()
         while not int(words[IS_OVER]):
             time.sleep(0.01)
-        read(late, words, rows[-1])
+        read(late, numel, words, rows[-1])
 
     forked(wait_and_read)
     while True:
@@ -118,12 +124,15 @@ def write(words: torch.Tensor, rows: torch.Tensor) -> None:
             start(index)
 
 
-def run_epoch(generator: random.Random, rows: torch.Tensor, goal: int) -> dict[str, int]:
+def run_epoch(
+    generator: random.Random, numel: int, rows: torch.Tensor, goal: int
+) -> dict[str, int]:
     """One writer from birth to death."""
+    num_before = int(rows[:, ADOPTIONS].sum())
     words = torch.zeros(2, dtype=torch.int64).share_memory_()
     rows[:, PID], rows[:, END_VERSION] = 0, NOT_YET
     num_reader_kills = 0
-    writer = forked(lambda: write(words, rows))
+    writer = forked(lambda: write(numel, words, rows))
     end_s = time.monotonic() + generator.uniform(0.5, 3.0)
     while time.monotonic() < end_s and int(rows[:, ADOPTIONS].sum()) < goal:
         time.sleep(generator.uniform(0.0, 0.1))
@@ -148,7 +157,9 @@ def run_epoch(generator: random.Random, rows: torch.Tensor, goal: int) -> dict[s
     num_bad_ends = sum(end == BAD or end != ends[-1] for end in ends)
     if int(rows[-1, END_VERSION]) == NOT_YET:
         num_bad_ends += 1  # nobody kills the late one
+    num_adoptions = int(rows[:, ADOPTIONS].sum()) - num_before
     return {
+        "num_large": num_adoptions if numel == max(NUMELS) else 0,
         "num_reader_kills": num_reader_kills,
         "num_writer_kills": 1,
         "num_bad_ends": num_bad_ends,
@@ -170,8 +181,10 @@ def main() -> None:
     goal = args.adoptions or (10_000 if args.quick else 100_000)
     rows = torch.zeros(args.readers + 1, 5, dtype=torch.int64).share_memory_()
     generator, totals, start_s = random.Random(args.seed), dict[str, int](), time.monotonic()
-    while int(rows[:, ADOPTIONS].sum()) < goal:
-        for key, value in run_epoch(generator, rows, goal).items():
+    for numel in itertools.cycle(NUMELS):
+        if int(rows[:, ADOPTIONS].sum()) >= goal:
+            break
+        for key, value in run_epoch(generator, numel, rows, goal).items():
             totals[key] = totals.get(key, 0) + value
         print(f"{int(rows[:, ADOPTIONS].sum())} of {goal} adoptions", file=sys.stderr, flush=True)
     result = {
