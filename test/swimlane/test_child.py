@@ -6,12 +6,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+from multiprocessing import forkserver
+from pathlib import Path
 
 import cloudpickle
 import pytest
 
-from torchrl_dvla.swimlane.child import Child
+from torchrl_dvla.swimlane.child import _PR_SET_PDEATHSIG, Child
 from torchrl_dvla.swimlane.env_worker import run_env_worker
 from torchrl_dvla.testing.faults import Fault, strike
 
@@ -21,11 +25,13 @@ def hung_child(tmp_path):
     """Starts a worker and returns once its constructor is about to hang."""
     children = []
 
-    def start(kind):
+    def start(kind, *, is_tied_to_parent=True):
         gate = str(tmp_path / kind)
         os.mkfifo(gate)
 
         def constructor_that_hangs():
+            if not is_tied_to_parent:
+                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
             open(gate, "w").close()
             strike([Fault(kind, "constructor")], "constructor", 0, [])
 
@@ -64,3 +70,13 @@ def test_a_dead_child_has_no_stack():
     assert child.exit_description() == "exited with code 1"
     assert "no stack" in child.stack()
     child.kill()
+
+
+def test_the_end_of_a_child_is_certain_without_the_fork_server(hung_child):
+    child = hung_child("hang", is_tied_to_parent=False)
+    server = forkserver._forkserver._forkserver_pid
+    os.kill(server, signal.SIGKILL)
+    child.process.join()  # from the fork server's end multiprocessing infers the child's
+    child.kill()
+    status = Path(f"/proc/{child.pid}/status")
+    assert not status.exists() or "State:\tZ" in status.read_text()

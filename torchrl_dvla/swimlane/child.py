@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,10 @@ class Child:
             # Our copy of their end must go, or the child's death would never show as end of file.
             theirs.close()
             their_stacks.close()
+        # multiprocessing takes a child for dead when the fork server is: this asks the kernel.
+        self._handle: int | None = None
+        with contextlib.suppress(ProcessLookupError):
+            self._handle = os.pidfd_open(self.pid)
 
     @property
     def pid(self) -> int:
@@ -152,9 +156,7 @@ class Child:
             timeout_s (float): seconds that the answer may take. A child that blocks signals, or has
                 not come up yet, gives none.
         """
-        if self.process.is_alive():  # else its number may be another's by now
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, _STACK_SIGNAL)
+        self._signal(_STACK_SIGNAL)
         deadline_s, text = time.monotonic() + timeout_s, b""
         # The dump has no end mark: what is written in one go has ended when nothing follows.
         while self._stacks.poll(max(0.0, deadline_s - time.monotonic()) if not text else 0.02):
@@ -174,11 +176,19 @@ class Child:
 
     def kill(self) -> None:
         """End the child now and wait until the kernel has: afterwards it writes no memory."""
-        if self.process.is_alive():
-            self.process.kill()
+        if self._handle is not None:
+            self._signal(signal.SIGKILL)
+            wait([self._handle])  # until it has ended
+            os.close(self._handle)
+            self._handle = None
         self.process.join()
         self.connection.close()
         self._stacks.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._handle is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._handle, number)
 
     def stop(self, message: Any, grace_s: float) -> None:
         """Ask the child to end; kill it when it has not within ``grace_s`` seconds."""
