@@ -212,7 +212,7 @@ def run_env(client, view, row, generation, num_decisions, first, results):
             writer.write(row, generation, [image, [number, 0.0]])
             decision = client(row, generation, timeout=60)
             results.send((float(decision[ACTION][1, 1]), int(decision["policy_version"])))
-    except MailboxPeerClosedError as error:
+    except (MailboxPeerClosedError, RuntimeError) as error:
         results.send(repr(error))
 
 
@@ -271,7 +271,8 @@ def test_environment_processes_at_a_server_in_a_process(pool, transport):
         server.shutdown()
     while isinstance(last := waiting.receive(), tuple):
         pass
-    assert "MailboxPeerClosedError" in last
+    # A request that has come before the server ends is answered by it; a later one by nobody.
+    assert "InferenceServer is shutting down" in last or "MailboxPeerClosedError" in last
     waiting.end()
 
 
