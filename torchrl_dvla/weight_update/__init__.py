@@ -18,10 +18,10 @@ from torchrl_dvla.weight_update.broadcast import (
 )
 from torchrl_dvla.weight_update.layout import WeightLayout
 from torchrl_dvla.weight_update.ledger import Adoption, AdoptionStats
+from torchrl_dvla.weight_update.publish_stats import PublishStats
 from torchrl_dvla.weight_update.reader import WeightReader
 from torchrl_dvla.weight_update.store import WeightStore
 from torchrl_dvla.weight_update.updater import AsyncWeightUpdater
-from torchrl_dvla.weight_update.writer import PublishStats
 
 __all__ = [
     "Adoption",

@@ -72,7 +72,7 @@ class DeviceWriter:
         waiting = releaser.withdraw()
         if waiting is not None:
             assert isinstance(waiting, _Snapshot)
-            self._writer.count(num_publishes=1, num_coalesced=1)
+            self._writer.counter.add(num_publishes=1, num_coalesced=1)
             snapshot = waiting
         elif self._free:
             snapshot = self._free.pop()
@@ -83,7 +83,7 @@ class DeviceWriter:
         snapshot.taken = self._side.on_current(lambda: self._copier.copy(tensors, snapshot.views))
         self._writer.note_source(tensors)
         releaser.submit(snapshot)
-        self._writer.note_stall(start_s)
+        self._writer.counter.note_stall(start_s)
         return version
 
     def _bring(self, snapshot: _Snapshot) -> None:

@@ -76,10 +76,11 @@ from torchrl_dvla.weight_update.device_writer import DeviceWriter
 from torchrl_dvla.weight_update.layout import WeightLayout, WeightSource
 from torchrl_dvla.weight_update.ledger import MAX_SLOTS, Adoption, AdoptionStats
 from torchrl_dvla.weight_update.places import ReaderPlaces
+from torchrl_dvla.weight_update.publish_stats import PublishStats
 from torchrl_dvla.weight_update.reader import WeightReader
 from torchrl_dvla.weight_update.segment import WeightSegment
 from torchrl_dvla.weight_update.source import SourceTensors
-from torchrl_dvla.weight_update.writer import PublishStats, SlotWriter
+from torchrl_dvla.weight_update.writer import SlotWriter
 
 __all__ = ["WeightStore"]
 
@@ -294,7 +295,7 @@ class WeightStore:
 
     def stats(self) -> PublishStats:
         """Counters of the writing side."""
-        return self._writer.stats()
+        return self._writer.counter.stats
 
     def cast_error(self, source: WeightSource | None = None) -> float:
         """Largest ``|stored - weight| / |weight|`` that ``transport_dtype`` makes; 0 without it.
@@ -346,10 +347,7 @@ class WeightStore:
         return {name: stats.version for name, stats in self.adoption_stats().items()}
 
     def adoption_stats(self) -> dict[str, AdoptionStats]:
-        """Adoptions, skipped versions and publish-to-adoption latency of each reader.
-
-        After :meth:`close` it is what was known then.
-        """
+        """Adoptions, skipped versions and latency of each reader; after the end, the last known."""
         return self._last_stats if self._is_closed else self._places.stats()
 
     def take_adoptions(self) -> dict[str, list[Adoption]]:

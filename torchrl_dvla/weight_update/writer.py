@@ -23,6 +23,7 @@ from torchrl_dvla.weight_update.finite import (
 )
 from torchrl_dvla.weight_update.layout import WeightLayout
 from torchrl_dvla.weight_update.ledger import MAX_SLOTS
+from torchrl_dvla.weight_update.publish_stats import PublishCounter
 from torchrl_dvla.weight_update.release import Releaser
 from torchrl_dvla.weight_update.segment import (
     WRITER_BYTE,
@@ -32,7 +33,7 @@ from torchrl_dvla.weight_update.segment import (
     slot_byte,
 )
 
-__all__ = ["PublishStats", "SlotWriter"]
+__all__ = ["SlotWriter"]
 
 # How often a deferred version looks for a free slot. A look costs a system call per slot.
 _RETRY_S = 5e-4
@@ -40,29 +41,6 @@ _RETRY_S = 5e-4
 # Up to here the learner looks for NaN and infinity itself: of 1 MB, it takes 17 us, while the other
 # thread would be done 50 us after it was told (docs/decisions/0022).
 _LOOK_AT_ONCE_BYTES = 4 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class PublishStats:
-    """Counters of the writing side.
-
-    Args:
-        num_publishes (int): versions taken; from a device, those that arrived or were replaced.
-        num_deferred (int): versions that found no free slot at once.
-        num_coalesced (int): versions that a newer one replaced before any reader could see them.
-        num_refused (int): publishes refused since weights were not finite.
-        bytes_total (int): bytes of weights copied by all publishes.
-        stall_last_s, stall_max_s, stall_total_s (float): time the learner spent in ``publish``.
-    """
-
-    num_publishes: int = 0
-    num_deferred: int = 0
-    num_coalesced: int = 0
-    num_refused: int = 0
-    bytes_total: int = 0
-    stall_last_s: float = 0.0
-    stall_max_s: float = 0.0
-    stall_total_s: float = 0.0
 
 
 class SlotWriter:
@@ -93,8 +71,7 @@ class SlotWriter:
         self.version = -1
         self.source_addresses: set[int] = set()
         self.gate: Callable[[str], None] | None = None
-        self._stats = PublishStats()
-        self._counting = threading.Lock()
+        self.counter = PublishCounter()
         self._is_paused = False
         self._is_looked_at_later = check_finite and segment.layout.slot_bytes > _LOOK_AT_ONCE_BYTES
         #: The thread that ends what ``publish`` began.
@@ -144,7 +121,7 @@ class SlotWriter:
                 self._copy_and_look(tensors, slot, version, replaces)
                 self._accept(slot, version, replaces)
         self.note_source(tensors)
-        self.note_stall(start_s)
+        self.counter.note_stall(start_s)
         return version
 
     def receive(self, fill: Callable[[torch.Tensor], None], version: int) -> None:
@@ -186,7 +163,7 @@ class SlotWriter:
 
     def refuse(self, slot: int | None) -> None:
         """Give back the slot of a version that no reader may see."""
-        self.count(num_refused=1)
+        self.counter.add(num_refused=1)
         if slot is not None:
             with self._mutex:
                 self._looked_at = None
@@ -203,10 +180,6 @@ class SlotWriter:
             self._is_paused = False
             if self._claimed is not None and self._prepared_version is not None:
                 self._offer(self._claimed, self._prepared_version)
-
-    def stats(self) -> PublishStats:
-        """The counters."""
-        return self._stats
 
     def close(self) -> None:
         """Release what was published, stop the flusher and let every lock go."""
@@ -232,24 +205,6 @@ class SlotWriter:
     def note_source(self, tensors: Sequence[torch.Tensor]) -> None:
         """Remember whose memory was published."""
         self.source_addresses = {tensor.data_ptr() for tensor in tensors if tensor.numel()}
-
-    def note_stall(self, start_s: float) -> None:
-        """Record that the learner was held up since ``start_s``."""
-        stall_s = time.perf_counter() - start_s
-        with self._counting:
-            stats = self._stats
-            self._stats = dataclasses.replace(
-                stats,
-                stall_last_s=stall_s,
-                stall_max_s=max(stats.stall_max_s, stall_s),
-                stall_total_s=stats.stall_total_s + stall_s,
-            )
-
-    def count(self, **increments: float) -> None:
-        """Add to the counters."""
-        with self._counting:
-            values = {name: getattr(self._stats, name) + step for name, step in increments.items()}
-            self._stats = dataclasses.replace(self._stats, **values)
 
     def _choose(self) -> tuple[int | None, bool]:
         """Where to write, None for aside, and whether a good version that nobody saw is there."""
@@ -281,7 +236,7 @@ class SlotWriter:
         self, tensors: Sequence[torch.Tensor], slot: int | None, version: int, replaces: bool
     ) -> None:
         def refuse() -> NoReturn:
-            self.count(num_refused=1)
+            self.counter.add(num_refused=1)
             raise not_finite(non_finite_names(self.layout, tensors), version)
 
         def copy(views: SlotViews) -> None:
@@ -301,9 +256,10 @@ class SlotWriter:
         def copy(views: SlotViews) -> None:
             look = TrailingLook(self._copier.runs(views))
             self.releaser.submit(_HostRelease(version, self, slot, views, look))
-            between = look.note_piece
-            if self.gate is not None:
-                between = lambda: self._step_between() or look.note_piece()  # noqa: E731
+
+            def between() -> bool:
+                return self._step_between() or look.note_piece()
+
             try:
                 self._copier.copy(tensors, views, between=between)
             except BaseException:
@@ -317,23 +273,23 @@ class SlotWriter:
     def _accept(self, slot: int | None, version: int, replaces: bool = False) -> None:
         """Offer the good version in ``slot``, or have what was put aside wait for one."""
         self.version = version
-        self.count(
+        self.counter.add(
             num_publishes=1,
             bytes_total=self.layout.weight_bytes,
             num_coalesced=int(replaces),
         )
         if slot is None:
             self._staged_version = version
-            self.count(num_deferred=1)
+            self.counter.add(num_deferred=1)
             self._start_flusher()
             return
         if self._claimed not in (None, slot):
             # While this version was looked at, the flusher began to move an older one.
-            self.count(num_coalesced=int(self._prepared_version is not None))
+            self.counter.add(num_coalesced=int(self._prepared_version is not None))
             self.locks.unlock(slot_byte(self._claimed))
         if self._staged_version is not None:
             self._staged_version = None
-            self.count(num_coalesced=1)
+            self.counter.add(num_coalesced=1)
         self._claimed = slot
         self._finish(slot, version)
 
