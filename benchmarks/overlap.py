@@ -73,9 +73,14 @@ MIXES = {
     "sampling_bound": Mix(0.100, 0.010, 0.001, 0.005, max_batch_size=8),
     "inference_bound": Mix(0.040, 0.092, 0.001, 0.004, max_batch_size=8),
     "gradient_bound": Mix(0.080, 0.010, 0.001, 0.015, max_batch_size=8),
-    # No two environments are in step, and the policy has time to spare: nobody waits for others.
+    # No two environments are in step, and the policy has time to spare: nobody waits for others. A
+    # group waits for its slowest rollout: with a lag of 2, admission holds sampling back meanwhile.
     "heavy_tailed_steps": Mix(
-        0.080, 0.010, 0.001, 0.008, max_batch_size=8, max_wait_s=0.0, heavy_tailed=True
+        *(0.080, 0.010, 0.001, 0.008),
+        max_batch_size=8,
+        max_wait_s=0.0,
+        heavy_tailed=True,
+        max_policy_lag=4,
     ),
 }
 EQUAL, QUICK = "sampling_equals_gradient", ("sampling_equals_gradient", "inference_bound")
