@@ -7,11 +7,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import multiprocessing
 import os
 import signal
-import time
 from multiprocessing import forkserver
 
 import pytest
@@ -81,24 +81,32 @@ def test_the_log_shows_where_a_hung_worker_was(make_collector, tmp_path, caplog)
     assert "in strike" in caplog.text and "run_env_worker" in caplog.text
 
 
-def hanging_policy(gate):
-    """A policy that hangs in its tenth call, if ``gate`` is not there yet."""
+def policy_that_strikes(number, strike):
+    """Builds a policy that calls ``strike`` before the ``number``-th decision of its process."""
     policy = make_initialised_policy()
 
     def make():
-        num_calls = 0
+        calls = itertools.count(1)
 
-        def hang(module, args):
-            nonlocal num_calls
-            num_calls += 1
-            if num_calls == 10 and not os.path.exists(gate):
-                open(gate, "w").close()
-                multiprocessing.Event().wait()
+        def count(module, args):
+            if next(calls) == number:
+                strike()
 
-        policy.register_forward_pre_hook(hang)
+        policy.register_forward_pre_hook(count)
         return policy
 
     return make
+
+
+def hanging_policy(gate):
+    """A policy that hangs in its tenth call, if ``gate`` is not there yet."""
+
+    def hang():
+        if not os.path.exists(gate):
+            open(gate, "w").close()
+            multiprocessing.Event().wait()
+
+    return policy_that_strikes(10, hang)
 
 
 def test_a_hung_inference_process_is_replaced_at_its_deadline(make_collector, tmp_path, caplog):
@@ -115,38 +123,24 @@ def test_a_hung_inference_process_is_replaced_at_its_deadline(make_collector, tm
     assert "a call took more than timeout_s=1 s" in caplog.text and "in hang" in caplog.text
 
 
-def policy_that_dies_once(gate):
-    """A policy that ends its process in its sixth call, once the file ``gate`` is there."""
-    policy = make_initialised_policy()
-
-    def make():
-        num_calls = 0
-
-        def die(module, args):
-            nonlocal num_calls
-            num_calls += 1
-            if num_calls == 6 and not os.path.exists(f"{gate}.died"):
-                while not os.path.exists(gate):
-                    time.sleep(0.01)
-                open(f"{gate}.died", "w").close()
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        policy.register_forward_pre_hook(die)
-        return policy
-
-    return make
-
-
 def test_an_evaluation_never_mixes_two_versions(make_collector, tmp_path):
-    gate = str(tmp_path / "published")
+    gate = str(tmp_path / "gate")
+    os.mkfifo(gate)
+
+    def die_once():
+        if os.path.exists(gate):
+            with open(gate) as published:  # both ends are opened together
+                os.unlink(gate)
+                published.read()
+            os.kill(os.getpid(), signal.SIGKILL)
+
     collector = make_collector(
-        inference=InferenceConfig(where="process"), policy_factory=policy_that_dies_once(gate)
+        inference=InferenceConfig(where="process"), policy_factory=policy_that_strikes(6, die_once)
     )
     evaluation = collector.evaluate([EpisodeSpec("default", seed) for seed in range(8)])
-    while not (evaluation.num_finished or evaluation.done()):
-        time.sleep(0.01)
-    collector.update_policy_weights_()
-    open(gate, "w").close()
+    with open(gate, "w"):
+        assert evaluation.num_finished > 0
+        collector.update_policy_weights_()
     assert evaluation.result(60.0).policy_version == 1
     assert {version for *_, version in evaluation._finished.values()} == {1}
     assert collector.stats()["faults/inference_restarts"] == 1
