@@ -12,7 +12,7 @@ import random
 import struct
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -206,9 +206,25 @@ class Loop:
 
     def update(self) -> int:
         """One update, published; returns its rows."""
-        num_rows = sum(self._learn(batch) for batch in self.collector.replay_buffer)
+        return self._update(self._learn)
+
+    def _update(self, learn: Callable[[TensorDictBase], int]) -> int:
+        num_rows = sum(learn(batch) for batch in self.collector.replay_buffer)
         self.collector.update_policy_weights_()
         return num_rows
+
+    def catch_up(self) -> None:
+        """Get back into stride after a rest, in which all rollouts that had begun have ended.
+
+        They lie in the store, and admission holds sampling back until the learner has been through
+        them: half a dozen updates. What lies there is learned from in no time instead, and the
+        groups that begin then take as many updates as they may be old.
+        """
+        admission = self.collector.replay_buffer.admission
+        while admission.stats()["groups_completed"] >= GROUPS_PER_UPDATE:
+            self._update(len)
+        for _ in range(admission.max_policy_lag):
+            self.update()
 
     def run(self, min_s: float) -> Repeat:
         """What is done in a while of whole updates, once the loop is in its stride."""

@@ -30,7 +30,8 @@ overlap_efficiency
     collected fills the pipeline before it is learned from.
 speedup_vs_sequential
     the same, over the sequential loop, in the mix ``sampling_equals_gradient``. The goal is 1.9. In
-    the other mixes our loop runs alone: whoever rests comes back with a full store.
+    the other mixes our loop runs alone: whoever rests comes back with a full store, and has to be
+    brought back into stride before it is measured again (``Loop.catch_up``).
 
 The sequential loop is the same parts: collect, then learn, then publish, by admitting the groups
 of one update at a time. It is at its best: its workers and its policy overlap as well (the
@@ -96,6 +97,8 @@ def measure(name: str, mix: Mix, num_repeats: int, min_s: float) -> dict[str, An
         rival = stack.enter_context(running(narrow, sequential=True)) if name == EQUAL else None
         for repeat in range(num_repeats + 1):
             with rival.collector.pause() if rival else nullcontext():
+                if rival:
+                    lanes.catch_up()
                 ours.append(lanes.run(min_s))
             if rival:
                 with lanes.collector.pause():  # what has begun ends during the first update
