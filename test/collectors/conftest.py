@@ -11,46 +11,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
-from tensordict.nn import InteractionType
-from torchrl.data.vla import UniformActionTokenizer
-from torchrl.modules.vla import TinyVLA
 
 from torchrl_dvla.collectors import DVLACollector, GroupConfig, InferenceConfig, WorkerConfig
 from torchrl_dvla.data import PooledReplayBuffer
 from torchrl_dvla.testing import CountingChunkEnv
 
-ENV_KWARGS: dict[str, Any] = {
-    "action_dim": 2,
-    "chunk_size": 4,
-    "max_env_steps": 12,
-    "length": "heavy_tailed",
-}
-
-
-def make_policy(action_dim: int = 2, chunk_size: int = 4) -> TinyVLA:
-    torch.manual_seed(0)
-    return TinyVLA(
-        action_dim=action_dim,
-        chunk_size=chunk_size,
-        action_head="tokens",
-        vocab_size=8,
-        hidden_dim=16,
-        output_mode="both",
-        log_probs_mode="token",
-        return_vla_action_container=False,
-        action_tokenizer=UniformActionTokenizer(8, low=-1.0, high=1.0),
-        default_interaction_type=InteractionType.RANDOM,
-    )
-
-
-def make_initialised_policy() -> TinyVLA:
-    """The policy after its first call, which makes its lazy parameters."""
-    policy = make_policy()
-    observed = CountingChunkEnv(**ENV_KWARGS).reset().unsqueeze(0)
-    torch.manual_seed(0)
-    policy(observed)
-    return policy
+from .counting_task import ENV_KWARGS, make_policy
 
 
 @pytest.fixture

@@ -14,9 +14,7 @@ import json
 import sys
 
 import torch
-from tensordict.nn import InteractionType
-from torchrl.data.vla import UniformActionTokenizer
-from torchrl.modules.vla import TinyVLA
+from counting_task import ENV_KWARGS, make_initialised_policy
 
 from torchrl_dvla.collectors import DVLACollector, GroupConfig, InitStateSchedule, WorkerConfig
 from torchrl_dvla.data import PooledReplayBuffer
@@ -33,23 +31,8 @@ def tell(**what) -> None:
 
 
 def main(folder: str, num_updates: int) -> None:
-    torch.manual_seed(0)
-    policy = TinyVLA(
-        action_dim=2,
-        chunk_size=4,
-        action_head="tokens",
-        vocab_size=8,
-        hidden_dim=16,
-        output_mode="both",
-        log_probs_mode="token",
-        return_vla_action_container=False,
-        action_tokenizer=UniformActionTokenizer(8, low=-1.0, high=1.0),
-        default_interaction_type=InteractionType.RANDOM,
-    )
-    make_env = functools.partial(
-        CountingChunkEnv, action_dim=2, chunk_size=4, max_env_steps=12, length="heavy_tailed"
-    )
-    policy(make_env().reset().unsqueeze(0))  # makes the lazy parameters
+    policy = make_initialised_policy()
+    make_env = functools.partial(CountingChunkEnv, **ENV_KWARGS)
     loss = GRPOLoss(policy, entropy_coeff=0.03)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     checkpoints = CheckpointDirectory(folder)

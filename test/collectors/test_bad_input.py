@@ -24,7 +24,7 @@ from torchrl_dvla.collectors import (
 from torchrl_dvla.data import Admission, PooledReplayBuffer
 from torchrl_dvla.testing import CountingChunkEnv, Fault, FaultyEnvFactory
 
-from .conftest import ENV_KWARGS, make_policy
+from .counting_task import ENV_KWARGS, make_policy
 
 make_env = functools.partial(CountingChunkEnv, **ENV_KWARGS)
 

@@ -16,7 +16,7 @@ from torchrl_dvla.collectors import GroupConfig
 from torchrl_dvla.data.schema import ADVANTAGE_KEY
 from torchrl_dvla.testing import CountingChunkEnv
 
-from .conftest import ENV_KWARGS
+from .counting_task import ENV_KWARGS
 
 #: Nobody guesses twelve right steps in a row.
 hopeless = functools.partial(

@@ -42,7 +42,7 @@ from torchrl_dvla.data.schema import (
 from torchrl_dvla.testing import CountingChunkEnv, Fault, FaultyEnvFactory, LazyDevice
 from torchrl_dvla.weight_update import AsyncWeightUpdater, device_copy
 
-from .conftest import ENV_KWARGS, make_initialised_policy, make_policy
+from .counting_task import ENV_KWARGS, make_initialised_policy, make_policy
 
 make_env = functools.partial(CountingChunkEnv, **ENV_KWARGS)
 

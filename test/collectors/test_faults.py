@@ -21,7 +21,7 @@ from torchrl_dvla.collectors import EpisodeSpec, GroupConfig, InferenceConfig
 from torchrl_dvla.data.schema import DECISION_INDEX_KEY, POLICY_VERSION_KEY, ROLLOUT_ID_KEY
 from torchrl_dvla.testing import CountingChunkEnv, Fault, FaultyEnvFactory
 
-from .conftest import ENV_KWARGS, make_initialised_policy
+from .counting_task import ENV_KWARGS, make_initialised_policy
 
 make_env = functools.partial(CountingChunkEnv, **ENV_KWARGS)
 KEPT_FAILING = "the environment kept failing"

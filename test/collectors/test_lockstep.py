@@ -27,7 +27,7 @@ from torchrl_dvla.objectives import GRPOLoss
 from torchrl_dvla.swimlane import batch_seed
 from torchrl_dvla.testing import CountingChunkEnv, Latency
 
-from .conftest import ENV_KWARGS, make_initialised_policy
+from .counting_task import ENV_KWARGS, make_initialised_policy
 
 NUM_UPDATES, NUM_SLOTS, GROUP_SIZE, GROUPS_PER_UPDATE, MAX_DECISIONS = 4, 4, 3, 2, 4
 BATCH_SIZE, NUM_EPOCHS, SEED = 7, 2, 11

@@ -9,15 +9,7 @@ import torch
 
 from torchrl_dvla.memory import DualPool, EnvironmentPool, RowLayout, limits
 
-LAYOUT = RowLayout({"image": ((3, 16, 16), torch.uint8), "state": ((8,), torch.float32)})
-SIZES = {
-    "layout": LAYOUT,
-    "group_size": 4,
-    "groups_per_update": 3,
-    "max_policy_lag": 1,
-    "max_decisions": 10,
-    "rows_per_page": 4,
-}
+from .sizes import LAYOUT, SIZES
 
 
 def test_a_planned_pool_can_be_built_and_holds_what_was_planned():

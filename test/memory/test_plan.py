@@ -7,21 +7,12 @@ from __future__ import annotations
 import types
 
 import pytest
-import torch
 from torch import nn
 
-from torchrl_dvla.memory import DualPool, EnvironmentPool, RowLayout, limits
+from torchrl_dvla.memory import DualPool, EnvironmentPool, limits
 from torchrl_dvla.memory.plan import expected_waste, recommended_rows_per_page
 
-LAYOUT = RowLayout({"image": ((3, 16, 16), torch.uint8), "state": ((8,), torch.float32)})
-SIZES = {
-    "layout": LAYOUT,
-    "group_size": 4,
-    "groups_per_update": 3,
-    "max_policy_lag": 1,
-    "max_decisions": 10,
-    "rows_per_page": 4,
-}
+from .sizes import LAYOUT, SIZES
 
 
 def test_plan_by_hand():

@@ -1,0 +1,48 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The environment and the policy of the tests of this folder, and of the runs that they start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict.nn import InteractionType
+from torchrl.data.vla import UniformActionTokenizer
+from torchrl.modules.vla import TinyVLA
+
+from torchrl_dvla.testing import CountingChunkEnv
+
+ENV_KWARGS: dict[str, Any] = {
+    "action_dim": 2,
+    "chunk_size": 4,
+    "max_env_steps": 12,
+    "length": "heavy_tailed",
+}
+
+
+def make_policy(action_dim: int = 2, chunk_size: int = 4) -> TinyVLA:
+    torch.manual_seed(0)
+    return TinyVLA(
+        action_dim=action_dim,
+        chunk_size=chunk_size,
+        action_head="tokens",
+        vocab_size=8,
+        hidden_dim=16,
+        output_mode="both",
+        log_probs_mode="token",
+        return_vla_action_container=False,
+        action_tokenizer=UniformActionTokenizer(8, low=-1.0, high=1.0),
+        default_interaction_type=InteractionType.RANDOM,
+    )
+
+
+def make_initialised_policy() -> TinyVLA:
+    """The policy after its first call, which makes its lazy parameters."""
+    policy = make_policy()
+    observed = CountingChunkEnv(**ENV_KWARGS).reset().unsqueeze(0)
+    torch.manual_seed(0)
+    policy(observed)
+    return policy
