@@ -19,6 +19,7 @@ from torchrl_dvla.collectors import (
     GroupConfig,
     InferenceConfig,
     InitStateSchedule,
+    SchedulerConfig,
     WorkerConfig,
 )
 from torchrl_dvla.data import Admission, PooledReplayBuffer
@@ -59,6 +60,16 @@ def no_process(monkeypatch):
 def test_no_policy(no_process):
     with pytest.raises(ValueError, match="policy or policy_factory must be given, got neither"):
         DVLACollector(make_env, replay_buffer=PooledReplayBuffer)
+
+
+def test_a_scheduler_that_the_settings_do_not_fit_leaves_no_lane(refuse):
+    # Found when all lanes are there, the inference process too.
+    refuse(
+        "num_epochs",
+        inference=InferenceConfig(where="process"),
+        scheduler=SchedulerConfig(num_epochs=(2, 3)),
+        num_epochs=1,
+    )
 
 
 def test_an_environment_without_chunks(refuse):

@@ -19,7 +19,6 @@ from torchrl.envs import EnvBase
 from torchrl.weight_update import WeightSyncScheme
 
 from torchrl_dvla.collectors.checks import (
-    check_buffer,
     check_episodes,
     check_pages,
     check_policy,
@@ -36,15 +35,14 @@ from torchrl_dvla.collectors.configs import (
 from torchrl_dvla.collectors.coordinator import Coordinator
 from torchrl_dvla.collectors.counters import CollectionCounters
 from torchrl_dvla.collectors.evaluation import Evaluation
-from torchrl_dvla.collectors.group_sink import GroupSink
+from torchrl_dvla.collectors.group_path import GroupPath
 from torchrl_dvla.collectors.lane_starter import LaneStarter
 from torchrl_dvla.collectors.matching import match_policy
-from torchrl_dvla.collectors.rollout_queue import RolloutQueue
 from torchrl_dvla.collectors.schedule import EpisodeSpec, InitStateSchedule
 from torchrl_dvla.collectors.sizing import make_plan
 from torchrl_dvla.collectors.tuning import attach_tuner, check_movable
 from torchrl_dvla.collectors.weight_telemetry import WeightTelemetry
-from torchrl_dvla.data import Admission, GroupAssembler, InstructionTable, PooledReplayBuffer
+from torchrl_dvla.data import PooledReplayBuffer
 from torchrl_dvla.data.schema import INSTRUCTION_ID_KEY, INSTRUCTION_KEY
 from torchrl_dvla.memory import EnvironmentPool
 from torchrl_dvla.swimlane import SamplingLane, Timeline
@@ -160,16 +158,17 @@ class DVLACollector(BaseCollector):
         self._publishing = self.timeline.track("distribution", "learner")
         self._weight_telemetry = WeightTelemetry(updater, self.timeline)
         self._counters = CollectionCounters()
-        sampling = SamplingLane(
-            self._factories,
-            workers.num_workers,
-            envs_per_worker=workers.envs_per_worker,
-            num_threads=workers.num_threads,
-            env_vars=workers.env_vars,
-            start_method=workers.start_method,
-            pin_workers=workers.pin_workers,
-        )
-        try:
+        with contextlib.ExitStack() as undo:
+            sampling = SamplingLane(
+                self._factories,
+                workers.num_workers,
+                envs_per_worker=workers.envs_per_worker,
+                num_threads=workers.num_threads,
+                env_vars=workers.env_vars,
+                start_method=workers.start_method,
+                pin_workers=workers.pin_workers,
+            )
+            undo.callback(sampling.stop, workers.stop_timeout_s)
             layout = match_policy(policy, sampling.wait_ready(workers.start_timeout_s))
             self.plan = make_plan(layout, group, workers, rows_per_page, env_bytes)
             num_pages = self.plan.num_pages
@@ -177,46 +176,28 @@ class DVLACollector(BaseCollector):
                 num_pages += self.plan.pages_per_group
             check_pages(self.plan, group, num_pages)
             self._pool = EnvironmentPool(layout, num_pages, rows_per_page)
-            self._coordinator = self._build(sampling, replay_buffer)
-        except BaseException:
-            sampling.stop(workers.stop_timeout_s)
-            raise
-        self._coordinator.start()
+            self._coordinator = self._build(sampling, replay_buffer, undo)
+            self._coordinator.start()
+            undo.pop_all()  # from here on shutdown() ends it all
 
     def _build(
-        self, sampling: SamplingLane, replay_buffer: Callable[..., PooledReplayBuffer]
+        self,
+        sampling: SamplingLane,
+        replay_buffer: Callable[..., PooledReplayBuffer],
+        undo: contextlib.ExitStack,
     ) -> Coordinator:
-        group, pool = self.group, self._pool
-        self._instructions = instructions = InstructionTable()
-        admission = self._admission = Admission(group.groups_per_update, group.max_policy_lag)
-        self.replay_buffer = replay_buffer(
-            pool=pool, admission=admission, instructions=instructions
-        )
-        check_buffer(self.replay_buffer, pool, admission)
-        self.replay_buffer.track = self.timeline.track("gradient", "learner")
-        self._queue = RolloutQueue(
-            self.schedule,
-            admission,
-            num_candidates=group.num_candidates,
-            pages_per_rollout=self.plan.pages_per_group // group.num_candidates,
-            pool=pool,
+        self._groups = groups = GroupPath(
+            self.group,
+            self._pool,
+            pages_per_rollout=self.plan.pages_per_group // self.group.num_candidates,
+            schedule=self.schedule,
+            replay_buffer=replay_buffer,
+            counters=self._counters,
             evaluations_alone=self._deterministic,
         )
-        sink = GroupSink(
-            GroupAssembler(
-                pool,
-                group.group_size,
-                group.candidate_group_size,
-                return_bounds=group.return_bounds,
-                normalise_std=group.normalise_std,
-            ),
-            pool=pool,
-            queue=self._queue,
-            replay_buffer=self.replay_buffer,
-            counters=self._counters,
-            max_drought=group.max_drought,
-            on_drought=group.on_drought,
-        )
+        self.replay_buffer, self._queue = groups.replay_buffer, groups.queue
+        self.replay_buffer.track = self.timeline.track("gradient", "learner")
+        undo.callback(self._updater.shutdown)
         self._updater.init_on_sender(model_id="policy", model=self.policy, num_workers=0)
         self._updater.connect()
         coordinator = Coordinator(
@@ -229,11 +210,11 @@ class DVLACollector(BaseCollector):
                 seed=self._seed,
                 start_method=self._workers.start_method,
             ),
-            pool=pool,
-            queue=self._queue,
-            instructions=instructions,
-            on_rollout=sink.add,
-            abandon_group=sink.abandon,
+            pool=self._pool,
+            queue=groups.queue,
+            instructions=groups.instructions,
+            on_rollout=groups.sink.add,
+            abandon_group=groups.sink.abandon,
             timeline=self.timeline,
             counters=self._counters,
             seed=self._seed,
@@ -241,6 +222,7 @@ class DVLACollector(BaseCollector):
             workers=self._workers,
             inference=self._inference_config,
         )
+        undo.callback(coordinator.batcher.stop)
         self._tuner = attach_tuner(
             self._scheduler_config,
             coordinator=coordinator,
@@ -249,9 +231,9 @@ class DVLACollector(BaseCollector):
             counters=self._counters,
         )
         coordinator.on_error = self._on_error
-        admission.add_listener(coordinator.wake)
-        admission.begin_only_if(lambda: self._updater.store.releaser.is_idle)
-        self._updater.store.releaser.add_listener(admission.reconsider)
+        groups.admission.add_listener(coordinator.wake)
+        groups.admission.begin_only_if(lambda: self._updater.store.releaser.is_idle)
+        self._updater.store.releaser.add_listener(groups.admission.reconsider)
         return coordinator
 
     # -- life -----------------------------------------------------------------------------------
@@ -281,11 +263,10 @@ class DVLACollector(BaseCollector):
     ) -> None:
         """End all lanes and free the environment pool; safe to call twice.
 
-        Keyword Args:
-            raise_on_error (bool): raise the error that ended the collection, if one did and the
-                learner has not seen it.
+        The arguments are TorchRL's and change nothing: the lanes have deadlines of their own and
+        always close their environments, and their error is raised where they are waited for.
         """
-        del timeout, close_env  # the lanes have deadlines of their own, and always close their envs
+        del timeout, close_env, raise_on_error
         if self._closed:
             return
         self._closed = True
@@ -327,7 +308,7 @@ class DVLACollector(BaseCollector):
             next(update)  # waits for the groups
             groups = self.replay_buffer.cohort
             data = self._pool.rows[torch.cat([group.row_index(self._pool) for group in groups])]
-            texts = self._instructions.texts(data.get(INSTRUCTION_ID_KEY))
+            texts = self._groups.instructions.texts(data.get(INSTRUCTION_ID_KEY))
             data.set(INSTRUCTION_KEY, NonTensorStack(*texts))
             # The data is a copy: the groups count as learned, and the next publication is theirs.
             update.close()  # type: ignore[attr-defined]
@@ -383,7 +364,7 @@ class DVLACollector(BaseCollector):
                 self._updater.finish()  # else admission waits, not the learner
         self._publishing.waiting("no_update")
         self._weight_telemetry.record()
-        self._admission.advance()  # its listener wakes the coordinator
+        self._groups.admission.advance()  # its listener wakes the coordinator
 
     # -- state ----------------------------------------------------------------------------------
 
