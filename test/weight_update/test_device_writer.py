@@ -129,8 +129,8 @@ def test_versions_coalesce_on_the_device_in_two_snapshots(
     assert values_in(store) == {4.0}
     stats = store.stats()
     assert (stats.num_publishes, stats.num_coalesced, stats.num_deferred) == (5, 2, 0)
-    assert store._device_writer is not None
-    assert len(store._device_writer._free) == 2  # no third snapshot was made
+    assert store._publisher.device_writer is not None
+    assert len(store._publisher.device_writer._free) == 2  # no third snapshot was made
 
 
 def test_one_snapshot_is_enough_while_copies_keep_up(store: WeightStore, learner: Learner) -> None:
@@ -139,8 +139,8 @@ def test_one_snapshot_is_enough_while_copies_keep_up(store: WeightStore, learner
         store.publish()
         store.finish()
         assert values_in(store, f"look {value}") == {value}
-    assert store._device_writer is not None
-    assert len(store._device_writer._free) == 1
+    assert store._publisher.device_writer is not None
+    assert len(store._publisher.device_writer._free) == 1
 
 
 @pytest.mark.parametrize("who", ["finish", "wait", "publish"])
@@ -302,8 +302,8 @@ def test_the_cast_is_made_on_the_device_and_frozen_weights_stay_behind(
         assert weights["first"].dtype == torch.bfloat16
         assert set(weights["first"].tolist()) == {1.0}
         assert weights["second"].eq(0.0).all()
-        assert store._device_writer is not None
-        (snapshot,) = store._device_writer._free
+        assert store._publisher.device_writer is not None
+        (snapshot,) = store._publisher.device_writer._free
         assert snapshot.views.memory.nbytes == store.layout.slot_bytes
         reader.close()
     assert len(pinned) == 1  # the slots are page-locked, once

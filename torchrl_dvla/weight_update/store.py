@@ -63,20 +63,18 @@ A worked trace, with three slots and readers P and Q; the star is the offer::
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 
-from torchrl_dvla.weight_update import device_copy
 from torchrl_dvla.weight_update.copying import cast_error
-from torchrl_dvla.weight_update.device_writer import DeviceWriter
 from torchrl_dvla.weight_update.layout import WeightLayout, WeightSource
 from torchrl_dvla.weight_update.ledger import MAX_SLOTS, Adoption, AdoptionStats
 from torchrl_dvla.weight_update.places import ReaderPlaces
 from torchrl_dvla.weight_update.publish_stats import PublishStats
+from torchrl_dvla.weight_update.publisher import Publisher
 from torchrl_dvla.weight_update.reader import WeightReader
 from torchrl_dvla.weight_update.segment import WeightSegment
 from torchrl_dvla.weight_update.source import SourceTensors
@@ -168,11 +166,9 @@ class WeightStore:
         self._writer = SlotWriter(self._segment, check_finite=check_finite, checksum=checksum)
         #: What it does after :meth:`publish` has returned.
         self.releaser = self._writer.releaser
-        self._device_writer: DeviceWriter | None = None
-        self._last_writer: DeviceWriter | SlotWriter = self._writer
+        self._publisher = Publisher(self._segment, self._writer)
         self._ledger = self._segment.ledger()
         self._places = ReaderPlaces(self._ledger, self._writer.locks, max_readers)
-        self._publishing = threading.Lock()
         if isinstance(source, WeightLayout):
             return
         try:
@@ -230,18 +226,9 @@ class WeightStore:
                 made the store.
         """
         self._require_writer()
-        if not self._publishing.acquire(blocking=False):
-            raise RuntimeError(
-                "publish must be called by one learner at a time, got a second call while one is "
-                "copying. Let one thread publish."
-            )
-        try:
-            start_s = time.perf_counter()
-            tensors = self._tensors.of(self._source if source is None else source)
-            writer = self._writer_for(tensors)
-            return writer.publish(tensors, version=version, start_s=start_s)
-        finally:
-            self._publishing.release()
+        return self._publisher.publish(
+            lambda: self._tensors.of(self._source if source is None else source), version=version
+        )
 
     def finish(self) -> None:
         """Wait until what was published was looked at, and is on the host.
@@ -268,8 +255,7 @@ class WeightStore:
             ValueError: if ``version`` does not grow.
         """
         self._require_writer()
-        with self._publishing:
-            self._writer.receive(fill, version)
+        self._publisher.receive(fill, version=version)
 
     @property
     def frozen_memory(self) -> torch.Tensor:
@@ -399,7 +385,7 @@ class WeightStore:
         """
         if self._is_closed or os.getpid() != self._pid:
             return
-        self._writer.close()
+        self._publisher.close()
         self._last_stats = self.adoption_stats()
         self._is_closed = True
         self._segment.locks.close()
@@ -412,19 +398,6 @@ class WeightStore:
     def set_gate(self, gate: Callable[[str], None]) -> None:
         """Have ``gate`` called with the name of each step of the protocol, for tests of races."""
         self._writer.gate = gate
-
-    def _writer_for(self, tensors: list[torch.Tensor]) -> DeviceWriter | SlotWriter:
-        side = device_copy.side_stream(tensors)
-        writer: DeviceWriter | SlotWriter = self._writer
-        if side is not None:
-            if self._device_writer is None:
-                self._segment.pin()
-                self._device_writer = DeviceWriter(self._writer, side)
-            writer = self._device_writer
-        if writer is not self._last_writer:
-            self.finish()  # versions arrive in order
-            self._last_writer = writer
-        return writer
 
     def _require_writer(self) -> None:
         if os.getpid() != self._pid:
