@@ -261,21 +261,23 @@ class WeightReader:
 
     def _advance(self, ledger: Ledger) -> None:
         """Pin the newest version and move every bound module to it."""
-        start_ns, previous = time.monotonic_ns(), self._version
-        slot, self._version = self._pin_newest(ledger)
+        start_ns = time.monotonic_ns()
+        slot, version = self._pin_newest(ledger)
         if slot not in self._views:
             self._views[slot] = self._segment.views(slot)
-        self._seen = self._version * MAX_SLOTS + slot
-        if self._version != previous:
-            self._verify(ledger, slot)
+        offer, is_new = version * MAX_SLOTS + slot, version != self._version
+        if is_new:
+            self._verify(ledger, slot, version)
         for binding in list(self._bindings.values()):
-            if binding.applied_offer != self._seen:
+            if binding.applied_offer != offer:
                 binding.apply(self._views[slot].entries)
-                binding.applied_offer = self._seen
-        if self._version != previous:
+                binding.applied_offer = offer
+        # Last: what fails until here is tried again by the next call, and not taken for done.
+        self._version, self._seen = version, offer
+        if is_new:
             ledger.record_adoption(
                 self.row,
-                version=self._version,
+                version=version,
                 published_ns=ledger.published_ns(slot),
                 start_ns=start_ns,
                 end_ns=time.monotonic_ns(),
@@ -305,11 +307,11 @@ class WeightReader:
                 self._locks.unlock(slot_byte(slot))
             # Refused or torn: the newest slot is never claimed, so a newer offer is out by now.
 
-    def _verify(self, ledger: Ledger, slot: int) -> None:
+    def _verify(self, ledger: Ledger, slot: int, version: int) -> None:
         expected = ledger.checksum_in(slot)
         if expected and self._segment.checksum(slot) != expected:
             raise RuntimeError(
-                f"Version {self._version} has another checksum than when it was published. "
+                f"Version {version} has another checksum than when it was published. "
                 "Something writes weights through a module that adopted them: readers' modules "
                 "must not be trained."
             )
