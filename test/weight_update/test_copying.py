@@ -82,6 +82,29 @@ def test_the_views_of_a_destination_are_made_once_and_go_with_it() -> None:
     assert memory() is None  # a closed store's memory goes, whatever copier there is
 
 
+def test_a_look_reads_the_source_where_it_has_the_bytes_that_are_written() -> None:
+    source = {
+        "large": torch.ones(100),  # 400 bytes, in pieces of 256: 64 and 36 elements
+        "strided": torch.ones(20, 10)[::2],
+        "first": torch.ones(8),
+        "second": torch.ones(8),
+        "count": torch.tensor([7]),
+        "cast": torch.ones(80, dtype=torch.float64),
+    }
+    layout = WeightLayout(source, transport_dtype=torch.float32)
+    views = private_views(layout)
+    copier = WeightCopier(layout, piece_bytes=256)
+    sights = copier.sights(layout.tensors_of(source), views)
+    memory = {source[name].data_ptr(): name for name in source}
+    memory[source["large"][64:].data_ptr()] = "large"
+    from_source = [memory[sight.memory.data_ptr()] for sight in sights if sight.is_source]
+    assert sorted(from_source) == ["count", "large", "large"]
+    assert [sight.memory.numel() for sight in sights if sight.is_source][:2] == [64, 36]
+    assert copier.copy(layout.tensors_of(source), views)
+    in_slot = sum(float(sight.memory.sum()) for sight in sights if not sight.is_source)
+    assert in_slot == 100 + 8 + 8 + 80
+
+
 @pytest.mark.parametrize("name", ["small", "large", "transposed", "expanded", "half"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_one_bad_element_is_found_anywhere(name: str, value: float) -> None:
@@ -91,7 +114,10 @@ def test_one_bad_element_is_found_anywhere(name: str, value: float) -> None:
     layout = WeightLayout(source)
     copier = WeightCopier(layout, piece_bytes=256)
     assert not copier.copy(layout.tensors_of(source), private_views(layout), check_finite=True)
-    assert copier.copy(layout.tensors_of(source), private_views(layout))
+    views = private_views(layout)
+    assert copier.copy(layout.tensors_of(source), views)
+    sights = copier.sights(layout.tensors_of(source), views)
+    assert not all(is_finite(memory) for memory, _ in sights)
     (line,) = non_finite_names(layout, layout.tensors_of(source))
     assert line.startswith(f"{name} (")
 

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from torchrl_dvla.weight_update import WeightReader, WeightStore, writer
+from torchrl_dvla.weight_update import WeightReader, WeightStore, finite, writer
 from torchrl_dvla.weight_update.copying import WeightCopier
-from torchrl_dvla.weight_update.finite import TrailingLook
+from torchrl_dvla.weight_update.finite import CopyLook, Sight
 
 NAN = float("nan")
 
@@ -337,8 +337,8 @@ def test_a_copy_that_fails_is_given_up(store: WeightStore) -> None:
 @pytest.mark.parametrize("num_pieces", [1, 4, 5])
 def test_the_look_follows_the_copy(num_pieces: int, bad: int | None) -> None:
     pieces = [torch.zeros(3) for _ in range(num_pieces)]
-    look, verdict = TrailingLook(pieces), []
-    following = threading.Thread(target=lambda: verdict.append(look.follow()))
+    look, verdict = CopyLook([Sight(piece, is_source=False) for piece in pieces]), []
+    following = threading.Thread(target=lambda: verdict.append(look.run()))
     following.start()
     for index, piece in enumerate(pieces):
         piece[1] = NAN if index == bad else 1.0
@@ -347,6 +347,58 @@ def test_the_look_follows_the_copy(num_pieces: int, bad: int | None) -> None:
     look.end()
     following.join(timeout=30.0)
     assert verdict == [bad is None or bad >= num_pieces]
+
+
+class Seen(list[int]):
+    """Which pieces were looked at, in a stand-in for ``is_finite`` that stops at one of them."""
+
+    def __init__(self, last: int) -> None:
+        self._last, self.has_come = last, threading.Event()
+
+    def __call__(self, memory: torch.Tensor) -> bool:
+        self.append(int(memory[0]))
+        if self[-1] == self._last:
+            self.has_come.set()
+        return True
+
+
+def test_the_look_at_a_source_goes_ahead_of_the_copy_but_not_far(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    num_pieces = 12
+    monkeypatch.setattr(finite, "_AHEAD_PIECES", 4)
+    monkeypatch.setattr(finite, "_REPORT_PIECES", 2)
+    seen = Seen(last=3)
+    monkeypatch.setattr(finite, "is_finite", seen)
+    look = CopyLook([Sight(torch.tensor([k]), is_source=True) for k in range(num_pieces)])
+    running = threading.Thread(target=look.run)
+    running.start()
+    assert seen.has_come.wait(30.0)  # four pieces, and nothing was copied yet
+    assert seen == [0, 1, 2, 3]
+    seen._last = 5
+    seen.has_come.clear()
+    look.note_piece()
+    look.note_piece()
+    assert seen.has_come.wait(30.0)
+    assert seen == [0, 1, 2, 3, 4, 5]
+    look.end()
+    running.join(30.0)
+    assert seen == list(range(num_pieces))
+
+
+def test_the_look_ahead_ends_with_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    look = CopyLook([Sight(torch.tensor([k]), is_source=True) for k in range(2)])
+    seen, asked = Seen(last=1), []
+    monkeypatch.setattr(finite, "is_finite", seen)
+
+    class Reports:
+        def get(self) -> int:
+            asked.append(list(seen))
+            return 2
+
+    monkeypatch.setattr(look, "_reports", Reports())
+    assert look.run()
+    assert asked == [[0, 1]]  # all was looked at, and the version was not whole yet
 
 
 @settings(max_examples=40, deadline=None)

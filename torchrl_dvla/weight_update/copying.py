@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from torchrl_dvla.weight_update.finite import is_finite
+from torchrl_dvla.weight_update.finite import Sight, is_finite
 from torchrl_dvla.weight_update.layout import Bucket, WeightLayout
 from torchrl_dvla.weight_update.segment import SlotViews
 
@@ -25,13 +25,17 @@ _PIECE_BYTES = 2 << 20
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """Elements ``start:stop`` of a dtype's run: whole entries, or a part of a large one."""
+    """Elements ``start:stop`` of a dtype's run: whole entries, or a part of a large one.
+
+    Args:
+        start_in_entry (int): where in its entry the part begins.
+    """
 
     dtype: torch.dtype
     start: int
     stop: int
     indices: tuple[int, ...]
-    part_of_entry: tuple[int, int] | None = None
+    start_in_entry: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +97,10 @@ class WeightCopier:
                 continue
             step = max(1, piece_bytes // itemsize)
             for start in range(0, entry.numel, step):
-                part = (start, min(start + step, entry.numel))
-                begin, stop = begin_of(index) + part[0], begin_of(index) + part[1]
-                self._pieces.append(_Piece(bucket.dtype, begin, stop, (index,), part))
+                stop = min(start + step, entry.numel)
+                begin = begin_of(index)
+                piece = _Piece(bucket.dtype, begin + start, begin + stop, (index,), start)
+                self._pieces.append(piece)
         flush()
 
     @torch.no_grad()
@@ -122,27 +127,38 @@ class WeightCopier:
             True if everything was copied and, where that is checked, is finite.
         """
         for piece, target in zip(self._pieces, self._targets(destination), strict=True):
-            run = target.run
-            if piece.part_of_entry is None:
+            flat = self._flat(piece, source)
+            if flat is not None:
+                target.run.copy_(flat)
+            elif piece.start_in_entry == 0:
+                # An entry that is not dense has no flat parts: its first piece carries it all.
                 torch._foreach_copy_(target.entries, [source[index] for index in piece.indices])
-            else:
-                index, (start, stop) = piece.indices[0], piece.part_of_entry
-                tensor = source[index]
-                if tensor.stride() == self._entries[index].stride:
-                    offset = tensor.storage_offset() + start
-                    run.copy_(tensor.as_strided((stop - start,), (1,), offset))
-                elif start == 0:
-                    # A source that is not dense has no flat parts: the first piece carries it all.
-                    target.entries[0].copy_(tensor)
-            if check_finite and not is_finite(run):
+            if check_finite and not is_finite(target.run):
                 return False
             if between is not None and between():
                 return False
         return True
 
-    def runs(self, destination: SlotViews) -> list[torch.Tensor]:
-        """The memory of each piece in ``destination``, flat, in the order of the copy."""
-        return [target.run for target in self._targets(destination)]
+    @torch.no_grad()
+    def sights(self, source: Sequence[torch.Tensor], destination: SlotViews) -> list[Sight]:
+        """Where a look beside ``copy(source, destination)`` finds each piece, in its order."""
+        sights = []
+        for piece, target in zip(self._pieces, self._targets(destination), strict=True):
+            flat = self._flat(piece, source)
+            if flat is not None and flat.dtype == piece.dtype:
+                sights.append(Sight(flat, is_source=True))
+            else:
+                sights.append(Sight(target.run, is_source=False))
+        return sights
+
+    def _flat(self, piece: _Piece, source: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """The piece in ``source``, flat, if it is of one entry that is dense there as well."""
+        index = piece.indices[0]
+        tensor = source[index]
+        if len(piece.indices) > 1 or tensor.stride() != self._entries[index].stride:
+            return None
+        offset = tensor.storage_offset() + piece.start_in_entry
+        return tensor.as_strided((piece.stop - piece.start,), (1,), offset)
 
     def _targets(self, destination: SlotViews) -> list[_Target]:
         targets = self._targets_of.get(destination)

@@ -2,24 +2,25 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Finding NaN and infinity among weights, while they are copied or afterwards."""
+"""Finding NaN and infinity among weights, beside their copy or afterwards."""
 
 from __future__ import annotations
 
 import math
 import queue
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from torchrl_dvla.weight_update.layout import WeightLayout
 
-__all__ = ["TrailingLook", "is_finite", "non_finite_names", "not_finite"]
+__all__ = ["CopyLook", "Sight", "is_finite", "non_finite_names", "not_finite"]
 
-# Pieces (of 2 MiB) between two words to the thread that looks at them. With 2, the words cost 10 MB
-# a tenth of its copy; with 8, the pieces have left the cache that the cores share when it comes
-# (docs/decisions/0022).
-_REPORT_PIECES = 4
+# Pieces (of 2 MiB) that a look may be ahead of the copy, and between two words about how far that
+# is. Farther ahead, the look takes the copy's share of memory's bandwidth instead of reading for it
+# (docs/decisions/0026).
+_AHEAD_PIECES, _REPORT_PIECES = 4, 4
 
 
 def is_finite(flat: torch.Tensor) -> bool:
@@ -68,29 +69,43 @@ def not_finite(names: list[str], version: int) -> ValueError:
     )
 
 
-class TrailingLook:
-    """A look for NaN and infinity that follows a copy through memory, in another thread.
-
-    The thread that copies says every few pieces how far it is; on two cores the look ends a moment
-    after the copy.
+class Sight(NamedTuple):
+    """What to look at to know whether a piece of a copy is finite.
 
     Args:
-        runs (list of torch.Tensor): what each piece of the copy writes, in its order; see
-            :meth:`WeightCopier.runs`.
+        memory (torch.Tensor): the piece, flat: where it is written, or where it is read.
+        is_source (bool): whether it is where it is read, and has the same bytes there.
+    """
+
+    memory: torch.Tensor
+    is_source: bool
+
+
+class CopyLook:
+    """A look for NaN and infinity beside a copy through memory, in another thread.
+
+    Where the copy reads what it writes, byte for byte, the look goes a few pieces ahead of it and
+    reads the same source: the copy finds it in the cache that the cores share, and memory is read
+    once. Else (weights that are cast, not dense, or many in a piece) the look follows and reads
+    what was written. The thread that copies says every few pieces how far it is.
+
+    Args:
+        sights (list of Sight): the pieces of the copy, in its order; see
+            :meth:`WeightCopier.sights`.
 
     Examples:
         >>> pieces = [torch.zeros(2), torch.zeros(2)]
-        >>> look = TrailingLook(pieces)
+        >>> look = CopyLook([Sight(piece, is_source=False) for piece in pieces])
         >>> for piece, value in zip(pieces, (1.0, math.nan)):
         ...     _ = piece.fill_(value)
         ...     _ = look.note_piece()
         >>> look.end()
-        >>> look.follow()  # in a thread, from the beginning of the copy
+        >>> look.run()  # in a thread, from the beginning of the copy
         False
     """
 
-    def __init__(self, runs: list[torch.Tensor]) -> None:
-        self._runs = runs
+    def __init__(self, sights: list[Sight]) -> None:
+        self._sights = sights
         self._num_copied = 0
         self._reports: queue.SimpleQueue[int] = queue.SimpleQueue()
         #: Whether the copy was not made to its end.
@@ -99,22 +114,24 @@ class TrailingLook:
     def note_piece(self) -> bool:
         """A piece was copied; False, for the copy shall go on."""
         self._num_copied += 1
-        if self._num_copied % _REPORT_PIECES == 0 and self._num_copied < len(self._runs):
+        if self._num_copied % _REPORT_PIECES == 0 and self._num_copied < len(self._sights):
             self._reports.put(self._num_copied)
         return False
 
     def end(self, *, is_given_up: bool = False) -> None:
         """The copy has ended."""
         self.is_given_up = is_given_up
-        self._reports.put(len(self._runs))
+        self._reports.put(len(self._sights))
 
-    def follow(self) -> bool:
-        """Look at what is copied until the copy has ended; whether all of it is finite."""
-        num_seen, all_finite = 0, True
-        while num_seen < len(self._runs):
-            num_copied = self._reports.get()
+    def run(self) -> bool:
+        """Look at every piece until the copy has ended; whether all of it is finite."""
+        num_copied, all_finite = 0, True
+        for index, (memory, is_source) in enumerate(self._sights):
+            while num_copied <= index - (_AHEAD_PIECES if is_source else 0):
+                num_copied = self._reports.get()
             if self.is_given_up:
                 return False
-            all_finite = all_finite and all(map(is_finite, self._runs[num_seen:num_copied]))
-            num_seen = num_copied
-        return all_finite
+            all_finite = all_finite and is_finite(memory)
+        while num_copied < len(self._sights):
+            num_copied = self._reports.get()
+        return all_finite and not self.is_given_up

@@ -30,7 +30,7 @@ the kernel's lock of the file, which orders memory: the reader sees all of the c
 overwrites nothing that a reader has yet to load. The offer is a hint and may be as stale as it
 likes.
 
-**Only finite weights are offered.** Where the look takes time, a thread follows the copy with it
+**Only finite weights are offered.** Where the look takes time, a thread does it beside the copy
 and goes on with 4 to 6 (:mod:`~torchrl_dvla.weight_update.release`); ``publish`` returns before.
 
 **A writer that dies** in 1-5 loses the exclusive lock to the kernel and leaves the record at -1 in

@@ -16,7 +16,7 @@ import torch
 
 from torchrl_dvla.weight_update.copying import WeightCopier
 from torchrl_dvla.weight_update.finite import (
-    TrailingLook,
+    CopyLook,
     is_finite,
     non_finite_names,
     not_finite,
@@ -254,7 +254,7 @@ class SlotWriter:
         self, tensors: Sequence[torch.Tensor], slot: int | None, version: int
     ) -> None:
         def copy(views: SlotViews) -> None:
-            look = TrailingLook(self._copier.runs(views))
+            look = CopyLook(self._copier.sights(tensors, views))
             self.releaser.submit(_HostRelease(version, self, slot, views, look))
 
             def between() -> bool:
@@ -372,11 +372,11 @@ class _HostRelease:
     writer: SlotWriter
     slot: int | None
     views: SlotViews
-    look: TrailingLook
+    look: CopyLook
 
     def run(self) -> None:
         """Offer it if it is good; see :class:`~torchrl_dvla.weight_update.release.Release`."""
-        is_good = self.look.follow()
+        is_good = self.look.run()
         if self.look.is_given_up:
             return  # publish has raised why
         if is_good:
