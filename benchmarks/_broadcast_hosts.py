@@ -86,8 +86,8 @@ class Host:
         """Wait until nothing is on its way; CPU seconds of this process since the publish."""
         broadcast, store = self.parts[way]
         broadcast.wait(store.version, num_nodes=num_nodes)
-        while broadcast._slot is not None:
-            time.sleep(0.002)
+        with broadcast._changed:
+            assert broadcast._changed.wait_for(lambda: broadcast._slot is None, timeout=60.0)
         return time.process_time() - self.cpu_s
 
     def plan(self, way: str) -> tuple[str, int]:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import nn
 
+from torchrl_dvla.testing import Remote
 from torchrl_dvla.weight_update import WeightStore
 
 
@@ -163,6 +164,42 @@ def test_after_unpin_the_next_adoption_points_at_whole_weights_again() -> None:
             store.publish()
         assert reader.adopt_into(served) == 4
         assert served.weight.item() == 4.0
+
+
+def test_a_reader_is_told_of_each_offer_until_it_is_closed() -> None:
+    module = nn.Linear(2, 2)
+    with WeightStore(module) as store:
+        reader, told = store.reader("a"), list[int]()
+        assert reader.listen(lambda: told.append(store.offered_version))
+        store.publish()
+        assert told == [1]
+        store.pause()
+        store.publish()
+        assert told == [1]  # taken, but not offered
+        store.resume()
+        assert told == [1, 2]
+        reader.close()
+        store.publish()
+        assert told == [1, 2]
+
+
+def test_nobody_can_be_told_in_another_process() -> None:
+    def listens() -> bool:
+        return reader.listen(lambda: None)
+
+    with WeightStore(nn.Linear(2, 2)) as store:
+        reader = store.reader("a")
+        with Remote(lambda: Calls(listens)) as child:
+            assert child.call("run") is False
+        travelled = copy.copy(reader)  # by __getstate__, as to a child that is spawned
+        assert travelled.listen(lambda: None) is False
+        assert store.offer_listeners == []
+        travelled.close(), reader.close()
+
+
+class Calls:
+    def __init__(self, run: Callable[[], bool]) -> None:
+        self.run = run
 
 
 def test_the_published_module_and_a_second_reader_are_refused() -> None:

@@ -91,6 +91,7 @@ class WeightReader:
         self.row = row
         self._segment = segment
         self._store_ref: weakref.ref[WeightStore] | None = weakref.ref(store)
+        self._store_pid = os.getpid()
         self._reset()
 
     def _reset(self) -> None:
@@ -104,6 +105,7 @@ class WeightReader:
         self._slot: int | None = None
         self._version = -1
         self._is_closed = False
+        self._listener: Callable[[], None] | None = None
         _READERS.add(self)
         # Tests step through the protocol here; the names are those of the trace in store.py.
         self._gate: Callable[[str], None] = _open_gate
@@ -117,6 +119,22 @@ class WeightReader:
         """Whether a version newer than the adopted one is there: one read of shared memory."""
         ledger = self._ledger or self._attach()
         return ledger.offer // MAX_SLOTS > self._version
+
+    def listen(self, listener: Callable[[], None]) -> bool:
+        """Have ``listener()`` called after each offer, until this reader is closed.
+
+        The thread that makes the offer calls it: it must neither block nor raise.
+
+        Returns:
+            False if nobody will call it, since the store is in another process. There, only
+            :meth:`has_update` tells of a new version.
+        """
+        store = self._store_ref() if self._store_ref is not None else None
+        if store is None or os.getpid() != self._store_pid:
+            return False
+        self._listener = listener
+        store.offer_listeners.append(listener)
+        return True
 
     def adopt_into(self, module: nn.Module, *, copy: bool = False) -> int:
         """Let ``module`` read the newest version from now on.
@@ -224,6 +242,9 @@ class WeightReader:
         """
         if self._is_closed:
             return
+        store = self._store_ref() if self._store_ref is not None else None
+        if store is not None and self._listener is not None:
+            store.offer_listeners.remove(self._listener)
         if self._locks is not None:
             if self._ledger is not None and self._locks.is_open:
                 self._ledger.set_state(self.row, ReaderState.CLOSED)

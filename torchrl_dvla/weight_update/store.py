@@ -166,6 +166,8 @@ class WeightStore:
         self._writer = SlotWriter(self._segment, check_finite=check_finite, checksum=checksum)
         #: What it does after :meth:`publish` has returned.
         self.releaser = self._writer.releaser
+        #: Called after each offer by the thread that makes it; they neither block nor raise.
+        self.offer_listeners = self._writer.offer_listeners
         self._publisher = Publisher(self._segment, self._writer)
         self._ledger = self._segment.ledger()
         self._places = ReaderPlaces(self._ledger, self._writer.locks, max_readers)

@@ -72,6 +72,7 @@ class SlotWriter:
         self.source_addresses: set[int] = set()
         self.gate: Callable[[str], None] | None = None
         self.counter = PublishCounter()
+        self.offer_listeners: list[Callable[[], None]] = []
         self._is_paused = False
         self._is_looked_at_later = check_finite and segment.layout.slot_bytes > _LOOK_AT_ONCE_BYTES
         #: The thread that ends what ``publish`` began.
@@ -321,6 +322,8 @@ class SlotWriter:
         self._step("unlocked")
         self._ledger.set_offer(version=version, slot=slot)
         self._step("offered")
+        for listener in tuple(self.offer_listeners):
+            listener()
 
     def _start_flusher(self) -> None:
         if self._flusher is None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from multiprocessing.connection import wait as wait_for
 from typing import Any
@@ -96,6 +97,18 @@ def test_nothing_is_heard_of_a_peer_after_it_was_dropped(peers: Peers) -> None:
 
 
 def test_waking_ends_a_wait_at_once(peers: Peers) -> None:
+    list(peers.receive(0.0))  # the first signs of life; the next are due after two seconds
     for _ in range(100_000):  # more than a socket's buffer holds: nobody is blocked
         peers.wake()
+    start_s = time.monotonic()
     assert list(peers.receive(60.0)) == []
+    assert time.monotonic() - start_s < 1.0
+
+
+def test_a_long_wait_ends_when_signs_of_life_are_due() -> None:
+    peers = Peers("127.0.0.1", 0, timeout_s=0.1, welcome={})
+    list(peers.receive(0.0))
+    start_s = time.monotonic()
+    assert list(peers.receive(60.0)) == []
+    assert 0.02 <= time.monotonic() - start_s + 0.001 < 30.0  # a fifth of the time-out
+    peers.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import wait as wait_for
 from typing import Any
 
@@ -16,8 +17,9 @@ import pytest
 import torch
 from torch import nn
 
-from torchrl_dvla.weight_update import WeightBroadcast, WeightRelay, WeightStore
+from torchrl_dvla.weight_update import WeightBroadcast, WeightReader, WeightRelay, WeightStore
 from torchrl_dvla.weight_update.broadcast.channel import Channel, ChannelError, parse_address
+from torchrl_dvla.weight_update.broadcast.peers import Peers
 
 WHOLE = {-7.0}
 #: What learner and node do in a round.
@@ -295,6 +297,33 @@ class TestInOneProcess:
             store.publish()
             broadcast.wait(1, 30.0, num_nodes=1)
             assert broadcast.nodes() == {"a": 1}
+            relay.close(), broadcast.close()
+
+    def test_publish_wakes_the_broadcast(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        waits: list[float] = []
+        receive = Peers.receive
+
+        def watched(peers: Peers, timeout_s: float) -> Iterator[Any]:
+            waits.append(timeout_s)
+            return receive(peers, timeout_s)
+
+        monkeypatch.setattr(Peers, "receive", watched)
+        with WeightStore(nn.Linear(2, 1)) as store:
+            broadcast = WeightBroadcast(store.reader("broadcast"), timeout_s=300.0)
+            relay = WeightRelay(broadcast.address, nn.Linear(2, 1), name="a")
+            for _ in range(3):
+                # Signs of life are a minute apart: nothing but the publish can begin a round.
+                assert relay.wait(store.publish(), timeout_s=30.0) == store.version
+            relay.close(), broadcast.close()
+        assert set(waits) == {300.0}
+
+    def test_a_store_in_another_process_is_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(WeightReader, "listen", lambda reader, listener: False)
+        with WeightStore(nn.Linear(2, 1)) as store:
+            broadcast = WeightBroadcast(store.reader("broadcast"), timeout_s=300.0)
+            relay = WeightRelay(broadcast.address, nn.Linear(2, 1), name="a")
+            for _ in range(3):
+                assert relay.wait(store.publish(), timeout_s=30.0) == store.version
             relay.close(), broadcast.close()
 
     def test_nobody_waits_for_a_broadcast_without_nodes(self) -> None:

@@ -132,14 +132,16 @@ class Carrier:
     def _open(self, order: Order) -> None:
         """Open the edges that this round needs first, side by side, and say what comes."""
         missing = [child for child in order.sends if child not in self._children]
-        with concurrent.futures.ThreadPoolExecutor(max_workers=len(missing) + 1) as pool:
-            opening = {child: pool.submit(self._edge, order.node, child) for child in missing}
-            if order.receives and self._parent is None:
-                with _parent_lost_if_broken():
-                    self._parent = self._edge(order.parent, order.node, is_parent=False)
-        for child, future in opening.items():
-            with contextlib.suppress(EdgeError):
-                self._children[child] = future.result()
+        lacks_parent = bool(order.receives) and self._parent is None
+        if missing or lacks_parent:
+            with concurrent.futures.ThreadPoolExecutor(max_workers=len(missing) + 1) as pool:
+                opening = {child: pool.submit(self._edge, order.node, child) for child in missing}
+                if lacks_parent:
+                    with _parent_lost_if_broken():
+                        self._parent = self._edge(order.parent, order.node, is_parent=False)
+            for child, future in opening.items():
+                with contextlib.suppress(EdgeError):
+                    self._children[child] = future.result()
         head = torch.tensor([order.round, order.version, order.num_buckets], dtype=torch.int64)
         for child in order.sends:
             self._send(child, head)
@@ -184,8 +186,10 @@ class Carrier:
             if self._is_ending():
                 raise ParentLost("This node ends its part")
             if source is not None:
-                with _parent_lost_if_broken():
+                try:  # a context costs as much as the wait, and there is one for each bucket
                     source.wait()
+                except EdgeError as error:
+                    raise ParentLost(str(error)) from None
             self._gate(f"{kind} {index}")
             for child in children:
                 self._send(child, bucket)
@@ -209,21 +213,21 @@ class Carrier:
         edge = self._children.get(child)
         if edge is not None:
             self._sent_bytes[child] += memory.nbytes
-            with self._child_lost_if_broken(child):
+            try:
                 edge.post(memory)
+            except EdgeError:
+                self._lose(child)
 
     def _finish(self) -> None:
         """Wait until every child has taken everything, or is lost."""
         for child, edge in list(self._children.items()):
-            with self._child_lost_if_broken(child):
+            try:
                 edge.wait_all()
+            except EdgeError:
+                self._lose(child)
 
-    @contextlib.contextmanager
-    def _child_lost_if_broken(self, child: int) -> Iterator[None]:
-        try:
-            yield
-        except EdgeError:
-            self._children.pop(child).close()
+    def _lose(self, child: int) -> None:
+        self._children.pop(child).close()
 
 
 @contextlib.contextmanager

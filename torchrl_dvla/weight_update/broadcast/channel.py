@@ -118,6 +118,8 @@ class Channel:
                     break
                 self._incoming += chunk
                 self._heard_s = time.monotonic()
+                if len(chunk) < _CHUNK_BYTES:
+                    break  # that was all; to hear so from the kernel is a call more
         except BlockingIOError:
             pass
         except OSError as error:

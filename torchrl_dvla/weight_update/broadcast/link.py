@@ -12,7 +12,6 @@ is exactly what lies between two nodes, and the rest goes on.
 from __future__ import annotations
 
 import collections
-import contextlib
 import datetime
 from typing import Any
 
@@ -62,8 +61,10 @@ class Edge:
         rank = _PARENT if is_parent else _CHILD
         self._group: Any = None  # a ProcessGroupGloo
         self._store = store  # the group has no reference that keeps a store of Python alive
-        with _as_edge_error("The edge was not opened"):
+        try:
             self._group = ProcessGroupGloo(store, rank, 2, options)
+        except RuntimeError as error:
+            raise _edge_error("The edge was not opened", error) from None
 
     def post(self, memory: torch.Tensor) -> None:
         """Begin to send ``memory``, or to receive into it; it is not copied.
@@ -74,12 +75,14 @@ class Edge:
         if self._group is None:
             raise EdgeError("The edge is closed.")
         self._num_posted += 1
-        with _as_edge_error("The edge broke"):
+        try:
             if self._is_parent:
                 work = self._group.send([memory], _CHILD, self._num_posted)
             else:
                 work = self._group.recv([memory], _PARENT, self._num_posted)
-            self._pending.append(work)
+        except RuntimeError as error:
+            raise _edge_error("The edge broke", error) from None
+        self._pending.append(work)
 
     def wait(self) -> None:
         """Wait for the oldest operation that was posted and not waited for.
@@ -89,8 +92,10 @@ class Edge:
         Raises:
             EdgeError: if the edge broke, or nothing came or went for ``timeout_s``.
         """
-        with _as_edge_error("The edge broke"):
+        try:
             self._pending.popleft().wait(self._timeout)
+        except RuntimeError as error:
+            raise _edge_error("The edge broke", error) from None
 
     def wait_all(self) -> None:
         """Wait for everything that was posted."""
@@ -103,9 +108,6 @@ class Edge:
         self._group = None  # the group closes its sockets when it goes; abort() does not
 
 
-@contextlib.contextmanager
-def _as_edge_error(what: str) -> collections.abc.Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # c10d's errors derive from it
-        raise EdgeError(f"{what}: {str(error).splitlines()[0]}") from None
+def _edge_error(what: str, error: RuntimeError) -> EdgeError:
+    """c10d's errors derive from RuntimeError; the first line of one says what happened."""
+    return EdgeError(f"{what}: {str(error).splitlines()[0]}")

@@ -73,8 +73,12 @@ class Peers:
         self._selector.register(self._woken, selectors.EVENT_READ)
 
     def receive(self, timeout_s: float) -> Iterator[tuple[Peer, dict[str, Any]]]:
-        """What has come, after at most ``timeout_s``; greets new peers, drops lost ones."""
-        for key, _ in self._selector.select(timeout_s):
+        """What has come, after at most ``timeout_s``; greets new peers, drops lost ones.
+
+        It returns when the next signs of life are due, too.
+        """
+        until_beat_s = max(self._next_beat_s - time.monotonic(), 0.0)
+        for key, _ in self._selector.select(min(timeout_s, until_beat_s)):
             if key.fileobj is self._listener:
                 self._greet()
             elif key.fileobj is self._woken:

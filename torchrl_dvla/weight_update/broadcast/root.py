@@ -27,7 +27,8 @@ from torchrl_dvla.weight_update.reader import PinnedSlot, WeightReader
 
 __all__ = ["WeightBroadcast"]
 
-# How often the store is asked for a new version: one read of shared memory.
+# How often the store is asked for a new version if it is in another process, which tells nobody:
+# one read of shared memory, but to wake for it all the time takes 2 % of a core.
 _TICK_S = 0.005
 _log = logging.getLogger("torchrl_dvla")
 
@@ -42,8 +43,9 @@ class WeightBroadcast:
     next. Give the store one slot more than readers need: the broadcast holds one for as long as a
     version takes.
 
-    Threads of this process do the work. Where the learner needs its process for itself, hand the
-    reader to another process of the node and make the broadcast there.
+    Threads of this process do the work, and are woken by ``publish``. Where the learner needs its
+    process for itself, hand the reader to another process of the node and make the broadcast there;
+    it then asks the store for new versions every 5 ms.
 
     Nodes that hold a :class:`WeightRelay` come and go as they like; see
     :mod:`~torchrl_dvla.weight_update.broadcast.rounds` for what happens then. Anybody who can reach
@@ -115,6 +117,8 @@ class WeightBroadcast:
             },
         )
         self.address = format_address(host, self._peers.port)
+        self._tick_s = timeout_s if reader.listen(self._peers.wake) else _TICK_S
+        self._peers.wake()  # a version may be there already
         self._rendezvous = Rendezvous(self._pass_on)
         self._carrier = Carrier(
             self._rendezvous,
@@ -201,8 +205,7 @@ class WeightBroadcast:
     def _serve(self) -> None:
         try:
             while not self._ending.is_set():
-                # Nothing tells of a new version, so the learner has nothing to do with this.
-                for peer, message in self._peers.receive(_TICK_S):
+                for peer, message in self._peers.receive(self._tick_s):
                     self._hear(peer, message)
                 with self._changed:
                     self._take_own_reports()
@@ -215,8 +218,8 @@ class WeightBroadcast:
             self._rendezvous.close()
             self._orders.put(None)
             self._sender.join()
+            self._reader.close()  # first: publish wakes the peers
             self._peers.close()
-            self._reader.close()
             with self._changed:
                 self._changed.notify_all()
 
