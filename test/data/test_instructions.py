@@ -16,7 +16,7 @@ from torchrl_dvla.data import InstructionTable, InstructionTransform
 def test_ids_are_stable_and_count_up():
     table = InstructionTable(["a"])
     assert [table.id(text) for text in ("b", "a", "c", "b")] == [1, 0, 2, 1]
-    assert table.texts(torch.tensor([[2], [0]])) == ["c", "a"]
+    assert table.stack(torch.tensor([[2], [0]]), torch.Size([2])).tolist() == ["c", "a"]
     assert table.since(1) == {1: "b", 2: "c"}
     assert len(table) == 3
     assert "b" in table
@@ -59,6 +59,18 @@ def test_transform_both_ways():
     assert table.text(2) == "lift"
     shared = TensorDict({}, [2]).set_non_tensor("language_instruction", "lift")
     assert transform.inv(shared)["instruction_id"].tolist() == [[2], [2]]
+
+
+def test_batches_share_no_entry():
+    table = InstructionTable(["open", "close"])
+    transform = InstructionTransform(table)
+    ids = torch.tensor([[1], [0], [1]])
+    first, second = (transform(TensorDict({"instruction_id": ids}, [3])) for _ in range(2))
+    entries = [first.get("language_instruction")[row] for row in range(3)]
+    assert entries[0] is entries[2]  # as the docstring says
+    first["language_instruction"][0] = "push"
+    assert second["language_instruction"] == ["close", "open", "close"]
+    assert table.text(1) == "close"
 
 
 def test_other_data_passes():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from tensordict import NonTensorStack, TensorDictBase
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
@@ -308,8 +308,8 @@ class DVLACollector(BaseCollector):
             next(update)  # waits for the groups
             groups = self.replay_buffer.cohort
             data = self._pool.rows[torch.cat([group.row_index(self._pool) for group in groups])]
-            texts = self._groups.instructions.texts(data.get(INSTRUCTION_ID_KEY))
-            data.set(INSTRUCTION_KEY, NonTensorStack(*texts))
+            ids = data.get(INSTRUCTION_ID_KEY)
+            data.set(INSTRUCTION_KEY, self._groups.instructions.stack(ids, data.batch_size))
             # The data is a copy: the groups count as learned, and the next publication is theirs.
             update.close()  # type: ignore[attr-defined]
             yield data

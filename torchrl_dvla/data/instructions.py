@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from tensordict import NonTensorStack, TensorDictBase
+from tensordict import NonTensorData, NonTensorStack, TensorDictBase
 from torchrl.envs.transforms import Transform
 
 from torchrl_dvla.data.schema import INSTRUCTION_ID_KEY, INSTRUCTION_KEY
@@ -71,11 +71,19 @@ class InstructionTable:
             )
         return self._texts[number]
 
-    def texts(self, instruction_ids: torch.Tensor | Sequence[int]) -> list[str]:
-        """The strings of several ids (``[B]`` or ``[B, 1]``)."""
-        if isinstance(instruction_ids, torch.Tensor):
-            instruction_ids = instruction_ids.flatten().tolist()
-        return [self.text(number) for number in instruction_ids]
+    def stack(self, instruction_ids: torch.Tensor, batch_size: torch.Size) -> NonTensorStack:
+        """The strings of several ids, to be set in a tensordict.
+
+        Rows of one id share one entry: making an entry costs ten times as much as stacking it. So
+        give a row another string by setting a new stack, not by writing into the row.
+
+        Args:
+            instruction_ids (torch.Tensor): ids ``[*B]`` or ``[*B, 1]``.
+            batch_size (torch.Size): ``[*B]``, at least one dimension.
+        """
+        numbers = instruction_ids.flatten().tolist()
+        entries = {number: NonTensorData(self.text(number)) for number in set(numbers)}
+        return _stacked([entries[number] for number in numbers], batch_size)
 
     def since(self, num_known: int) -> dict[int, str]:
         """Strings with an id of at least ``num_known``, by id."""
@@ -143,8 +151,7 @@ class InstructionTransform(Transform):
         if tensordict.batch_dims == 0:
             tensordict.set_non_tensor(INSTRUCTION_KEY, self.table.text(int(ids)))
         else:
-            texts = self.table.texts(ids)
-            tensordict.set(INSTRUCTION_KEY, _stacked(texts, tensordict.batch_size))
+            tensordict.set(INSTRUCTION_KEY, self.table.stack(ids, tensordict.batch_size))
         return tensordict
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -178,9 +185,9 @@ def _flattened(texts: Any) -> Iterable[str]:
             yield from _flattened(text)
 
 
-def _stacked(texts: list[str], batch_size: torch.Size) -> NonTensorStack:
+def _stacked(entries: Sequence[NonTensorData], batch_size: torch.Size) -> NonTensorStack:
     if len(batch_size) == 1:
-        return NonTensorStack(*texts)
-    size = len(texts) // batch_size[0]
-    parts = [texts[start : start + size] for start in range(0, len(texts), size)]
+        return NonTensorStack(*entries)
+    size = len(entries) // batch_size[0]
+    parts = [entries[start : start + size] for start in range(0, len(entries), size)]
     return NonTensorStack(*[_stacked(part, batch_size[1:]) for part in parts])
