@@ -22,7 +22,9 @@ from torchrl_dvla.collectors import (
     SchedulerConfig,
     WorkerConfig,
 )
+from torchrl_dvla.collectors.checks import check_frames
 from torchrl_dvla.data import Admission, PooledReplayBuffer
+from torchrl_dvla.memory import EnvironmentPool, RowLayout
 from torchrl_dvla.testing import CountingChunkEnv, Fault, FaultyEnvFactory
 
 from .counting_task import ENV_KWARGS, make_policy
@@ -164,3 +166,11 @@ def test_settings_are_refused_before_a_process_starts(refuse, no_process):
     refuse("deterministic must be", inference=InferenceConfig(deterministic=True))
     refuse("schedule must name tasks", schedule=InitStateSchedule(("other",)))
     refuse("weight_sync_schemes must be", weight_sync_schemes={"policy": object()})
+
+
+def test_frames_of_an_environment_without_a_camera():
+    layout = RowLayout({("observation", "state"): ((4,), torch.float32)})
+    with EnvironmentPool(layout, num_pages=1, rows_per_page=1) as pool:
+        check_frames(0, pool)
+        with pytest.raises(ValueError, match=r"num_frames_episodes must be 0 without .*got 2"):
+            check_frames(2, pool)

@@ -212,3 +212,8 @@ def test_an_ended_collection_fails_its_evaluations(make_queue):
     queue.fail_evaluations(RuntimeError("over"))
     with pytest.raises(RuntimeError, match="over"):
         evaluation.result(0.0)
+    # The collector may end between its own look and this call: nobody is there to play it.
+    late = Evaluation([EpisodeSpec("task", 0)], greedy=True, num_frames_episodes=0)
+    queue.add_evaluation(late)
+    with pytest.raises(RuntimeError, match="over"):
+        late.result(0.0)

@@ -15,12 +15,14 @@ from torchrl.weight_update import WeightSyncScheme
 from torchrl_dvla.collectors.configs import GroupConfig
 from torchrl_dvla.collectors.schedule import EpisodeSpec, InitStateSchedule
 from torchrl_dvla.data import Admission, PooledReplayBuffer
+from torchrl_dvla.data.schema import IMAGE_KEY
 from torchrl_dvla.memory import EnvironmentPool, Plan
 from torchrl_dvla.weight_update import AsyncWeightUpdater
 
 __all__ = [
     "check_buffer",
     "check_episodes",
+    "check_frames",
     "check_pages",
     "check_policy",
     "check_state",
@@ -126,6 +128,19 @@ def check_episodes(
         raise ValueError(
             f"episodes must not name tasks that are quarantined, got {sorted(failing)}. Their "
             "last error is in the log."
+        )
+
+
+def check_frames(num_frames_episodes: int, pool: EnvironmentPool) -> None:
+    """Images can be kept only of an environment that has a camera.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if num_frames_episodes and IMAGE_KEY not in pool.rows.keys(include_nested=True):
+        raise ValueError(
+            f"num_frames_episodes must be 0 without {IMAGE_KEY}, got {num_frames_episodes}. The "
+            "environment observes no image under this key: rename it, or keep none."
         )
 
 

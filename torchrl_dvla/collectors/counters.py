@@ -55,10 +55,12 @@ class CollectionCounters:
         out: dict[str, float] = dict(self.totals)
         out["collector/decisions_per_s"] = (decisions - last_decisions) / elapsed_s
         out["collector/env_steps_per_s"] = (env_steps - last_env_steps) / elapsed_s
-        if self._episodes:
-            count = len(self._episodes)
-            out["collector/success_rate"] = sum(entry[0] for entry in self._episodes) / count
-            out["collector/episode_env_steps"] = sum(entry[1] for entry in self._episodes) / count
+        # Copied in one go: the coordinator's thread may end another episode at any moment.
+        episodes = list(self._episodes)
+        if episodes:
+            count = len(episodes)
+            out["collector/success_rate"] = sum(entry[0] for entry in episodes) / count
+            out["collector/episode_env_steps"] = sum(entry[1] for entry in episodes) / count
         return out
 
     def state_dict(self) -> dict[str, Any]:

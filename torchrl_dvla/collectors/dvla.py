@@ -20,6 +20,7 @@ from torchrl.weight_update import WeightSyncScheme
 
 from torchrl_dvla.collectors.checks import (
     check_episodes,
+    check_frames,
     check_pages,
     check_policy,
     check_state,
@@ -339,6 +340,7 @@ class DVLACollector(BaseCollector):
         """
         evaluation = Evaluation(episodes, greedy=greedy, num_frames_episodes=num_frames_episodes)
         check_episodes(episodes, self._factories, self._queue.quarantined)
+        check_frames(num_frames_episodes, self._pool)
         self._require_running()
         self._updater.finish()
         self._queue.add_evaluation(evaluation)

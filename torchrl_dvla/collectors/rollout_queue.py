@@ -57,6 +57,8 @@ class RolloutQueue:
         self._running: set[Rollout] = set()
         self._evaluations: deque[Evaluation] = deque()
         self._evaluation_pending: deque[Rollout] = deque()
+        #: Why nothing is played any more.
+        self._ended: Exception | None = None
         self._lock = threading.Lock()
         #: Held while a group begins or ends; whoever holds it sees queue, admission and replay
         #: buffer agree about it.
@@ -72,9 +74,15 @@ class RolloutQueue:
         self.quarantined: set[str] = set()
 
     def add_evaluation(self, evaluation: Evaluation) -> None:
-        """Queue an evaluation; evaluations run one after the other."""
+        """Queue an evaluation; evaluations run one after the other.
+
+        After :meth:`fail_evaluations` it fails at once.
+        """
         with self._lock:
-            self._evaluations.append(evaluation)
+            if self._ended is not None:
+                evaluation.fail(self._ended)
+            else:
+                self._evaluations.append(evaluation)
 
     def next_evaluation(self) -> Evaluation | None:
         """The evaluation to begin now, if the one before has ended; its episodes become due."""
@@ -253,8 +261,9 @@ class RolloutQueue:
         return [key for key, spec in self._open_groups.items() if spec.task == task]
 
     def fail_evaluations(self, error: Exception) -> None:
-        """End the evaluations that can no longer finish."""
+        """End the evaluations, those to come too: nobody plays them any more."""
         with self._lock:
+            self._ended = error
             for evaluation in self._evaluations:
                 evaluation.fail(error)
             self._evaluations.clear()
