@@ -6,13 +6,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import selectors
 import threading
 from collections.abc import Callable
 
+from torchrl_dvla.collectors.alarm import Alarm
 from torchrl_dvla.collectors.batcher import DecisionBatcher, LaneLostError
 from torchrl_dvla.collectors.configs import InferenceConfig, WorkerConfig
 from torchrl_dvla.collectors.counters import CollectionCounters
@@ -110,9 +109,8 @@ class Coordinator:
             counters=counters,
         )
         self._selector = selectors.DefaultSelector()
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_read, False)
-        self._selector.register(self._wake_read, selectors.EVENT_READ, None)
+        self._alarm = Alarm()
+        self._selector.register(self._alarm, selectors.EVENT_READ, None)
         self._supervisor = Supervisor(
             sampling=sampling,
             batcher=self.batcher,
@@ -162,8 +160,7 @@ class Coordinator:
 
     def wake(self) -> None:
         """End the loop's sleep: something has changed. Any thread may call it."""
-        with contextlib.suppress(BrokenPipeError):  # the loop has ended, nobody sleeps
-            os.write(self._wake_write, b"x")
+        self._alarm.ring()
 
     def stop(self) -> None:
         """End the loop and both lanes; safe to call twice."""
@@ -203,11 +200,11 @@ class Coordinator:
         self.batcher.stop()
         self._sampling.stop(self._workers.stop_timeout_s)
         self._selector.close()
-        os.close(self._wake_read)
+        self._alarm.close()
 
     def _receive(self, key: selectors.SelectorKey) -> None:
         if key.data is None:
-            os.read(self._wake_read, 4096)
+            self._alarm.silence()
         elif key.data == "inference":
             self._receive_decisions()
         else:
