@@ -74,9 +74,13 @@ def test_the_closed_form_is_what_happens(
     )
 
 
-def test_buckets_of_a_chain_are_the_root_of_the_closed_form() -> None:
-    # sqrt((n - 1) S / (B o)) = sqrt(4 * 100 s / 1 ms) = 632.5
-    assert choose_plan(5, 100_000_000, SLOW, ["chain"]).num_buckets in (632, 633)
+def test_buckets_of_a_chain_are_the_fewest_that_are_nearly_as_fast() -> None:
+    # Fastest: sqrt((n - 1) S / (B o)) = sqrt(4 * 100 s / 1 ms) = 632 buckets, and 101.319 s. With m
+    # it takes 100.054 + 400 / m + m / 1000 s: 106.403 with 63, 106.368 with 64.
+    assert transfer_s(chain(5), 100_000_000, 632, SLOW) * 1.05 == pytest.approx(106.385, abs=1e-3)
+    plan = choose_plan(5, 100_000_000, SLOW, ["chain"])
+    assert plan.num_buckets == 64
+    assert plan.predicted_s == pytest.approx(106.368)
     # One node has nobody to forward to: cutting would only cost.
     assert choose_plan(1, 100_000_000, SLOW).num_buckets == 1
 
@@ -86,13 +90,15 @@ def test_buckets_of_a_chain_are_the_root_of_the_closed_form() -> None:
     num_nodes=st.integers(1, 12),
     num_bytes=st.integers(1, 10**6),
 )
-def test_no_other_number_of_buckets_is_faster(shape: str, num_nodes: int, num_bytes: int) -> None:
+def test_no_fewer_buckets_come_so_near_to_the_fastest(
+    shape: str, num_nodes: int, num_bytes: int
+) -> None:
     plan = choose_plan(num_nodes, num_bytes, SLOW, [shape])
     limit = max(1, min(MAX_BUCKETS, num_bytes // 64))
-    least = min(
-        transfer_s(plan.tree, num_bytes, num_buckets, SLOW) for num_buckets in range(1, limit + 1)
-    )
-    assert plan.predicted_s == pytest.approx(least)
+    seconds = [transfer_s(plan.tree, num_bytes, m, SLOW) for m in range(1, limit + 1)]
+    near = min(seconds) * 1.05
+    assert plan.predicted_s == seconds[plan.num_buckets - 1] <= near
+    assert all(s > near for s in seconds[: plan.num_buckets - 1])
 
 
 def test_size_and_node_count_decide() -> None:
@@ -112,7 +118,7 @@ def test_the_chain_beats_the_star_for_large_versions() -> None:
         choose_plan(8, num_bytes, shapes=[shape]).predicted_s for shape in ("chain", "star")
     )
     single = num_bytes / LinkModel().bytes_per_s
-    assert chained < 1.1 * single
+    assert chained < 1.15 * single
     assert naive > 8 * single
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from torchrl_dvla.testing import Remote
 from torchrl_dvla.weight_update import WeightBroadcast, WeightReader, WeightRelay, WeightStore
 from torchrl_dvla.weight_update.broadcast.channel import Channel, ChannelError, parse_address
 from torchrl_dvla.weight_update.broadcast.peers import Peers
@@ -24,6 +25,17 @@ from torchrl_dvla.weight_update.broadcast.peers import Peers
 WHOLE = {-7.0}
 #: What learner and node do in a round.
 ROUND = [("learner", "send"), ("a", "receive")]
+
+
+class Beside:
+    """A process of the learner's node that broadcasts for it."""
+
+    def begin(self, reader: WeightReader) -> str:
+        self.broadcast = WeightBroadcast(reader, timeout_s=300.0)
+        return self.broadcast.address
+
+    def end(self) -> None:
+        self.broadcast.close()
 
 
 def assert_reads(node: Any, version: int) -> None:
@@ -317,14 +329,14 @@ class TestInOneProcess:
             relay.close(), broadcast.close()
         assert set(waits) == {300.0}
 
-    def test_a_store_in_another_process_is_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(WeightReader, "listen", lambda reader, listener: False)
-        with WeightStore(nn.Linear(2, 1)) as store:
-            broadcast = WeightBroadcast(store.reader("broadcast"), timeout_s=300.0)
-            relay = WeightRelay(broadcast.address, nn.Linear(2, 1), name="a")
+    def test_a_broadcast_in_another_process_than_the_store_asks_it(self) -> None:
+        with Remote(Beside) as other, WeightStore(nn.Linear(2, 1)) as store:
+            address = other.call("begin", store.reader("broadcast"))
+            relay = WeightRelay(address, nn.Linear(2, 1), name="a")
             for _ in range(3):
+                # Signs of life are a minute apart, and nothing tells of the publish.
                 assert relay.wait(store.publish(), timeout_s=30.0) == store.version
-            relay.close(), broadcast.close()
+            relay.close(), other.call("end")
 
     def test_nobody_waits_for_a_broadcast_without_nodes(self) -> None:
         with WeightStore(nn.Linear(2, 1)) as store:
