@@ -84,25 +84,26 @@ def test_the_views_of_a_destination_are_made_once_and_go_with_it() -> None:
 
 def test_a_look_reads_the_source_where_it_has_the_bytes_that_are_written() -> None:
     source = {
-        "large": torch.ones(100),  # 400 bytes, in pieces of 256: 64 and 36 elements
-        "strided": torch.ones(20, 10)[::2],
+        "large": torch.ones(200),  # 800 bytes: 512 and the rest
+        "strided": torch.ones(200, 2)[::2],
         "first": torch.ones(8),
         "second": torch.ones(8),
-        "count": torch.tensor([7]),
-        "cast": torch.ones(80, dtype=torch.float64),
+        "half": torch.ones(128, dtype=torch.float64),
+        **{f"tiny{k}": torch.ones(1, dtype=torch.int32) for k in range(5)},
     }
     layout = WeightLayout(source, transport_dtype=torch.float32)
     views = private_views(layout)
-    copier = WeightCopier(layout, piece_bytes=256)
+    copier = WeightCopier(layout, piece_bytes=512)
     sights = copier.sights(layout.tensors_of(source), views)
-    memory = {source[name].data_ptr(): name for name in source}
-    memory[source["large"][64:].data_ptr()] = "large"
-    from_source = [memory[sight.memory.data_ptr()] for sight in sights if sight.is_source]
-    assert sorted(from_source) == ["count", "large", "large"]
-    assert [sight.memory.numel() for sight in sights if sight.is_source][:2] == [64, 36]
+    name_of = {tensor.data_ptr(): name for name, tensor in source.items()}
+    name_of[source["large"][128:].data_ptr()] = "rest of large"
+    read = [[name_of[part.data_ptr()] for part in parts] for parts, is_src in sights if is_src]
+    assert sorted(read) == [["first", "second"], ["large"], ["rest of large"]]
     assert copier.copy(layout.tensors_of(source), views)
-    in_slot = sum(float(sight.memory.sum()) for sight in sights if not sight.is_source)
-    assert in_slot == 100 + 8 + 8 + 80
+    written = [parts for parts, is_source in sights if not is_source]
+    assert all(len(parts) == 1 for parts in written)
+    # What is not dense, what was cast, and what is too many: each element is 1, padding is 0.
+    assert sum(float(part.sum()) for (part,) in written) == 200 + 128 + 5
 
 
 @pytest.mark.parametrize("name", ["small", "large", "transposed", "expanded", "half"])
@@ -117,7 +118,7 @@ def test_one_bad_element_is_found_anywhere(name: str, value: float) -> None:
     views = private_views(layout)
     assert copier.copy(layout.tensors_of(source), views)
     sights = copier.sights(layout.tensors_of(source), views)
-    assert not all(is_finite(memory) for memory, _ in sights)
+    assert not all(is_finite(part) for parts, _ in sights for part in parts)
     (line,) = non_finite_names(layout, layout.tensors_of(source))
     assert line.startswith(f"{name} (")
 

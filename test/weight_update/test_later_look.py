@@ -337,7 +337,7 @@ def test_a_copy_that_fails_is_given_up(store: WeightStore) -> None:
 @pytest.mark.parametrize("num_pieces", [1, 4, 5])
 def test_the_look_follows_the_copy(num_pieces: int, bad: int | None) -> None:
     pieces = [torch.zeros(3) for _ in range(num_pieces)]
-    look, verdict = CopyLook([Sight(piece, is_source=False) for piece in pieces]), []
+    look, verdict = CopyLook([Sight([piece], is_source=False) for piece in pieces]), []
     following = threading.Thread(target=lambda: verdict.append(look.run()))
     following.start()
     for index, piece in enumerate(pieces):
@@ -370,7 +370,7 @@ def test_the_look_at_a_source_goes_ahead_of_the_copy_but_not_far(
     monkeypatch.setattr(finite, "_REPORT_PIECES", 2)
     seen = Seen(last=3)
     monkeypatch.setattr(finite, "is_finite", seen)
-    look = CopyLook([Sight(torch.tensor([k]), is_source=True) for k in range(num_pieces)])
+    look = CopyLook([Sight([torch.tensor([k])], is_source=True) for k in range(num_pieces)])
     running = threading.Thread(target=look.run)
     running.start()
     assert seen.has_come.wait(30.0)  # four pieces, and nothing was copied yet
@@ -387,7 +387,7 @@ def test_the_look_at_a_source_goes_ahead_of_the_copy_but_not_far(
 
 
 def test_the_look_ahead_ends_with_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    look = CopyLook([Sight(torch.tensor([k]), is_source=True) for k in range(2)])
+    look = CopyLook([Sight([torch.tensor([k])], is_source=True) for k in range(2)])
     seen, asked = Seen(last=1), []
     monkeypatch.setattr(finite, "is_finite", seen)
 

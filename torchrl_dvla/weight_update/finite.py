@@ -73,11 +73,11 @@ class Sight(NamedTuple):
     """What to look at to know whether a piece of a copy is finite.
 
     Args:
-        memory (torch.Tensor): the piece, flat: where it is written, or where it is read.
+        parts (list of torch.Tensor): the piece, flat: where it is written, or where it is read.
         is_source (bool): whether it is where it is read, and has the same bytes there.
     """
 
-    memory: torch.Tensor
+    parts: list[torch.Tensor]
     is_source: bool
 
 
@@ -86,8 +86,8 @@ class CopyLook:
 
     Where the copy reads what it writes, byte for byte, the look goes a few pieces ahead of it and
     reads the same source: the copy finds it in the cache that the cores share, and memory is read
-    once. Else (weights that are cast, not dense, or many in a piece) the look follows and reads
-    what was written. The thread that copies says every few pieces how far it is.
+    once. Else (weights that are cast, not dense, or very small) the look follows and reads what was
+    written. The thread that copies says every few pieces how far it is.
 
     Args:
         sights (list of Sight): the pieces of the copy, in its order; see
@@ -95,7 +95,7 @@ class CopyLook:
 
     Examples:
         >>> pieces = [torch.zeros(2), torch.zeros(2)]
-        >>> look = CopyLook([Sight(piece, is_source=False) for piece in pieces])
+        >>> look = CopyLook([Sight([piece], is_source=False) for piece in pieces])
         >>> for piece, value in zip(pieces, (1.0, math.nan)):
         ...     _ = piece.fill_(value)
         ...     _ = look.note_piece()
@@ -126,12 +126,12 @@ class CopyLook:
     def run(self) -> bool:
         """Look at every piece until the copy has ended; whether all of it is finite."""
         num_copied, all_finite = 0, True
-        for index, (memory, is_source) in enumerate(self._sights):
+        for index, (parts, is_source) in enumerate(self._sights):
             while num_copied <= index - (_AHEAD_PIECES if is_source else 0):
                 num_copied = self._reports.get()
             if self.is_given_up:
                 return False
-            all_finite = all_finite and is_finite(memory)
+            all_finite = all_finite and all(map(is_finite, parts))
         while num_copied < len(self._sights):
             num_copied = self._reports.get()
         return all_finite and not self.is_given_up
