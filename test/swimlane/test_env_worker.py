@@ -104,6 +104,48 @@ def test_two_environments_of_one_worker_do_not_mix(worker_and_rows):
     assert rows["observation", "image"][5, 0, 0, 0] == env.scene(3, 2).scene_id
 
 
+class BufferedEnv(CountingChunkEnv):
+    """Draws into one buffer, step after step, as a renderer does; the buffer may be shared."""
+
+    def __init__(self, *, buffer=None, **kwargs):
+        super().__init__(**kwargs)
+        self._buffer = torch.zeros(3, *self.image_size, dtype=torch.uint8)
+        self._buffer = self._buffer if buffer is None else buffer
+
+    def _observe(self, success, num_executed):
+        out = super()._observe(success, num_executed)
+        out["observation"]["image"] = self._buffer.copy_(out["observation"]["image"])
+        return out
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_what_a_step_returns_is_read_after_the_steps_of_the_others(is_shared):
+    specs = describe_env(make_env())
+    observation = {key: (shape, dtype) for key, shape, dtype in specs.observation}
+    layout = decision_layout(observation, chunk_size=specs.chunk_size, action_dim=specs.action_dim)
+    one = torch.zeros(3, 16, 16, dtype=torch.uint8) if is_shared else None
+    factory = functools.partial(BufferedEnv, buffer=one, chunk_size=4, max_env_steps=40)
+    scenes = [factory().scene(3, 1).scene_id, factory().scene(3, 2).scene_id]
+    with EnvironmentPool(layout, num_pages=2, rows_per_page=8) as pool:
+        pool.lease("w"), pool.lease("w")
+        worker = EnvWorker({"default": factory}, num_envs=2)
+        worker.use_pool(pool.worker_view())
+        images = pool.rows["observation", "image"][:, :2, 0, 0]  # scene, number of the decision
+        for env_index in range(2):
+            row = 8 * env_index
+            worker.reset(Reset(env_index, "default", 3, 1 + env_index, row=row, generation=0))
+            assert images[row].tolist() == [scenes[env_index], 0], "a reset is written at once"
+        for number in range(4):
+            row, other = number, 8 + number
+            execute(worker, step(0, row, next_row=row + 1), step(1, other, next_row=other + 1))
+        worker.close()
+        # Its own buffer an environment may write again at its own next step. What it shares with
+        # another one is lost: both rows have what the last of them drew.
+        first = scenes[1] if is_shared else scenes[0]
+        assert images[1:5].tolist() == [[first, number] for number in range(1, 5)]
+        assert images[9:13].tolist() == [[scenes[1], number] for number in range(1, 5)]
+
+
 def test_a_step_before_a_reset_is_an_error(worker_and_rows):
     worker, _ = worker_and_rows
     with pytest.raises(RuntimeError, match="must be reset"):

@@ -187,8 +187,8 @@ class EnvWorker:
     def settle(self) -> Columns:
         """Write what the steps since the last call have led to into their rows, field by field.
 
-        Until then an environment may not touch what it has returned; its own next step comes
-        later.
+        Until then nobody may touch what an environment has returned. Its own next step comes
+        later, so it may use a buffer again; a buffer that two of them share loses the first one's.
 
         Returns:
             Columns: of :class:`~torchrl_dvla.swimlane.messages.Stepped`.
