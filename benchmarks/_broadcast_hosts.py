@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +20,13 @@ from torch import nn
 from torchrl.weight_update import DistributedWeightSyncScheme
 
 from torchrl_dvla.testing import EmulatedNetwork, Remote
-from torchrl_dvla.weight_update import LinkModel, WeightBroadcast, WeightRelay, WeightStore
+from torchrl_dvla.weight_update import (
+    LinkModel,
+    WeightBroadcast,
+    WeightReader,
+    WeightRelay,
+    WeightStore,
+)
 
 __all__ = ["Hosts"]
 
@@ -54,17 +62,37 @@ class Host:
         os.environ["GLOO_SOCKET_IFNAME"] = interface
         self.number, self.address = number, address
         self.parts: dict[str, list[Any]] = {}  # what a way of ours has here, to be closed in order
+        self.stores: dict[str, WeightStore] = {}
+        self.broadcasts: dict[str, WeightBroadcast] = {}
         self.schemes: dict[str, tuple[Scheme, Context]] = {}
         self.cpu_s = 0.0
 
     # -- ours ----------------------------------------------------------------------------------
 
-    def lead(self, way: str, num_bytes: int, shapes: list[str], link: LinkModel) -> str:
-        """Begin a broadcast; its address."""
-        store = WeightStore(nn.Linear(num_bytes // 4, 1, bias=False), 4)
-        reader = store.reader("broadcast")
+    def store(self, way: str, num_bytes: int) -> WeightReader:
+        """What the learner publishes into, and the broadcast's place in it."""
+        store = self.stores[way] = WeightStore(nn.Linear(num_bytes // 4, 1, bias=False), 4)
+        self.parts[way] = [store]
+        return store.reader("broadcast")
+
+    def lead(
+        self,
+        way: str,
+        place: WeightReader | int,
+        shapes: Sequence[str],
+        link: LinkModel,
+        num_buckets: int | None,
+    ) -> str:
+        """Begin a broadcast from a store that is elsewhere, or made here; its address."""
+        reader = self.store(way, place) if isinstance(place, int) else place
         broadcast = WeightBroadcast(reader, host=self.address, link=link, shapes=shapes)
-        self.parts[way] = [broadcast, store]
+        choose = broadcast._rounds._choose
+        if num_buckets is not None:
+            broadcast._rounds._choose = lambda num_nodes: dataclasses.replace(
+                choose(num_nodes), num_buckets=num_buckets
+            )
+        self.broadcasts[way] = broadcast
+        self.parts.setdefault(way, []).insert(0, broadcast)
         return broadcast.address
 
     def follow(self, way: str, address: str, num_bytes: int) -> None:
@@ -73,28 +101,31 @@ class Host:
 
     def publish(self, way: str) -> tuple[int, float, float]:
         """A version; when the call began, and how long it took."""
-        self.cpu_s = time.process_time()
+        self.note_cpu()
         start_s = time.monotonic()
-        version = self.parts[way][1].publish()
+        version = self.stores[way].publish()
         return version, start_s, time.monotonic() - start_s
+
+    def note_cpu(self) -> None:
+        self.cpu_s = time.process_time()
+
+    def spent_cpu(self) -> float:
+        """CPU seconds of this process since they were noted."""
+        return time.process_time() - self.cpu_s
 
     def arrival(self, way: str, version: int) -> float:
         self.parts[way][0].wait(version)
         return time.monotonic()
 
-    def settle(self, way: str, num_nodes: int) -> float:
-        """Wait until nothing is on its way; CPU seconds of this process since the publish."""
-        broadcast, store = self.parts[way]
-        broadcast.wait(store.version, num_nodes=num_nodes)
+    def settle(self, way: str, version: int, num_nodes: int) -> None:
+        """Wait until all have the version and nothing is on its way."""
+        broadcast = self.broadcasts[way]
+        broadcast.wait(version, num_nodes=num_nodes)
         with broadcast._changed:
             assert broadcast._changed.wait_for(lambda: broadcast._slot is None, timeout=60.0)
-        return time.process_time() - self.cpu_s
-
-    def plan(self, way: str) -> tuple[str, int]:
-        return self.parts[way][0].plan()
 
     def sent_bytes(self, way: str) -> float:
-        return self.parts[way][0].stats()["broadcast/learner_sent_bytes"]
+        return self.broadcasts[way].stats()["broadcast/learner_sent_bytes"]
 
     def leave(self, way: str) -> None:
         for part in self.parts.pop(way, []):
@@ -155,14 +186,16 @@ class Hosts:
             network = stack.enter_context(
                 EmulatedNetwork(1 + num_nodes, bytes_per_s=link.bytes_per_s, delay_s=link.latency_s)
             )
-        self.all: list[Remote] = []
-        for number in range(1 + num_nodes):
+
+        def process_on(number: int) -> Remote:
             address = "127.0.0.1" if network is None else network.address(number)
-            enter = None if network is None else lambda number=number: network.enter(number)
+            enter = None if network is None else lambda: network.enter(number)
             interface = "lo" if network is None else "eth0"
-            self.all.append(
-                stack.enter_context(Remote(Host, number, address, interface, before=enter))
-            )
+            return stack.enter_context(Remote(Host, number, address, interface, before=enter))
+
+        self.all = [process_on(number) for number in range(1 + num_nodes)]
+        self.beside = process_on(0)  # another process of the learner's host
+        self.leaders: dict[str, Remote] = {}  # who broadcasts, by way
         self.address = "127.0.0.1" if network is None else network.address(0)
         self.learner, self.others = self.all[0], self.all[1:]
         self._port = 20_000 + os.getpid() % 10_000
@@ -175,26 +208,49 @@ class Hosts:
         return [host.result() for host in hosts]
 
     def start(
-        self, way: str, num_bytes: int, shapes: list[str], num_nodes: int, link: LinkModel
+        self,
+        way: str,
+        num_bytes: int,
+        num_nodes: int,
+        link: LinkModel,
+        *,
+        shapes: Sequence[str] = ("chain", "binomial"),
+        num_buckets: int | None = None,
+        apart: bool = False,
     ) -> None:
-        """Begin a broadcast of ours; every node has its first version."""
-        address = self.learner.call("lead", way, num_bytes, shapes, link)
+        """Begin a broadcast of ours; every node has its first version.
+
+        ``num_buckets`` are what the model chooses if they are not given; ``apart`` has the
+        broadcast in another process of the learner's host.
+        """
+        leader = self.leaders[way] = self.beside if apart else self.learner
+        place = self.learner.call("store", way, num_bytes) if apart else num_bytes
+        address = leader.call("lead", way, place, shapes, link, num_buckets)
         for host in self.others[:num_nodes]:
             host.call("follow", way, address, num_bytes)
-        self.learner.call("settle", way, num_nodes)
+        leader.call("settle", way, 0, num_nodes)
 
     def stop(self, way: str, num_nodes: int) -> None:
-        for host in (*self.others[:num_nodes], self.learner):
+        for host in (*self.others[:num_nodes], self.beside, self.learner):
             host.call("leave", way)
 
-    def bring(self, way: str, num_nodes: int) -> tuple[float, float, float]:
-        """A version of ours: seconds until all have it, of the publish, and CPU of the learner."""
+    def bring(self, way: str, num_nodes: int) -> tuple[float, float, float, float]:
+        """A version of ours: seconds until all have it, and of the publish; CPU seconds.
+
+        Those of the learner's process, and of the other one on its host.
+        """
+        self.beside.call("note_cpu")
         version, start_s, stall_s = self.learner.call("publish", way)
         nodes = self.others[:num_nodes]
         for host in nodes:
             host.start("arrival", way, version)
         seconds = max(host.result() for host in nodes) - start_s
-        return seconds, stall_s, self.learner.call("settle", way, num_nodes)
+        self.leaders[way].call("settle", way, version, num_nodes)
+        return seconds, stall_s, self.learner.call("spent_cpu"), self.beside.call("spent_cpu")
+
+    def sent_bytes(self, way: str) -> float:
+        """Bytes that the learner's node has sent."""
+        return self.leaders[way].call("sent_bytes", way)
 
     def join_rivals(self, num_nodes: list[int], sizes: dict[str, int]) -> None:
         """Gloo groups of each number of nodes, and TorchRL's scheme for every size."""

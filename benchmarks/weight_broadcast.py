@@ -21,8 +21,10 @@ picks is one of the first two. The last line of stdout is one JSON object; keys 
 top are those of the emulated network, if there is one:
 
 learner_cost_8_over_1   CPU seconds of the learner's process per version, with 8 nodes over with 1:
-                        with 1 a version is one message, with more it goes in buckets
-learner_cost_8_over_2   the same over 2 nodes, where it goes in buckets already
+                        with 1 a version is one message, with more it goes in buckets.
+                        ``_same_buckets``: the same where it goes in as many with 1 node as with 8.
+                        ``_apart``: the same where another process of the learner's host has the
+                        broadcast; ``host_cost_8_over_1_apart``: of both processes together
 stall_8_over_1          the same of the time that ``publish`` takes
 learner_bytes_8_over_1  the same of the bytes that the learner's node sends
 rival_stall_8_over_1    the same of the time that the learner is held up by each rival
@@ -45,6 +47,7 @@ import os
 import random
 import statistics
 import sys
+from collections import defaultdict
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # emulated hosts have no names
@@ -68,13 +71,6 @@ RIVALS = ("gloo", "torchrl")
 SMALL_BYTES = 65_536
 
 
-def model_link(way: str, link: LinkModel) -> LinkModel:
-    """A link on which messages are so dear that a version is sent whole, or the real one."""
-    if way != "whole":
-        return link
-    return LinkModel(link.latency_s, link.bytes_per_s, overhead_s=1e3)
-
-
 def measure_times(
     hosts: Hosts, sizes: dict[str, int], nodes: list[int], link: LinkModel, num_repeats: int
 ) -> dict[str, dict[str, list[float]]]:
@@ -84,8 +80,10 @@ def measure_times(
         for num_nodes in nodes:
             ours = [*SHAPES, *(["whole"] if size == "large" and num_nodes == NUM_NODES else [])]
             for way in ours:
-                shape = "chain" if way == "whole" else way
-                hosts.start(way, num_bytes, [shape], num_nodes, model_link(way, link))
+                how = (
+                    {"shapes": ["chain"], "num_buckets": 1} if way == "whole" else {"shapes": [way]}
+                )
+                hosts.start(way, num_bytes, num_nodes, link, **how)
             seconds: dict[str, list[float]] = {way: [] for way in (*ours, *RIVALS)}
             for repeat in range(num_repeats + 1):
                 for way in generator.sample(list(seconds), len(seconds)):
@@ -94,7 +92,7 @@ def measure_times(
                     elif way == "torchrl":
                         taken, _, _ = hosts.torchrl(size, num_nodes)
                     else:
-                        taken, _, _ = hosts.bring(way, num_nodes)
+                        taken, *_ = hosts.bring(way, num_nodes)
                     if repeat:  # the first one opens connections
                         seconds[way].append(taken)
             for way in ours:
@@ -108,29 +106,42 @@ def measure_times(
 def measure_cost(
     hosts: Hosts, num_bytes: int, nodes: list[int], link: LinkModel, num_repeats: int
 ) -> dict[str, dict[str, dict[int, list[float]]]]:
-    """What the learner pays for a version: ``cpu_s`` and ``stall_s`` by way, ``bytes`` of ours."""
-    generator = random.Random(1)
-    ways = ("ours", *RIVALS)
+    """What the learner pays for a version.
+
+    Returns:
+        ``cpu_s``, ``stall_s`` and ``bytes`` by way and number of nodes. The ways of ours are
+        ``ours``, ``cut`` (one node, but in the buckets of the most nodes), ``apart`` (the broadcast
+        in a process of its own) and, of that, ``apart_host`` (both processes together).
+    """
+    generator, ends = random.Random(1), [1, NUM_NODES]
+    num_buckets = choose_plan(NUM_NODES, num_bytes, link).num_buckets
+    turns: list[tuple[str, int, dict[str, Any]]] = [
+        *(("ours", n, {}) for n in nodes),
+        ("cut", 1, {"num_buckets": num_buckets}),
+        *(("apart", n, {"apart": True}) for n in ends),
+    ]
     cost: dict[str, dict[str, dict[int, list[float]]]] = {
-        what: {way: {n: [] for n in nodes} for way in ways}
-        for what in ("cpu_s", "stall_s", "bytes")
+        what: defaultdict(lambda: defaultdict(list)) for what in ("cpu_s", "stall_s", "bytes")
     }
     for repeat in range(num_repeats):
-        for num_nodes in generator.sample(nodes, len(nodes)):
-            hosts.start("ours", num_bytes, list(SHAPES), num_nodes, link)
-            for way in generator.sample(ways, len(ways)):
-                if way == "gloo":
+        for way, num_nodes, how in generator.sample(turns, len(turns)):
+            hosts.start(way, num_bytes, num_nodes, link, **how)
+            hosts.bring(way, num_nodes)
+            whats = [way, *RIVALS] if way == "ours" else [way]
+            for what in generator.sample(whats, len(whats)):
+                if what == "gloo":
                     _, stall_s, cpu_s = hosts.gloo(num_bytes, num_nodes)
-                elif way == "torchrl":
+                elif what == "torchrl":
                     _, stall_s, cpu_s = hosts.torchrl("large", num_nodes)
                 else:
-                    before = hosts.learner.call("sent_bytes", "ours")
-                    _, stall_s, cpu_s = hosts.bring("ours", num_nodes)
-                    sent = hosts.learner.call("sent_bytes", "ours") - before
-                    cost["bytes"]["ours"][num_nodes].append(sent)
-                cost["cpu_s"][way][num_nodes].append(cpu_s)
-                cost["stall_s"][way][num_nodes].append(stall_s)
-            hosts.stop("ours", num_nodes)
+                    before = hosts.sent_bytes(way)
+                    _, stall_s, cpu_s, beside_s = hosts.bring(way, num_nodes)
+                    cost["bytes"][way][num_nodes].append(hosts.sent_bytes(way) - before)
+                    if way == "apart":
+                        cost["cpu_s"]["apart_host"][num_nodes].append(cpu_s + beside_s)
+                cost["cpu_s"][what][num_nodes].append(cpu_s)
+                cost["stall_s"][what][num_nodes].append(stall_s)
+            hosts.stop(way, num_nodes)
         log(f"learner's cost, repeat {repeat + 1} of {num_repeats}")
     return cost
 
@@ -167,11 +178,15 @@ def measure(
                 )
     large = seconds[f"large, {NUM_NODES} nodes"]
     pick = choose_plan(NUM_NODES, sizes["large"], model).shape
-    stall_s, cpu_s, ours = cost["stall_s"], cost["cpu_s"]["ours"], cost["bytes"]["ours"]
-    two = {2: cpu_s[2]} if 2 in nodes else {}
+    stall_s, cpu_s, ours = cost["stall_s"], cost["cpu_s"], cost["bytes"]["ours"]
+    eight_s = cpu_s["ours"][NUM_NODES]
     return {
-        "learner_cost_8_over_1": paired_ratio(cpu_s[NUM_NODES], cpu_s[1]),
-        **{f"learner_cost_8_over_{n}": paired_ratio(cpu_s[NUM_NODES], c) for n, c in two.items()},
+        "learner_cost_8_over_1": paired_ratio(eight_s, cpu_s["ours"][1]),
+        "learner_cost_8_over_1_same_buckets": paired_ratio(eight_s, cpu_s["cut"][1]),
+        "learner_cost_8_over_1_apart": paired_ratio(cpu_s["apart"][NUM_NODES], cpu_s["apart"][1]),
+        "host_cost_8_over_1_apart": paired_ratio(
+            cpu_s["apart_host"][NUM_NODES], cpu_s["apart_host"][1]
+        ),
         "stall_8_over_1": paired_ratio(stall_s["ours"][NUM_NODES], stall_s["ours"][1]),
         "learner_bytes_8_over_1": paired_ratio(ours[NUM_NODES], ours[1]),
         "rival_stall_8_over_1": {
