@@ -75,7 +75,6 @@ class Carrier:
         self._parent: Edge | None = None
         self._children: dict[int, Edge] = {}
         self._sent_bytes: dict[int, int] = {}
-        self._heads: tuple[torch.Tensor, torch.Tensor] | None = None  # what should come, and did
         self._gate = gate
 
     def carry(self, order: Order, hold: Hold) -> Report:
@@ -130,7 +129,7 @@ class Carrier:
         self._children.clear()
 
     def _open(self, order: Order) -> None:
-        """Open the edges that this round needs first, side by side, and say what comes."""
+        """Have the edges that this round needs; those it needs first are opened side by side."""
         missing = [child for child in order.sends if child not in self._children]
         lacks_parent = bool(order.receives) and self._parent is None
         if missing or lacks_parent:
@@ -142,28 +141,12 @@ class Carrier:
             for child, future in opening.items():
                 with contextlib.suppress(EdgeError):
                     self._children[child] = future.result()
-        head = torch.tensor([order.round, order.version, order.num_buckets], dtype=torch.int64)
-        for child in order.sends:
-            self._send(child, head)
-        self._heads = None
+        in_use = [self._children[child] for child in order.sends if child in self._children]
         if order.receives:
             assert self._parent is not None
-            self._heads = (head, torch.zeros_like(head))
-            with _parent_lost_if_broken():
-                self._parent.post(self._heads[1])
-
-    def _compare_heads(self, source: Edge) -> None:
-        """See that the parent means this round, once its buckets are asked for as well.
-
-        To ask for them only then would cost one more way there and back. What has come for nothing
-        lies in a slot that is not offered.
-        """
-        if self._heads is not None:
-            (wanted, told), self._heads = self._heads, None
-            with _parent_lost_if_broken():
-                source.wait()
-            if not told.equal(wanted):
-                raise ParentLost(f"The parent sends {told.tolist()} instead of {wanted.tolist()}")
+            in_use.append(self._parent)
+        for edge in in_use:
+            edge.begin(order.round)
 
     def _edge(self, parent: int, child: int, *, is_parent: bool = True) -> Edge:
         name = edge_name(self._epoch, parent, child)
@@ -181,7 +164,6 @@ class Carrier:
             with _parent_lost_if_broken():
                 for bucket in buckets:
                     source.post(bucket)
-            self._compare_heads(source)
         for index, bucket in enumerate(buckets):
             if self._is_ending():
                 raise ParentLost("This node ends its part")

@@ -23,6 +23,8 @@ __all__ = ["Edge", "EdgeError"]
 _PARENT, _CHILD = 0, 1
 #: A group waits so many times its own time-out for the other end to connect (measured, torch 2.13).
 _CONNECT_TIMEOUTS = 5
+#: A tag has 31 bits: room for more operations than a round has, and for the rounds of a long time.
+_MAX_POSTS, _NUM_ROUNDS = 1 << 12, 1 << 19
 
 
 class EdgeError(ConnectionError):
@@ -32,9 +34,10 @@ class EdgeError(ConnectionError):
 class Edge:
     """One end of an edge. Bytes go from the parent to the child, in the order they are posted.
 
-    Every operation has its own tag, a number that counts up on both sides, so a bucket can only
-    arrive in the memory that was posted for it. A group cannot be interrupted from another thread;
-    every wait ends by itself after ``timeout_s``, and ends the edge.
+    Every operation has its own tag, made of the round and a number that counts up on both sides. So
+    a bucket can only arrive in the memory that was posted for it, and never in another round: if
+    the ends do not mean the same one, nothing arrives. A group cannot be interrupted from another
+    thread; every wait ends by itself after ``timeout_s``, and ends the edge.
 
     Args:
         store (Store): where the two ends find each other, see
@@ -53,7 +56,7 @@ class Edge:
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._is_parent = is_parent
         self._pending: collections.deque[Any] = collections.deque()  # of Work
-        self._num_posted = 0
+        self._tag = 0
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = self._timeout / _CONNECT_TIMEOUTS
@@ -66,6 +69,10 @@ class Edge:
         except RuntimeError as error:
             raise _edge_error("The edge was not opened", error) from None
 
+    def begin(self, round_: int) -> None:
+        """What is posted from now on belongs to this round; both ends say so."""
+        self._tag = round_ % _NUM_ROUNDS * _MAX_POSTS
+
     def post(self, memory: torch.Tensor) -> None:
         """Begin to send ``memory``, or to receive into it; it is not copied.
 
@@ -74,12 +81,12 @@ class Edge:
         """
         if self._group is None:
             raise EdgeError("The edge is closed.")
-        self._num_posted += 1
+        self._tag += 1
         try:
             if self._is_parent:
-                work = self._group.send([memory], _CHILD, self._num_posted)
+                work = self._group.send([memory], _CHILD, self._tag)
             else:
-                work = self._group.recv([memory], _PARENT, self._num_posted)
+                work = self._group.recv([memory], _PARENT, self._tag)
         except RuntimeError as error:
             raise _edge_error("The edge broke", error) from None
         self._pending.append(work)
