@@ -72,7 +72,7 @@ SETTINGS: dict[str, tuple[str, str, Settings]] = {
         "chunk",
         {"num_envs": 8, "transport": "auto", "max_batch_size": 64},
     ),
-    "sync_chunk": ("sync", "chunk", {"num_envs": 32, "batched_env": "serial"}),
+    "sync_chunk": ("sync", "chunk", {"num_envs": 64, "batched_env": "serial"}),
 }
 STOCK = {
     name.replace("chunk", "stock"): (family, "stock", settings)
