@@ -64,6 +64,23 @@ def test_no_policy(no_process):
         DVLACollector(make_env, replay_buffer=PooledReplayBuffer)
 
 
+def test_a_factory_of_lazy_policies_alone(no_process):
+    with pytest.raises(ValueError, match="policy_factory must build a policy whose .*lazy ones: "):
+        DVLACollector(make_env, policy_factory=make_policy, replay_buffer=PooledReplayBuffer)
+
+
+def test_a_factory_of_lazy_policies_in_a_thread(refuse):
+    refuse("policy_factory must build a policy whose", policy_factory=make_policy)
+
+
+def test_a_factory_of_lazy_policies_in_a_process(make_collector):
+    policy = make_policy()
+    in_process = InferenceConfig(where="process")
+    collector = make_collector(policy_factory=lambda: policy, inference=in_process)
+    with pytest.raises(RuntimeError, match=r"(?s)in the inference lane.*policy_factory must build"):
+        next(iter(collector.replay_buffer))
+
+
 def test_a_scheduler_that_the_settings_do_not_fit_leaves_no_lane(refuse):
     # Found when all lanes are there, the inference process too.
     refuse(

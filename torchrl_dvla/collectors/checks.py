@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from tensordict.nn import TensorDictModuleBase
+from torch.nn.parameter import is_lazy
 from torchrl.weight_update import WeightSyncScheme
 
 from torchrl_dvla.collectors.configs import GroupConfig
@@ -20,6 +21,7 @@ from torchrl_dvla.memory import EnvironmentPool, Plan
 from torchrl_dvla.weight_update import AsyncWeightUpdater
 
 __all__ = [
+    "build_policy",
     "check_buffer",
     "check_episodes",
     "check_frames",
@@ -52,13 +54,30 @@ def check_policy(
     """The learner's policy: ``policy``, or a new one of ``policy_factory``.
 
     Raises:
-        ValueError: if there is neither.
+        ValueError: if there is neither, or if the factory's has lazy parameters.
     """
     if policy is not None:
         return policy
     if policy_factory is None:
         raise ValueError("policy or policy_factory must be given, got neither.")
-    return policy_factory()
+    return build_policy(policy_factory)
+
+
+def build_policy(policy_factory: Callable[[], TensorDictModuleBase]) -> TensorDictModuleBase:
+    """What ``policy_factory`` builds; a lane has no observation to find missing shapes with.
+
+    Raises:
+        ValueError: naming parameters without a shape.
+    """
+    policy = policy_factory()
+    lazy = [name for name, tensor in policy.named_parameters() if is_lazy(tensor)]
+    if lazy:
+        raise ValueError(
+            f"policy_factory must build a policy whose parameters have shapes, got lazy ones: "
+            f"{', '.join(lazy[:5])}{', ...' if len(lazy) > 5 else ''}. Call the policy once on an "
+            "observation before it is returned, or pass policy, which is sent to the lane."
+        )
+    return policy
 
 
 def check_updater(schemes: Mapping[str, WeightSyncScheme]) -> AsyncWeightUpdater:

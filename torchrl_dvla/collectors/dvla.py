@@ -79,8 +79,8 @@ class DVLACollector(BaseCollector):
             ``("vla_action", "chunk")``. Defaults to one of ``policy_factory``, as :attr:`policy`.
 
     Keyword Args:
-        policy_factory (Callable, optional): builds the policy of the inference lane, in the lane.
-            Defaults to sending ``policy`` there.
+        policy_factory (Callable, optional): builds the policy of the inference lane, in the lane,
+            without lazy parameters. Defaults to sending ``policy`` there.
         replay_buffer (Callable): builds the replay buffer when the layout of a row is known; called
             with ``pool``, ``admission`` and ``instructions``.
             ``functools.partial(PooledReplayBuffer, batch_size=64)`` is all it takes. The buffer is

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from tensordict.nn import TensorDictModuleBase
 
+from torchrl_dvla.collectors.checks import build_policy
 from torchrl_dvla.collectors.configs import InferenceConfig
 from torchrl_dvla.swimlane import InferenceProcess, InferenceThread
 from torchrl_dvla.weight_update import AsyncWeightUpdater, WeightReader
@@ -55,11 +56,17 @@ class LaneStarter:
         if self._reader is not None:  # the lane before this one is gone
             self._updater.store.release(self._reader)
         self._reader = reader = self._updater.reader("inference")
+        factory: Callable[[], TensorDictModuleBase]
+        if self._policy_factory is not None:
+            factory = functools.partial(build_policy, self._policy_factory)
+        elif self._config.where == "thread":
+            factory = functools.partial(copy.deepcopy, self._policy)
+        else:
+            factory = functools.partial(_identity, self._policy)
         if self._config.where == "thread":
-            factory = self._policy_factory or functools.partial(copy.deepcopy, self._policy)
             return InferenceThread(factory, reader)
         return InferenceProcess(
-            self._policy_factory or functools.partial(_identity, self._policy),
+            factory,
             reader,
             num_threads=self._config.num_threads,
             seed=self._seed,
