@@ -186,26 +186,24 @@ class Hosts:
             network = stack.enter_context(
                 EmulatedNetwork(1 + num_nodes, bytes_per_s=link.bytes_per_s, delay_s=link.latency_s)
             )
-
-        def process_on(number: int) -> Remote:
-            address = "127.0.0.1" if network is None else network.address(number)
-            enter = None if network is None else lambda: network.enter(number)
-            interface = "lo" if network is None else "eth0"
-            return stack.enter_context(Remote(Host, number, address, interface, before=enter))
-
-        self.all = [process_on(number) for number in range(1 + num_nodes)]
-        self.beside = process_on(0)  # another process of the learner's host
+        self._stack, self._network = stack, network
+        self.all = [self._process_on(number) for number in range(1 + num_nodes)]
         self.leaders: dict[str, Remote] = {}  # who broadcasts, by way
         self.address = "127.0.0.1" if network is None else network.address(0)
         self.learner, self.others = self.all[0], self.all[1:]
         self._port = 20_000 + os.getpid() % 10_000
 
+    def _process_on(self, number: int) -> Remote:
+        network = self._network
+        address = "127.0.0.1" if network is None else network.address(number)
+        enter = None if network is None else lambda: network.enter(number)
+        interface = "lo" if network is None else "eth0"
+        return self._stack.enter_context(Remote(Host, number, address, interface, before=enter))
+
     def each(self, method: str, *args: Any, num_nodes: int | None = None) -> list[Any]:
         """Call a method on all hosts, or the learner's and the first few others, at once."""
         hosts = self.all if num_nodes is None else self.all[: 1 + num_nodes]
-        for host in hosts:
-            host.start(method, *args)
-        return [host.result() for host in hosts]
+        return _at_once(hosts, method, *args)
 
     def start(
         self,
@@ -221,32 +219,33 @@ class Hosts:
         """Begin a broadcast of ours; every node has its first version.
 
         ``num_buckets`` are what the model chooses if they are not given; ``apart`` has the
-        broadcast in another process of the learner's host.
+        broadcast in a process of its own on the learner's host.
         """
-        leader = self.leaders[way] = self.beside if apart else self.learner
+        leader = self.leaders[way] = self._process_on(0) if apart else self.learner
         place = self.learner.call("store", way, num_bytes) if apart else num_bytes
         address = leader.call("lead", way, place, shapes, link, num_buckets)
-        for host in self.others[:num_nodes]:
-            host.call("follow", way, address, num_bytes)
+        _at_once(self.others[:num_nodes], "follow", way, address, num_bytes)
         leader.call("settle", way, 0, num_nodes)
 
     def stop(self, way: str, num_nodes: int) -> None:
-        for host in (*self.others[:num_nodes], self.beside, self.learner):
+        _at_once(self.others[:num_nodes], "leave", way)
+        for host in {self.leaders[way], self.learner}:
             host.call("leave", way)
 
     def bring(self, way: str, num_nodes: int) -> tuple[float, float, float, float]:
         """A version of ours: seconds until all have it, and of the publish; CPU seconds.
 
-        Those of the learner's process, and of the other one on its host.
+        Those of the learner's process, and of the one that broadcasts, which may be the same.
         """
-        self.beside.call("note_cpu")
+        leader = self.leaders[way]
+        leader.call("note_cpu")
         version, start_s, stall_s = self.learner.call("publish", way)
         nodes = self.others[:num_nodes]
         for host in nodes:
             host.start("arrival", way, version)
         seconds = max(host.result() for host in nodes) - start_s
-        self.leaders[way].call("settle", way, version, num_nodes)
-        return seconds, stall_s, self.learner.call("spent_cpu"), self.beside.call("spent_cpu")
+        leader.call("settle", way, version, num_nodes)
+        return seconds, stall_s, self.learner.call("spent_cpu"), leader.call("spent_cpu")
 
     def sent_bytes(self, way: str) -> float:
         """Bytes that the learner's node has sent."""
@@ -268,3 +267,9 @@ class Hosts:
         """As :meth:`bring`; the learner is held up until all nodes have answered."""
         start_s, end_s, cpu_s = self.learner.call("send", size, num_nodes)
         return end_s - start_s, end_s - start_s, cpu_s
+
+
+def _at_once(hosts: Sequence[Remote], method: str, *args: Any) -> list[Any]:
+    for host in hosts:
+        host.start(method, *args)
+    return [host.result() for host in hosts]

@@ -69,6 +69,8 @@ LOOPBACK = LinkModel(latency_s=50e-6, bytes_per_s=2e9, overhead_s=1e-3)
 SHAPES = ("chain", "binomial")
 RIVALS = ("gloo", "torchrl")
 SMALL_BYTES = 65_536
+#: The learner's cost of a turn is the median over so many.
+VERSIONS_PER_TURN = 3
 
 
 def measure_times(
@@ -120,29 +122,37 @@ def measure_cost(
         ("cut", 1, {"num_buckets": num_buckets}),
         *(("apart", n, {"apart": True}) for n in ends),
     ]
+    rivals = [(rival, n) for rival in RIVALS for n in ends]
     cost: dict[str, dict[str, dict[int, list[float]]]] = {
         what: defaultdict(lambda: defaultdict(list)) for what in ("cpu_s", "stall_s", "bytes")
     }
+    for way, num_nodes, how in turns:
+        hosts.start(f"{way} {num_nodes}", num_bytes, num_nodes, link, **how)
+        hosts.bring(f"{way} {num_nodes}", num_nodes)  # the first one warms up
     for repeat in range(num_repeats):
-        for way, num_nodes, how in generator.sample(turns, len(turns)):
-            hosts.start(way, num_bytes, num_nodes, link, **how)
-            hosts.bring(way, num_nodes)
-            whats = [way, *RIVALS] if way == "ours" else [way]
-            for what in generator.sample(whats, len(whats)):
-                if what == "gloo":
-                    _, stall_s, cpu_s = hosts.gloo(num_bytes, num_nodes)
-                elif what == "torchrl":
-                    _, stall_s, cpu_s = hosts.torchrl("large", num_nodes)
-                else:
-                    before = hosts.sent_bytes(way)
-                    _, stall_s, cpu_s, beside_s = hosts.bring(way, num_nodes)
-                    cost["bytes"][way][num_nodes].append(hosts.sent_bytes(way) - before)
-                    if way == "apart":
-                        cost["cpu_s"]["apart_host"][num_nodes].append(cpu_s + beside_s)
-                cost["cpu_s"][what][num_nodes].append(cpu_s)
-                cost["stall_s"][what][num_nodes].append(stall_s)
-            hosts.stop(way, num_nodes)
+        for way, num_nodes, _ in generator.sample(turns, len(turns)):
+            name, samples = f"{way} {num_nodes}", list[tuple[float, float, float]]()
+            before = hosts.sent_bytes(name)
+            for _ in range(VERSIONS_PER_TURN):
+                _, *sample = hosts.bring(name, num_nodes)
+                samples.append(tuple(sample))
+            stall_s, cpu_s, leader_s = (statistics.median(column) for column in zip(*samples))
+            sent_bytes = (hosts.sent_bytes(name) - before) / VERSIONS_PER_TURN
+            cost["bytes"][way][num_nodes].append(sent_bytes)
+            cost["stall_s"][way][num_nodes].append(stall_s)
+            cost["cpu_s"][way][num_nodes].append(cpu_s)
+            if way == "apart":
+                cost["cpu_s"]["apart_host"][num_nodes].append(cpu_s + leader_s)
+        for rival, num_nodes in generator.sample(rivals, len(rivals)):
+            if rival == "gloo":
+                _, stall_s, cpu_s = hosts.gloo(num_bytes, num_nodes)
+            else:
+                _, stall_s, cpu_s = hosts.torchrl("large", num_nodes)
+            cost["stall_s"][rival][num_nodes].append(stall_s)
+            cost["cpu_s"][rival][num_nodes].append(cpu_s)
         log(f"learner's cost, repeat {repeat + 1} of {num_repeats}")
+    for way, num_nodes, _ in turns:
+        hosts.stop(f"{way} {num_nodes}", num_nodes)
     return cost
 
 
