@@ -289,12 +289,29 @@ def test_a_checksum_finds_whoever_writes_adopted_weights(learner: nn.Linear) -> 
         set_constant(bad_module, 3.0)  # writes the slot
         # However often it asks, it never acts with a version that is not what was published.
         for _ in range(2):
-            with pytest.raises(RuntimeError, match="Version 0 has another checksum"):
+            with pytest.raises(RuntimeError, match="Version 0 has other checksums .*float32"):
                 good.adopt_into(good_module)
             assert good.version == -1
         assert value_of(good_module) == -1.0
         store.publish(constant(5.0))
         assert good.adopt_into(good_module) == 1 and value_of(good_module) == 5.0
+
+
+def test_every_bucket_has_a_checksum_whatever_its_value() -> None:
+    with WeightStore(nn.BatchNorm1d(2), checksum=True) as store:  # float32, and an int64 counter
+        writer, reader = store.reader("writer"), store.reader("reader")
+        seen = nn.BatchNorm1d(2)
+        writer.adopt_into(seen)
+        (at_fault,) = [buffer for buffer in seen.buffers() if buffer.dtype == torch.int64]
+        assert at_fault.item() == 0  # its sum is 0, which is a checksum as any other
+        at_fault.add_(5)
+        with pytest.raises(RuntimeError, match=r"in its weights of torch\.int64\."):
+            reader.adopt_into(nn.BatchNorm1d(2))
+        at_fault.zero_(), seen.weight.data.fill_(8.0)
+        with pytest.raises(RuntimeError, match=r"in its weights of torch\.float32\."):
+            reader.adopt_into(nn.BatchNorm1d(2))
+        seen.weight.data.fill_(1.0)
+        assert reader.adopt_into(nn.BatchNorm1d(2)) == 0
 
 
 def test_bad_sizes() -> None:

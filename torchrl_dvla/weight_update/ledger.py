@@ -28,7 +28,8 @@ _ROW_WORDS = _LINE_WORDS + _NUM_RECORDS * _RECORD_WORDS
 #: Slots fit in the low bits of an offer.
 MAX_SLOTS = 256
 
-_VERSION, _PUBLISHED_NS, _CHECKSUM = range(3)
+#: Words of a slot; its checksums follow.
+_VERSION, _PUBLISHED_NS, _NUM_SUMS, _FIRST_SUM = range(4)
 _STATE, _READER_VERSION, _NUM_ADOPTIONS, _NUM_SKIPPED = range(4)
 
 
@@ -88,6 +89,7 @@ class Ledger:
     Args:
         words (torch.Tensor): int64 ``[num_words]`` in shared memory, zero when new.
         num_slots (int): slots of the store.
+        num_sums (int): checksums of a slot.
 
     Examples:
         >>> ledger = Ledger(torch.zeros(Ledger.num_words(3, 2), dtype=torch.int64), 3)
@@ -99,16 +101,17 @@ class Ledger:
         (5, 1)
     """
 
-    def __init__(self, words: torch.Tensor, num_slots: int) -> None:
+    def __init__(self, words: torch.Tensor, num_slots: int, num_sums: int = 0) -> None:
         # Indexing a memoryview moves one machine word, some 40 times faster than a tensor's item().
         self._words: memoryview = words.numpy().data
         self._num_slots = num_slots
-        self._first_row = _LINE_WORDS * (1 + num_slots)
+        self._slot_words = _slot_words(num_sums)
+        self._first_row = _LINE_WORDS + self._slot_words * num_slots
 
     @staticmethod
-    def num_words(num_slots: int, max_readers: int) -> int:
+    def num_words(num_slots: int, max_readers: int, num_sums: int = 0) -> int:
         """Words that a store of this size needs."""
-        return _LINE_WORDS * (1 + num_slots) + _ROW_WORDS * max_readers
+        return _LINE_WORDS + _slot_words(num_sums) * num_slots + _ROW_WORDS * max_readers
 
     def reset(self) -> None:
         """Mark every slot as holding nothing, before there is any reader."""
@@ -133,16 +136,22 @@ class Ledger:
         """Say that ``slot`` holds no whole version."""
         self._words[self._slot(slot) + _VERSION] = -1
 
-    def end_write(self, slot: int, *, version: int, now_ns: int, checksum: int) -> None:
+    def end_write(
+        self, slot: int, *, version: int, now_ns: int, checksums: Sequence[int] = ()
+    ) -> None:
         """Say that ``slot`` holds the whole ``version``."""
         base = self._slot(slot)
         self._words[base + _PUBLISHED_NS] = now_ns
-        self._words[base + _CHECKSUM] = checksum
+        self._words[base + _NUM_SUMS] = len(checksums)
+        for number, checksum in enumerate(checksums):
+            self._words[base + _FIRST_SUM + number] = checksum
         self._words[base + _VERSION] = version
 
-    def checksum_in(self, slot: int) -> int:
-        """Checksum that the writer computed for ``slot``; 0 without checksums."""
-        return self._words[self._slot(slot) + _CHECKSUM]
+    def checksums_in(self, slot: int) -> list[int]:
+        """Checksums that the writer computed for ``slot``; none without them."""
+        base = self._slot(slot)
+        first = base + _FIRST_SUM
+        return list(self._words[first : first + self._words[base + _NUM_SUMS]])
 
     def published_ns(self, slot: int) -> int:
         """Monotonic clock at the publish of ``slot``."""
@@ -214,10 +223,14 @@ class Ledger:
         )
 
     def _slot(self, slot: int) -> int:
-        return _LINE_WORDS * (1 + slot)
+        return _LINE_WORDS + self._slot_words * slot
 
     def _row(self, row: int) -> int:
         return self._first_row + _ROW_WORDS * row
+
+
+def _slot_words(num_sums: int) -> int:
+    return -(-(_FIRST_SUM + num_sums) // _LINE_WORDS) * _LINE_WORDS
 
 
 def quantile(values: Sequence[float], q: float) -> float:

@@ -329,12 +329,16 @@ class WeightReader:
             # Refused or torn: the newest slot is never claimed, so a newer offer is out by now.
 
     def _verify(self, ledger: Ledger, slot: int, version: int) -> None:
-        expected = ledger.checksum_in(slot)
-        if expected and self._segment.checksum(slot) != expected:
+        expected = ledger.checksums_in(slot)
+        if not expected:
+            return
+        found = self._segment.checksums(slot)
+        buckets = [b.dtype for b, x, y in zip(self.layout.buckets, expected, found) if x != y]
+        if buckets:
             raise RuntimeError(
-                f"Version {version} has another checksum than when it was published. "
-                "Something writes weights through a module that adopted them: readers' modules "
-                "must not be trained."
+                f"Version {version} has other checksums than when it was published, in its weights "
+                f"of {', '.join(map(str, buckets))}. Something writes weights through a module "
+                "that adopted them: readers' modules must not be trained."
             )
 
     def _unlock(self) -> None:

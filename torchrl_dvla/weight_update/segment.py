@@ -91,7 +91,7 @@ class WeightSegment:
         self.layout = layout
         self.num_slots = num_slots
         self.max_readers = max_readers
-        self._num_words = Ledger.num_words(num_slots, max_readers)
+        self._num_words = Ledger.num_words(num_slots, max_readers, len(layout.buckets))
         self._frozen_offset = align(8 * self._num_words)
         self._slots_offset = self._frozen_offset + layout.frozen_bytes
         self.num_bytes = self._slots_offset + num_slots * layout.slot_bytes
@@ -100,7 +100,8 @@ class WeightSegment:
 
     def ledger(self) -> Ledger:
         """The shared words, as seen from this process."""
-        return Ledger(self._arena.tensor(0, (self._num_words,), torch.int64), self.num_slots)
+        words = self._arena.tensor(0, (self._num_words,), torch.int64)
+        return Ledger(words, self.num_slots, len(self.layout.buckets))
 
     def pin(self) -> None:
         """Page-lock the memory in this process, for copies from and to CUDA."""
@@ -128,10 +129,11 @@ class WeightSegment:
         """The weights that travel once, uint8 ``[frozen_bytes]``."""
         return self._arena.tensor(self._frozen_offset, (self.layout.frozen_bytes,))
 
-    def checksum(self, slot: int) -> int:
-        """Wrapping sum of the slot's 64-bit words."""
-        num_words = self.layout.slot_bytes // 8
-        words = self._arena.tensor(
-            self._slots_offset + slot * self.layout.slot_bytes, (num_words,), torch.int64
-        )
-        return int(words.sum())
+    def checksums(self, slot: int) -> list[int]:
+        """Wrapping sum of the 64-bit words of each bucket of the slot; buckets end on one."""
+        sums = []
+        for bucket in self.layout.buckets:
+            offset = self._slots_offset + slot * self.layout.slot_bytes + bucket.offset_bytes
+            num_words = bucket.numel * bucket.dtype.itemsize // 8
+            sums.append(int(self._arena.tensor(offset, (num_words,), torch.int64).sum()))
+        return sums

@@ -103,8 +103,9 @@ class WeightStore:
         transport_dtype (torch.dtype, optional): keep floating-point weights in this dtype
             (``torch.bfloat16`` halves the bytes of fp32 masters; see :meth:`cast_error`).
         check_finite (bool): refuse NaN and infinite weights. Default: ``True``.
-        checksum (bool): let readers compare a checksum at each adoption, a pass over the weights on
-            both sides; it finds modules that write what they adopted. Default: ``False``.
+        checksum (bool): let readers compare a checksum of each bucket at each adoption, a pass over
+            the weights on both sides; it finds modules that write what they adopted. Default:
+            ``False``.
         first_version (int): number of the first version, for a run that is resumed. Default: 0.
 
     Raises:

@@ -51,7 +51,7 @@ class SlotWriter:
 
     Keyword Args:
         check_finite (bool): refuse NaN and infinite weights.
-        checksum (bool): record a checksum with each version.
+        checksum (bool): record checksums with each version, one of each bucket.
     """
 
     def __init__(self, segment: WeightSegment, *, check_finite: bool, checksum: bool) -> None:
@@ -312,9 +312,9 @@ class SlotWriter:
             self._offer(slot, version)
 
     def _offer(self, slot: int, version: int) -> None:
-        checksum = self._segment.checksum(slot) if self._checksum else 0
+        checksums = self._segment.checksums(slot) if self._checksum else ()
         now_ns = time.monotonic_ns()
-        self._ledger.end_write(slot, version=version, now_ns=now_ns, checksum=checksum)
+        self._ledger.end_write(slot, version=version, now_ns=now_ns, checksums=checksums)
         self._step("written")
         # Unlocked before it is offered, so that no reader is refused the slot it is offered.
         self.locks.unlock(slot_byte(slot))
