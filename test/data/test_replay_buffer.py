@@ -206,6 +206,25 @@ def test_a_waiting_learner_is_woken_by_the_last_group(plane):
     assert plane.buffer.stats()["wait_s"] >= plane.buffer.stats()["last_wait_s"] >= 0
 
 
+def test_a_waiting_learner_sleeps_on_while_groups_are_too_few(plane, monkeypatch):
+    plane = plane(groups=3, timeout_s=60.0)
+    arrived, looked = plane.buffer._queue._arrived, threading.Event()
+    wake, wakes = arrived.notify_all, []
+    monkeypatch.setattr(arrived, "notify_all", lambda: (wakes.append(len(plane.buffer)), wake()))
+    select = plane.admission.select
+    monkeypatch.setattr(plane.admission, "select", lambda ids: (looked.set(), select(ids))[1])
+    batches = []
+    learner = threading.Thread(target=lambda: batches.extend(plane.update()))
+    learner.start()
+    assert looked.wait(60)  # it holds the lock until it sleeps
+    plane.admit_and_extend(0, 1)
+    assert wakes == []
+    plane.admit_and_extend(2)
+    assert wakes
+    learner.join(60)
+    assert sum(len(batch) for batch in batches) == 15
+
+
 def test_a_waiting_learner_is_woken_when_the_straggler_is_given_up(plane):
     plane = plane(groups=1, lag=0, timeout_s=60.0)
     plane.admission.admit(0)

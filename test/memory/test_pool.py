@@ -29,6 +29,8 @@ def test_rows_and_pages(pool):
     assert pool.row_index([second, first], num_rows=4).tolist() == [3, 4, 5, 0]
     assert pool.row_index([second]).tolist() == [3, 4, 5]
     assert pool.row_index([]).tolist() == []
+    rows = pool.row_index_of([[second, first], [], [first]], [4, 0, 2])
+    assert rows.tolist() == [3, 4, 5, 0, 0, 1]
     assert pool.stats()["used_bytes"] == 6 * LAYOUT.row_bytes
     assert pool.stats()["reserved_bytes"] == pool.nbytes == EnvironmentPool.nbytes_for(LAYOUT, 5, 3)
 

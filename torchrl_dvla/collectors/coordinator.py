@@ -160,7 +160,8 @@ class Coordinator:
 
     def wake(self) -> None:
         """End the loop's sleep: something has changed. Any thread may call it."""
-        self._alarm.ring()
+        if threading.current_thread() is not self._thread:
+            self._alarm.ring()  # the loop itself looks at everything again before it sleeps
 
     def stop(self) -> None:
         """End the loop and both lanes; safe to call twice."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean, pvariance
 
+import numpy as np
 import torch
 
 from torchrl_dvla.data.groups import GroupRecord, RolloutRecord
@@ -84,6 +85,7 @@ class GroupAssembler:
         #: While True, no complete group is dropped, whatever its returns.
         self.keep_all = False
         self._pending: dict[int, list[RolloutRecord]] = {}
+        self._advantages = pool.rows.get(ADVANTAGE_KEY).numpy()
 
     @property
     def pending(self) -> dict[int, int]:
@@ -104,7 +106,8 @@ class GroupAssembler:
             ValueError: if it started from another scene than its group, or is there already.
         """
         num_pages = -(-rollout.num_rows // self.pool.rows_per_page)
-        rollout = replace(rollout, pages=tuple(rollout.pages[:num_pages]))
+        if len(rollout.pages) > num_pages:
+            rollout = replace(rollout, pages=rollout.pages[:num_pages])
         unsealed = [page for page in rollout.pages if self.pool.state(page) != PageState.SEALED]
         if unsealed or len(rollout.pages) < num_pages or not num_pages:
             raise RuntimeError(
@@ -171,10 +174,9 @@ class GroupAssembler:
         rollouts = tuple(members[index] for index in chosen)
         kept_returns = torch.tensor([r.episode_return for r in rollouts], dtype=torch.float32)
         advantages = group_advantage(kept_returns, normalise_std=self.normalise_std)
-        column = self.pool.rows.get(ADVANTAGE_KEY)
-        rows = [self.pool.row_index(rollout.pages, rollout.num_rows) for rollout in rollouts]
-        sizes = torch.tensor([rollout.num_rows for rollout in rollouts])
-        column[torch.cat(rows), 0] = advantages.repeat_interleave(sizes)
+        sizes = [rollout.num_rows for rollout in rollouts]
+        rows = self.pool.row_index_of([rollout.pages for rollout in rollouts], sizes)
+        self._advantages[rows.numpy(), 0] = np.repeat(advantages.numpy(), sizes)
         for index, member in enumerate(members):
             if index not in chosen:
                 self.pool.free(member.pages)

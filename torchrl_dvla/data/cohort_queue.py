@@ -40,6 +40,8 @@ class CohortQueue:
         self.drops = DropCounts()
         self._drops_since_update = DropCounts()
         self._arrived = threading.Condition(lock)
+        #: For each thread that waits: the groups that have to be stored before it can go on.
+        self._wanted: list[int] = []
         self._closed_because: str | None = None
         self._error: BaseException | None = None
         self._num_kept = 0
@@ -57,7 +59,7 @@ class CohortQueue:
             self._kept_length += group.mean_length
             if self.admission is not None:
                 self.admission.complete(group.group_id)
-            self._arrived.notify_all()
+            self._wake()
 
     def drop(self, group: GroupRecord) -> None:
         """A group was dropped by the assembler; its pages are free already."""
@@ -80,6 +82,7 @@ class CohortQueue:
         with self._arrived:
             cohort = self._wait(
                 lambda: admission.select(self.groups),
+                admission.groups_per_update,
                 timeout_s,
                 lambda: self.describe_wait(timeout_s),
             )
@@ -116,15 +119,25 @@ class CohortQueue:
             )
 
         with self._arrived:
-            self._wait(lambda: self.num_fresh(sampler) >= num_groups or None, timeout_s, describe)
+            self._wait(
+                lambda: self.num_fresh(sampler) >= num_groups or None,
+                num_groups,
+                timeout_s,
+                describe,
+            )
 
     def _wait(
         self,
         attempt: Callable[[], T | None],
+        num_groups: int,
         timeout_s: float | None,
         describe: Callable[[], str],
     ) -> T:
-        """What ``attempt`` gives as soon as that is not ``None``; the lock is held."""
+        """What ``attempt`` gives as soon as that is not ``None``; the lock is held.
+
+        It gives nothing while fewer than ``num_groups`` groups are stored: until then it is not
+        made, and the thread sleeps on.
+        """
         start_s = time.monotonic()
         while (result := attempt()) is None:
             if self._closed_because is not None:
@@ -134,7 +147,11 @@ class CohortQueue:
             left_s = None if timeout_s is None else timeout_s + start_s - time.monotonic()
             if left_s is not None and left_s <= 0:
                 raise TimeoutError(describe())
-            self._arrived.wait(left_s)
+            self._wanted.append(num_groups)
+            try:
+                self._arrived.wait(left_s)
+            finally:
+                self._wanted.remove(num_groups)
         self._last_wait_s = time.monotonic() - start_s
         self._wait_s += self._last_wait_s
         return result
@@ -265,4 +282,5 @@ class CohortQueue:
 
     def _wake(self) -> None:
         with self._arrived:
-            self._arrived.notify_all()
+            if len(self.groups) >= min(self._wanted, default=0):
+                self._arrived.notify_all()

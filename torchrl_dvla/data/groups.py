@@ -123,9 +123,8 @@ class GroupRecord:
 
     def row_index(self, pool: EnvironmentPool) -> torch.Tensor:
         """Row numbers in ``pool``, int64 ``[num_rows]``, rollout after rollout."""
-        if not self.rollouts:
-            return torch.empty(0, dtype=torch.int64)
-        return torch.cat([pool.row_index(r.pages, r.num_rows) for r in self.rollouts])
+        rollouts = self.rollouts
+        return pool.row_index_of([r.pages for r in rollouts], [r.num_rows for r in rollouts])
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data without pages, which mean nothing to another process."""

@@ -115,10 +115,10 @@ class PooledStorage(TensorStorage):
             )
         if key in self._segments:
             raise ValueError(f"key must be new, got {key}, which is stored. Count group ids up.")
-        rows = [self.pool.row_index(owned, size) for owned, size in zip(pages, sizes)]
+        rows = self.pool.row_index_of(pages, sizes)
         self.pool.store([page for owned in pages for page in owned])
-        start, end = self._length, self._length + sum(sizes)
-        torch.cat(rows, out=self._index[start:end])
+        start, end = self._length, self._length + len(rows)
+        self._index[start:end] = rows
         self._segments[key] = _Segment([list(owned) for owned in pages], list(sizes))
         self._length = end
         self._bump_mutation_revision()
@@ -293,7 +293,7 @@ class PooledStorage(TensorStorage):
             count = -(-size // self.pool.rows_per_page)
             leased = [self.pool.lease(_OWNER, (key, number), reserved=False) for _ in range(count)]
             pages.append(list(self.pool.seal(leased, size)))
-        rows = torch.cat([self.pool.row_index(owned, size) for owned, size in zip(pages, sizes)])
+        rows = self.pool.row_index_of(pages, sizes)
         for field, value in zip(self.pool.layout, values):
             self._fields.scatter_field(field, rows, value)
         self.adopt(key, pages, sizes)

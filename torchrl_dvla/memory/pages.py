@@ -27,6 +27,10 @@ class PageState(enum.IntEnum):
     STORED = 3
 
 
+#: By their numbers: looking a member up takes a quarter of the time of making it from its number.
+_STATES = tuple(PageState)
+
+
 class Page(int):
     """A lease of one page: the page's number, which also knows its pool and its generation.
 
@@ -316,7 +320,7 @@ class PageLedger:
 
     def state(self, page: int) -> PageState:
         """The state of a page, whatever the age of the handle."""
-        return PageState(int(self._states[page]))
+        return _STATES[self._states.item(page)]
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges of the pool.
@@ -384,8 +388,8 @@ class PageLedger:
         """Plain page numbers, after every page was found fit; the lock is held."""
         numbers = []
         for page in pages:
-            number = int(page)
-            if isinstance(page, Page) and page.pool_id != self.pool_id:
+            number, handle = int(page), page if isinstance(page, Page) else None
+            if handle is not None and handle.pool_id != self.pool_id:
                 raise RuntimeError(
                     f"{page!r} belongs to another pool. Return pages to the pool that leased them."
                 )
@@ -395,7 +399,8 @@ class PageLedger:
                     "lease() returned."
                 )
             state = self.state(number)
-            is_stale = isinstance(page, Page) and page.generation != self._generations[number]
+            generation = self._generations.item(number)
+            is_stale = handle is not None and handle.generation != generation
             if is_stale or state not in states:
                 now = "was freed and has a new life" if is_stale else f"is {state.name.lower()}"
                 raise RuntimeError(
@@ -408,7 +413,7 @@ class PageLedger:
         return numbers
 
     def _move(self, page: int, state: PageState) -> None:
-        self._num_by_state[self._states[page]] -= 1
+        self._num_by_state[self._states.item(page)] -= 1
         self._num_by_state[state] += 1
         self._states[page] = state
 
