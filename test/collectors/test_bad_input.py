@@ -140,6 +140,16 @@ def test_a_constructor_that_raises_on_every_worker_is_told_once(make_collector):
     assert str(caught.value).count("Traceback") == 1
 
 
+def test_a_constructor_that_hangs_is_named_at_the_deadline(refuse):
+    fault = Fault("hang", "constructor", repeat=True)
+    refuse(
+        r"start_timeout_s must cover the construction .*\['dvla-env-0'\] took more than 0.5 s",
+        error=TimeoutError,
+        create_env_fn=FaultyEnvFactory(make_env, [fault]),
+        workers={"start_timeout_s": 0.5, "stop_timeout_s": 0.1},
+    )
+
+
 def test_a_group_larger_than_the_workers_can_hold_runs_one_after_the_other(make_collector):
     group = GroupConfig(group_size=7, groups_per_update=2, max_policy_lag=0)
     collector = make_collector(group=group, workers={"num_workers": 1, "envs_per_worker": 1})

@@ -323,15 +323,6 @@ def test_a_lost_worker_loses_no_rollout(make_collector, tmp_path, kind, place):
     assert collector.stats()["faults/workers_replaced"] == 1
 
 
-@pytest.mark.parametrize("kind", ["hang", "stall"])
-def test_a_hung_worker_is_replaced_at_its_deadline(make_collector, tmp_path, kind):
-    fault = Fault(kind, "step", at=2, once_path=str(tmp_path / "struck"))
-    collector = make_collector(FaultyEnvFactory(make_env, [fault]), workers={"step_timeout_s": 1.0})
-    collector.start()
-    assert len(rollouts_of([batch.clone() for batch in collector.replay_buffer])) == 6
-    assert collector.stats()["faults/workers_replaced"] == 1
-
-
 def test_a_killed_inference_process_is_restarted(make_collector):
     collector = make_collector(inference=InferenceConfig(where="process"))
     collector.start()

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from torchrl_dvla.collectors import EpisodeSpec, GroupConfig, InferenceConfig
+from torchrl_dvla.collectors.rollout import SlotState
 from torchrl_dvla.data.schema import DECISION_INDEX_KEY, POLICY_VERSION_KEY, ROLLOUT_ID_KEY
 from torchrl_dvla.testing import CountingChunkEnv, Fault, FaultyEnvFactory
 
@@ -71,6 +72,18 @@ def test_a_killed_process_costs_no_group(make_collector, victim):
     assert admitted - learned_or_dropped <= 4, "every admitted group is learned, dropped or open"
 
 
+@pytest.mark.parametrize("place", ["step", "reset"])
+def test_a_worker_that_lets_nothing_run_is_replaced_at_its_deadline(
+    make_collector, tmp_path, place
+):
+    fault = Fault("stall", place, at=2, once_path=str(tmp_path / "struck"))
+    limit = {f"{place}_timeout_s": 1.0}  # the others are minutes
+    collector = make_collector(FaultyEnvFactory(make_env, [fault]), workers=limit)
+    collector.start()
+    learn(collector, 2)
+    assert collector.stats()["faults/workers_replaced"] == 1
+
+
 def test_the_log_shows_where_a_hung_worker_was(make_collector, tmp_path, caplog):
     fault = Fault("hang", "step", at=2, once_path=str(tmp_path / "struck"))
     collector = make_collector(FaultyEnvFactory(make_env, [fault]), workers={"step_timeout_s": 1.0})
@@ -79,6 +92,37 @@ def test_the_log_shows_where_a_hung_worker_was(make_collector, tmp_path, caplog)
         learn(collector)
     assert "stepping took more than step_timeout_s=1 s" in caplog.text
     assert "in strike" in caplog.text and "run_env_worker" in caplog.text
+
+
+def test_a_replacement_that_hangs_in_its_constructor_is_replaced_too(
+    make_collector, tmp_path, caplog
+):
+    gate = str(tmp_path / "gate")
+
+    def make():
+        if os.path.exists(gate):
+            with open(gate, "w"):  # both ends are opened together
+                os.unlink(gate)
+            multiprocessing.Event().wait()
+        return CountingChunkEnv(**ENV_KWARGS)
+
+    collector = make_collector(make)
+    os.mkfifo(gate)
+    collector.start()
+    kill(process("dvla-env-0").pid)
+    with open(gate) as reached:
+        reached.read()
+    coordinator = collector._coordinator
+    (slot,) = coordinator._fleet.slots
+    assert slot.state is SlotState.STARTING
+    slot.since_s -= 300.0  # five minutes pass
+    coordinator._supervisor._check_at_s = 0.0
+    with caplog.at_level(logging.WARNING, "torchrl_dvla"):
+        coordinator.wake()
+        learn(collector, 2)
+    assert collector.stats()["faults/workers_replaced"] == 2
+    assert "starting took more than start_timeout_s=300 s" in caplog.text
+    assert "in make" in caplog.text, "the stack says where"
 
 
 def policy_that_strikes(number, strike):
