@@ -1,0 +1,60 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Environments of TorchRL's, as they come, in whole runs."""
+
+from __future__ import annotations
+
+import sys
+
+import cloudpickle
+import pytest
+import torch
+from torchrl.envs import Compose, MultiAction, StepCounter, SuccessReward, TransformedEnv
+from torchrl.envs.custom import ToyVLAEnv
+
+from torchrl_dvla.collectors import GroupConfig, InferenceConfig
+from torchrl_dvla.data.schema import (
+    ADVANTAGE_KEY,
+    DECISION_INDEX_KEY,
+    INSTRUCTION_KEY,
+    ROLLOUT_ID_KEY,
+    STATE_KEY,
+)
+
+from .counting_task import make_policy
+
+# Workers cannot import this module: they get its functions whole.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def make_toy():
+    """Single actions become chunks by a transform; the rest of the schema the environment has."""
+    env = ToyVLAEnv(action_dim=2, state_dim=4, success_steps=20)
+    transforms = (MultiAction.from_vla(stack_rewards=False), SuccessReward(), StepCounter(3))
+    return TransformedEnv(env, Compose(*transforms))
+
+
+@pytest.mark.parametrize("where", ["thread", "process"])
+def test_a_group_of_the_toy_task_is_learned(make_collector, where):
+    collector = make_collector(
+        make_toy,
+        policy=make_policy(action_dim=2, chunk_size=4),
+        inference=InferenceConfig(where=where),
+        # Nobody succeeds within three decisions: groups are kept as they come.
+        group=GroupConfig(group_size=2, groups_per_update=1, max_drought=1, on_drought="keep"),
+        workers={"envs_per_worker": 2, "max_decisions": 3},
+    )
+    collector.start()
+    rows = torch.cat([batch.clone() for batch in collector.replay_buffer])
+    collector.update_policy_weights_()
+    ids = rows[ROLLOUT_ID_KEY].flatten()
+    assert len(rows) == 6 and len(ids.unique()) == 2
+    for rollout_id in ids.unique():
+        mine = rows[ids == rollout_id]
+        assert sorted(mine[DECISION_INDEX_KEY].flatten().tolist()) == [0, 1, 2]
+    first = rows[(rows[DECISION_INDEX_KEY] == 0).squeeze(-1)]
+    assert torch.equal(first[STATE_KEY][0], first[STATE_KEY][1]), "a group shares its scene"
+    assert set(rows[INSTRUCTION_KEY]) == {make_toy().reset()[INSTRUCTION_KEY]}
+    assert (rows[ADVANTAGE_KEY] == 0).all()
