@@ -11,6 +11,7 @@ import itertools
 import multiprocessing
 import threading
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -337,7 +338,7 @@ def test_a_copy_that_fails_is_given_up(store: WeightStore) -> None:
 @pytest.mark.parametrize("num_pieces", [1, 4, 5])
 def test_the_look_follows_the_copy(num_pieces: int, bad: int | None) -> None:
     pieces = [torch.zeros(3) for _ in range(num_pieces)]
-    look, verdict = CopyLook([Sight([piece], is_source=False) for piece in pieces]), []
+    look, verdict = CopyLook([Sight([piece]) for piece in pieces]), []
     following = threading.Thread(target=lambda: verdict.append(look.run()))
     following.start()
     for index, piece in enumerate(pieces):
@@ -370,7 +371,7 @@ def test_the_look_at_a_source_goes_ahead_of_the_copy_but_not_far(
     monkeypatch.setattr(finite, "_REPORT_PIECES", 2)
     seen = Seen(last=3)
     monkeypatch.setattr(finite, "is_finite", seen)
-    look = CopyLook([Sight([torch.tensor([k])], is_source=True) for k in range(num_pieces)])
+    look = CopyLook([Sight([torch.tensor([-k])], [torch.tensor([k])]) for k in range(num_pieces)])
     running = threading.Thread(target=look.run)
     running.start()
     assert seen.has_come.wait(30.0)  # four pieces, and nothing was copied yet
@@ -383,11 +384,55 @@ def test_the_look_at_a_source_goes_ahead_of_the_copy_but_not_far(
     assert seen == [0, 1, 2, 3, 4, 5]
     look.end()
     running.join(30.0)
-    assert seen == list(range(num_pieces))
+    # The learner may write into its weights again: the rest is looked at where it was written.
+    assert seen == [0, 1, 2, 3, 4, 5, -6, -7, -8, -9, -10, -11]
+
+
+def test_a_source_that_may_have_changed_under_the_look_is_not_believed() -> None:
+    written, source = torch.tensor([NAN]), torch.tensor([NAN])
+    look = CopyLook([Sight([written], [source])])
+    real, seen = finite.is_finite, []
+
+    def overtaken(memory: torch.Tensor) -> bool:
+        if memory is source:  # publish returns while the thread is here, and the learner goes on
+            look.end()
+            source.zero_()
+        seen.append(memory)
+        return real(memory)
+
+    with mock.patch.object(finite, "is_finite", overtaken):
+        assert not look.run()
+    assert [memory is source for memory in seen] == [True, False]
+
+
+def test_a_learner_that_goes_on_at_once_does_not_hide_what_it_published() -> None:
+    writer._LOOK_AT_ONCE_BYTES = 0
+    real, looking, may_look = finite.is_finite, threading.Event(), threading.Event()
+
+    def late(memory: torch.Tensor) -> bool:
+        looking.set()
+        assert may_look.wait(30.0)
+        return real(memory)
+
+    def await_look(step: str) -> None:
+        assert step != "copying" or looking.wait(30.0)
+
+    policy = nn.Linear(4, 4)
+    with WeightStore(policy) as store, mock.patch.object(finite, "is_finite", late):
+        store.set_gate(await_look)
+        with torch.no_grad():
+            policy.weight[0, 0] = NAN
+        version = store.publish(policy)
+        with torch.no_grad():
+            policy.weight[0, 0] = 0.0
+        policy(torch.ones(4)).sum().backward()
+        may_look.set()
+        with pytest.raises(ValueError, match=f"weight .1 of 16 elements. of version {version}"):
+            store.finish()
 
 
 def test_the_look_ahead_ends_with_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    look = CopyLook([Sight([torch.tensor([k])], is_source=True) for k in range(2)])
+    look = CopyLook([Sight([torch.tensor([-k])], [torch.tensor([k])]) for k in range(2)])
     seen, asked = Seen(last=1), []
     monkeypatch.setattr(finite, "is_finite", seen)
 

@@ -149,8 +149,8 @@ class WeightCopier:
         sights = []
         for piece, target in zip(self._pieces, self._targets(destination), strict=True):
             flats = self._flats(piece, source)
-            is_source = bool(flats) and all(flat.dtype == piece.dtype for flat in flats)
-            sights.append(Sight(flats if is_source else [target.run], is_source))
+            has_same_bytes = all(flat.dtype == piece.dtype for flat in flats)
+            sights.append(Sight([target.run], flats if has_same_bytes else ()))
         return sights
 
     def _flats(self, piece: _Piece, source: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -159,7 +159,7 @@ class WeightCopier:
         if len(piece.indices) > _MAX_PARTS:
             return flats
         for index in piece.indices:
-            tensor, entry = source[index], self._entries[index]
+            tensor, entry = source[index].detach(), self._entries[index]
             if tensor.stride() != entry.stride:
                 return []
             numel = entry.numel if len(piece.indices) > 1 else piece.stop - piece.start

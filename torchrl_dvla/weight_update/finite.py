@@ -73,12 +73,12 @@ class Sight(NamedTuple):
     """What to look at to know whether a piece of a copy is finite.
 
     Args:
-        parts (list of torch.Tensor): the piece, flat: where it is written, or where it is read.
-        is_source (bool): whether it is where it is read, and has the same bytes there.
+        written (list of torch.Tensor): the piece where it is written, flat.
+        source (list of torch.Tensor): where the same bytes are read, flat; none if they are others.
     """
 
-    parts: list[torch.Tensor]
-    is_source: bool
+    written: list[torch.Tensor]
+    source: Sequence[torch.Tensor] = ()
 
 
 class CopyLook:
@@ -89,13 +89,16 @@ class CopyLook:
     once. Else (weights that are cast, not dense, or very small) the look follows and reads what was
     written. The thread that copies says every few pieces how far it is.
 
+    When the copy has ended its source may change, so a look that is late reads what was written. A
+    source counts if the copy had not ended by the time that it was read.
+
     Args:
         sights (list of Sight): the pieces of the copy, in its order; see
             :meth:`WeightCopier.sights`.
 
     Examples:
         >>> pieces = [torch.zeros(2), torch.zeros(2)]
-        >>> look = CopyLook([Sight([piece], is_source=False) for piece in pieces])
+        >>> look = CopyLook([Sight([piece]) for piece in pieces])
         >>> for piece, value in zip(pieces, (1.0, math.nan)):
         ...     _ = piece.fill_(value)
         ...     _ = look.note_piece()
@@ -108,6 +111,7 @@ class CopyLook:
         self._sights = sights
         self._num_copied = 0
         self._reports: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._has_ended = False
         #: Whether the copy was not made to its end.
         self.is_given_up = False
 
@@ -119,19 +123,27 @@ class CopyLook:
         return False
 
     def end(self, *, is_given_up: bool = False) -> None:
-        """The copy has ended."""
+        """The copy has ended; from now on its source may change."""
         self.is_given_up = is_given_up
+        self._has_ended = True
         self._reports.put(len(self._sights))
 
     def run(self) -> bool:
         """Look at every piece until the copy has ended; whether all of it is finite."""
         num_copied, all_finite = 0, True
-        for index, (parts, is_source) in enumerate(self._sights):
-            while num_copied <= index - (_AHEAD_PIECES if is_source else 0):
+        for index, (written, source) in enumerate(self._sights):
+            while num_copied <= index - (_AHEAD_PIECES if source else 0):
+                num_copied = self._reports.get()
+            if source and not self._has_ended:
+                is_good = all(map(is_finite, source))
+                if not self._has_ended:
+                    all_finite = all_finite and is_good
+                    continue
+            while num_copied <= index:
                 num_copied = self._reports.get()
             if self.is_given_up:
                 return False
-            all_finite = all_finite and all(map(is_finite, parts))
+            all_finite = all_finite and all(map(is_finite, written))
         while num_copied < len(self._sights):
             num_copied = self._reports.get()
         return all_finite and not self.is_given_up
