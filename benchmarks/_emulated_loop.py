@@ -214,21 +214,20 @@ class Loop:
         return num_rows
 
     def catch_up(self) -> None:
-        """Get back into stride after a rest, in which all rollouts that had begun have ended.
+        """Get into stride, at first or after a rest, in which all that had begun has ended.
 
-        They lie in the store, and admission holds sampling back until the learner has been through
-        them: half a dozen updates. What lies there is learned from in no time instead, and the
-        groups that begin then take as many updates as they may be old.
+        It lies in the store, and admission holds sampling back until the learner has been through
+        it: half a dozen updates. What lies there is learned from in no time instead, and the groups
+        that begin then take as many updates as they may be old.
         """
         admission = self.collector.replay_buffer.admission
         while admission.stats()["groups_completed"] >= GROUPS_PER_UPDATE:
             self._update(len)
-        for _ in range(admission.max_policy_lag):
+        for _ in range(max(1, admission.max_policy_lag)):
             self.update()
 
     def run(self, min_s: float) -> Repeat:
-        """What is done in a while of whole updates, once the loop is in its stride."""
-        self.update()
+        """What is done in a while of whole updates; the next run goes on where this one ends."""
         self.collector.timeline.start()
         before, start_s = self.num_decisions(), time.monotonic()
         num_learned = 0
