@@ -14,7 +14,6 @@ import json
 import sys
 
 import torch
-from counting_task import ENV_KWARGS, make_initialised_policy
 
 from torchrl_dvla.collectors import DVLACollector, GroupConfig, InitStateSchedule, WorkerConfig
 from torchrl_dvla.data import PooledReplayBuffer
@@ -31,6 +30,9 @@ def tell(**what) -> None:
 
 
 def main(folder: str, num_updates: int) -> None:
+    # Here, for pytest looks for doctests in this file, without a script's path.
+    from counting_task import ENV_KWARGS, make_initialised_policy
+
     policy = make_initialised_policy()
     make_env = functools.partial(CountingChunkEnv, **ENV_KWARGS)
     loss = GRPOLoss(policy, entropy_coeff=0.03)
