@@ -93,7 +93,8 @@ class WeightCopier:
         for index, entry in enumerate(self._entries):
             if entry.is_frozen or entry.dtype != bucket.dtype or not entry.numel:
                 continue
-            end = begin_of(index) + entry.numel
+            begin = begin_of(index)
+            end = begin + entry.numel
             if small and (end - begin_of(small[0])) * itemsize > piece_bytes:
                 flush()
             if entry.numel * itemsize <= piece_bytes:
@@ -101,10 +102,8 @@ class WeightCopier:
                 continue
             step = max(1, piece_bytes // itemsize)
             for start in range(0, entry.numel, step):
-                stop = min(start + step, entry.numel)
-                begin = begin_of(index)
-                piece = _Piece(bucket.dtype, begin + start, begin + stop, (index,), start)
-                self._pieces.append(piece)
+                stop = min(begin + start + step, end)
+                self._pieces.append(_Piece(bucket.dtype, begin + start, stop, (index,), start))
         flush()
 
     @torch.no_grad()
