@@ -1,0 +1,480 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The environments of all workers: assigned, commanded, watched, replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+from torchrl_dvla.collectors.configs import WorkerConfig
+from torchrl_dvla.collectors.failures import FailureAction, FailureLog
+from torchrl_dvla.collectors.metrics import CollectionCounters
+from torchrl_dvla.data import EpisodeSpec, Rollout
+from torchrl_dvla.memory import EnvironmentPool, format_bytes, parse_bytes
+from torchrl_dvla.swimlane import EnvProcesses, Timeline
+from torchrl_dvla.swimlane.messages import (
+    EnvSpecs,
+    Reset,
+    ResetDone,
+    Step,
+    StepDone,
+    UsePool,
+    WorkerCommands,
+    WorkerEvents,
+)
+
+__all__ = ["NO_ROW", "EnvSlot", "EnvSlots", "RowRef", "WorkerLostError", "readable"]
+
+_log = logging.getLogger("torchrl_dvla")
+
+#: Seconds between two readings of the workers' memory.
+_MEMORY_INTERVAL_S = 1.0
+#: What an environment does while its worker carries out a command, in errors.
+_ACTIVITIES = {"reset_timeout_s": "resetting", "step_timeout_s": "stepping"}
+
+
+class RowRef(NamedTuple):
+    """A row of the environment pool, and the generation of its page under this lease."""
+
+    row: int
+    generation: int
+
+
+#: No row: the rollout takes no further decision.
+NO_ROW = RowRef(-1, -1)
+
+
+class WorkerLostError(Exception):
+    """The worker of an environment died, raised or hung before the rollout was over.
+
+    Args:
+        reason (str): how it ended.
+        action (FailureAction): what becomes of the rollout.
+    """
+
+    def __init__(self, reason: str, action: FailureAction = FailureAction.RETRY) -> None:
+        super().__init__(reason)
+        self.action = action
+
+
+async def readable(connection: Connection) -> None:
+    """Wait until ``connection`` has a message, or its other end is gone."""
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    descriptor = connection.fileno()
+    loop.add_reader(descriptor, lambda: ready.done() or ready.set_result(None))
+    try:
+        await ready
+    finally:
+        loop.remove_reader(descriptor)
+
+
+class EnvSlot:
+    """One environment of one worker, from the start of the worker to its end.
+
+    A slot carries out one command at a time. A command that was sent is always waited for, even by
+    a rollout that was cancelled: until the worker has answered, it may write the rollout's rows.
+
+    Args:
+        slots (EnvSlots): the owner.
+        worker (int): index of the worker.
+        env_index (int): index of the environment in its worker.
+    """
+
+    def __init__(self, slots: EnvSlots, worker: int, env_index: int) -> None:
+        self._slots = slots
+        self.worker = worker
+        self.env_index = env_index
+        #: The rollout that it plays.
+        self.rollout: Rollout | None = None
+        #: The limit of the command that its worker carries out, and since when.
+        self.limit: str | None = None
+        self.since_s = 0.0
+        #: Whether the policy is deciding for its rollout.
+        self.in_policy = False
+        self._answer: asyncio.Future[ResetDone | StepDone] | None = None
+        self.lost: WorkerLostError | None = None
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Place in the order of all environments."""
+        return self.worker, self.env_index
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether nobody needs the answer to the command under way any more."""
+        return self._answer is not None and self._answer.cancelled()
+
+    async def reset(self, spec: EpisodeSpec, row: RowRef) -> str:
+        """Start a rollout, its first observation in ``row``; returns the instruction.
+
+        Raises:
+            WorkerLostError: if the worker ends first.
+        """
+        command = Reset(self.env_index, spec.task, spec.seed, spec.init_state_id, *row)
+        answer = await self._command(command, "reset_timeout_s")
+        assert isinstance(answer, ResetDone)
+        return answer.instruction
+
+    async def step(self, row: RowRef, next_row: RowRef) -> StepDone:
+        """Execute the chunk in ``row``, the next observation in ``next_row``.
+
+        Raises:
+            WorkerLostError: if the worker ends first, or has ended since the command before.
+        """
+        answer = await self._command(Step(self.env_index, *row, *next_row), "step_timeout_s")
+        assert isinstance(answer, StepDone)
+        return answer
+
+    async def _command(self, command: Reset | Step, limit: str) -> ResetDone | StepDone:
+        self.in_policy = False
+        if self.lost is not None:
+            raise self.lost
+        self._answer = asyncio.get_running_loop().create_future()
+        self.limit, self.since_s = limit, time.monotonic()
+        self._slots.send(self.worker, command)
+        return await self._answer
+
+    async def finished(self) -> None:
+        """Wait until the worker has answered the last command, or has ended."""
+        while self.limit is not None and self.lost is None:
+            self._slots.answered.clear()
+            await self._slots.answered.wait()
+
+    def answer(self, event: ResetDone | StepDone) -> None:
+        """Pass the worker's answer on."""
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(event)
+
+    def lose(self, error: WorkerLostError) -> None:
+        """End the slot with its worker."""
+        self.lost, self.limit = error, None
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(error)
+
+
+class EnvSlots:
+    """The environments of all workers of a node.
+
+    - *consumes* commands of rollouts, and the events of the workers;
+    - *produces* answers, and idle environments;
+    - *waits for* the workers' pipes, each up to the deadline of what the worker does;
+    - *unblocked by* a worker's events, its end, or its deadline.
+
+    A worker that dies, raises or hangs is replaced; its rollouts get a :class:`WorkerLostError`.
+    All of it runs in the loop's thread.
+
+    In rounds, answers are held back until every environment at work has given one, and then passed
+    on in the order of the environments, as a sequential loop over them would. Which rollout ends
+    first, and so which runs where, does not depend on the workers' speed then.
+
+    Args:
+        processes (EnvProcesses): the workers; they have built their environments.
+        pool (EnvironmentPool): the rows that workers are shown.
+        config (WorkerConfig): limits.
+
+    Keyword Args:
+        timeline (Timeline): takes the spans.
+        counters (CollectionCounters): takes the counts.
+        failures (FailureLog): decides what a crash costs.
+        in_rounds (bool): see above.
+        on_change (Callable): called when an environment became idle, was lost or answered.
+        on_crash (Callable): called with a rollout, what becomes of it and the reason, if that is
+            more than another try; an exception of it ends the run.
+    """
+
+    def __init__(
+        self,
+        processes: EnvProcesses,
+        pool: EnvironmentPool,
+        config: WorkerConfig,
+        *,
+        timeline: Timeline,
+        counters: CollectionCounters,
+        failures: FailureLog,
+        in_rounds: bool,
+        on_change: Callable[[], None],
+        on_crash: Callable[[Rollout, FailureAction, str], None],
+    ) -> None:
+        self._processes = processes
+        self._pool = pool
+        self._config = config
+        self._counters = counters
+        self._failures = failures
+        self._in_rounds = in_rounds
+        self._on_change = on_change
+        self._on_crash = on_crash
+        self._tracks = [
+            timeline.track("sampling", f"worker {index}") for index in range(config.num_workers)
+        ]
+        self.slots = [self._new_slots(index) for index in range(config.num_workers)]
+        #: Environments without a rollout, the one that is idle longest first.
+        self.idle: deque[EnvSlot] = deque()
+        self.num_busy = 0
+        self._idle_reason = ""
+        self.answered = asyncio.Event()
+        self._held: list[tuple[EnvSlot, ResetDone | StepDone]] = []
+        self._commands: list[list[Reset | Step]] = [[] for _ in range(config.num_workers)]
+        self._reported_s = [0.0] * config.num_workers
+        self._deadlines: list[asyncio.Timeout | None] = [None] * config.num_workers
+        self._recycled: set[int] = set()
+        #: Tasks that new workers must not build first.
+        self.failing_tasks: set[str] = set()
+
+    def _new_slots(self, worker: int) -> list[EnvSlot]:
+        return [EnvSlot(self, worker, index) for index in range(self._config.envs_per_worker)]
+
+    # -- for rollouts ---------------------------------------------------------------------------
+
+    def assign(self, rollout: Rollout) -> EnvSlot:
+        """Have ``rollout`` play in an idle environment."""
+        if self._in_rounds:
+            self.idle = deque(sorted(self.idle, key=lambda slot: slot.position))
+        slot = self.idle.popleft()
+        slot.rollout = rollout
+        self.num_busy += 1
+        self._tracks[slot.worker].waiting(None)
+        return slot
+
+    def release(self, slot: EnvSlot) -> None:
+        """Take an environment back whose rollout is over; see :meth:`EnvSlot.finished`."""
+        slot.rollout, slot.in_policy = None, False
+        self.num_busy -= 1
+        if slot.lost is None:
+            self.idle.append(slot)
+            if slot.worker in self._recycled:
+                self._recycle_if_idle(slot.worker)
+        self._end_round()
+        self._on_change()
+
+    def set_idle_reason(self, reason: str) -> None:
+        """Say on the timeline why workers without any rollout are idle."""
+        for worker in {slot.worker for slot in self.idle}:
+            if not any(slot.rollout for slot in self.slots[worker]):
+                self._tracks[worker].waiting(reason)
+
+    @property
+    def are_waiting(self) -> bool:
+        """Whether no rollout is on its way: each one waits for its next decision."""
+        return not self._held and not any(
+            slot.limit or slot.in_policy for slots in self.slots for slot in slots
+        )
+
+    def send(self, worker: int, command: Reset | Step) -> None:
+        """Send a command, together with all others of this pass of the event loop."""
+        if not self._commands[worker]:
+            asyncio.get_running_loop().call_soon(self._flush, worker)
+        self._commands[worker].append(command)
+
+    def _flush(self, worker: int) -> None:
+        commands, self._commands[worker] = self._commands[worker], []
+        steps = [command for command in commands if isinstance(command, Step)]
+        resets = [command for command in commands if isinstance(command, Reset)]
+        if commands:
+            self._processes.send(worker, WorkerCommands(steps, resets))
+            deadline = self._deadlines[worker]
+            if deadline is not None:
+                deadline.reschedule(self._deadline(worker))
+
+    # -- the workers ----------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve the workers until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for index in range(self._config.num_workers):
+                    tasks.create_task(self._run_worker(index))
+                if self._config.max_rss_bytes is not None:
+                    tasks.create_task(self._watch_memory(parse_bytes(self._config.max_rss_bytes)))
+        finally:
+            for slots in self.slots:
+                self._lose(slots, WorkerLostError("The collector has ended."))
+
+    async def _run_worker(self, index: int) -> None:
+        """One worker after the other, each until it has to be replaced."""
+        reason = await self._serve(index)
+        while True:
+            self._replace(index, reason)
+            reason = await self._wait_built(index) or await self._serve(index)
+
+    async def _serve(self, index: int) -> str:
+        """Pass a worker's events on; returns why it has to be replaced, "" if to be recycled."""
+        self._processes.send(index, UsePool(self._pool.worker_view()))
+        self.idle.extend(self.slots[index])
+        self._on_change()
+        while True:
+            try:
+                async with asyncio.timeout_at(self._deadline(index)) as self._deadlines[index]:
+                    await readable(self._processes.workers[index].connection)
+            except TimeoutError:
+                if index in self._recycled:
+                    return ""
+                slot = self._suspect(index)
+                assert slot is not None and slot.limit is not None
+                return self._describe_hang(index, _ACTIVITIES[slot.limit], slot.limit)
+            finally:
+                self._deadlines[index] = None
+            message = self._processes.receive(index)
+            if not isinstance(message, WorkerEvents):
+                return str(message)
+            self._receive(index, message)
+
+    async def _wait_built(self, index: int) -> str:
+        """Wait for the environment of a new worker; returns why the worker failed, if it did."""
+        try:
+            async with asyncio.timeout(self._config.start_timeout_s):
+                await readable(self._processes.workers[index].connection)
+        except TimeoutError:
+            reason = self._describe_hang(index, "starting", "start_timeout_s")
+        else:
+            message = self._processes.receive(index)
+            if message == self._processes.specs:
+                return ""
+            reason = str(message)
+            if isinstance(message, EnvSpecs):
+                reason = (
+                    f"It has built an environment with the specs {message}, the others have "
+                    f"{self._processes.specs}. Make create_env_fn deterministic."
+                )
+        # If it is the environment's fault, it will show in a rollout, and count for its task.
+        self._choose_first_task(after=self._processes.first_task)
+        return reason
+
+    def _receive(self, index: int, message: WorkerEvents) -> None:
+        # A worker carries out its commands one after the other: the next one's time begins now.
+        self._reported_s[index] = time.monotonic()
+        for name, start_s, end_s in message.spans:
+            self._tracks[index].add(start_s, end_s, name, "no_decision")
+        for event in message.events:
+            slot = self.slots[index][event.env_index]
+            slot.limit = None
+            if isinstance(event, StepDone):
+                self._counters.add("collector/decisions")
+                self._counters.add("collector/env_steps", event.num_env_steps)
+            if self._in_rounds:
+                self._held.append((slot, event))
+            else:
+                slot.answer(event)
+        self._end_round()
+        self.answered.set()
+        self._on_change()
+
+    def _end_round(self) -> None:
+        busy = any(slot.limit or slot.in_policy for slots in self.slots for slot in slots)
+        if self._held and not busy:
+            held, self._held = self._held, []
+            for slot, event in sorted(held, key=lambda item: item[0].position):
+                if slot.lost is None:
+                    slot.answer(event)
+
+    def _deadline(self, index: int) -> float | None:
+        """When the command that the worker carries out has taken too long."""
+        deadlines = [
+            max(slot.since_s, self._reported_s[index]) + float(getattr(self._config, slot.limit))
+            for slot in self.slots[index]
+            if slot.limit is not None
+        ]
+        return min(deadlines, default=None)
+
+    def _suspect(self, index: int) -> EnvSlot | None:
+        """The environment that a worker was busy with: it carries out one command at a time."""
+        busy = [slot for slot in self.slots[index] if slot.limit is not None]
+        return min(busy, key=lambda slot: slot.since_s, default=None)
+
+    def _describe_hang(self, index: int, activity: str, limit: str) -> str:
+        seconds = getattr(self._config, limit)
+        stack = self._processes.workers[index].stack()
+        return f"{activity} took more than {limit}={seconds:g} s. Stack:\n{stack}"
+
+    def _replace(self, index: int, reason: str) -> None:
+        """Start another worker; rollouts of the one before learn that it is gone.
+
+        Raises:
+            RuntimeError: if too many failures came without a finished rollout between them, or no
+                task is left.
+        """
+        lost = WorkerLostError(reason)
+        slots = self.slots[index]
+        if reason:
+            lost.action = self._record_crash(index, reason)
+        else:
+            self._counters.add("faults/workers_recycled")
+        suspect = self._suspect(index)
+        # replace() returns when the kernel has ended the process: from then on it writes no row.
+        self._processes.replace(index)
+        self._recycled.discard(index)
+        self._commands[index].clear()
+        self.slots[index] = self._new_slots(index)
+        self.idle = deque(slot for slot in self.idle if slot.worker != index)
+        self._tracks[index].waiting("worker_lost")
+        self._lose([slot for slot in slots if slot is suspect], lost)
+        self._lose([slot for slot in slots if slot is not suspect], WorkerLostError(reason))
+
+    def _record_crash(self, index: int, reason: str) -> FailureAction:
+        worker = self._processes.workers[index]
+        _log.warning("%s is replaced: %s", worker.name, reason)
+        self._counters.add("faults/workers_replaced")
+        suspect = self._suspect(index)
+        if suspect is not None and suspect.is_cancelled:
+            return FailureAction.RETRY  # its group is dropped already
+        rollout = None if suspect is None else suspect.rollout
+        action = self._failures.record_crash(worker.started_s, rollout)
+        if self._failures.too_many:
+            raise RuntimeError(
+                f"max_failures ({self._config.max_failures}) environment workers in a row ended "
+                f"without finishing a rollout. The last one said:\n{reason}"
+            )
+        if rollout is not None and action is not FailureAction.RETRY:
+            self._on_crash(rollout, action, reason)
+            if action is FailureAction.QUARANTINE_TASK:
+                self._choose_first_task(after=rollout.spec.task)
+        return action
+
+    def _lose(self, slots: list[EnvSlot], error: WorkerLostError) -> None:
+        for slot in slots:
+            slot.lose(error)
+        self._end_round()
+        self.answered.set()
+        self._on_change()
+
+    def _choose_first_task(self, *, after: str) -> None:
+        """Let new workers build the environment of the task after ``after`` that is healthy."""
+        tasks = self._processes.tasks
+        start = tasks.index(after) + 1
+        for task in (*tasks[start:], *tasks[:start]):
+            if task not in self.failing_tasks:
+                self._processes.first_task = task
+                return
+
+    # -- memory ---------------------------------------------------------------------------------
+
+    async def _watch_memory(self, max_bytes: int) -> None:
+        """Replace workers whose memory has outgrown its bound, once their rollouts are over."""
+        while True:
+            for index, worker in enumerate(self._processes.workers):
+                used = worker.private_bytes()
+                if index not in self._recycled and used > max_bytes:
+                    _log.info(
+                        "%s holds %s, more than max_rss_bytes=%s: it is replaced after its "
+                        "rollouts.",
+                        worker.name,
+                        format_bytes(used),
+                        format_bytes(max_bytes),
+                    )
+                    self._recycled.add(index)
+                    self._recycle_if_idle(index)
+            await asyncio.sleep(_MEMORY_INTERVAL_S)
+
+    def _recycle_if_idle(self, index: int) -> None:
+        self.idle = deque(slot for slot in self.idle if slot.worker != index)
+        deadline = self._deadlines[index]
+        if deadline is not None and not any(slot.rollout for slot in self.slots[index]):
+            deadline.reschedule(asyncio.get_running_loop().time())

@@ -1,0 +1,419 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The collection loop: groups of rollouts, each rollout a coroutine.
+
+Read from :meth:`CollectionLoop.run_group` on: a group is a task group of rollouts, a rollout asks
+the policy and steps its environment by turns. An ``await`` is the state of a rollout, its
+cancellation is how a group is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from torchrl_dvla.collectors.configs import InferenceConfig, WorkerConfig
+from torchrl_dvla.collectors.decision_batcher import (
+    DecisionBatcher,
+    EvaluationWeights,
+    SnapshotLostError,
+)
+from torchrl_dvla.collectors.env_slots import NO_ROW, EnvSlot, EnvSlots, RowRef, WorkerLostError
+from torchrl_dvla.collectors.evaluation import Evaluation
+from torchrl_dvla.collectors.failures import FailureAction, FailureLog
+from torchrl_dvla.collectors.metrics import CollectionCounters
+from torchrl_dvla.data import EpisodeSpec, Group, GroupQueue, InstructionTable, Rollout
+from torchrl_dvla.data.schema import IMAGE_KEY
+from torchrl_dvla.memory import EnvironmentPool
+from torchrl_dvla.swimlane import EnvProcesses, InferenceProcess, Timeline
+
+__all__ = ["CollectionLoop"]
+
+_log = logging.getLogger("torchrl_dvla")
+
+#: What a group is dropped for when its environment keeps failing; a metric is named after it.
+_KEPT_FAILING = "the environment kept failing"
+
+
+class _RolloutFailedError(Exception):
+    """A rollout that is given up, and its group or evaluation with it."""
+
+
+class CollectionLoop:
+    """Rollouts on the environments and the policy of one node, in one thread.
+
+    - *consumes* admitted groups, and evaluations;
+    - *produces* complete groups, in the :class:`~torchrl_dvla.data.GroupQueue`;
+    - *waits for* an idle environment, for admission, for a free page;
+    - *unblocked by* the end of a rollout, and by the learner: a publish frees pages and admits.
+
+    The thread owns every page under way and every rollout's state, so nothing here needs a lock;
+    workers and policy write only the rows that it names (invariant 2).
+
+    Args:
+        processes (EnvProcesses): environment workers that are ready.
+        start_inference (Callable): starts the inference process; called again if it ends.
+        groups (GroupQueue): admits groups, and takes them when they are complete.
+        instructions (InstructionTable): strings by id.
+
+    Keyword Args:
+        timeline (Timeline): takes the spans.
+        counters (CollectionCounters): takes the counts.
+        seed (int): of the tokens that are sampled.
+        in_rounds (bool): environments and policy take turns, so that nothing depends on which of
+            them is faster; evaluations are played while no group is.
+        workers (WorkerConfig): limits of the sampling lane.
+        inference (InferenceConfig): limits of the inference lane.
+        on_error (Callable): called with the exception that ends the loop.
+    """
+
+    def __init__(
+        self,
+        processes: EnvProcesses,
+        start_inference: Callable[[], InferenceProcess],
+        groups: GroupQueue,
+        instructions: InstructionTable,
+        *,
+        timeline: Timeline,
+        counters: CollectionCounters,
+        seed: int,
+        in_rounds: bool,
+        workers: WorkerConfig,
+        inference: InferenceConfig,
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        self._processes = processes
+        self._groups = groups
+        self._pool: EnvironmentPool = groups.pool
+        self._counters = counters
+        self._workers = workers
+        self._in_rounds = in_rounds
+        self._on_error = on_error
+        self._failures = FailureLog(
+            workers.max_failures, workers.max_rollout_failures, workers.max_task_failures
+        )
+        self.envs = EnvSlots(
+            processes,
+            self._pool,
+            workers,
+            timeline=timeline,
+            counters=counters,
+            failures=self._failures,
+            in_rounds=in_rounds,
+            failing_tasks=groups.quarantined,
+            on_change=self._on_change,
+            on_crash=self._on_crash,
+        )
+        self.batcher = DecisionBatcher(
+            start_inference,
+            self._pool,
+            instructions,
+            self.envs,
+            config=inference,
+            workers=workers,
+            seed=seed,
+            in_rounds=in_rounds,
+            timeline=timeline,
+            counters=counters,
+            failures=self._failures,
+        )
+        #: Rollouts that wait for an environment: of groups, oldest first, and of the evaluation.
+        self._waiting: list[tuple[int, Rollout, asyncio.Future[EnvSlot]]] = []
+        self._episodes: deque[tuple[Rollout, asyncio.Future[EnvSlot]]] = deque()
+        self._num_groups = 0
+        self._episode_ids = itertools.count(-1, -1)  # beside those of training
+        self._evaluations: deque[Evaluation] = deque()
+        self._evaluation: Evaluation | None = None
+        self._lock = threading.Lock()  # of the evaluations that other threads add
+        self._changed = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = False
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="dvla-collector", daemon=True)
+        groups.add_listener(self.notify)
+
+    # -- one rollout, one group -----------------------------------------------------------------
+
+    async def run_group(self, group: Group) -> None:
+        """Sample the rollouts of a group and complete it; drop it if one cannot be sampled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for rollout in group.rollouts:
+                    tasks.create_task(self._sample(rollout))
+        except* _RolloutFailedError:
+            self._counters.add("faults/groups_dropped")
+            self._groups.drop(group, _KEPT_FAILING)
+        else:
+            self._groups.complete(group)
+        finally:
+            self._num_groups -= 1
+            self._on_change()
+
+    async def _sample(self, rollout: Rollout) -> None:
+        await self.run_rollout(rollout)
+        self._counters.add_episode(success=rollout.success, num_env_steps=rollout.num_env_steps)
+        self._groups.finish(rollout)
+
+    async def run_rollout(
+        self, rollout: Rollout, weights: EvaluationWeights | None = None
+    ) -> None:
+        """Play a rollout to its end, again from the start whenever its worker is lost."""
+        while True:
+            async with self._environment(rollout, weights) as env:
+                try:
+                    await self._play(rollout, env, weights)
+                    break
+                except WorkerLostError as lost:
+                    if lost.action is not FailureAction.RETRY:
+                        raise _RolloutFailedError(_describe(rollout, str(lost))) from None
+            self._pool.reclaim(rollout.rollout_id, keep_reserved=True)
+            rollout.restart()
+        self._failures.record_progress(rollout.spec.task)
+
+    async def _play(
+        self, rollout: Rollout, env: EnvSlot, weights: EvaluationWeights | None
+    ) -> None:
+        """One try: reset, then decide and step until the episode ends or is truncated."""
+        row = self._row(rollout)
+        instruction = await env.reset(rollout.spec, row)
+        while True:
+            version = await self.batcher.decide(env, row, instruction, weights)
+            if rollout.spec.task in self._groups.quarantined:
+                raise _RolloutFailedError(_describe(rollout, "Its task is quarantined."))
+            is_last = rollout.num_rows + 1 >= self._workers.max_decisions
+            next_row = NO_ROW if is_last else self._row(rollout, ahead=1)
+            outcome = await env.step(row, next_row)
+            rollout.record(
+                policy_version=version,
+                reward=outcome.reward,
+                success=outcome.success,
+                num_env_steps=outcome.num_env_steps,
+            )
+            if outcome.done:
+                return
+            row = next_row
+
+    def _row(self, rollout: Rollout, ahead: int = 0) -> RowRef:
+        """The row of the decision to come, on a newly leased page where one begins."""
+        page, offset = divmod(rollout.num_rows + ahead, self._pool.rows_per_page)
+        if page == len(rollout.pages):
+            rollout.pages.append(self._pool.lease(owner=rollout.rollout_id))
+        lease = rollout.pages[page]
+        return RowRef(lease * self._pool.rows_per_page + offset, lease.generation)
+
+    @asynccontextmanager
+    async def _environment(
+        self, rollout: Rollout, weights: EvaluationWeights | None
+    ) -> AsyncIterator[EnvSlot]:
+        """An environment for one try of a rollout, taken back when its worker has answered."""
+        slot: asyncio.Future[EnvSlot] = asyncio.get_running_loop().create_future()
+        if weights is None:
+            heapq.heappush(self._waiting, (rollout.rollout_id, rollout, slot))
+        else:
+            self._episodes.append((rollout, slot))
+        self._on_change()
+        try:
+            env = await slot
+        except asyncio.CancelledError:
+            if slot.done() and not slot.cancelled():
+                self.envs.release(slot.result())
+            raise
+        try:
+            yield env
+        except BaseException:
+            await env.finished()  # until then its worker writes the rows
+            self._pool.reclaim(rollout.rollout_id, keep_reserved=True)
+            raise
+        finally:
+            self.envs.release(env)
+
+    # -- evaluations ----------------------------------------------------------------------------
+
+    async def run_evaluation(self, evaluation: Evaluation) -> None:
+        """Play all episodes of an evaluation with one copy of the weights."""
+        while not evaluation.done():
+            weights = self.batcher.snapshot(greedy=evaluation.greedy)
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    for number, spec in enumerate(evaluation.episodes):
+                        tasks.create_task(self._play_episode(evaluation, number, spec, weights))
+            except* SnapshotLostError:
+                evaluation.begin_anew()
+            except* _RolloutFailedError as failed:
+                evaluation.fail(RuntimeError(str(failed.exceptions[0])))
+        self._evaluation = None
+        self._on_change()
+
+    async def _play_episode(
+        self, evaluation: Evaluation, number: int, spec: EpisodeSpec, weights: EvaluationWeights
+    ) -> None:
+        rollout = Rollout(spec, -1, next(self._episode_ids))
+        try:
+            await self.run_rollout(rollout, weights)
+            frames = None
+            if number < evaluation.num_frames_episodes:
+                index = self._pool.row_index(rollout.pages, rollout.num_rows)
+                frames = self._pool.rows.get(IMAGE_KEY).index_select(0, index)
+        finally:
+            # Its pages were reserved when its environment was assigned; what is leased is freed.
+            self._pool.reclaim(rollout.rollout_id)
+        evaluation.finish_episode(number, rollout, frames)
+
+    def add_evaluation(self, evaluation: Evaluation) -> None:
+        """Queue an evaluation, from any thread; evaluations are played one after the other."""
+        with self._lock:
+            if self._stopping:
+                evaluation.fail(self._ended())
+            self._evaluations.append(evaluation)
+        self.notify()
+
+    def _ended(self) -> RuntimeError:
+        ended = RuntimeError("The collector ended before the evaluation did.")
+        ended.__cause__ = self.error
+        return ended
+
+    # -- what runs next -------------------------------------------------------------------------
+
+    async def _assign(self, tasks: asyncio.TaskGroup) -> None:
+        """Begin groups and evaluations, and give idle environments to the rollouts that wait."""
+        while True:
+            self._changed.clear()
+            self.envs.set_idle_reason(self._fill(tasks))
+            await self._changed.wait()
+
+    def _fill(self, tasks: asyncio.TaskGroup) -> str:
+        """Give every idle environment a rollout; returns why the others stay idle.
+
+        Evaluations go before new groups. Groups that have begun hold pages that an evaluation may
+        wait for, so they go on. In rounds, an evaluation has the environments to itself.
+        """
+        while self.envs.idle:
+            if not self._in_rounds:
+                self._begin_evaluation(tasks)
+            is_exclusive = self._in_rounds and self._evaluation is not None
+            if self._episodes and self._pool.reserve(self._groups.pages_per_rollout):
+                self._hand_over(*self._episodes.popleft())
+            elif self._waiting:
+                self._hand_over(*heapq.heappop(self._waiting)[1:])
+            elif self._episodes:
+                return "no_page"
+            elif is_exclusive:
+                return "evaluation"
+            else:
+                group = self._groups.admit()
+                if isinstance(group, Group):
+                    self._num_groups += 1
+                    tasks.create_task(self.run_group(group))
+                    return "no_rollout"
+                if not (self._in_rounds and not self._num_groups and self._begin_evaluation(tasks)):
+                    return group
+        return ""
+
+    def _hand_over(self, rollout: Rollout, slot: asyncio.Future[EnvSlot]) -> None:
+        if slot.done():  # its group was dropped
+            if rollout.group_id < 0:
+                self._pool.unreserve(self._groups.pages_per_rollout)
+            return
+        slot.set_result(self.envs.assign(rollout))
+
+    def _begin_evaluation(self, tasks: asyncio.TaskGroup) -> bool:
+        if self._evaluation is not None:
+            return False
+        with self._lock:
+            while self._evaluations and self._evaluation is None:
+                evaluation = self._evaluations.popleft()
+                if not evaluation.done():
+                    self._evaluation = evaluation
+        if self._evaluation is not None:
+            tasks.create_task(self.run_evaluation(self._evaluation))
+        return self._evaluation is not None
+
+    # -- failures -------------------------------------------------------------------------------
+
+    def _on_crash(self, rollout: Rollout, action: FailureAction, reason: str) -> None:
+        """A rollout has failed too often: its group, or all of its task, is given up.
+
+        Raises:
+            RuntimeError: if no other task is left.
+        """
+        task = rollout.spec.task
+        if action is FailureAction.DROP_GROUP:
+            if rollout.group_id >= 0:
+                text = _describe(rollout, reason)
+                _log.error("The group of a rollout is dropped. %s", text)
+            return
+        text = (
+            f"Task {task!r} is quarantined: max_task_failures ({self._workers.max_task_failures}) "
+            f"of its groups failed in a row, each max_rollout_failures "
+            f"({self._workers.max_rollout_failures}) times."
+        )
+        error = RuntimeError(f"{text} The last error:\n{reason}")
+        self._groups.quarantine(task)
+        if self._groups.quarantined.issuperset(self._groups.schedule.tasks):
+            raise error
+        _log.error("%s The run goes on without it. The last error:\n%s", text, reason)
+        self._counters.add("faults/tasks_quarantined")
+        with self._lock:
+            for evaluation in (self._evaluation, *self._evaluations):
+                if evaluation and any(spec.task == task for spec in evaluation.episodes):
+                    evaluation.fail(error)
+
+    # -- lifecycle ------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin: from here on pages and processes belong to the loop's thread."""
+        self._thread.start()
+
+    def notify(self) -> None:
+        """Look again at what may run next; any thread may call it."""
+        loop = self._loop
+        if loop is not None and not self._stopping:
+            loop.call_soon_threadsafe(self._on_change)
+
+    def _on_change(self) -> None:
+        self._changed.set()
+        self.batcher.notify()
+
+    def stop(self) -> None:
+        """End the loop and both lanes; safe to call twice."""
+        ...
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except asyncio.CancelledError:
+            pass
+        except BaseException as error:
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            self.error = error
+            _log.debug("The collection loop ends.", exc_info=True)
+            self._on_error(error)
+        finally:
+            self._close()
+
+    async def _main(self) -> None:
+        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.envs.run())
+            tasks.create_task(self.batcher.run())
+            await self._assign(tasks)
+
+    def _close(self) -> None:
+        ...
+
+
+def _describe(rollout: Rollout, reason: str) -> str:
+    return (
+        f"A rollout of {rollout.spec} failed {rollout.num_failures} times. The last error:\n"
+        f"{reason}"
+    )
