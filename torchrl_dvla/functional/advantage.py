@@ -98,7 +98,12 @@ def leave_one_out_advantage(returns: torch.Tensor) -> torch.Tensor:
     return _centred(returns) * (num_rollouts / (num_rollouts - 1))
 
 
-def has_contrast(returns: torch.Tensor, bounds: tuple[float, float] | None = None) -> torch.Tensor:
+def has_contrast(
+    returns: torch.Tensor,
+    bounds: tuple[float, float] | None = None,
+    *,
+    tolerance: float = 0.0,
+) -> torch.Tensor:
     """Whether a group can teach anything: its rollouts differ, and its mean is within bounds.
 
     The rule of dynamic sampling. A group of equal returns has zero advantage everywhere, so it
@@ -108,6 +113,10 @@ def has_contrast(returns: torch.Tensor, bounds: tuple[float, float] | None = Non
         returns (torch.Tensor): episode returns ``[*G, N]`` with ``N >= 2``.
         bounds (tuple of float, optional): open interval ``(low, high)`` that the group's mean
             return must fall in. ``None`` asks for contrast only.
+
+    Keyword Args:
+        tolerance (float): returns that differ by at most this, times their largest magnitude or 1
+            if that is larger, count as equal. Defaults to 0.
 
     Returns:
         torch.Tensor: boolean ``[*G]``, ``True`` = keep the group.
@@ -126,7 +135,9 @@ def has_contrast(returns: torch.Tensor, bounds: tuple[float, float] | None = Non
         Yu et al., "DAPO", 2025, https://arxiv.org/abs/2503.14476 (dynamic sampling).
     """
     returns = _checked(returns)
-    keep = (returns != returns[..., :1]).any(-1)
+    spread = returns.amax(-1) - returns.amin(-1)
+    # Asked this way round, so that a return that is not finite differs from the others.
+    keep = ~(spread <= tolerance * returns.abs().amax(-1).clamp_min(1.0))
     if bounds is not None:
         low, high = bounds
         if not low < high:

@@ -1,0 +1,369 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Groups of rollouts: their settings, their records, and whether they are learned from."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean, pvariance
+from typing import Any, Literal, get_args
+
+import torch
+
+from torchrl_dvla.data.schedule import EpisodeSpec
+from torchrl_dvla.functional.advantage import group_advantage, has_contrast
+from torchrl_dvla.memory import EnvironmentPool
+
+__all__ = ["Group", "GroupConfig", "GroupState", "Rollout", "judge", "max_variance_subset"]
+
+NoSignalPolicy = Literal["warn", "keep", "raise"]
+
+#: Returns that differ by at most this, relative to the largest of them or to 1, count as equal.
+_RETURN_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Settings of groups, and how stale they may be when they are learned from.
+
+    Args:
+        group_size (int): rollouts of one initial state whose returns are compared; at least 2. They
+            need not run at once: with fewer environments than that they run one after the other.
+        candidate_group_size (int, optional): rollouts sampled for a group, of which ``group_size``
+            are kept, chosen for contrast (:func:`max_variance_subset`): a task that is solved once
+            in sixteen then still yields groups with contrast. Defaults to ``group_size``.
+        groups_per_update (int): groups that one learner update takes.
+        max_policy_lag (int): versions of the weights that may lie between taking a decision and
+            learning from it. 0 is the synchronous loop.
+        return_bounds (tuple, optional): a group is learned from only if its mean return lies
+            strictly between these. Groups without contrast are always left out: their advantages
+            are zero.
+        normalise_std (bool): divide advantages by the group's standard deviation.
+        max_no_signal_groups (int): groups in a row with nothing to learn from after which a warning
+            says so, and again after as many more.
+        on_no_signal (str): how it goes on then. ``"warn"`` (default) samples on, while the learner
+            waits: nothing is learned from noise, and the time limit of the replay buffer ends a
+            wait that is too long. ``"keep"`` keeps whatever comes until there is contrast again,
+            with advantages of zero, so that the learner's clock, its other loss terms and the
+            initial states go on. ``"raise"`` ends the run.
+
+    Raises:
+        ValueError: for a setting that is out of range.
+
+    Examples:
+        >>> GroupConfig(group_size=1)
+        Traceback (most recent call last):
+        ...
+        ValueError: group_size must be at least 2, got 1. A group compares rollouts of one initial \
+state: one rollout has no advantage.
+    """
+
+    group_size: int = 8
+    candidate_group_size: int | None = None
+    groups_per_update: int = 4
+    max_policy_lag: int = 1
+    return_bounds: tuple[float, float] | None = None
+    normalise_std: bool = True
+    max_no_signal_groups: int = 16
+    on_no_signal: NoSignalPolicy = "warn"
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise ValueError(
+                f"group_size must be at least 2, got {self.group_size}. A group compares rollouts "
+                "of one initial state: one rollout has no advantage."
+            )
+        if self.candidate_group_size is not None and self.candidate_group_size < self.group_size:
+            raise ValueError(
+                f"candidate_group_size must be at least group_size ({self.group_size}), got "
+                f"{self.candidate_group_size}. Leave it out to keep every rollout."
+            )
+        if self.max_policy_lag < 0:
+            raise ValueError(
+                f"max_policy_lag must be at least 0, got {self.max_policy_lag}. 0 is the "
+                "synchronous loop."
+            )
+        for name in ("groups_per_update", "max_no_signal_groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be positive, got {getattr(self, name)}. Set it to 1 or more."
+                )
+        if self.return_bounds is not None and not self.return_bounds[0] < self.return_bounds[1]:
+            raise ValueError(
+                f"return_bounds must be increasing, got {self.return_bounds}. Pass (low, high)."
+            )
+        if self.on_no_signal not in get_args(NoSignalPolicy):
+            raise ValueError(
+                f"on_no_signal must be one of {list(get_args(NoSignalPolicy))}, got "
+                f"{self.on_no_signal!r}. 'warn' samples on."
+            )
+
+    @property
+    def num_candidates(self) -> int:
+        """Rollouts sampled for one group."""
+        return self.candidate_group_size or self.group_size
+
+
+@dataclass(eq=False)
+class Rollout:
+    """One rollout: under way, and afterwards the record of how it went.
+
+    Args:
+        spec (EpisodeSpec): where it starts.
+        group_id (int): its group; -1 for an episode of an evaluation.
+        rollout_id (int): unique in the run. A rollout that is sampled again keeps it.
+        pages (list of Page): pages of its rows, in order; sealed once it has finished.
+        num_rows (int): its decisions.
+        episode_return (float): sum of its rewards.
+        success (bool): whether it solved the task.
+        num_env_steps (int): env steps executed.
+        first_policy_version (int): version behind its first decision; -1 before that.
+        last_policy_version (int): version behind its newest decision.
+        instruction_id (int): what it is asked to do, by id; -1 before its reset.
+        num_failures (int): times that it was lost and sampled again.
+        finished (bool): whether :meth:`GroupQueue.finish` took it.
+    """
+
+    spec: EpisodeSpec
+    group_id: int
+    rollout_id: int
+    pages: list[int] = field(default_factory=list)
+    num_rows: int = 0
+    episode_return: float = 0.0
+    success: bool = False
+    num_env_steps: int = 0
+    first_policy_version: int = -1
+    last_policy_version: int = -1
+    instruction_id: int = -1
+    num_failures: int = 0
+    finished: bool = False
+
+    def restart(self) -> None:
+        """Forget what was sampled, to sample it again; ``num_failures`` stays."""
+        fresh = Rollout(self.spec, self.group_id, self.rollout_id, num_failures=self.num_failures)
+        self.__dict__.update(vars(fresh))
+
+    def record(
+        self, *, policy_version: int, reward: float, success: bool, num_env_steps: int
+    ) -> None:
+        """Add the outcome of one decision.
+
+        Keyword Args:
+            policy_version (int): version of the weights that took it.
+            reward (float): sum over its env steps.
+            success (bool): whether the task was solved during it.
+            num_env_steps (int): env steps that it executed.
+        """
+        if self.first_policy_version < 0:
+            self.first_policy_version = policy_version
+        self.last_policy_version = policy_version
+        self.num_rows += 1
+        self.episode_return += reward
+        self.success |= success
+        self.num_env_steps += num_env_steps
+
+
+class GroupState(enum.Enum):
+    """What becomes of a group; groups that were learned from or dropped are forgotten."""
+
+    RUNNING = "running"
+    COMPLETE = "complete"
+    #: Handed to the learner; its update is not published yet.
+    IN_HAND = "in hand"
+
+
+@dataclass(eq=False)
+class Group:
+    """A group of rollouts of one initial state, from admission on.
+
+    Args:
+        group_id (int): its id; ids count up.
+        spec (EpisodeSpec): where its rollouts start.
+        deadline (int): the last version at which it may be learned from.
+        rollouts (list of Rollout): all of them while it runs; those that are kept once it is
+            complete, in the order of their ids. They own their pages.
+        candidates (list of Rollout): all rollouts that were sampled, once it is complete. The pages
+            of those that are not kept belong to the pool again.
+        advantages (torch.Tensor): float32 ``[N]``, one for each kept rollout.
+        state (GroupState): where it stands.
+        drop_reason (str, optional): why the group is dropped; ``None`` = it is not.
+    """
+
+    group_id: int
+    spec: EpisodeSpec
+    deadline: int
+    rollouts: list[Rollout]
+    candidates: list[Rollout] = field(default_factory=list)
+    advantages: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    state: GroupState = GroupState.RUNNING
+    drop_reason: str | None = None
+
+    @property
+    def kept(self) -> bool:
+        """Whether there is something to learn from."""
+        return self.state is not GroupState.RUNNING
+
+    @property
+    def pages(self) -> list[int]:
+        """Pages of the kept rollouts."""
+        return [page for rollout in self.rollouts for page in rollout.pages]
+
+    @property
+    def num_rows(self) -> int:
+        """Decisions of the kept rollouts."""
+        return sum(rollout.num_rows for rollout in self.rollouts)
+
+    @property
+    def mean_return(self) -> float:
+        """Mean return of all candidates."""
+        return _mean([rollout.episode_return for rollout in self.candidates])
+
+    @property
+    def success_rate(self) -> float:
+        """Share of the candidates that solved the task."""
+        return _mean([float(rollout.success) for rollout in self.candidates])
+
+    @property
+    def mean_length(self) -> float:
+        """Mean env steps of the candidates."""
+        return _mean([float(rollout.num_env_steps) for rollout in self.candidates])
+
+    @property
+    def first_policy_version(self) -> int:
+        """The oldest version behind any kept decision; -1 if none is kept."""
+        return min((rollout.first_policy_version for rollout in self.rollouts), default=-1)
+
+    @property
+    def last_policy_version(self) -> int:
+        """The newest version behind any kept decision; -1 if none is kept."""
+        return max((rollout.last_policy_version for rollout in self.rollouts), default=-1)
+
+    def row_index(self, pool: EnvironmentPool) -> torch.Tensor:
+        """Row numbers in ``pool``, int64 ``[num_rows]``, rollout after rollout."""
+        rollouts = self.rollouts
+        return pool.row_index_of([r.pages for r in rollouts], [r.num_rows for r in rollouts])
+
+    def state_dict(self) -> dict[str, Any]:
+        """A complete group as plain data, without pages, which mean nothing to another process."""
+        return {
+            "group_id": self.group_id,
+            "spec": list(self.spec),
+            "deadline": self.deadline,
+            "state": self.state.value,
+            "advantages": self.advantages.tolist(),
+            "candidates": [
+                {**asdict(replace(rollout, pages=[])), "spec": list(rollout.spec)}
+                for rollout in self.candidates
+            ],
+            "kept": [self.candidates.index(rollout) for rollout in self.rollouts],
+        }
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Any]) -> Group:
+        """Build a group again; its rollouts have no pages yet."""
+        candidates = [
+            Rollout(**{**rollout, "spec": EpisodeSpec(*rollout["spec"])})
+            for rollout in state_dict["candidates"]
+        ]
+        return cls(
+            group_id=state_dict["group_id"],
+            spec=EpisodeSpec(*state_dict["spec"]),
+            deadline=state_dict["deadline"],
+            rollouts=[candidates[index] for index in state_dict["kept"]],
+            candidates=candidates,
+            advantages=torch.tensor(state_dict["advantages"], dtype=torch.float32),
+            state=GroupState(state_dict["state"]),
+        )
+
+
+def judge(group: Group, config: GroupConfig, *, keep_all: bool = False) -> str | None:
+    """Advantages of a group whose rollouts have finished, or why it is dropped.
+
+    Args:
+        group (Group): gets ``candidates``; if it is kept, also ``rollouts`` and ``advantages``.
+        config (GroupConfig): the settings.
+
+    Keyword Args:
+        keep_all (bool): keep it whatever its returns, as long as they are finite.
+
+    Returns:
+        str or None: the reason to drop it, in words that do not vary from case to case.
+    """
+    # By id, not by who finished first: short episodes finish first, and succeed more often.
+    group.candidates = sorted(group.rollouts, key=lambda rollout: rollout.rollout_id)
+    returns = [rollout.episode_return for rollout in group.candidates]
+    if not all(map(math.isfinite, returns)):
+        return "a return is not finite"
+    differ = bool(
+        has_contrast(torch.tensor(returns, dtype=torch.float64), tolerance=_RETURN_TOLERANCE)
+    )
+    if not keep_all and not differ:
+        return f"no contrast: all rollouts returned {returns[0]:g}"
+    if not keep_all and config.return_bounds is not None:
+        low, high = config.return_bounds
+        if not low < fmean(returns) < high:
+            return f"mean return outside ({low:g}, {high:g})"
+    chosen = max_variance_subset(returns, config.group_size)
+    group.rollouts = [group.candidates[index] for index in chosen]
+    if differ:
+        kept_returns = torch.tensor([returns[index] for index in chosen], dtype=torch.float32)
+        group.advantages = group_advantage(kept_returns, normalise_std=config.normalise_std)
+    else:
+        group.advantages = torch.zeros(len(chosen))
+    return None
+
+
+def max_variance_subset(returns: Sequence[float], size: int) -> list[int]:
+    """Positions of the ``size`` returns of greatest variance, in increasing order.
+
+    Such a subset consists of the lowest ``i`` and the highest ``size - i`` returns for some ``i``.
+    Among equal variances the most even split wins, and among equal returns the earlier position.
+    For returns of 0 and 1 it is as many of each as there are, up to one half.
+
+    Args:
+        returns (sequence of float): returns ``[M]``.
+        size (int): how many to keep, at most ``M``.
+
+    Returns:
+        list of int: ``size`` positions.
+
+    Raises:
+        ValueError: if there are fewer than ``size`` returns.
+
+    Examples:
+        >>> max_variance_subset([0.0, 0.0, 0.0, 1.0, 0.0, 1.0], 4)
+        [0, 1, 3, 5]
+
+    Reference:
+        Xu et al., "Not All Rollouts are Useful: Down-Sampling Rollouts in LLM Reinforcement
+        Learning", 2025, https://arxiv.org/abs/2504.13818.
+    """
+    if not 1 <= size <= len(returns):
+        raise ValueError(
+            f"size must be between 1 and the {len(returns)} returns, got {size}. Sample more "
+            "rollouts."
+        )
+    if size == len(returns):
+        return list(range(size))
+    upwards = sorted(range(len(returns)), key=lambda index: (returns[index], index))
+    downwards = sorted(range(len(returns)), key=lambda index: (-returns[index], index))
+    best: list[int] = []
+    best_score: tuple[float, float] | None = None
+    for num_low in range(size + 1):
+        low = upwards[:num_low]
+        high = [index for index in downwards if index not in low][: size - num_low]
+        values = [returns[index] for index in low + high]
+        # Rounded, so that rounding noise does not decide between equal variances.
+        score = (round(pvariance(values), 9), -abs(num_low - size / 2))
+        if best_score is None or score > best_score:
+            best, best_score = sorted(low + high), score
+    return best
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
