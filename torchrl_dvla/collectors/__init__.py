@@ -4,17 +4,11 @@
 # LICENSE file in the root directory of this source tree.
 """Collectors: from lanes to groups in the replay buffer."""
 
-from torchrl_dvla.collectors.configs import (
-    GroupConfig,
-    InferenceConfig,
-    SchedulerConfig,
-    WorkerConfig,
-)
+from torchrl_dvla.collectors.configs import InferenceConfig, WorkerConfig
 from torchrl_dvla.collectors.dvla import DVLACollector
 from torchrl_dvla.collectors.evaluation import Evaluation, EvaluationResult
-from torchrl_dvla.collectors.placement import NodePlacement, Placement
-from torchrl_dvla.collectors.schedule import EpisodeSpec, InitStateSchedule
-from torchrl_dvla.collectors.topology_aware import TopologyAwareCollector
+from torchrl_dvla.data.group import GroupConfig
+from torchrl_dvla.data.schedule import EpisodeSpec, InitStateSchedule
 
 __all__ = [
     "DVLACollector",
@@ -24,9 +18,5 @@ __all__ = [
     "GroupConfig",
     "InferenceConfig",
     "InitStateSchedule",
-    "NodePlacement",
-    "Placement",
-    "SchedulerConfig",
-    "TopologyAwareCollector",
     "WorkerConfig",
 ]

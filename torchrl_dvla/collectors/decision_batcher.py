@@ -171,6 +171,8 @@ class DecisionBatcher:
         """
         rollout = slot.rollout
         assert rollout is not None
+        if weights is not None and weights.started_s != self._process.started_s:
+            raise SnapshotLostError
         rollout.instruction_id = self._instructions.id(instruction)
         version = asyncio.get_running_loop().create_future()
         request = _Request(slot, rollout, row.row, weights, version)
@@ -181,8 +183,9 @@ class DecisionBatcher:
         except asyncio.CancelledError:
             if request in self._waiting:
                 self._waiting.remove(request)
-            elif not version.done():  # until then the policy writes the row
-                await asyncio.wait([version])
+            else:
+                with contextlib.suppress(SnapshotLostError):
+                    await version  # until then the policy writes the row
             raise
 
     def snapshot(self, *, greedy: bool) -> EvaluationWeights:
@@ -221,7 +224,7 @@ class DecisionBatcher:
         while True:
             self._changed.clear()
             if self._in_rounds:
-                if self._round_is_open or await self._is_quiet():
+                if (self._round_is_open and self._waiting) or await self._is_quiet():
                     return
                 wait_s = math.inf
             else:
@@ -291,7 +294,8 @@ class DecisionBatcher:
         if not self._waiting:
             self._track.waiting("no_ready_row")
         for request in requests:
-            request.version.set_result(reply.policy_version)
+            if not request.version.done():
+                request.version.set_result(reply.policy_version)
 
     def _write_ids(self, requests: list[_Request]) -> None:
         rows = np.array([request.row for request in requests])
@@ -363,17 +367,14 @@ class DecisionBatcher:
 
     def _fail_evaluations(self, requests: list[_Request]) -> None:
         for request in requests:
-            request.version.set_exception(SnapshotLostError())
+            if not request.version.done():
+                request.version.set_exception(SnapshotLostError())
 
     def _connect(self) -> None:
         """Tell a new process where the rows are; the first call starts with nothing known."""
         self._num_instructions_sent = 0
         self._has_answered = False
         self._send(UsePool(self._pool.worker_view()))
-
-    def holds(self, weights: EvaluationWeights) -> bool:
-        """Whether the inference process still has the weights of an evaluation."""
-        return weights.started_s == self._process.started_s
 
     def _send(self, message: Infer | Snapshot | UsePool) -> None:
         with contextlib.suppress(OSError):  # its end shows when the reply is read

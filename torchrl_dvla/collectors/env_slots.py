@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
@@ -186,6 +186,7 @@ class EnvSlots:
         counters (CollectionCounters): takes the counts.
         failures (FailureLog): decides what a crash costs.
         in_rounds (bool): see above.
+        failing_tasks (set of str): tasks that new workers must not build first.
         on_change (Callable): called when an environment became idle, was lost or answered.
         on_crash (Callable): called with a rollout, what becomes of it and the reason, if that is
             more than another try; an exception of it ends the run.
@@ -201,6 +202,7 @@ class EnvSlots:
         counters: CollectionCounters,
         failures: FailureLog,
         in_rounds: bool,
+        failing_tasks: Set[str],
         on_change: Callable[[], None],
         on_crash: Callable[[Rollout, FailureAction, str], None],
     ) -> None:
@@ -210,6 +212,7 @@ class EnvSlots:
         self._counters = counters
         self._failures = failures
         self._in_rounds = in_rounds
+        self._failing_tasks = failing_tasks
         self._on_change = on_change
         self._on_crash = on_crash
         self._tracks = [
@@ -219,15 +222,12 @@ class EnvSlots:
         #: Environments without a rollout, the one that is idle longest first.
         self.idle: deque[EnvSlot] = deque()
         self.num_busy = 0
-        self._idle_reason = ""
         self.answered = asyncio.Event()
         self._held: list[tuple[EnvSlot, ResetDone | StepDone]] = []
         self._commands: list[list[Reset | Step]] = [[] for _ in range(config.num_workers)]
         self._reported_s = [0.0] * config.num_workers
         self._deadlines: list[asyncio.Timeout | None] = [None] * config.num_workers
         self._recycled: set[int] = set()
-        #: Tasks that new workers must not build first.
-        self.failing_tasks: set[str] = set()
 
     def _new_slots(self, worker: int) -> list[EnvSlot]:
         return [EnvSlot(self, worker, index) for index in range(self._config.envs_per_worker)]
@@ -450,7 +450,7 @@ class EnvSlots:
         tasks = self._processes.tasks
         start = tasks.index(after) + 1
         for task in (*tasks[start:], *tasks[:start]):
-            if task not in self.failing_tasks:
+            if task not in self._failing_tasks:
                 self._processes.first_task = task
                 return
 

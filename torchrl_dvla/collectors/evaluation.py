@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from torchrl_dvla.collectors.schedule import EpisodeSpec
+from torchrl_dvla.data import EpisodeSpec, Rollout
 
 __all__ = ["Evaluation", "EvaluationResult"]
 
@@ -61,7 +61,7 @@ class Evaluation:
         self.episodes = list(episodes)
         self.greedy = greedy
         self.num_frames_episodes = num_frames_episodes
-        self._finished: dict[int, tuple[bool, float, int, int]] = {}
+        self._finished: dict[int, Rollout] = {}
         self._frames: dict[int, torch.Tensor] = {}
         self._future: Future[EvaluationResult] = Future()
 
@@ -84,28 +84,21 @@ class Evaluation:
         return self._future.result(timeout_s)
 
     def finish_episode(
-        self,
-        index: int,
-        *,
-        success: bool,
-        episode_return: float,
-        num_env_steps: int,
-        policy_version: int,
-        frames: torch.Tensor | None = None,
+        self, index: int, rollout: Rollout, frames: torch.Tensor | None = None
     ) -> None:
         """Called by the collector at the end of episode ``index``."""
-        self._finished[index] = (success, episode_return, num_env_steps, policy_version)
+        self._finished[index] = rollout
         if frames is not None:
             self._frames[index] = frames
-        if len(self._finished) < len(self.episodes):
+        if len(self._finished) < len(self.episodes) or self.done():
             return
-        ordered = [self._finished[k] for k in range(len(self.episodes))]
+        rollouts = [self._finished[k] for k in range(len(self.episodes))]
         self._future.set_result(
             EvaluationResult(
-                successes=[entry[0] for entry in ordered],
-                episode_returns=[entry[1] for entry in ordered],
-                num_env_steps=[entry[2] for entry in ordered],
-                policy_version=ordered[0][3],
+                successes=[rollout.success for rollout in rollouts],
+                episode_returns=[rollout.episode_return for rollout in rollouts],
+                num_env_steps=[rollout.num_env_steps for rollout in rollouts],
+                policy_version=rollouts[0].last_policy_version,
                 frames=self._frames,
             )
         )

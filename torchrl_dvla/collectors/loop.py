@@ -12,6 +12,7 @@ cancellation is how a group is dropped.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import itertools
 import logging
@@ -127,6 +128,7 @@ class CollectionLoop:
         )
         #: Rollouts that wait for an environment: of groups, oldest first, and of the evaluation.
         self._waiting: list[tuple[int, Rollout, asyncio.Future[EnvSlot]]] = []
+        self._requests: dict[Rollout, asyncio.Future[EnvSlot]] = {}
         self._episodes: deque[tuple[Rollout, asyncio.Future[EnvSlot]]] = deque()
         self._num_groups = 0
         self._episode_ids = itertools.count(-1, -1)  # beside those of training
@@ -145,9 +147,10 @@ class CollectionLoop:
 
     async def run_group(self, group: Group) -> None:
         """Sample the rollouts of a group and complete it; drop it if one cannot be sampled."""
+        rollouts = list(group.rollouts)
         try:
             async with asyncio.TaskGroup() as tasks:
-                for rollout in group.rollouts:
+                for rollout in rollouts:
                     tasks.create_task(self._sample(rollout))
         except* _RolloutFailedError:
             self._counters.add("faults/groups_dropped")
@@ -156,6 +159,8 @@ class CollectionLoop:
             self._groups.complete(group)
         finally:
             self._num_groups -= 1
+            for rollout in rollouts:
+                self._withdraw(rollout)
             self._on_change()
 
     async def _sample(self, rollout: Rollout) -> None:
@@ -168,27 +173,26 @@ class CollectionLoop:
     ) -> None:
         """Play a rollout to its end, again from the start whenever its worker is lost."""
         while True:
-            async with self._environment(rollout, weights) as env:
-                try:
+            try:
+                async with self._environment(rollout, weights) as env:
                     await self._play(rollout, env, weights)
-                    break
-                except WorkerLostError as lost:
-                    if lost.action is not FailureAction.RETRY:
-                        raise _RolloutFailedError(_describe(rollout, str(lost))) from None
-            self._pool.reclaim(rollout.rollout_id, keep_reserved=True)
-            rollout.restart()
+                break
+            except WorkerLostError as lost:
+                if lost.action is not FailureAction.RETRY:
+                    raise _RolloutFailedError(_describe(rollout, str(lost))) from None
+                rollout.restart()
         self._failures.record_progress(rollout.spec.task)
 
     async def _play(
         self, rollout: Rollout, env: EnvSlot, weights: EvaluationWeights | None
     ) -> None:
         """One try: reset, then decide and step until the episode ends or is truncated."""
+        self._require_healthy(rollout)
         row = self._row(rollout)
         instruction = await env.reset(rollout.spec, row)
         while True:
             version = await self.batcher.decide(env, row, instruction, weights)
-            if rollout.spec.task in self._groups.quarantined:
-                raise _RolloutFailedError(_describe(rollout, "Its task is quarantined."))
+            self._require_healthy(rollout)
             is_last = rollout.num_rows + 1 >= self._workers.max_decisions
             next_row = NO_ROW if is_last else self._row(rollout, ahead=1)
             outcome = await env.step(row, next_row)
@@ -202,6 +206,10 @@ class CollectionLoop:
                 return
             row = next_row
 
+    def _require_healthy(self, rollout: Rollout) -> None:
+        if rollout.spec.task in self._groups.quarantined:
+            raise _RolloutFailedError(_describe(rollout, "Its task is quarantined."))
+
     def _row(self, rollout: Rollout, ahead: int = 0) -> RowRef:
         """The row of the decision to come, on a newly leased page where one begins."""
         page, offset = divmod(rollout.num_rows + ahead, self._pool.rows_per_page)
@@ -214,27 +222,34 @@ class CollectionLoop:
     async def _environment(
         self, rollout: Rollout, weights: EvaluationWeights | None
     ) -> AsyncIterator[EnvSlot]:
-        """An environment for one try of a rollout, taken back when its worker has answered."""
-        slot: asyncio.Future[EnvSlot] = asyncio.get_running_loop().create_future()
-        if weights is None:
-            heapq.heappush(self._waiting, (rollout.rollout_id, rollout, slot))
-        else:
-            self._episodes.append((rollout, slot))
-        self._on_change()
+        """An environment for one try of a rollout; a try that fails gives its pages back."""
+        slot = self._requests.pop(rollout, None) or self._request(rollout, weights is not None)
+        env = None
         try:
             env = await slot
-        except asyncio.CancelledError:
-            if slot.done() and not slot.cancelled():
-                self.envs.release(slot.result())
-            raise
-        try:
             yield env
         except BaseException:
-            await env.finished()  # until then its worker writes the rows
-            self._pool.reclaim(rollout.rollout_id, keep_reserved=True)
+            if env is None and slot.done() and not slot.cancelled():
+                env = slot.result()  # assigned and cancelled at once
+            if env is not None:
+                await env.finished()  # until then its worker writes the rows
+                self._pool.reclaim(rollout.rollout_id, keep_reserved=True)
+                if weights is not None:
+                    self._pool.unreserve(self._groups.pages_per_rollout)
             raise
         finally:
-            self.envs.release(env)
+            if env is not None:
+                self.envs.release(env)
+
+    def _request(self, rollout: Rollout, is_evaluation: bool) -> asyncio.Future[EnvSlot]:
+        """An environment to come."""
+        slot: asyncio.Future[EnvSlot] = asyncio.get_running_loop().create_future()
+        if is_evaluation:
+            self._episodes.append((rollout, slot))
+        else:
+            heapq.heappush(self._waiting, (rollout.rollout_id, rollout, slot))
+        self._on_change()
+        return slot
 
     # -- evaluations ----------------------------------------------------------------------------
 
@@ -257,15 +272,13 @@ class CollectionLoop:
         self, evaluation: Evaluation, number: int, spec: EpisodeSpec, weights: EvaluationWeights
     ) -> None:
         rollout = Rollout(spec, -1, next(self._episode_ids))
-        try:
-            await self.run_rollout(rollout, weights)
-            frames = None
-            if number < evaluation.num_frames_episodes:
-                index = self._pool.row_index(rollout.pages, rollout.num_rows)
-                frames = self._pool.rows.get(IMAGE_KEY).index_select(0, index)
-        finally:
-            # Its pages were reserved when its environment was assigned; what is leased is freed.
-            self._pool.reclaim(rollout.rollout_id)
+        await self.run_rollout(rollout, weights)
+        frames = None
+        if number < evaluation.num_frames_episodes:
+            index = self._pool.row_index(rollout.pages, rollout.num_rows)
+            frames = self._pool.rows.get(IMAGE_KEY).index_select(0, index)
+        self._pool.free(rollout.pages)
+        self._pool.unreserve(self._groups.pages_per_rollout - len(rollout.pages))
         evaluation.finish_episode(number, rollout, frames)
 
     def add_evaluation(self, evaluation: Evaluation) -> None:
@@ -299,33 +312,42 @@ class CollectionLoop:
         while self.envs.idle:
             if not self._in_rounds:
                 self._begin_evaluation(tasks)
-            is_exclusive = self._in_rounds and self._evaluation is not None
             if self._episodes and self._pool.reserve(self._groups.pages_per_rollout):
                 self._hand_over(*self._episodes.popleft())
             elif self._waiting:
                 self._hand_over(*heapq.heappop(self._waiting)[1:])
             elif self._episodes:
                 return "no_page"
-            elif is_exclusive:
+            elif self._in_rounds and self._evaluation is not None:
                 return "evaluation"
             else:
                 group = self._groups.admit()
                 if isinstance(group, Group):
-                    self._num_groups += 1
-                    tasks.create_task(self.run_group(group))
-                    return "no_rollout"
-                if not (self._in_rounds and not self._num_groups and self._begin_evaluation(tasks)):
+                    self._begin_group(group, tasks)
+                elif self._num_groups or not self._begin_evaluation(tasks):
                     return group
         return ""
 
+    def _begin_group(self, group: Group, tasks: asyncio.TaskGroup) -> None:
+        self._num_groups += 1
+        for rollout in group.rollouts:
+            self._requests[rollout] = self._request(rollout, is_evaluation=False)
+        tasks.create_task(self.run_group(group))
+
+    def _withdraw(self, rollout: Rollout) -> None:
+        """Take the request of a rollout back that was cancelled before it began."""
+        slot = self._requests.pop(rollout, None)
+        if slot is not None and not slot.cancel():
+            self.envs.release(slot.result())
+
     def _hand_over(self, rollout: Rollout, slot: asyncio.Future[EnvSlot]) -> None:
-        if slot.done():  # its group was dropped
-            if rollout.group_id < 0:
-                self._pool.unreserve(self._groups.pages_per_rollout)
-            return
-        slot.set_result(self.envs.assign(rollout))
+        if not slot.done():
+            slot.set_result(self.envs.assign(rollout))
+        elif rollout.group_id < 0:  # its evaluation was given up
+            self._pool.unreserve(self._groups.pages_per_rollout)
 
     def _begin_evaluation(self, tasks: asyncio.TaskGroup) -> bool:
+        """Begin the next evaluation, if there is one and none is under way."""
         if self._evaluation is not None:
             return False
         with self._lock:
@@ -357,9 +379,7 @@ class CollectionLoop:
             f"({self._workers.max_rollout_failures}) times."
         )
         error = RuntimeError(f"{text} The last error:\n{reason}")
-        self._groups.quarantine(task)
-        if self._groups.quarantined.issuperset(self._groups.schedule.tasks):
-            raise error
+        self._groups.quarantine(task, error)
         _log.error("%s The run goes on without it. The last error:\n%s", text, reason)
         self._counters.add("faults/tasks_quarantined")
         with self._lock:
@@ -375,9 +395,7 @@ class CollectionLoop:
 
     def notify(self) -> None:
         """Look again at what may run next; any thread may call it."""
-        loop = self._loop
-        if loop is not None and not self._stopping:
-            loop.call_soon_threadsafe(self._on_change)
+        self._call(self._on_change)
 
     def _on_change(self) -> None:
         self._changed.set()
@@ -385,7 +403,20 @@ class CollectionLoop:
 
     def stop(self) -> None:
         """End the loop and both lanes; safe to call twice."""
-        ...
+        with self._lock:
+            self._stopping = True
+        if self._task is not None:
+            self._call(self._task.cancel)
+        if self._thread.is_alive():
+            self._thread.join()
+        else:
+            self._close()
+
+    def _call(self, function: Callable[[], object]) -> None:
+        """Have the loop's thread call a function; nothing happens before it runs, or afterwards."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
+                self._loop.call_soon_threadsafe(function)
 
     def _run(self) -> None:
         try:
@@ -402,14 +433,23 @@ class CollectionLoop:
             self._close()
 
     async def _main(self) -> None:
-        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        self._task = asyncio.current_task()
+        self._loop = asyncio.get_running_loop()
+        if self._stopping:  # before there was anything to cancel
+            return
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.envs.run())
             tasks.create_task(self.batcher.run())
             await self._assign(tasks)
 
     def _close(self) -> None:
-        ...
+        with self._lock:
+            self._stopping = True
+            for evaluation in (self._evaluation, *self._evaluations):
+                if evaluation is not None:
+                    evaluation.fail(self._ended())
+        self.batcher.stop()
+        self._processes.stop(self._workers.stop_timeout_s)
 
 
 def _describe(rollout: Rollout, reason: str) -> str:

@@ -1,0 +1,200 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Checks of what a collector is given, before any group is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import NonTensorStack, TensorDict
+from tensordict.nn import TensorDictModuleBase
+from torch.nn.parameter import is_lazy
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.weight_update import WeightSyncScheme
+
+from torchrl_dvla.data import EpisodeSpec, GroupConfig, InitStateSchedule, decision_layout
+from torchrl_dvla.data.schema import (
+    ACTION_CHUNK_KEY,
+    ACTION_TOKENS_KEY,
+    IMAGE_KEY,
+    INSTRUCTION_KEY,
+    SAMPLE_LOG_PROB_KEY,
+)
+from torchrl_dvla.memory import EnvironmentPool, Plan, RowLayout
+from torchrl_dvla.swimlane.inference import POLICY_OUTPUTS
+from torchrl_dvla.swimlane.messages import EnvSpecs
+from torchrl_dvla.weight_update import AsyncWeightUpdater
+
+__all__ = [
+    "build_policy",
+    "check_episodes",
+    "check_pages",
+    "check_state",
+    "check_tasks",
+    "check_updater",
+    "match_policy",
+]
+
+
+def check_tasks(schedule: InitStateSchedule, tasks: Collection[str]) -> None:
+    """Require an environment factory for every task of the schedule.
+
+    Raises:
+        ValueError: naming the tasks that have none.
+    """
+    unknown = set(schedule.tasks) - set(tasks)
+    if unknown:
+        raise ValueError(
+            f"schedule must name tasks of create_env_fn ({sorted(tasks)}), got "
+            f"{sorted(unknown)}. Add a factory for each."
+        )
+
+
+def build_policy(policy_factory: Callable[[], TensorDictModuleBase]) -> TensorDictModuleBase:
+    """A policy of the factory; a lane has no observation to find missing shapes with.
+
+    Raises:
+        ValueError: naming parameters without a shape.
+    """
+    policy = policy_factory()
+    lazy = [name for name, tensor in policy.named_parameters() if is_lazy(tensor)]
+    if lazy:
+        raise ValueError(
+            f"policy_factory must build a policy whose parameters have shapes, got lazy ones: "
+            f"{', '.join(lazy[:5])}{', ...' if len(lazy) > 5 else ''}. Call the policy once on an "
+            "observation before it is returned, or pass policy, which is sent to the lane."
+        )
+    return policy
+
+
+def check_updater(schemes: Mapping[str, WeightSyncScheme]) -> AsyncWeightUpdater:
+    """The one scheme that a collector works with.
+
+    Raises:
+        ValueError: if there is another, or none.
+    """
+    updater = schemes.get("policy")
+    if len(schemes) != 1 or not isinstance(updater, AsyncWeightUpdater):
+        raise ValueError(
+            f"weight_sync_schemes must be {{'policy': AsyncWeightUpdater(...)}}, got {schemes}. "
+            "Other schemes write under their readers' feet or make the learner wait."
+        )
+    return updater
+
+
+def match_policy(policy: TensorDictModuleBase, specs: EnvSpecs) -> RowLayout:
+    """Call ``policy`` once on zeros and compare what it writes with what the environment takes.
+
+    Args:
+        policy (TensorDictModuleBase): the policy; lazy parameters are initialised by the call.
+        specs (EnvSpecs): what the environment reads and writes.
+
+    Returns:
+        RowLayout: the row of one decision.
+
+    Raises:
+        ValueError: if the policy writes no chunk, no tokens or no log-prob for each token, or a
+            chunk that the environment does not take.
+    """
+    tensordict = TensorDict(
+        {key: torch.zeros(1, *shape, dtype=dtype) for key, shape, dtype in specs.observation},
+        batch_size=[1],
+    )
+    tensordict.set(INSTRUCTION_KEY, NonTensorStack("probe"))
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+        tensordict = policy(tensordict)
+    shapes = {}
+    for key in POLICY_OUTPUTS:
+        value = tensordict.get(key, None)
+        if value is None:
+            raise ValueError(
+                f"policy must write {key}, got {sorted(map(str, policy.out_keys))}. Build it with "
+                "action_head='tokens', output_mode='both' and an action_tokenizer."
+            )
+        shapes[key] = tuple(value.shape[1:])
+    if shapes[ACTION_TOKENS_KEY] != shapes[SAMPLE_LOG_PROB_KEY]:
+        raise ValueError(
+            f"policy must write one log-prob a token, got tokens {list(shapes[ACTION_TOKENS_KEY])} "
+            f"and log-probs {list(shapes[SAMPLE_LOG_PROB_KEY])}. Build it with "
+            "log_probs_mode='token'."
+        )
+    chunk_size, action_dim = shapes[ACTION_CHUNK_KEY]
+    if action_dim != specs.action_dim or specs.chunk_size not in (-1, chunk_size):
+        expected = "any" if specs.chunk_size == -1 else specs.chunk_size
+        raise ValueError(
+            f"policy must write chunks of [chunk_size={expected}, action_dim={specs.action_dim}], "
+            f"as the environment takes them, got [{chunk_size}, {action_dim}]. Build the policy, "
+            "or choose its checkpoint, for this environment."
+        )
+    observation = {key: (shape, dtype) for key, shape, dtype in specs.observation}
+    return decision_layout(observation, chunk_size=chunk_size, action_dim=action_dim)
+
+
+def check_pages(plan: Plan, group: GroupConfig, num_pages: int) -> None:
+    """Require room for the groups of an update and one rollout of an evaluation at once.
+
+    With fewer pages than the groups of an update, the learner would wait for groups that wait for
+    pages; without the one rollout, a learner that waits for an evaluation would never free any.
+
+    Raises:
+        ValueError: with the inequality that fails.
+    """
+    pages_per_rollout = plan.pages_per_group // group.num_candidates
+    needed = group.groups_per_update * plan.pages_per_group + pages_per_rollout
+    if num_pages < needed:
+        page_bytes = plan.rows_per_page * plan.row_bytes
+        raise ValueError(
+            "env_bytes must hold groups_per_update x pages of a group + pages of an evaluation "
+            f"rollout = {group.groups_per_update} x {plan.pages_per_group} + {pages_per_rollout} = "
+            f"{needed} pages, got {num_pages}: with fewer, learner and sampling would wait for "
+            f"each other. Raise env_bytes by {(needed - num_pages) * page_bytes}, or lower "
+            "groups_per_update, group_size or max_decisions."
+        )
+
+
+def check_episodes(
+    episodes: Sequence[EpisodeSpec],
+    tasks: Collection[str],
+    quarantined: Collection[str],
+    num_frames_episodes: int,
+    pool: EnvironmentPool,
+) -> None:
+    """Require that the episodes of an evaluation can be played, and that there are images to keep.
+
+    Raises:
+        ValueError: naming the tasks that are unknown or quarantined, or the missing image.
+    """
+    named = {spec.task for spec in episodes}
+    if unknown := named - set(tasks):
+        raise ValueError(
+            f"episodes must name tasks of create_env_fn ({sorted(tasks)}), got {sorted(unknown)}."
+        )
+    if failing := named & set(quarantined):
+        raise ValueError(
+            f"episodes must not name tasks that are quarantined, got {sorted(failing)}. Their "
+            "last error is in the log."
+        )
+    if num_frames_episodes and IMAGE_KEY not in pool.rows.keys(include_nested=True):
+        raise ValueError(
+            f"num_frames_episodes must be 0 without {IMAGE_KEY}, got {num_frames_episodes}. The "
+            "environment observes no image under this key: rename it, or keep none."
+        )
+
+
+def check_state(state_dict: Mapping[str, Any]) -> None:
+    """Require a collector's state to hold that of its replay buffer.
+
+    Raises:
+        ValueError: if it was taken before it did, or from something else.
+    """
+    if "buffer" not in state_dict:
+        raise ValueError(
+            f"state_dict must hold the replay buffer's state as 'buffer', got {sorted(state_dict)}."
+            " Checkpoints of older versions kept collector and buffer apart, taken at two "
+            "instants: going on from them could learn from a group twice. Load the policy and the "
+            "optimizer alone, and start with an empty buffer."
+        )
