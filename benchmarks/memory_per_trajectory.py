@@ -62,7 +62,7 @@ from torchrl.data import LazyTensorStorage
 
 from torchrl_dvla.data import PooledStorage, decision_layout
 from torchrl_dvla.memory import EnvironmentPool
-from torchrl_dvla.memory.plan import expected_waste, recommended_rows_per_page
+from torchrl_dvla.memory.dual_pool import expected_waste, recommended_rows_per_page
 
 SIDES = ("pooled", "padded", "unpadded")
 NUM_LAPS = 4

@@ -13,7 +13,7 @@ import types
 import pytest
 import torch
 
-from torchrl_dvla.memory import SharedArena, arena, available_bytes, limits, parse_bytes
+from torchrl_dvla.memory import SharedArena, arena, available_bytes, available_memory, parse_bytes
 
 
 def test_views_share_bytes_and_begin_zeroed():
@@ -88,7 +88,7 @@ def test_file_descriptor_is_closed_by_the_finalizer():
 
 
 def test_too_little_memory_is_an_error_with_a_remedy(monkeypatch):
-    monkeypatch.setattr(limits, "available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(available_memory, "available_bytes", lambda: 1 << 20)
     with pytest.raises(
         RuntimeError, match=r"got 2097152 \(2.0 MiB\): only 1.0 MiB are free. Lower"
     ):
@@ -117,21 +117,21 @@ def test_without_memfd_an_unlinked_file_serves(monkeypatch):
 def test_a_small_dev_shm_matters_only_where_memory_needs_a_name(monkeypatch):
     # What docker gives: 64 MiB, of which the least is used already.
     status = types.SimpleNamespace(f_bavail=16, f_frsize=4096)
-    monkeypatch.setattr(limits.os, "statvfs", lambda folder: status)
+    monkeypatch.setattr(available_memory.os, "statvfs", lambda folder: status)
     SharedArena(1 << 20).close()  # memfd_create does not ask /dev/shm
     monkeypatch.delattr(arena.os, "memfd_create")
-    monkeypatch.setattr(limits.os, "access", lambda folder, mode: True)
+    monkeypatch.setattr(available_memory.os, "access", lambda folder, mode: True)
     message = r"got 1048576 \(1.0 MiB\): only 64.0 KiB are free in /dev/shm\. Lower the byte budget"
     descriptors = set(os.listdir("/proc/self/fd"))
     with pytest.raises(RuntimeError, match=message):
         SharedArena(1 << 20)
     assert set(os.listdir("/proc/self/fd")) == descriptors
     # The machine's memory may be the tighter limit all the same.
-    monkeypatch.setattr(limits, "available_bytes", lambda: 1024)
+    monkeypatch.setattr(available_memory, "available_bytes", lambda: 1024)
     with pytest.raises(RuntimeError, match=r"only 1.0 KiB are free\. Lower"):
         SharedArena(1 << 20)
-    monkeypatch.setattr(limits.os, "access", lambda folder, mode: False)
-    assert limits.shared_folder() == tempfile.gettempdir()
+    monkeypatch.setattr(available_memory.os, "access", lambda folder, mode: False)
+    assert available_memory.shared_folder() == tempfile.gettempdir()
 
 
 def test_an_arena_of_a_dead_or_reused_descriptor_is_refused():
@@ -193,11 +193,11 @@ def test_a_refused_pin_names_the_remedy(monkeypatch):
 
 
 def test_available_bytes_takes_the_tightest_limit(monkeypatch):
-    monkeypatch.setattr(limits, "_meminfo_available", lambda: 100)
-    monkeypatch.setattr(limits, "_cgroup_available", lambda: [70, 80])
+    monkeypatch.setattr(available_memory, "_meminfo_available", lambda: 100)
+    monkeypatch.setattr(available_memory, "_cgroup_available", lambda: [70, 80])
     assert available_bytes() == 70
-    monkeypatch.setattr(limits, "_meminfo_available", lambda: None)
-    monkeypatch.setattr(limits, "_cgroup_available", list)
+    monkeypatch.setattr(available_memory, "_meminfo_available", lambda: None)
+    monkeypatch.setattr(available_memory, "_cgroup_available", list)
     assert available_bytes() is None
 
 
@@ -205,10 +205,10 @@ def test_cgroup_limits_count_reclaimable_cache(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("900\n")
     (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 300\n")
-    assert limits._read_int(tmp_path / "memory.max") == 1000
-    assert limits._reclaimable(tmp_path) == 300
+    assert available_memory._read_int(tmp_path / "memory.max") == 1000
+    assert available_memory._reclaimable(tmp_path) == 300
     (tmp_path / "memory.max").write_text("max\n")
-    assert limits._read_int(tmp_path / "memory.max") is None
+    assert available_memory._read_int(tmp_path / "memory.max") is None
 
 
 @pytest.mark.parametrize("text", ["12 parsecs", "GB", "-3"])

@@ -31,7 +31,7 @@ def make_plan(
     Raises:
         ValueError: if the budget cannot hold the groups of one update.
     """
-    return DualPool.plan(
+    return DualPool(env_bytes).plan(
         layout=layout,
         group_size=group.group_size,
         candidate_group_size=group.candidate_group_size,
@@ -40,5 +40,4 @@ def make_plan(
         max_decisions=workers.max_decisions,
         num_env=workers.num_workers * workers.envs_per_worker,
         rows_per_page=rows_per_page,
-        env_bytes=env_bytes,
     )

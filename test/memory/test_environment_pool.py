@@ -2,12 +2,11 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""The pool across real processes: visibility, and what kill -9 leaves behind."""
-
 from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 from pathlib import Path
 
@@ -16,14 +15,76 @@ import torch
 
 from torchrl_dvla.memory import EnvironmentPool, RowLayout, RowWriter
 
-LAYOUT = RowLayout({"image": ((3, 8, 8), torch.uint8), "step": ((1,), torch.int64)})
+STEPS = RowLayout({"image": ((3, 8, 8), torch.uint8), "step": ((1,), torch.int64)})
+LAYOUT = RowLayout(
+    {"image": ((3, 4, 4), torch.uint8), "state": ((2,), torch.float32), "done": ((1,), torch.bool)}
+)
+
+
+@pytest.fixture
+def pool():
+    with EnvironmentPool(LAYOUT, num_pages=5, rows_per_page=3) as pool:
+        yield pool
+        pool.check()
+
+
+def test_rows_and_pages(pool):
+    assert pool.rows.batch_size == (15,)
+    first, second = pool.lease("worker"), pool.lease("worker")
+    assert pool.row_index([second, first], num_rows=4).tolist() == [3, 4, 5, 0]
+    assert pool.row_index([second]).tolist() == [3, 4, 5]
+    assert pool.row_index([]).tolist() == []
+    rows = pool.row_index_of([[second, first], [], [first]], [4, 0, 2])
+    assert rows.tolist() == [3, 4, 5, 0, 0, 1]
+    assert pool.stats()["used_bytes"] == 6 * LAYOUT.row_bytes
+    assert pool.stats()["reserved_bytes"] == pool.nbytes == EnvironmentPool.nbytes_for(LAYOUT, 5, 3)
+
+
+def test_a_view_elsewhere_sees_every_write(pool):
+    view = pickle.loads(pickle.dumps(pool.worker_view()))
+    view.rows["state"][2] = torch.tensor([1.0, 2.0])
+    assert pool.rows["state"][2].tolist() == [1.0, 2.0]
+    pool.rows["image"][14] = 255
+    assert view.rows["image"][14].min() == 255
+    del view
+    assert pool.rows["state"][2].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("rows_per_page", [1, 3, 4, 16])
+def test_a_budget_is_used_to_the_last_page_and_never_exceeded(rows_per_page):
+    budget = 10_000
+    num_pages = EnvironmentPool.pages_within(LAYOUT, budget, rows_per_page)
+    assert EnvironmentPool.nbytes_for(LAYOUT, num_pages + 1, rows_per_page) > budget
+    with EnvironmentPool(LAYOUT, num_pages, rows_per_page) as pool:
+        assert pool.nbytes <= budget
+    with pytest.raises(ValueError, match="num_pages must be at least 1, got 0. Raise the byte"):
+        EnvironmentPool(LAYOUT, 0, rows_per_page)
+
+
+def test_only_the_view_travels(pool):
+    with pytest.raises(TypeError, match=r"Send pool\.worker_view\(\)"):
+        pickle.dumps(pool)
+
+
+def test_the_ledger_outlives_the_memory():
+    pool = EnvironmentPool(LAYOUT, 2, 2)
+    page = pool.lease("worker")
+    pool.rows["state"].fill_(1.0)
+    pool.close()
+    pool.close()
+    assert not pool.rows["state"].any()
+    pool.free([page])  # a late clean-up is no crash
+    pool.check()
+
+
+# -- across processes: visibility, and what kill -9 leaves behind ---------------------------------
 
 # Targets of processes must be importable by name; the builtin exec always is.
 WRITER = """
 import signal
 from torchrl_dvla.memory import RowWriter
 
-class Gate:
+class Stop:
     def __array__(self, *args, **kwargs):  # numpy asks for it when the field is to be written
         connection.send("half written")
         signal.pause()
@@ -39,7 +100,7 @@ later = connection.recv()  # the second view comes over the pipe, to a process t
 later.rows["step"][0] = -1
 connection.send("seen")
 page = connection.recv()
-writer.write(page * view.rows_per_page, page.generation, [255, Gate()])
+writer.write(page * view.rows_per_page, page.generation, [255, Stop()])
 """
 
 
@@ -67,7 +128,7 @@ def _mentions(pid: int) -> set[str]:
 def test_a_spawned_writer_is_seen_and_its_death_costs_only_what_it_was_writing():
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    with EnvironmentPool(LAYOUT, num_pages=4, rows_per_page=2) as pool:
+    with EnvironmentPool(STEPS, num_pages=4, rows_per_page=2) as pool:
         arguments = {"view": pool.worker_view(), "connection": theirs}
         worker = context.Process(target=exec, args=(WRITER, arguments), daemon=True)
         worker.start()
@@ -99,7 +160,7 @@ def test_a_spawned_writer_is_seen_and_its_death_costs_only_what_it_was_writing()
             assert pool.reclaim("worker") == [int(open_page)]
             assert pool.stats()["pages_sealed"] == 2
             assert pool.rows["step"][rows].flatten().tolist() == [-1, 101, 102, 103]
-            # The page begins another life; what is left of the first one's writer is refused.
+            # The page is leased anew; a late write under the old lease is refused.
             again = pool.lease("other", 2)
             assert int(again) == int(open_page)
             with pytest.raises(RuntimeError, match="which is leased anew"):
@@ -120,7 +181,7 @@ def test_an_owner_killed_with_nine_leaves_nothing():
         # Only system calls and single-threaded writes: a fork of a process with threads may not
         # take their locks.
         try:
-            pool = EnvironmentPool(LAYOUT, num_pages=64, rows_per_page=64)
+            pool = EnvironmentPool(STEPS, num_pages=64, rows_per_page=64)
             pool.rows["image"].numpy().fill(1)
             os.write(write, b"x")
             signal.pause()
@@ -138,7 +199,7 @@ def test_an_owner_killed_with_nine_leaves_nothing():
 
 
 def test_a_forked_child_cannot_free_the_parents_memory():
-    pool = EnvironmentPool(LAYOUT, num_pages=1, rows_per_page=2)
+    pool = EnvironmentPool(STEPS, num_pages=1, rows_per_page=2)
     pool.rows["step"].fill_(5)
     pid = os.fork()
     if pid == 0:
