@@ -240,15 +240,15 @@ class DualPool:
         ...     weight_bytes=3072, batch_size=4,
         ... )
         >>> print(plan)
-        row               196 B ('image' [3, 8, 8] 98%)
-        page              4 rows, 784 B
-        group, at most    4 pages: 2 rollouts of 8 decisions
-        groups at once    4 of 4: 2 an update, lag 1
-        environment pool  16 pages, 12.4 KiB
-          at least        6.2 KiB
-          at most useful  12.4 KiB
-        model pool        4.6 KiB
-          weight slots    3.0 KiB
+        row                196 B ('image' [3, 8, 8] 98%)
+        page               4 rows, 784 B
+        group, at most     4 pages: 2 rollouts of 8 decisions
+        groups at once     4 of 4: 2 an update, lag 1
+        environment pool   16 pages, 12.4 KiB
+          at least         6.2 KiB
+          at most useful   12.4 KiB
+        model pool         4.6 KiB
+          weight slots     3.0 KiB
           staging batches  1.6 KiB
         >>> with pools:
         ...     pools.allocate(plan)
