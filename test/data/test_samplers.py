@@ -348,17 +348,12 @@ def test_staging_batches_come_from_the_model_pool_that_is_given(pool, groups):
     buffer = make(pool, None, batch_size=2, num_staging=2, model_pool=model_pool)
     assert model_pool.used_by_name() == {"staging batches": 2 * size}
     buffer.extend(groups.make(0))
-    first, last = model_pool._arena.tensor(0, (1,)), model_pool._arena.tensor(2 * size - 1, (1,))
-    assert first.data_ptr() <= buffer.sample()["x"].data_ptr() <= last.data_ptr()
+    firsts = [arena.tensor(0, (1,)).data_ptr() for _, arena in model_pool._arenas]
+    pointer = buffer.sample()["x"].data_ptr()
+    assert any(first <= pointer < first + size for first in firsts)
     with pytest.raises(RuntimeError, match="model_bytes must hold staging batches"):
         make(pool, None, batch_size=2, num_staging=1, model_pool=model_pool)
     model_pool.close()
-
-
-def test_rows_are_not_gathered_into_a_model_pool_on_a_device(pool, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "MemPool", object)
-    with pytest.raises(ValueError, match="model_pool must be on the CPU, got cuda"):
-        make(pool, None, batch_size=2, num_staging=1, model_pool=ModelPool(4096, "cuda"))
 
 
 def test_staging_needs_a_batch_size(pool):

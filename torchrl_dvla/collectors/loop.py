@@ -139,6 +139,7 @@ class CollectionLoop:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
+        self._stop_grace_s = workers.stop_timeout_s
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="dvla-collector", daemon=True)
         groups.add_listener(self.notify)
@@ -401,10 +402,12 @@ class CollectionLoop:
         self._changed.set()
         self.batcher.notify()
 
-    def stop(self) -> None:
-        """End the loop and both lanes; safe to call twice."""
+    def stop(self, grace_s: float | None = None) -> None:
+        """End the loop and both lanes; workers get ``grace_s`` seconds for it."""
         with self._lock:
             self._stopping = True
+        if grace_s is not None:
+            self._stop_grace_s = grace_s
         if self._task is not None:
             self._call(self._task.cancel)
         if self._thread.is_alive():
@@ -449,7 +452,7 @@ class CollectionLoop:
                 if evaluation is not None:
                     evaluation.fail(self._ended())
         self.batcher.stop()
-        self._processes.stop(self._workers.stop_timeout_s)
+        self._processes.stop(self._stop_grace_s)
 
 
 def _describe(rollout: Rollout, reason: str) -> str:

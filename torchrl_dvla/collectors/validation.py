@@ -100,13 +100,22 @@ def match_policy(policy: TensorDictModuleBase, specs: EnvSpecs) -> RowLayout:
         ValueError: if the policy writes no chunk, no tokens or no log-prob for each token, or a
             chunk that the environment does not take.
     """
+    device = next((tensor.device for tensor in policy.parameters()), torch.device("cpu"))
     tensordict = TensorDict(
         {key: torch.zeros(1, *shape, dtype=dtype) for key, shape, dtype in specs.observation},
         batch_size=[1],
+        device=device,
     )
     tensordict.set(INSTRUCTION_KEY, NonTensorStack("probe"))
-    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
-        tensordict = policy(tensordict)
+    # As the inference process will call it, which also leaves the statistics of BatchNorm alone.
+    modes = {module: module.training for module in policy.modules()}
+    policy.eval()
+    try:
+        with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+            tensordict = policy(tensordict)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
     shapes = {}
     for key in POLICY_OUTPUTS:
         value = tensordict.get(key, None)

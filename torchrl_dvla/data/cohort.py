@@ -99,12 +99,11 @@ class Staging:
         layout (RowLayout): fields.
         batch_size (int): rows of a batch.
         num_batches (int): length of the ring.
-        model_pool (ModelPool, optional): where their memory comes from and is counted. It must be
-            on the CPU, for the CPU gathers. By default the batches are allocated by themselves.
+        model_pool (ModelPool, optional): where their memory comes from and is counted. By default
+            the batches are allocated by themselves.
 
     Raises:
-        ValueError: if *model_pool* is on another device.
-        RuntimeError: if its budget is spent.
+        RuntimeError: if the budget of *model_pool* is spent.
     """
 
     def __init__(
@@ -114,12 +113,6 @@ class Staging:
         num_batches: int = 2,
         model_pool: ModelPool | None = None,
     ) -> None:
-        if model_pool is not None and model_pool.device.type != "cpu":
-            raise ValueError(
-                f"model_pool must be on the CPU, got {model_pool.device}: rows are gathered by the "
-                "CPU. Pass a ModelPool of the host, or none."
-            )
-
         def rows() -> TensorDict:
             if model_pool is not None:
                 return model_pool.rows(layout, batch_size, "staging batches")

@@ -2,19 +2,17 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Who owns bytes: the two pools, pages, leases, budgets."""
+"""Shared memory: pages and their ledger, budgets, the environment pool and the model pool."""
 
 from __future__ import annotations
 
 from torchrl_dvla.memory.arena import SharedArena
-from torchrl_dvla.memory.dual import DualPool
-from torchrl_dvla.memory.layout import RowLayout
-from torchrl_dvla.memory.limits import available_bytes, format_bytes, parse_bytes
-from torchrl_dvla.memory.model import ModelPool
+from torchrl_dvla.memory.available_memory import available_bytes, format_bytes, parse_bytes
+from torchrl_dvla.memory.dual_pool import DualPool, ModelPool, Plan
+from torchrl_dvla.memory.environment_pool import EnvironmentPool, WorkerView
 from torchrl_dvla.memory.pages import Page, PageLedger, PageState
-from torchrl_dvla.memory.plan import Plan
-from torchrl_dvla.memory.pool import EnvironmentPool, WorkerView
-from torchrl_dvla.memory.writer import RowWriter
+from torchrl_dvla.memory.row_layout import RowLayout
+from torchrl_dvla.memory.row_writer import RowWriter
 
 __all__ = [
     "DualPool",

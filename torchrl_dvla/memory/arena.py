@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Shared memory without a name."""
+"""Arena: a block of shared memory without a name."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from torchrl_dvla.memory.limits import format_bytes, shareable_bytes, shared_folder
-from torchrl_dvla.memory.numa import place
+from torchrl_dvla.memory.available_memory import format_bytes, shareable_bytes, shared_folder
 
 __all__ = ["SharedArena"]
 
@@ -39,10 +38,6 @@ class SharedArena:
     Args:
         nbytes (int): size in bytes.
 
-    Keyword Args:
-        numa_node (int, optional): the memory node that its pages should come from, see
-            :mod:`torchrl_dvla.memory.numa`. Defaults to wherever the kernel takes them.
-
     Raises:
         ValueError: if *nbytes* is not positive.
         RuntimeError: if there is not enough memory; nothing is allocated then.
@@ -58,7 +53,7 @@ class SharedArena:
         >>> arena.close()
     """
 
-    def __init__(self, nbytes: int, *, numa_node: int | None = None) -> None:
+    def __init__(self, nbytes: int) -> None:
         if nbytes <= 0:
             raise ValueError(f"nbytes must be positive, got {nbytes}. Give the bytes to share.")
         free, where = shareable_bytes()
@@ -66,9 +61,6 @@ class SharedArena:
             raise RuntimeError(_too_large(nbytes, f"only {format_bytes(free)} are free{where}"))
         fd = _anonymous_file()
         try:
-            if numa_node is not None:
-                os.ftruncate(fd, nbytes)
-                place(fd, nbytes, numa_node)
             os.posix_fallocate(fd, 0, nbytes)
         except OSError as error:
             os.close(fd)
@@ -153,7 +145,7 @@ class SharedArena:
         if code:
             raise RuntimeError(
                 f"{format_bytes(self.nbytes)} could not be page-locked (cudaHostRegister: {code}). "
-                "Raise the limit of locked memory (ulimit -l) or pass pin_memory=False."
+                "Raise the limit of locked memory (ulimit -l)."
             )
         # At the latest when nobody takes views any more: the driver must not keep what is unmapped.
         self._unpin = weakref.finalize(self, _unregister, whole, os.getpid())

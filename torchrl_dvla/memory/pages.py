@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Who owns which page."""
+"""Ledger of pages: their owners and states."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Page", "PageLedger", "PageState"]
 
 
 class PageState(enum.IntEnum):
-    """The life of a page: free -> leased -> sealed -> stored -> free."""
+    """States of a page: free -> leased -> sealed -> stored -> free."""
 
     FREE = 0
     LEASED = 1
@@ -27,15 +27,11 @@ class PageState(enum.IntEnum):
     STORED = 3
 
 
-#: By their numbers: looking a member up takes a quarter of the time of making it from its number.
-_STATES = tuple(PageState)
-
-
 class Page(int):
-    """A lease of one page: the page's number, which also knows its pool and its generation.
+    """Lease of one page: the page's number, with its pool and its generation.
 
-    It can be used wherever a number can. What makes it more than a number is that the ledger tells
-    it apart from a handle of another pool, and from one to an earlier life of the same page.
+    It can be used wherever a number can. By its attributes the ledger refuses a lease of another
+    pool, and an old lease of a page that was freed since.
     """
 
     pool_id: int
@@ -55,7 +51,7 @@ class Page(int):
 
 
 class PageLedger:
-    """Book-keeping of page ownership; one lock, every transition a few operations a page.
+    """Ownership of pages under one lock; every transition takes a few operations a page.
 
     Invariant: every page has exactly one owner. It is free, or leased by one owner, or sealed (the
     rollout is over, its group is not), or stored in a buffer. A transition checks all of its pages
@@ -65,9 +61,9 @@ class PageLedger:
 
     Worked trace, two pages of four rows::
 
-        reserve(2)                    free 2, of which 2 promised
-        a = lease("worker 0")         free 1 promised 1   leased {a}
-        b = lease("worker 0")         free 0 promised 0   leased {a, b}
+        reserve(2)                    free 2, of which 2 reserved
+        a = lease("worker 0")         free 1 reserved 1   leased {a}
+        b = lease("worker 0")         free 0 reserved 0   leased {a, b}
         seal([a, b], num_rows=5)      sealed {a, b}: b holds one row, three are internal waste
         store([a, b])                 stored {a, b}
         free([a, b])                  free 2
@@ -77,21 +73,9 @@ class PageLedger:
         num_pages (int): pages.
         rows_per_page (int): rows of a page.
         row_bytes (int): bytes of a row, for the statistics.
-
-    Keyword Args:
-        states (numpy.ndarray, optional): uint8 ``[num_pages]``, to keep states in shared memory.
-        generations (numpy.ndarray, optional): int64 ``[num_pages]``, likewise.
     """
 
-    def __init__(
-        self,
-        num_pages: int,
-        rows_per_page: int,
-        row_bytes: int = 0,
-        *,
-        states: np.ndarray | None = None,
-        generations: np.ndarray | None = None,
-    ) -> None:
+    def __init__(self, num_pages: int, rows_per_page: int, row_bytes: int = 0) -> None:
         for name, value in (("num_pages", num_pages), ("rows_per_page", rows_per_page)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}. Raise the byte budget.")
@@ -100,8 +84,8 @@ class PageLedger:
         self.num_rows = num_pages * rows_per_page
         self.page_bytes = rows_per_page * row_bytes
         self.pool_id = int.from_bytes(os.urandom(7), "little")
-        self._states = np.zeros(num_pages, np.uint8) if states is None else states
-        self._generations = np.zeros(num_pages, np.int64) if generations is None else generations
+        self._states = np.zeros(num_pages, np.uint8)
+        self._generations = np.zeros(num_pages, np.int64)
         # A stack that begins with page 0 on top: the page freed last is the one still in the cache.
         self._free = list(range(num_pages - 1, -1, -1))
         self._owners: list[Hashable] = [None] * num_pages
@@ -120,27 +104,28 @@ class PageLedger:
         self._sealed_rows_total = 0
         self._sealed_pages_total = 0
 
-    # -- promises -------------------------------------------------------------------------------
+    # -- reservations ---------------------------------------------------------------------------
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that are neither owned nor promised."""
+        """Pages that are neither owned nor reserved."""
         with self._changed:
             return len(self._free) - self._num_reserved
 
     def reserve(self, num_pages: int, timeout_s: float = 0.0) -> bool:
-        """Promise ``num_pages`` free pages to leases to come.
+        """Reserve ``num_pages`` free pages for leases to come.
 
         A whole group reserves what its rollouts may need at most before its first rollout begins.
         So a rollout that has begun always gets its next page, and two half-finished groups can
-        never wait for each other.
+        never wait for each other. The time from a refusal until pages are reserved again counts as
+        ``page_wait_s``.
 
         Args:
-            num_pages (int): pages to promise.
+            num_pages (int): pages to reserve.
             timeout_s (float): how long to wait for them.
 
         Returns:
-            bool: whether they were promised; if not, nothing has changed.
+            bool: whether they were reserved; if not, nothing has changed.
 
         Raises:
             ValueError: if the pool can never have so many.
@@ -151,48 +136,26 @@ class PageLedger:
                 "Raise env_bytes, or lower group_size or the decisions of a rollout."
             )
         with self._changed:
-            if not self._wait(num_pages, timeout_s):
+            if self._starved_since_s is None and self.num_free_pages < num_pages:
+                self._starved_since_s = time.monotonic()
+            if not self._changed.wait_for(lambda: self.num_free_pages >= num_pages, timeout_s):
                 return False
+            if self._starved_since_s is not None:
+                self._wait_s += time.monotonic() - self._starved_since_s
+                self._starved_since_s = None
             self._num_reserved += num_pages
             return True
 
     def unreserve(self, num_pages: int) -> None:
-        """Take back a promise, for instance of pages that a short rollout did not need."""
+        """Release reserved pages, for instance those that a short rollout did not need."""
         with self._changed:
             if not 0 <= num_pages <= self._num_reserved:
                 raise ValueError(
-                    f"num_pages must be between 0 and the {self._num_reserved} promised pages, got "
+                    f"num_pages must be between 0 and the {self._num_reserved} reserved pages, got "
                     f"{num_pages}. Give back only what reserve() granted and lease() did not take."
                 )
             self._num_reserved -= num_pages
             self._changed.notify_all()
-
-    def wait(self, num_pages: int = 1, timeout_s: float | None = None) -> bool:
-        """Block until ``num_pages`` pages are neither owned nor promised.
-
-        Args:
-            num_pages (int): pages to wait for.
-            timeout_s (float, optional): limit; ``None`` waits for ever.
-
-        Returns:
-            bool: ``False`` if the time ran out.
-        """
-        with self._changed:
-            return self._wait(num_pages, timeout_s)
-
-    def _wait(self, num_pages: int, timeout_s: float | None) -> bool:
-        def enough() -> bool:
-            return len(self._free) - self._num_reserved >= num_pages
-
-        now_s = time.monotonic()
-        if not enough() and self._starved_since_s is None:
-            self._starved_since_s = now_s
-        # A poll (timeout 0) that fails starts the clock; the next success of anyone stops it.
-        granted = enough() or (timeout_s != 0 and self._changed.wait_for(enough, timeout_s))
-        if granted and self._starved_since_s is not None:
-            self._wait_s += time.monotonic() - self._starved_since_s
-            self._starved_since_s = None
-        return granted
 
     # -- transitions ----------------------------------------------------------------------------
 
@@ -206,8 +169,8 @@ class PageLedger:
             rollout_id (Hashable, optional): the rollout it is for.
 
         Keyword Args:
-            reserved (bool, optional): whether the page was promised by :meth:`reserve`. By default
-                it is if any promise is open.
+            reserved (bool, optional): whether the page is one that :meth:`reserve` has reserved. By
+                default it is if any reserved page is left.
 
         Raises:
             RuntimeError: if no page is left.
@@ -218,7 +181,7 @@ class PageLedger:
             left = self._num_reserved if reserved else len(self._free) - self._num_reserved
             if left < 1:
                 raise RuntimeError(
-                    f"No {'promised' if reserved else 'free'} page is left: {self._census()}. "
+                    f"No {'reserved' if reserved else 'free'} page is left: {self.page_counts()}. "
                     "Reserve pages before a rollout begins, wait for the learner, or raise "
                     "env_bytes."
                 )
@@ -301,7 +264,7 @@ class PageLedger:
             owner (Hashable): as given to :meth:`lease`; unknown owners have nothing to take.
 
         Keyword Args:
-            keep_reserved (bool): promise the pages anew at once, for the rollout's second try.
+            keep_reserved (bool): reserve the pages again at once, for the rollout's second try.
 
         Returns:
             list of int: the pages that became free.
@@ -319,18 +282,18 @@ class PageLedger:
     # -- reading --------------------------------------------------------------------------------
 
     def state(self, page: int) -> PageState:
-        """The state of a page, whatever the age of the handle."""
-        return _STATES[self._states.item(page)]
+        """The state of a page now, whatever the age of the lease."""
+        return PageState(self._states.item(page))
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges of the pool.
 
         Returns:
             dict: ``pages_free``, ``pages_leased``, ``pages_sealed``, ``pages_stored``,
-            ``pages_reserved`` (promised), ``reserved_bytes`` (allocated once), ``used_bytes`` and
-            ``peak_bytes`` (in owned pages), ``internal_waste`` (share of sealed and stored pages
-            that holds no row, now), ``internal_waste_total`` (over every page ever sealed),
-            ``leases``, ``pages_reclaimed``, ``page_wait_s`` (time that someone waited for a page).
+            ``pages_reserved`` (of the free ones), ``reserved_bytes`` (allocated once),
+            ``used_bytes`` and ``peak_bytes`` (in owned pages), ``internal_waste`` (share of sealed
+            and stored pages that holds no row, now), ``internal_waste_total`` (over every page ever
+            sealed), ``leases``, ``pages_reclaimed``, ``page_wait_s`` (time without enough pages).
         """
         with self._changed:
             _, leased, sealed, stored = self._num_by_state
@@ -377,7 +340,7 @@ class PageLedger:
                 assert (state is PageState.LEASED) == is_leased, f"page {page} is {state.name}"
                 rows += self._fill[page]
             assert counts == self._num_by_state, f"{counts} != {self._num_by_state}"
-            assert 0 <= self._num_reserved <= len(free), "more pages are promised than free"
+            assert 0 <= self._num_reserved <= len(free), "more pages are reserved than free"
             assert rows == self._num_rows_kept, f"{rows} rows kept, {self._num_rows_kept} counted"
 
     # -- helpers --------------------------------------------------------------------------------
@@ -388,8 +351,8 @@ class PageLedger:
         """Plain page numbers, after every page was found fit; the lock is held."""
         numbers = []
         for page in pages:
-            number, handle = int(page), page if isinstance(page, Page) else None
-            if handle is not None and handle.pool_id != self.pool_id:
+            number, lease = int(page), page if isinstance(page, Page) else None
+            if lease is not None and lease.pool_id != self.pool_id:
                 raise RuntimeError(
                     f"{page!r} belongs to another pool. Return pages to the pool that leased them."
                 )
@@ -400,9 +363,9 @@ class PageLedger:
                 )
             state = self.state(number)
             generation = self._generations.item(number)
-            is_stale = handle is not None and handle.generation != generation
+            is_stale = lease is not None and lease.generation != generation
             if is_stale or state not in states:
-                now = "was freed and has a new life" if is_stale else f"is {state.name.lower()}"
+                now = "was freed since its lease" if is_stale else f"is {state.name.lower()}"
                 raise RuntimeError(
                     f"Page {number} {now} and cannot be {participle}. A page is leased, sealed, "
                     "stored and freed once, in this order."
@@ -435,9 +398,10 @@ class PageLedger:
     def _waste(self, num_rows: int, num_pages: int) -> float:
         return 1.0 - num_rows / (num_pages * self.rows_per_page) if num_pages else 0.0
 
-    def _census(self) -> str:
+    def page_counts(self) -> str:
+        """The number of pages in each state, in words."""
         free, leased, sealed, stored = self._num_by_state
         return (
-            f"{free} free ({self._num_reserved} promised), {leased} leased, {sealed} sealed, "
+            f"{free} free ({self._num_reserved} reserved), {leased} leased, {sealed} sealed, "
             f"{stored} stored of {self.num_pages}"
         )

@@ -2,19 +2,18 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""A worker's pen: it writes leased rows and no others."""
+"""Bounds-checked writer of leased rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
 
-if TYPE_CHECKING:
-    from torchrl_dvla.memory.pool import WorkerView
+from torchrl_dvla.memory.environment_pool import WorkerView
 
 __all__ = ["RowWriter"]
 
@@ -24,18 +23,17 @@ _STACKED_BYTES = 16 * 1024
 
 
 class RowWriter:
-    """Writes some fields of one row at a time, straight into shared memory.
+    """Bounds-checked writer of some fields of leased rows, straight into shared memory.
 
-    What it guarantees: a row is written only while its page is leased under the given generation.
-    A row that was sealed, freed, or leased anew to another rollout is refused before the first byte
-    is written, so a late or confused worker cannot damage what a learner reads. A tensor of another
-    shape or type than the row is refused by name, never broadcast or cast.
+    A row is written only while its page is leased under the given generation. A row that was
+    sealed, freed, or leased again for another rollout is refused before the first byte is written,
+    so a late or faulty worker cannot damage what a learner reads. A tensor of another shape or type
+    than the row is refused by name, never broadcast or cast.
 
-    What it does not: it holds no lock. The owner of the ledger must not seal a page while a write
-    is under way; it learns from the worker's message that the write is over, or from the kernel
-    that the worker is.
+    It holds no lock. The owner of the ledger must not seal a page while a write is under way: it
+    waits for the worker's event that the write is over, or for the end of the worker's process.
 
-    A write costs one copy for each field. The guard costs two reads of shared memory, about 0.2 us
+    A write costs one copy for each field. The check costs two reads of shared memory, about 0.2 us
     (:doc:`/decisions/0010-generations-travel-with-rows`).
 
     Args:
@@ -75,8 +73,8 @@ class RowWriter:
         self._types = {key: view.layout[key] for key in self.keys}
         self._fields = [view.rows.get(key).numpy() for key in self.keys]
         self._flat = [field.reshape(len(field), -1) for field in self._fields]
-        #: The fields by the node that they hang on: a look at all its entries costs less than two
-        #: at one each.
+        #: The fields by their parent node: reading all entries of a node at once costs less than
+        #: two single reads.
         self._by_node: dict[tuple[str, ...], list[tuple[Any, ...]]] = {}
         for key, field in zip(self.keys, self._fields):
             path = (key,) if isinstance(key, str) else key
@@ -172,6 +170,6 @@ class RowWriter:
 
 
 def _entries(tensordict: TensorDictBase, node: tuple[str, ...]) -> dict[str, Any]:
-    """What hangs on a node of ``tensordict``; nothing if there is no such node."""
+    """Entries of a node of ``tensordict``; none if there is no such node."""
     found = tensordict.get(node, None) if node else tensordict
     return {} if found is None else dict(found.items())

@@ -9,7 +9,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torchrl.data import Bounded, Composite, NonTensor, Unbounded
 
 from torchrl_dvla.memory import RowLayout, SharedArena
 
@@ -27,8 +26,6 @@ def test_sizes():
     assert LAYOUT.row_bytes == 12 + 24 + 1 + 8
     # 5 rows: 60 -> 64, 120 -> 128, 5 -> 64, 40 -> 64: each field begins on a cache line
     assert LAYOUT.nbytes(5) == 64 + 128 + 64 + 64
-    assert LAYOUT.num_rows(LAYOUT.nbytes(5)) == 5
-    assert LAYOUT.num_rows(LAYOUT.nbytes(6) - 1) == 5
 
 
 def test_rows_are_contiguous_disjoint_views():
@@ -56,42 +53,14 @@ def test_rows_are_contiguous_disjoint_views():
     arena.close()
 
 
-def test_from_specs_keeps_order_and_drops_batch_dims():
-    observation = Composite(
-        observation=Composite(
-            image=Bounded(0, 255, shape=(7, 3, 2, 2), dtype=torch.uint8), shape=(7,)
-        ),
-        shape=(7,),
-    )
-    action = Composite(vla_action=Composite(chunk=Unbounded((2, 3))), group_id=Unbounded((1,)))
-    layout = RowLayout.from_specs(observation, action)
-    assert list(layout) == [("observation", "image"), ("vla_action", "chunk"), "group_id"]
-    assert layout["observation", "image"] == (torch.Size([3, 2, 2]), torch.uint8)
-
-
-@pytest.mark.parametrize("leaf", [NonTensor(shape=(1,)), NonTensor(shape=(), example_data="text")])
-def test_strings_are_refused_by_name(leaf):
-    with pytest.raises(TypeError, match=r"'language_instruction' must be a tensor.*side table"):
-        RowLayout.from_specs(Composite(language_instruction=leaf))
-
-
-def test_dynamic_shapes_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"'chunk' must have a static shape, got \[-1, 3\]"):
-        RowLayout.from_specs(Composite(chunk=Unbounded((-1, 3))))
-    with pytest.raises(ValueError, match=r"'chunk' must have a static shape"):
-        RowLayout({"chunk": ((0, 3), torch.float32)})
-
-
-def test_disagreeing_specs_are_refused_by_name():
-    with pytest.raises(ValueError, match="agree on 'state'"):
-        RowLayout.from_specs(Composite(state=Unbounded((3,))), Composite(state=Unbounded((4,))))
-
-
 def test_bad_fields():
     with pytest.raises(ValueError, match="at least one"):
         RowLayout({})
-    with pytest.raises(TypeError, match=r"'text' must have a torch\.dtype"):
+    with pytest.raises(TypeError, match=r"'text' must have a torch\.dtype.*side table"):
         RowLayout({"text": ((1,), str)})
+    for shape in ((0, 3), (-1, 3)):
+        with pytest.raises(ValueError, match=r"'chunk' must have a static shape"):
+            RowLayout({"chunk": (shape, torch.float32)})
 
 
 def test_signature_is_that_of_the_content():
@@ -99,10 +68,5 @@ def test_signature_is_that_of_the_content():
     assert RowLayout(dict(LAYOUT)).signature == LAYOUT.signature
     wider = RowLayout({**LAYOUT, "group_id": ((2,), torch.int64)})
     assert wider.signature != LAYOUT.signature
-    assert LAYOUT.difference(wider) == "'group_id' is [2] torch.int64 instead of [1] torch.int64"
-    fewer = RowLayout({key: LAYOUT[key] for key in list(LAYOUT)[:-1]})
-    assert LAYOUT.difference(fewer) == "'group_id' is missing"
-    assert fewer.difference(LAYOUT) == "'group_id' is unknown"
     turned = RowLayout({key: LAYOUT[key] for key in reversed(list(LAYOUT))})
-    assert LAYOUT.difference(turned) == "the fields have another order"
-    assert LAYOUT.difference(LAYOUT) == ""
+    assert turned.signature != LAYOUT.signature

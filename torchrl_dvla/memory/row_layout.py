@@ -2,21 +2,17 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""What one row holds, and where each field lies."""
+"""Row layout: fields of a row, and where each lies in memory."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from tensordict import NestedKey, TensorDict, unravel_key
 
 from torchrl_dvla.memory.arena import SharedArena
-
-if TYPE_CHECKING:
-    from torchrl.data import Composite, TensorSpec
 
 __all__ = ["RowLayout"]
 
@@ -62,33 +58,6 @@ class RowLayout(Mapping[NestedKey, tuple[torch.Size, torch.dtype]]):
                 )
             self._fields[unravel_key(key)] = (torch.Size(shape), dtype)
 
-    @classmethod
-    def from_specs(cls, *specs: Composite) -> RowLayout:
-        """The layout of the leaves of ``specs``, in their order; batch dimensions are left out.
-
-        Args:
-            *specs (Composite): specs whose leaves make one row. A leaf named twice must agree.
-
-        Raises:
-            TypeError: if a leaf is not a tensor (strings, arbitrary objects); it is named.
-            ValueError: if a leaf has a dynamic shape, or two specs disagree; it is named.
-
-        Examples:
-            >>> from torchrl.data import Bounded, Composite
-            >>> spec = Composite(state=Bounded(-1, 1, shape=(5, 4)), shape=(5,))
-            >>> RowLayout.from_specs(spec)["state"]
-            (torch.Size([4]), torch.float32)
-        """
-        fields: dict[NestedKey, tuple[torch.Size, torch.dtype]] = {}
-        for spec in specs:
-            for key, leaf in spec.items(include_nested=True, leaves_only=True):
-                found = _leaf_type(key, leaf, len(spec.shape))
-                if fields.setdefault(key, found) != found:
-                    raise ValueError(
-                        f"Specs must agree on {key!r}, got {fields[key]} and {found}. Rename one."
-                    )
-        return cls(fields)
-
     @property
     def row_bytes(self) -> int:
         """Bytes of one row, padding between fields not counted."""
@@ -105,13 +74,6 @@ class RowLayout(Mapping[NestedKey, tuple[torch.Size, torch.dtype]]):
         return sum(
             _aligned(num_rows * shape.numel() * dtype.itemsize) for shape, dtype in self.values()
         )
-
-    def num_rows(self, nbytes: int) -> int:
-        """The most rows that fit in ``nbytes``."""
-        rows = max(0, nbytes - len(self) * _ALIGNMENT_BYTES) // self.row_bytes
-        while self.nbytes(rows + 1) <= nbytes:
-            rows += 1
-        return rows
 
     def rows(self, arena: SharedArena, num_rows: int, offset_bytes: int = 0) -> TensorDict:
         """Zero-copy views ``[num_rows, *shape]`` of every field on ``arena``.
@@ -141,19 +103,6 @@ class RowLayout(Mapping[NestedKey, tuple[torch.Size, torch.dtype]]):
             rows.set(key, tensor)
         return rows
 
-    def difference(self, other: RowLayout) -> str:
-        """In words, how ``other`` differs from this layout; empty if it does not."""
-        words = [f"{key!r} is missing" for key in self if key not in other]
-        words += [f"{key!r} is unknown" for key in other if key not in self]
-        words += [
-            f"{key!r} is {list(other[key][0])} {other[key][1]} instead of {list(shape)} {dtype}"
-            for key, (shape, dtype) in self.items()
-            if key in other and other[key] != (shape, dtype)
-        ]
-        if not words and list(self) != list(other):
-            words = ["the fields have another order"]
-        return "; ".join(words)
-
     def __getitem__(self, key: NestedKey) -> tuple[torch.Size, torch.dtype]:
         return self._fields[unravel_key(key)]
 
@@ -170,23 +119,3 @@ class RowLayout(Mapping[NestedKey, tuple[torch.Size, torch.dtype]]):
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-
-
-def _leaf_type(
-    key: NestedKey, leaf: TensorSpec, num_batch_dims: int
-) -> tuple[torch.Size, torch.dtype]:
-    from torchrl.data import NonTensor  # here, so that processes that only map rows start faster
-
-    if isinstance(leaf, NonTensor) or not isinstance(leaf.dtype, torch.dtype):
-        raise TypeError(
-            f"Field {key!r} must be a tensor, got a {type(leaf).__name__} spec. Keep strings and "
-            "objects in a side table (see torchrl_dvla.data.InstructionTable) and their ids in "
-            "rows."
-        )
-    shape = leaf.shape[num_batch_dims:]
-    if any(size < 1 for size in shape):
-        raise ValueError(
-            f"Field {key!r} must have a static shape, got {list(shape)}. Rows have a fixed size: "
-            "give the spec its size, or leave the key out."
-        )
-    return shape, leaf.dtype

@@ -82,7 +82,7 @@ def test_rows_of_every_size_arrive(monkeypatch, pool):
     pages = [pool.lease("w"), pool.lease("w")]
     writer = RowWriter(pool.worker_view(), OBSERVATION)
     for limit, value in ((10**6, 3), (0, 5)):  # gathered first, and straight into the rows
-        monkeypatch.setattr("torchrl_dvla.memory.writer._STACKED_BYTES", limit)
+        monkeypatch.setattr("torchrl_dvla.memory.row_writer._STACKED_BYTES", limit)
         values = [observation(value), observation(value + 1)]
         writer.write_rows_from([0, 2], [page.generation for page in pages], values)
         assert pool.rows["observation", "image"][[0, 2], 1, 1, 1].tolist() == [value, value + 1]

@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""How much memory a pool may ask for, and sizes in words."""
+"""Memory that is left on the machine, and sizes in bytes as text."""
 
 from __future__ import annotations
 
