@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -226,12 +224,9 @@ class DVLACollector(BaseCollector):
         if self._reader is not None:
             self._updater.store.release(self._reader)
         self._reader = self._updater.reader("inference")
-        if self._policy_factory is not None:
-            factory = functools.partial(build_policy, self._policy_factory)
-        else:
-            factory = functools.partial(copy.copy, self.policy)  # the process has its own
+        policy, policy_factory = self.policy, self._policy_factory
         return InferenceProcess(
-            factory,
+            (lambda: policy) if policy_factory is None else (lambda: build_policy(policy_factory)),
             self._reader,
             num_threads=self._inference_config.num_threads,
             seed=self._seed,
