@@ -2,27 +2,34 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""The training-data plane: rows, groups, admission, and the buffer that hands out whole groups."""
+"""The training-data plane: rows, groups, and the replay buffer that hands out whole groups."""
 
 from __future__ import annotations
 
-from torchrl_dvla.data.admission import Admission
-from torchrl_dvla.data.assembler import GroupAssembler, max_variance_subset
-from torchrl_dvla.data.groups import GroupRecord, RolloutRecord
+from torchrl_dvla.data.group import (
+    Group,
+    GroupConfig,
+    GroupState,
+    Rollout,
+    max_variance_subset,
+)
+from torchrl_dvla.data.group_queue import GroupQueue
 from torchrl_dvla.data.instructions import InstructionTable, InstructionTransform
 from torchrl_dvla.data.replay_buffer import PooledReplayBuffer
-from torchrl_dvla.data.rows import decision_layout
-from torchrl_dvla.data.storage import PooledStorage
+from torchrl_dvla.data.schedule import EpisodeSpec, InitStateSchedule
+from torchrl_dvla.data.schema import decision_layout
 
 __all__ = [
-    "Admission",
-    "GroupAssembler",
-    "GroupRecord",
+    "EpisodeSpec",
+    "Group",
+    "GroupConfig",
+    "GroupQueue",
+    "GroupState",
+    "InitStateSchedule",
     "InstructionTable",
     "InstructionTransform",
     "PooledReplayBuffer",
-    "PooledStorage",
-    "RolloutRecord",
+    "Rollout",
     "decision_layout",
     "max_variance_subset",
 ]

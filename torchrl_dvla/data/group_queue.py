@@ -291,7 +291,7 @@ class GroupQueue:
             ValueError: if the pool can never have so many pages.
         """
         with self.lock:
-            self._require_open()
+            self.require_open()
             if self.paused or self._ended_because is not None:
                 return "paused"
             limit = (self.config.max_policy_lag + 1) * self.config.groups_per_update
@@ -479,7 +479,7 @@ class GroupQueue:
             RuntimeError: if collection has ended and no cohort is left.
         """
         with self.lock:
-            self._require_open()
+            self.require_open()
             if in_hand := self.in_hand:
                 return in_hand
             start_s = time.monotonic()
@@ -513,7 +513,7 @@ class GroupQueue:
                 follows an update.
         """
         with self.lock:
-            self._require_open()
+            self.require_open()
             if self._publishing:
                 raise RuntimeError("Weights are being published already. One learner publishes.")
             limit = self._overdue(self.in_hand)
@@ -615,7 +615,12 @@ class GroupQueue:
             self._closed = True
             self.lock.notify_all()
 
-    def _require_open(self) -> None:
+    def require_open(self) -> None:
+        """Refuse to go on once the pages are gone.
+
+        Raises:
+            RuntimeError: naming the reason.
+        """
         if self._closed:
             raise RuntimeError(
                 f"The replay buffer was closed: {self._ended_because}"
@@ -626,7 +631,7 @@ class GroupQueue:
     def state_dict(self) -> dict[str, Any]:
         """Counts, complete groups without their rows, initial states to begin anew: plain data."""
         with self.lock:
-            self._require_open()
+            self.require_open()
             unfinished = [group.spec for group in self.running]
             return {
                 "groups_per_update": self.config.groups_per_update,
@@ -653,7 +658,7 @@ class GroupQueue:
             ValueError: if it was taken with other bounds, or does not fit in the free pages.
         """
         with self.lock:
-            self._require_open()
+            self.require_open()
             groups = self._check_state(state_dict)
             for group in self.stored:
                 self.pool.free(group.pages)
@@ -730,7 +735,7 @@ class GroupQueue:
         return worst
 
     def _require_running(self, group_id: int) -> None:
-        self._require_open()
+        self.require_open()
         group = self._groups.get(group_id)
         if group is None or group.state is not GroupState.RUNNING:
             raise KeyError(

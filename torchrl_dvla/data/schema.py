@@ -14,15 +14,15 @@ key                                dtype    shape         written by
 =================================  =======  ============  ==========================================
 ``("observation", "image")``       uint8    [3, H, W]     env worker
 ``("observation", "state")``       float32  [S]           env worker
-``"instruction_id"``               int64    [1]           env worker (strings live in a side table)
+``"instruction_id"``               int64    [1]           collector (strings live in a side table)
 ``("vla_action", "tokens")``       int64    [chunk, A]    inference lane
 ``("vla_action", "chunk")``        float32  [chunk, A]    inference lane
 ``("vla_action", "log_probs")``    float32  [chunk, A]    inference lane
 ``"policy_version"``               int64    [1]           inference lane
 ``"action_is_pad"``                bool     [chunk]       env worker; True = never executed
-``"group_id"``, ``"rollout_id"``   int64    [1]           env worker
-``"decision_index"``               int64    [1]           env worker
-``"advantage"``                    float32  [1]           group assembly
+``"group_id"``, ``"rollout_id"``   int64    [1]           collector
+``"decision_index"``               int64    [1]           collector
+``"advantage"``                    float32  [1]           collector, when the group is complete
 ``("next", "reward")``             float32  [1]           env worker
 ``("next", "done")`` and siblings  bool     [1]           env worker
 =================================  =======  ============  ==========================================
@@ -30,6 +30,9 @@ key                                dtype    shape         written by
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+import torch
 from tensordict import NestedKey
 from torchrl.data.vla import (
     ACTION_CHUNK_KEY,
@@ -41,6 +44,8 @@ from torchrl.data.vla import (
     STATE_KEY,
     VLA_ACTION_KEY,
 )
+
+from torchrl_dvla.memory import RowLayout
 
 __all__ = [
     "ACTION_CHUNK_KEY",
@@ -64,6 +69,7 @@ __all__ = [
     "TERMINATED_KEY",
     "TRUNCATED_KEY",
     "VLA_ACTION_KEY",
+    "decision_layout",
 ]
 
 #: Log-probabilities of the sampled tokens under the behaviour policy.
@@ -85,3 +91,54 @@ DONE_KEY: NestedKey = ("next", "done")
 TERMINATED_KEY: NestedKey = ("next", "terminated")
 TRUNCATED_KEY: NestedKey = ("next", "truncated")
 SUCCESS_KEY: NestedKey = ("next", "success")
+
+
+def decision_layout(
+    observation: Mapping[NestedKey, tuple[Sequence[int], torch.dtype]],
+    *,
+    chunk_size: int,
+    action_dim: int,
+) -> RowLayout:
+    """The row of one decision, as the table above describes it.
+
+    Args:
+        observation (Mapping): shape and dtype of every observation tensor, by full key.
+
+    Keyword Args:
+        chunk_size (int): env steps of a chunk.
+        action_dim (int): dimension ``A`` of an action.
+
+    Returns:
+        RowLayout: the layout; observations come first.
+
+    Raises:
+        ValueError: if a size is not positive or an observation has no static shape.
+
+    Examples:
+        >>> image = {("observation", "image"): ((3, 8, 8), torch.uint8)}
+        >>> layout = decision_layout(image, chunk_size=2, action_dim=3)
+        >>> layout["vla_action", "tokens"]
+        (torch.Size([2, 3]), torch.int64)
+    """
+    if chunk_size < 1 or action_dim < 1:
+        raise ValueError(
+            f"chunk_size and action_dim must be at least 1, got {chunk_size} and {action_dim}. "
+            "Take them from the policy."
+        )
+    chunk, one = (chunk_size, action_dim), (1,)
+    fields: dict[NestedKey, tuple[Sequence[int], torch.dtype]] = dict(observation)
+    fields |= {
+        INSTRUCTION_ID_KEY: (one, torch.int64),
+        ACTION_TOKENS_KEY: (chunk, torch.int64),
+        ACTION_CHUNK_KEY: (chunk, torch.float32),
+        SAMPLE_LOG_PROB_KEY: (chunk, torch.float32),
+        ACTION_IS_PAD_KEY: ((chunk_size,), torch.bool),
+        POLICY_VERSION_KEY: (one, torch.int64),
+        GROUP_ID_KEY: (one, torch.int64),
+        ROLLOUT_ID_KEY: (one, torch.int64),
+        DECISION_INDEX_KEY: (one, torch.int64),
+        ADVANTAGE_KEY: (one, torch.float32),
+        REWARD_KEY: (one, torch.float32),
+    }
+    flags = (DONE_KEY, TERMINATED_KEY, TRUNCATED_KEY, SUCCESS_KEY)
+    return RowLayout(fields | dict.fromkeys(flags, (one, torch.bool)))

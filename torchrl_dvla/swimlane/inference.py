@@ -22,7 +22,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from torchrl_dvla.data.fields import RowFields
+from torchrl_dvla.data.row_fields import RowFields
 from torchrl_dvla.data.schema import (
     ACTION_CHUNK_KEY,
     ACTION_TOKENS_KEY,

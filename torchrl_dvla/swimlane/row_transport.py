@@ -21,7 +21,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl._comm import MailboxPeerClosedError
 from torchrl.modules.inference_server import InferenceTransport
 
-from torchrl_dvla.data.fields import RowFields
+from torchrl_dvla.data.row_fields import RowFields
 from torchrl_dvla.memory import WorkerView
 
 __all__ = ["RowClient", "RowFuture", "RowTransport"]
