@@ -28,7 +28,7 @@ def make_collector() -> Iterator[Callable[..., DVLACollector]]:
         create_env_fn: Any = None,
         *,
         workers: dict[str, Any] | None = None,
-        inference: InferenceConfig = InferenceConfig(where="thread"),
+        inference: InferenceConfig = InferenceConfig(),
         batch_size: int = 16,
         num_epochs: int = 1,
         policy: Any = None,
@@ -40,9 +40,7 @@ def make_collector() -> Iterator[Callable[..., DVLACollector]]:
             create_env_fn or functools.partial(CountingChunkEnv, **ENV_KWARGS),
             policy or make_policy(),
             replay_buffer=replay_buffer
-            or functools.partial(
-                PooledReplayBuffer, batch_size=batch_size, num_epochs=num_epochs, timeout_s=60.0
-            ),
+            or PooledReplayBuffer(batch_size=batch_size, num_epochs=num_epochs, timeout_s=60.0),
             group=group,
             workers=WorkerConfig(**{"num_workers": 1, "max_decisions": 4, **(workers or {})}),
             inference=inference,

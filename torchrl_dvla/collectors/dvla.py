@@ -17,7 +17,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
-from torchrl.envs.utils import seed_generator
+from torchrl._utils import seed_generator
 from torchrl.weight_update import WeightSyncScheme
 
 from torchrl_dvla.collectors.configs import InferenceConfig, WorkerConfig
@@ -177,7 +177,7 @@ class DVLACollector(BaseCollector):
                 num_env=workers.num_workers * workers.envs_per_worker,
                 rows_per_page=rows_per_page,
                 weight_bytes=self._updater.store_bytes(policy),
-                batch_size=self.replay_buffer.staging_rows,
+                batch_size=self.replay_buffer.batch_size or 0,
                 num_staging=self.replay_buffer.num_staging,
             )
             _log.info("Memory of the run:\n%s", self.plan)

@@ -266,7 +266,6 @@ class CollectionLoop:
                 evaluation.begin_anew()
             except* _RolloutFailedError as failed:
                 evaluation.fail(RuntimeError(str(failed.exceptions[0])))
-        self._evaluation = None
         self._on_change()
 
     async def _play_episode(
@@ -310,16 +309,16 @@ class CollectionLoop:
         Evaluations go before new groups. Groups that have begun hold pages that an evaluation may
         wait for, so they go on. In rounds, an evaluation has the environments to itself.
         """
+        if not self._in_rounds and self._begin_evaluation(tasks):
+            return "evaluation"  # until its episodes wait for an environment
         while self.envs.idle:
-            if not self._in_rounds:
-                self._begin_evaluation(tasks)
             if self._episodes and self._pool.reserve(self._groups.pages_per_rollout):
                 self._hand_over(*self._episodes.popleft())
             elif self._waiting:
                 self._hand_over(*heapq.heappop(self._waiting)[1:])
             elif self._episodes:
                 return "no_page"
-            elif self._in_rounds and self._evaluation is not None:
+            elif self._in_rounds and self._evaluation and not self._evaluation.done():
                 return "evaluation"
             else:
                 group = self._groups.admit()
@@ -327,6 +326,8 @@ class CollectionLoop:
                     self._begin_group(group, tasks)
                 elif self._num_groups or not self._begin_evaluation(tasks):
                     return group
+                else:
+                    return "evaluation"
         return ""
 
     def _begin_group(self, group: Group, tasks: asyncio.TaskGroup) -> None:
@@ -349,16 +350,16 @@ class CollectionLoop:
 
     def _begin_evaluation(self, tasks: asyncio.TaskGroup) -> bool:
         """Begin the next evaluation, if there is one and none is under way."""
-        if self._evaluation is not None:
+        if self._evaluation is not None and not self._evaluation.done():
             return False
         with self._lock:
-            while self._evaluations and self._evaluation is None:
-                evaluation = self._evaluations.popleft()
-                if not evaluation.done():
-                    self._evaluation = evaluation
-        if self._evaluation is not None:
-            tasks.create_task(self.run_evaluation(self._evaluation))
-        return self._evaluation is not None
+            while self._evaluations and self._evaluations[0].done():
+                self._evaluations.popleft()
+            self._evaluation = self._evaluations.popleft() if self._evaluations else None
+        if self._evaluation is None:
+            return False
+        tasks.create_task(self.run_evaluation(self._evaluation))
+        return True
 
     # -- failures -------------------------------------------------------------------------------
 

@@ -2,15 +2,32 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-
 from __future__ import annotations
 
 import pytest
 from torch import nn
 
-from torchrl_dvla.collectors.weight_telemetry import WeightTelemetry
+from torchrl_dvla.collectors.metrics import CollectionCounters, WeightTelemetry
 from torchrl_dvla.swimlane import Timeline
 from torchrl_dvla.weight_update import AsyncWeightUpdater, WeightRelay
+
+
+def test_episodes_may_end_while_the_learner_reads():
+    counters = CollectionCounters(window=2)
+
+    class Read(int):
+        """A number that is added up while another episode ends."""
+
+        def __radd__(self, other):
+            counters.add_episode(success=True, num_env_steps=8)
+            return other + int(self)
+
+    counters.add_episode(success=False, num_env_steps=Read(4))
+    counters.add_episode(success=True, num_env_steps=Read(8))
+    stats = counters.stats()
+    assert (stats["collector/success_rate"], stats["collector/episode_env_steps"]) == (0.5, 6.0)
+    assert counters.stats()["collector/success_rate"] == 1.0
+    assert counters.totals["collector/episodes"] == 4
 
 
 def test_nodes_are_on_the_timeline_and_in_the_scalars() -> None:

@@ -1,0 +1,286 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+
+import pytest
+import torch
+
+from torchrl_dvla.collectors import EpisodeSpec, InferenceConfig
+
+from .scripted_lanes import Bench
+
+
+def on_a_bench(**options):
+    """Run an asynchronous test on a :class:`Bench`."""
+
+    def decorate(test):
+        @functools.wraps(test)
+        def run():
+            async def main():
+                async with Bench(**options) as bench:
+                    await test(bench)
+
+            asyncio.run(main())
+
+        del run.__wrapped__  # pytest would look for its fixtures
+        return run
+
+    return decorate
+
+
+# -- groups ---------------------------------------------------------------------------------------
+
+
+@on_a_bench(groups_per_update=2)
+async def test_a_group_is_sampled_whole_from_one_scene_and_completed(bench):
+    await bench.until(lambda: len(bench.groups.stored) == 2)
+    seeds = [seed for _, seed in bench.resets()]
+    assert seeds == [0, 0, 1, 1]
+    first, second = bench.groups.stored
+    assert [rollout.rollout_id for rollout in first.rollouts] == [0, 1]
+    assert [rollout.num_rows for rollout in second.rollouts] == [2, 2]
+    rows = bench.pool.rows[first.row_index(bench.pool)]
+    assert rows["rollout_id"].flatten().tolist() == [0, 0, 1, 1]
+    assert rows["decision_index"].flatten().tolist() == [0, 1, 0, 1]
+    assert bench.counters.totals["collector/decisions"] == 8
+
+
+@on_a_bench()
+async def test_admission_holds_further_groups_back_until_the_publish(bench):
+    await bench.until(lambda: bench.groups.stored)
+    await bench.quiet()
+    assert len(bench.resets()) == 2, "lag 0: one group a version"
+    bench.publish()
+    await bench.until(lambda: len(bench.resets()) == 4)
+
+
+@on_a_bench(num_workers=1, num_pages=3 * 2 + 1, groups_per_update=2)
+async def test_a_group_waits_for_the_pages_of_all_its_rollouts(bench):
+    # Beside the first group, a rollout of an evaluation always has room, and nothing more.
+    await bench.until(lambda: bench.groups.stored)
+    await bench.quiet()
+    assert [seed for _, seed in bench.resets()] == [0, 0]
+    assert bench.groups.admit() == "no_page"
+
+
+@on_a_bench(hold=True, num_workers=2, max_policy_lag=1)
+async def test_a_lost_rollout_is_sampled_again_before_a_new_group(bench):
+    bench.processes.crash(0)
+    await bench.until(lambda: bench.processes.num_replaced == 1 and len(bench.resets()) == 3)
+    assert [seed for _, seed in bench.resets()] == [0, 0, 0], "the scene of the group"
+    bench.processes.hold = False
+    bench.processes.answer()
+    await bench.until(lambda: len(bench.groups.stored) == 2)
+    assert [r.num_failures for r in bench.groups.stored[0].rollouts] == [1, 0]
+    assert bench.pool.stats()["pages_reserved"] == 0
+
+
+@on_a_bench(hold=True, num_workers=2, workers={"max_rollout_failures": 1, "max_task_failures": 5})
+async def test_a_group_that_keeps_failing_is_dropped_and_leaves_no_page(bench):
+    bench.processes.crash(0)
+    await bench.until(lambda: bench.processes.num_replaced == 1)
+    await bench.quiet()
+    assert bench.groups.drop_counts() == {}, "the other rollout's worker may still write its rows"
+    bench.processes.hold = False
+    bench.processes.answer()
+    await bench.until(lambda: bench.groups.drop_counts())
+    assert bench.counters.totals["faults/groups_dropped"] == 1
+    await bench.until(lambda: bench.groups.stored)
+    assert bench.groups.stored[0].group_id == 1
+
+
+@on_a_bench(
+    num_workers=2,
+    tasks=("bad", "good"),
+    fail_tasks=("bad",),
+    workers={"max_rollout_failures": 1, "max_task_failures": 1},
+)
+async def test_a_task_that_keeps_failing_is_quarantined(bench):
+    await bench.until(lambda: bench.groups.quarantined == {"bad"})
+    assert bench.processes.first_task == "good"
+    await bench.until(lambda: bench.groups.stored)
+    assert {group.spec.task for group in bench.groups.stored} == {"good"}
+    evaluation = bench.evaluate(EpisodeSpec("good", 0))
+    await bench.until(evaluation.done)
+    assert len(evaluation.result().successes) == 1
+
+
+@on_a_bench(hold=True, num_workers=1, workers={"step_timeout_s": 0.05, "max_failures": 1})
+async def test_a_worker_that_hangs_is_replaced_until_there_were_too_many(bench):
+    bench.processes.answer(0)  # the reset; the step never is
+    await bench.until(lambda: bench.processes.num_replaced == 1)
+    await bench.until(lambda: bench.processes.held)
+    bench.processes.answer(0)
+    await bench.until(bench._main.done)
+    error = bench._main.exception()
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert "max_failures (1)" in str(error)
+    assert "stepping took more than step_timeout_s=0.05 s. Stack:\nthe stack" in str(error)
+
+
+# -- evaluations ----------------------------------------------------------------------------------
+
+
+@on_a_bench(hold=True, num_workers=1, groups_per_update=8)
+async def test_evaluations_are_played_one_after_the_other_before_new_groups(bench):
+    first = bench.evaluate(EpisodeSpec("task", 71), EpisodeSpec("task", 72))
+    second = bench.evaluate(EpisodeSpec("task", 73))
+    bench.processes.hold = False
+    bench.processes.answer()
+    await bench.until(second.done)
+    seeds = [seed for _, seed in bench.resets()]
+    # The first rollout had begun: the evaluations come next, then the other one of its group.
+    assert seeds[:5] == [0, 71, 72, 73, 0]
+    assert first.result().num_env_steps == [4, 4]
+
+
+@on_a_bench(hold=True, num_workers=3, num_pages=6, groups_per_update=2)
+async def test_an_evaluation_without_room_holds_no_group_up_that_has_it(bench):
+    assert len(bench.resets()) == 2, "one group has room, and one rollout of an evaluation"
+    evaluation = bench.evaluate(*[EpisodeSpec("task", seed) for seed in (7, 8)])
+    await bench.quiet()
+    assert [seed for _, seed in bench.resets()] == [0, 0, 7], "no page for the second episode"
+    bench.processes.hold = False
+    bench.processes.answer()
+    await bench.until(evaluation.done)
+    assert bench.pool.stats()["pages_reserved"] == 0
+
+
+@on_a_bench(num_workers=2)
+async def test_an_evaluation_that_lost_its_weights_is_played_again_from_its_first_episode(bench):
+    bench.groups.set_paused(True)
+    await bench.until(lambda: bench.groups.stored)
+    bench.inference.hold = True
+    evaluation = bench.evaluate(*[EpisodeSpec("task", seed) for seed in (7, 8, 9)])
+    await bench.until(lambda: bench.inference.held)
+    bench.inference.hold, bench.inference.version = False, 1
+    bench.inference.crash()
+    await bench.until(evaluation.done)
+    assert evaluation.result().policy_version == 1
+    assert bench.inference.num_started == 2
+    assert bench.counters.totals["faults/inference_restarts"] == 1
+    assert bench.pool.stats()["pages_reserved"] == 0
+
+
+@on_a_bench(num_workers=1, workers={"max_rollout_failures": 2, "max_failures": 9})
+async def test_an_evaluation_that_keeps_failing_ends_with_its_error(bench):
+    bench.groups.set_paused(True)
+    await bench.until(lambda: bench.groups.stored)
+    bench.processes.fail_tasks = {"task"}
+    evaluation = bench.evaluate(EpisodeSpec("task", 7), EpisodeSpec("task", 8))
+    await bench.until(evaluation.done)
+    with pytest.raises(RuntimeError, match=r"(?s)failed 2 times.*It crashed"):
+        evaluation.result()
+    bench.processes.fail_tasks = set()
+    again = bench.evaluate(EpisodeSpec("task", 7))
+    await bench.until(again.done)
+    assert again.result().successes == [False]
+
+
+def test_an_ended_collection_fails_its_evaluations():
+    @on_a_bench(hold=True)
+    async def end(bench):
+        evaluations.append(bench.evaluate(EpisodeSpec("task", 0)))
+        await bench.quiet()
+        bench.loop._close()
+        evaluations.append(bench.evaluate(EpisodeSpec("task", 0)))  # nobody is there to play it
+
+    evaluations = []
+    end()
+    for evaluation in evaluations:
+        with pytest.raises(RuntimeError, match="ended before the evaluation"):
+            evaluation.result(0.0)
+
+
+# -- decisions ------------------------------------------------------------------------------------
+
+
+@on_a_bench(hold=True, num_workers=2, inference=InferenceConfig(max_batch_size=3, max_wait_s=1e6))
+async def test_a_row_waits_for_what_is_being_simulated(bench):
+    bench.processes.answer(0)
+    await bench.until(lambda: bench.loop.batcher._waiting)
+    await bench.quiet()
+    assert bench.inference.rows == [] or len(bench.inference.rows[-1]) == 2
+    num_before = len(bench.inference.rows)
+    bench.processes.answer()  # nothing more can come
+    await bench.until(lambda: len(bench.inference.rows) == num_before + 1)
+    assert len(bench.inference.rows[-1]) == 2
+
+
+@on_a_bench(hold=True, num_workers=2, inference=InferenceConfig(max_batch_size=3, max_wait_s=0.01))
+async def test_a_row_waits_no_longer_than_it_may(bench):
+    bench.processes.answer(0)
+    await bench.until(lambda: bench.inference.rows)
+    assert len(bench.inference.rows[-1]) == 1
+
+
+@on_a_bench(num_workers=2, inference=InferenceConfig(max_batch_size=1, max_wait_s=1e6))
+async def test_a_full_batch_waits_for_nobody(bench):
+    await bench.until(lambda: bench.groups.stored)
+    assert all(len(rows) == 1 for rows in bench.inference.rows)
+
+
+@on_a_bench(num_workers=2, hold_inference=True)
+async def test_a_lost_batch_is_repeated_with_the_same_seed(bench):
+    await bench.until(lambda: bench.inference.held)
+    request = bench.inference.held[0]
+    bench.inference.crash()
+    await bench.until(lambda: bench.inference.held)
+    assert bench.inference.held[0][:2] == request[:2]
+    assert bench.inference.held[0].seed == request.seed
+    assert bench.inference.held[0].new_instructions == {0: "task"}
+
+
+# -- rounds ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_a_round_is_handled_in_the_order_of_the_environments(order):
+    rows = []
+
+    @on_a_bench(hold=True, num_workers=3, num_decisions=1, group_size=3, groups_per_update=2, in_rounds=True)
+    async def play(bench):
+        for _ in range(4):  # two groups, each a reset and a step
+            await bench.until(lambda: len(bench.processes.held) == 3)
+            chosen = [bench.processes.held[index] for index in order]
+            for entry in chosen:
+                bench.processes.answer(bench.processes.held.index(entry))
+                await bench.quiet()
+        await bench.until(lambda: len(bench.groups.stored) == 2)
+        stored = torch.cat([group.row_index(bench.pool) for group in bench.groups.stored])
+        rows.append(bench.pool.rows["rollout_id"][stored].flatten().tolist())
+        assert [len(batch) for batch in bench.inference.rows] == [3, 3]
+        assert bench.inference.rows[0] == sorted(bench.inference.rows[0])
+
+    play()
+    assert rows == [[0, 1, 2, 3, 4, 5]]
+
+
+@on_a_bench(hold=True, num_workers=2, in_rounds=True)
+async def test_a_worker_that_is_lost_after_its_answer_takes_it_along(bench):
+    bench.processes.answer(0)  # worker 0 waits for the round to end
+    await bench.quiet()
+    bench.processes.crash(0)
+    await bench.until(lambda: bench.processes.num_replaced == 1)
+    bench.processes.hold = False
+    bench.processes.answer()
+    await bench.until(lambda: bench.groups.stored)
+    assert [r.num_rows for r in bench.groups.stored[0].rollouts] == [2, 2]
+
+
+@on_a_bench(hold=True, num_workers=2, in_rounds=True, groups_per_update=2)
+async def test_in_rounds_an_evaluation_has_the_environments_to_itself(bench):
+    evaluation = bench.evaluate(EpisodeSpec("task", 70), EpisodeSpec("task", 71))
+    bench.processes.hold = False
+    bench.processes.answer()
+    await bench.until(evaluation.done)
+    assert [seed for _, seed in bench.resets()] == [0, 0, 1, 1, 70, 71], "after the last group"
+    bench.publish()
+    await bench.until(lambda: len(bench.resets()) == 10)
