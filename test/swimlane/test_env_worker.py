@@ -19,18 +19,17 @@ from torchrl.envs.custom import ToyVLAEnv
 
 from torchrl_dvla.data import decision_layout
 from torchrl_dvla.memory import EnvironmentPool
-from torchrl_dvla.swimlane.env_worker import EnvWorker, describe_env
+from torchrl_dvla.swimlane import env_worker
+from torchrl_dvla.swimlane.env_worker import EnvWorker, describe_env, run_env_worker
 from torchrl_dvla.swimlane.messages import (
-    Orders,
-    Ready,
-    Report,
+    Failed,
     Reset,
+    ResetDone,
     Step,
-    Stepped,
+    StepDone,
     Stop,
     UsePool,
-    pack,
-    unpack,
+    WorkerCommands,
 )
 from torchrl_dvla.testing import CountingChunkEnv
 
@@ -38,23 +37,23 @@ make_env = functools.partial(CountingChunkEnv, chunk_size=4, max_env_steps=10)
 
 
 def step(env_index, row, next_row):
-    """A message about pages in their first life."""
+    """A command about pages in their first lease."""
     return Step(env_index, row, generation=0, next_row=next_row, next_generation=0)
 
 
-def execute(worker, *steps):
-    """What the worker says of these steps, once all are in their rows."""
-    for _ in worker.steps(steps):
-        pass
-    return list(unpack(Stepped, worker.settle()))
+def reset(env_index, init_state_id, row):
+    return Reset(env_index, "default", 3, init_state_id, row, generation=0)
+
+
+def layout_of(env):
+    specs = describe_env(env)
+    observation = {key: (shape, dtype) for key, shape, dtype in specs.observation}
+    return decision_layout(observation, chunk_size=specs.chunk_size, action_dim=specs.action_dim)
 
 
 @pytest.fixture
 def worker_and_rows():
-    specs = describe_env(make_env())
-    observation = {key: (shape, dtype) for key, shape, dtype in specs.observation}
-    layout = decision_layout(observation, chunk_size=specs.chunk_size, action_dim=specs.action_dim)
-    with EnvironmentPool(layout, num_pages=4, rows_per_page=4) as pool:
+    with EnvironmentPool(layout_of(make_env()), num_pages=4, rows_per_page=4) as pool:
         pages = [pool.lease("w"), pool.lease("w")]
         assert [(int(page), page.generation) for page in pages] == [(0, 0), (1, 0)]
         worker = EnvWorker({"default": make_env}, num_envs=2)
@@ -66,40 +65,40 @@ def worker_and_rows():
 def test_observations_land_in_the_rows_that_were_named(worker_and_rows):
     worker, rows = worker_and_rows
     scene = make_env().scene(3, 1)
-    assert worker.reset(Reset(0, "default", 3, 1, row=6, generation=0)) == make_env().instruction
+    assert worker.reset(reset(0, 1, row=6)) == ResetDone(0, make_env().instruction)
     assert rows["observation", "image"][6, 0, 0, 0] == scene.scene_id
     rows["vla_action", "chunk"][6] = torch.tensor(scene.target)
-    assert execute(worker, step(0, row=6, next_row=2)) == [Stepped(0, False, False, 0.0, 4)]
+    assert worker.step(step(0, row=6, next_row=2)) == StepDone(0, False, False, 0.0, 4)
     assert rows["observation", "image"][2, :, 0, 0].tolist() == [scene.scene_id, 1, 4]
     rows["vla_action", "chunk"][2] = torch.tensor(scene.target)
     # 6 right steps of 10 are a success: it comes with the second step of the second chunk.
-    assert execute(worker, step(0, row=2, next_row=3)) == [Stepped(0, True, True, 1.0, 2)]
+    assert worker.step(step(0, row=2, next_row=3)) == StepDone(0, True, True, 1.0, 2)
     assert rows["action_is_pad"][2].tolist() == [False, False, True, True]
     assert rows["next", "terminated"][2] and not rows["next", "truncated"][2]
 
 
 def test_the_last_allowed_decision_truncates(worker_and_rows):
     worker, rows = worker_and_rows
-    worker.reset(Reset(0, "default", 3, 1, row=0, generation=0))
-    (stepped,) = execute(worker, step(0, row=0, next_row=-1))
-    assert stepped.done, "no next row: the rollout ends"
+    worker.reset(reset(0, 1, row=0))
+    assert worker.step(step(0, row=0, next_row=-1)).done, "no next row: the rollout ends"
     assert rows["next", "done"][0] and rows["next", "truncated"][0]
     assert not rows["next", "terminated"][0]
 
 
 def test_two_environments_of_one_worker_do_not_mix(worker_and_rows):
     worker, rows = worker_and_rows
-    worker.reset(Reset(0, "default", 3, 1, row=0, generation=0))
-    worker.reset(Reset(1, "default", 3, 2, row=4, generation=0))
+    worker.reset(reset(0, 1, row=0))
+    worker.reset(reset(1, 2, row=4))
     env = make_env()
     rows["vla_action", "chunk"][0] = torch.tensor(env.scene(3, 1).target)
-    # One ends with its time, the other goes on: both in one go, the last environment first.
-    stepped = execute(worker, step(1, row=4, next_row=-1), step(0, row=0, next_row=1))
-    assert stepped == [Stepped(1, True, False, 0.0, 4), Stepped(0, False, False, 0.0, 4)]
+    # One ends with its time, the other goes on.
+    assert worker.step(step(1, row=4, next_row=-1)) == StepDone(1, True, False, 0.0, 4)
+    assert worker.step(step(0, row=0, next_row=1)) == StepDone(0, False, False, 0.0, 4)
     assert rows["next", "truncated"][:5, 0].tolist() == [False] * 4 + [True]
     assert rows["observation", "image"][1, :, 0, 0].tolist() == [env.scene(3, 1).scene_id, 1, 4]
-    worker.reset(Reset(1, "default", 3, 2, row=4, generation=0))
-    execute(worker, step(1, row=4, next_row=5), step(0, row=1, next_row=2))
+    worker.reset(reset(1, 2, row=4))
+    worker.step(step(1, row=4, next_row=5))
+    worker.step(step(0, row=1, next_row=2))
     assert rows["observation", "image"][2, 0, 0, 0] == env.scene(3, 1).scene_id
     assert rows["observation", "image"][5, 0, 0, 0] == env.scene(3, 2).scene_id
 
@@ -119,73 +118,49 @@ class BufferedEnv(CountingChunkEnv):
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
-def test_what_a_step_returns_is_read_after_the_steps_of_the_others(is_shared):
-    specs = describe_env(make_env())
-    observation = {key: (shape, dtype) for key, shape, dtype in specs.observation}
-    layout = decision_layout(observation, chunk_size=specs.chunk_size, action_dim=specs.action_dim)
+def test_what_a_step_returns_is_written_before_the_next_step(is_shared):
     one = torch.zeros(3, 16, 16, dtype=torch.uint8) if is_shared else None
     factory = functools.partial(BufferedEnv, buffer=one, chunk_size=4, max_env_steps=40)
     scenes = [factory().scene(3, 1).scene_id, factory().scene(3, 2).scene_id]
-    with EnvironmentPool(layout, num_pages=2, rows_per_page=8) as pool:
+    with EnvironmentPool(layout_of(make_env()), num_pages=2, rows_per_page=8) as pool:
         pool.lease("w"), pool.lease("w")
         worker = EnvWorker({"default": factory}, num_envs=2)
         worker.use_pool(pool.worker_view())
         images = pool.rows["observation", "image"][:, :2, 0, 0]  # scene, number of the decision
         for env_index in range(2):
             row = 8 * env_index
-            worker.reset(Reset(env_index, "default", 3, 1 + env_index, row=row, generation=0))
+            worker.reset(reset(env_index, 1 + env_index, row=row))
             assert images[row].tolist() == [scenes[env_index], 0], "a reset is written at once"
         for number in range(4):
             row, other = number, 8 + number
-            execute(worker, step(0, row, next_row=row + 1), step(1, other, next_row=other + 1))
+            worker.step(step(0, row, next_row=row + 1))
+            worker.step(step(1, other, next_row=other + 1))
         worker.close()
-        # Its own buffer an environment may write again at its own next step. What it shares with
-        # another one is lost: both rows have what the last of them drew.
-        first = scenes[1] if is_shared else scenes[0]
-        assert images[1:5].tolist() == [[first, number] for number in range(1, 5)]
+        assert images[1:5].tolist() == [[scenes[0], number] for number in range(1, 5)]
         assert images[9:13].tolist() == [[scenes[1], number] for number in range(1, 5)]
 
 
 def test_a_step_before_a_reset_is_an_error(worker_and_rows):
     worker, _ = worker_and_rows
     with pytest.raises(RuntimeError, match="must be reset"):
-        execute(worker, step(0, row=0, next_row=1))
-
-
-def test_a_failure_is_not_put_down_to_the_environments_before_it(worker_and_rows):
-    worker, rows = worker_and_rows
-    worker.reset(Reset(0, "default", 3, 1, row=0, generation=0))
-    worker.reset(Reset(1, "default", 3, 2, row=4, generation=0))
-    broken = worker.build(1, "default")
-    returned = broken._step
-    broken._step = lambda td: returned(td).update({"observation": {"state": torch.zeros(9)}})
-    both = step(0, row=0, next_row=1), step(1, row=4, next_row=5)
-    with pytest.raises(ValueError, match=r"'state'\) must be"):
-        execute(worker, *both)
-    worker.drop_failed()
-    assert list(unpack(Stepped, worker.settle())) == [Stepped(0, False, False, 0.0, 4)]
-    assert rows["observation", "image"][[1, 5], 1, 0, 0].tolist() == [1, 0]
-    assert worker.settle() == ()
+        worker.step(step(0, row=0, next_row=1))
 
 
 def test_rows_of_pages_that_are_not_leased_are_refused():
-    specs = describe_env(make_env())
-    observation = {key: (shape, dtype) for key, shape, dtype in specs.observation}
-    layout = decision_layout(observation, chunk_size=specs.chunk_size, action_dim=specs.action_dim)
     worker = EnvWorker({"default": make_env}, num_envs=1)
     with pytest.raises(RuntimeError, match="use_pool must be called before reset"):
-        worker.reset(Reset(0, "default", 3, 1, row=0, generation=0))
-    with EnvironmentPool(layout, num_pages=2, rows_per_page=2) as pool:
+        worker.reset(reset(0, 1, row=0))
+    with EnvironmentPool(layout_of(make_env()), num_pages=2, rows_per_page=2) as pool:
         worker.use_pool(pool.worker_view())
         with pytest.raises(RuntimeError, match="Row 0 .* page 0, which is free"):
-            worker.reset(Reset(0, "default", 3, 1, row=0, generation=0))
+            worker.reset(reset(0, 1, row=0))
         first, second = pool.lease("w"), pool.lease("w")
         worker.reset(Reset(0, "default", 3, 1, row=0, generation=first.generation))
         before = pool.rows.clone()
         pool.seal([first], num_rows=1)
         # The coordinator's mistake: the chunk of a sealed row is still to be executed.
         with pytest.raises(RuntimeError, match="Row 0 .* page 0, which is sealed"):
-            execute(worker, Step(0, 0, first.generation, 2, second.generation))
+            worker.step(Step(0, 0, first.generation, 2, second.generation))
         pool.free([second])
         assert pool.lease("other").generation == second.generation + 1
         with pytest.raises(RuntimeError, match="Row 2 .* page 1, which is leased anew"):
@@ -223,61 +198,85 @@ def test_strings_among_the_observations_are_refused_by_name():
         describe_env(env)
 
 
-def test_the_worker_reports_its_failure_with_the_traceback():
-    from torchrl_dvla.swimlane import env_worker
+@pytest.fixture
+def serve():
+    """Serves an environment factory from a thread; gives the pipe and where the thread ended."""
+    threads = []
 
+    def start(factory, num_envs=2):
+        ours, theirs = Pipe()
+        args = (theirs, cloudpickle.dumps({"default": factory}), "default", num_envs)
+        threads.append(threading.Thread(target=run, args=args))
+        threads[-1].start()
+        return ours
+
+    def run(*args):
+        try:
+            run_env_worker(*args)
+        except SystemExit:
+            pass
+
+    yield start
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def test_an_environment_that_cannot_be_built_is_reported_with_the_traceback(serve):
     def broken():
         raise OSError("no such simulator")
 
-    ours, theirs = Pipe()
-    payload = cloudpickle.dumps({"default": broken})
-
-    def run() -> None:
-        with pytest.raises(SystemExit):
-            env_worker.run_env_worker(theirs, payload, "default", 1, 1, {})
-
-    # In a thread: signal handlers belong to the main thread, so preparing the process is skipped.
-    env_worker.prepare_child, prepare = lambda *args: None, env_worker.prepare_child
-    try:
-        thread = threading.Thread(target=run)
-        thread.start()
-        assert ours.poll(20)
-        assert "no such simulator" in ours.recv().traceback
-        thread.join(20)
-    finally:
-        env_worker.prepare_child = prepare
+    assert "no such simulator" in serve(broken).recv().traceback
 
 
-@pytest.mark.parametrize("report_after_s, num_reports", [(1e6, 1), (0.0, 2)])
-def test_cheap_steps_share_a_report_and_long_ones_do_not(monkeypatch, report_after_s, num_reports):
-    from torchrl_dvla.swimlane import env_worker
+@pytest.fixture
+def pool():
+    with EnvironmentPool(layout_of(make_env()), num_pages=2, rows_per_page=4) as pool:
+        pool.lease("w"), pool.lease("w")
+        yield pool
 
-    monkeypatch.setattr(env_worker, "prepare_child", lambda *args: None)
-    monkeypatch.setattr(env_worker, "_REPORT_AFTER_S", report_after_s)
-    ours, theirs = Pipe()
-    args = (theirs, cloudpickle.dumps({"default": make_env}), "default", 2, 1, {})
-    thread = threading.Thread(target=env_worker.run_env_worker, args=args)
-    thread.start()
-    specs = ours.recv()
-    observation = {key: (shape, dtype) for key, shape, dtype in specs.observation}
-    layout = decision_layout(observation, chunk_size=specs.chunk_size, action_dim=specs.action_dim)
-    with EnvironmentPool(layout, num_pages=2, rows_per_page=4) as pool:
-        pages = [pool.lease("w"), pool.lease("w")]
-        ours.send(UsePool(pool.worker_view()))
-        resets = [
-            Reset(k, "default", 3, k, row=4 * page, generation=0) for k, page in enumerate(pages)
-        ]
-        ours.send(Orders((), pack(resets[:1])))
-        assert list(unpack(Ready, ours.recv().ready)) == [Ready(0, make_env().instruction)]
-        ours.send(Orders(pack([step(0, row=0, next_row=1)]), pack(resets[1:])))
-        reports = [ours.recv() for _ in range(num_reports)]
-        assert all(isinstance(report, Report) for report in reports)
-        ready = [one for report in reports for one in unpack(Ready, report.ready)]
-        stepped = [one for report in reports for one in unpack(Stepped, report.stepped)]
-        assert [one.env_index for one in ready] == [1]
-        assert stepped == [Stepped(0, False, False, 0.0, 4)]
-        names = [name for report in reports for name, _, _ in report.spans]
-        assert names == ["step", "reset"]
-        ours.send(Stop())
-        thread.join(20)
-        assert not thread.is_alive() and not ours.poll(0)
+
+@pytest.mark.parametrize("send_after_s, num_messages", [(1e6, 1), (0.0, 2)])
+def test_cheap_events_share_a_message_and_long_ones_do_not(
+    monkeypatch, serve, pool, send_after_s, num_messages
+):
+    monkeypatch.setattr(env_worker, "_SEND_AFTER_S", send_after_s)
+    ours = serve(make_env)
+    assert ours.recv() == describe_env(make_env())
+    ours.send(UsePool(pool.worker_view()))
+    ours.send(WorkerCommands([], [reset(0, 0, row=0)]))
+    assert ours.recv().events == [ResetDone(0, make_env().instruction)]
+    ours.send(WorkerCommands([step(0, row=0, next_row=1)], [reset(1, 1, row=4)]))
+    messages = [ours.recv() for _ in range(num_messages)]
+    events = [event for message in messages for event in message.events]
+    assert events == [
+        StepDone(0, False, False, 0.0, 4),
+        ResetDone(1, make_env().instruction),
+    ]
+    assert [name for message in messages for name, _, _ in message.spans] == ["step", "reset"]
+    ours.send(Stop())
+    with pytest.raises(EOFError):
+        ours.recv()
+
+
+class BreakingEnv(CountingChunkEnv):
+    """Returns a state of another shape in one scene."""
+
+    def _observe(self, success, num_executed):
+        out = super()._observe(success, num_executed)
+        if self.num_decisions and self.current_scene == self.scene(3, 2):
+            out["observation"]["state"] = torch.zeros(9)
+        return out
+
+
+def test_a_failure_is_not_put_down_to_the_environments_before_it(serve, pool):
+    ours = serve(functools.partial(BreakingEnv, chunk_size=4, max_env_steps=10))
+    ours.recv()
+    ours.send(UsePool(pool.worker_view()))
+    ours.send(WorkerCommands([], [reset(0, 1, row=0), reset(1, 2, row=4)]))
+    assert len(ours.recv().events) == 2
+    ours.send(WorkerCommands([step(0, row=0, next_row=1), step(1, row=4, next_row=5)], []))
+    assert ours.recv().events == [StepDone(0, False, False, 0.0, 4)]
+    failure = ours.recv()
+    assert isinstance(failure, Failed) and "'state') must be" in failure.traceback
+    assert pool.rows["observation", "image"][[1, 5], 1, 0, 0].tolist() == [1, 0]

@@ -6,18 +6,20 @@
 
 from __future__ import annotations
 
-import threading
+from multiprocessing import Pipe
 
+import cloudpickle
 import pytest
 import torch
+from tensordict import NonTensorStack, TensorDict
 from torch import nn
 from torchrl.data.vla import UniformActionTokenizer
-from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
 from torchrl.modules.vla import TinyVLA
 
 from torchrl_dvla.data import decision_layout
 from torchrl_dvla.memory import EnvironmentPool
-from torchrl_dvla.swimlane import InferenceEngine, InferenceThread
+from torchrl_dvla.swimlane import InferenceEngine, InferenceProcess, batch_seed
+from torchrl_dvla.swimlane.inference import run_inference
 from torchrl_dvla.swimlane.messages import Failed, Infer, Inferred, UsePool
 from torchrl_dvla.weight_update import WeightStore
 
@@ -37,8 +39,6 @@ def make_policy() -> nn.Module:
         return_vla_action_container=False,
         action_tokenizer=UniformActionTokenizer(NUM_BINS, low=-1.0, high=1.0),
     )
-    from tensordict import NonTensorStack, TensorDict
-
     policy(  # initialises the lazy layers
         TensorDict(
             {
@@ -113,7 +113,7 @@ def test_decisions_land_in_the_rows_asked_for_and_nowhere_else(rows, learner_and
     assert torch.allclose(rows["vla_action", "log_probs"][6], torch.tensor(0.0), atol=1e-4)
 
 
-def test_the_newest_version_is_adopted_between_batches(rows, learner_and_engine):
+def test_the_latest_version_is_adopted_between_batches(rows, learner_and_engine):
     policy, store, engine = learner_and_engine
     engine.infer(infer([0]))
     prefer(policy, 5)
@@ -141,37 +141,41 @@ def test_a_snapshot_must_have_been_taken(learner_and_engine):
         engine.infer(infer([0], use_snapshot=True))
 
 
-def test_an_exception_in_the_policy_is_reported(rows):
+def test_an_exception_in_the_policy_is_the_last_event():
     policy = make_policy()
+    ours, theirs = Pipe()
+    ours.send(infer([0]))  # no pool yet
+    with WeightStore(policy) as store, pytest.raises(SystemExit):
+        run_inference(theirs, cloudpickle.dumps(make_policy), store.reader("lane"), 0)
+    message = ours.recv()
+    assert isinstance(message, Failed) and "send UsePool first" in message.traceback
+
+
+def test_a_call_depends_on_its_seed_and_on_nothing_before_it(rows, learner_and_engine):
+    policy, store, engine = learner_and_engine
+    with torch.no_grad():
+        policy.head.bias.zero_()
+    store.publish(policy)
+    tokens = []
+    for seed in (batch_seed(0, 3), None, batch_seed(0, 3), batch_seed(0, 4)):
+        engine.infer(infer([0, 1, 2, 3], greedy=False)._replace(seed=seed))
+        tokens.append(rows["vla_action", "tokens"][:4].clone())
+    assert (tokens[0] == tokens[2]).all()
+    assert (tokens[0] != tokens[3]).any() and (tokens[0] != tokens[1]).any()
+
+
+def test_the_process_takes_decisions_until_it_is_stopped(pool):
+    policy = make_policy()
+    prefer(policy, 2)
     with WeightStore(policy) as store:
-        lane = InferenceThread(make_policy, store.reader("lane"))
-        lane.connection.send(infer([0]))  # no pool yet
-        assert lane.connection.poll(20)
-        message = lane.connection.recv()
-        assert isinstance(message, Failed) and not isinstance(message, Inferred)
-        lane.stop()
-
-
-def test_a_thread_samples_while_the_learner_s_loss_runs(pool):
-    inside, go, seen = threading.Event(), threading.Event(), []
-
-    def look(*_):
-        inside.set()
-        go.wait(20)
-        seen.append(exploration_type())
-
-    def factory():
-        policy = make_policy()
-        policy.register_forward_pre_hook(look)
-        return policy
-
-    with WeightStore(make_policy()) as store:
-        lane = InferenceThread(factory, store.reader("lane"))
-        lane.connection.send(UsePool(pool.worker_view()))
-        lane.connection.send(infer([0], greedy=False))
-        assert inside.wait(20)
-        with set_exploration_type(ExplorationType.DETERMINISTIC):  # as every TorchRL loss does
-            go.set()
-            assert lane.connection.poll(20)
-        lane.stop()
-    assert seen == [ExplorationType.RANDOM]
+        lane = InferenceProcess(lambda: policy, store.reader("lane"))
+        try:
+            lane.connection.send(UsePool(pool.worker_view()))
+            lane.connection.send(infer([3]))
+            message = lane.connection.recv()
+            assert isinstance(message, Inferred) and message.policy_version == 0
+            assert message.start_s <= message.end_s
+            assert (pool.rows["vla_action", "tokens"][3] == 2).all()
+        finally:
+            lane.stop(60.0)
+    assert lane.exit_description() == "exited with code 0"

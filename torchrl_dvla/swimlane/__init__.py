@@ -2,39 +2,26 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""The four lanes of the pipeline and their timeline."""
+"""The four lanes of the pipeline: their processes and their timeline."""
 
-from torchrl_dvla.swimlane.device_wait import note_device_wait, take_device_wait
-from torchrl_dvla.swimlane.inference import InferenceEngine, InferenceProcess, InferenceThread
-from torchrl_dvla.swimlane.picture import draw_timeline
-from torchrl_dvla.swimlane.reading import LANES, Reading
-from torchrl_dvla.swimlane.row_transport import RowClient, RowFuture, RowTransport
-from torchrl_dvla.swimlane.sampling import SamplingLane
-from torchrl_dvla.swimlane.scheduler import Knob, Measurement, Move, Scheduler
-from torchrl_dvla.swimlane.seeding import batch_seed
-from torchrl_dvla.swimlane.timeline import Timeline, Track
-from torchrl_dvla.swimlane.trace import Span, read_chrome_trace
+from torchrl_dvla.swimlane.chrome_trace import LANES, Span, read_chrome_trace
+from torchrl_dvla.swimlane.env_processes import EnvProcesses
+from torchrl_dvla.swimlane.inference import InferenceEngine, InferenceProcess, batch_seed
+from torchrl_dvla.swimlane.managed_process import ManagedProcess
+from torchrl_dvla.swimlane.timeline import LaneUsage, Timeline, Track
+from torchrl_dvla.swimlane.timeline_svg import draw_timeline
 
 __all__ = [
     "LANES",
+    "EnvProcesses",
     "InferenceEngine",
     "InferenceProcess",
-    "InferenceThread",
-    "Knob",
-    "Measurement",
-    "Move",
-    "Reading",
-    "RowClient",
-    "RowFuture",
-    "RowTransport",
-    "SamplingLane",
-    "Scheduler",
+    "LaneUsage",
+    "ManagedProcess",
     "Span",
     "Timeline",
     "Track",
     "batch_seed",
     "draw_timeline",
-    "note_device_wait",
     "read_chrome_trace",
-    "take_device_wait",
 ]

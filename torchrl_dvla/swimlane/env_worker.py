@@ -2,20 +2,19 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""The sampling lane's child: environments that read chunks and write observations."""
+"""The environment worker: a process whose environments read chunks and write observations."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 
 import cloudpickle
-import numpy as np
 import torch
-from tensordict import NonTensorData, TensorDictBase
-from tensordict.utils import is_non_tensor
+from tensordict import TensorDict, TensorDictBase, is_non_tensor
 from torchrl.data import NonTensor
 from torchrl.envs import EnvBase
 
@@ -23,6 +22,7 @@ from torchrl_dvla.data.schema import (
     ACTION_CHUNK_KEY,
     ACTION_IS_PAD_KEY,
     DONE_KEY,
+    INIT_STATE_ID_KEY,
     INSTRUCTION_KEY,
     OBSERVATION_KEY,
     REWARD_KEY,
@@ -31,26 +31,22 @@ from torchrl_dvla.data.schema import (
     TRUNCATED_KEY,
 )
 from torchrl_dvla.memory import RowWriter, WorkerView
-from torchrl_dvla.swimlane.child import prepare_child
 from torchrl_dvla.swimlane.messages import (
-    Columns,
     EnvSpecs,
     Failed,
-    Orders,
-    Ready,
-    Report,
     Reset,
+    ResetDone,
     Step,
+    StepDone,
     Stop,
     UsePool,
-    pack,
-    unpack,
+    WorkerCommands,
+    WorkerEvents,
 )
-from torchrl_dvla.swimlane.root import Root
 
 __all__ = ["EnvWorker", "describe_env", "run_env_worker"]
 
-#: What a decision has led to, in the order in which :meth:`EnvWorker.settle` writes it.
+#: Outcome of a decision, in the order in which :meth:`EnvWorker.step` writes it.
 _OUTCOME_KEYS = (
     REWARD_KEY,
     DONE_KEY,
@@ -60,16 +56,16 @@ _OUTCOME_KEYS = (
     ACTION_IS_PAD_KEY,
 )
 
-#: A report waits this long for more to join it. An environment that takes longer is reported at
+#: Events wait this long for more to join them. An environment that takes longer is reported at
 #: once, so that the policy can decide for it while the worker steps the next; cheap ones share the
 #: price of a message. How it was found: decision 31.
-_REPORT_AFTER_S = 1e-2
+_SEND_AFTER_S = 1e-2
 
 EnvFactories = Mapping[str, Callable[[], EnvBase]]
 
 
 def describe_env(env: EnvBase) -> EnvSpecs:
-    """What a row needs to hold for ``env``.
+    """Shapes of what ``env`` observes and executes, which a row has to hold.
 
     Args:
         env (EnvBase): an environment without batch dimensions that speaks the decision-level
@@ -116,8 +112,9 @@ def describe_env(env: EnvBase) -> EnvSpecs:
 class EnvWorker:
     """Environments of one worker, each in the middle of at most one rollout.
 
-    It writes the rows it is told to, by :class:`~torchrl_dvla.memory.RowWriter`: a row whose page
-    is not leased under the generation that the message names is refused, and the worker fails.
+    It executes one command after the other and writes the rows that the command names, by
+    :class:`~torchrl_dvla.memory.RowWriter`: a row whose page is not leased under the command's
+    generation is refused, and the worker fails.
 
     Args:
         factories (Mapping): environment factory by task name. An environment is built when its task
@@ -127,224 +124,154 @@ class EnvWorker:
 
     def __init__(self, factories: EnvFactories, num_envs: int) -> None:
         self._factories = factories
-        self._roots: dict[tuple[int, str], Root] = {}
-        self._active: list[Root | None] = [None] * num_envs
-        self._chunks = np.empty(0, np.float32)
-        self._no_pad = np.empty(0, np.bool_)
+        self._envs: dict[tuple[int, str], EnvBase] = {}
+        #: Environment of each open rollout, and the tensordict that its next step starts from.
+        self._open: list[tuple[EnvBase, TensorDictBase] | None] = [None] * num_envs
+        self._chunks = torch.empty(0)
+        self._no_pad = torch.empty(0, dtype=torch.bool)
         self._observations: RowWriter | None = None
         self._outcomes: RowWriter | None = None
-        #: Steps that :meth:`settle` has not written to their rows yet.
-        self._unsettled: list[tuple[Step, Root]] = []
 
     def build(self, env_index: int, task: str) -> EnvBase:
         """The environment of ``env_index`` for ``task``, built at most once."""
         key = (env_index, task)
-        if key not in self._roots:
-            self._roots[key] = Root(self._factories[task]())
-        return self._roots[key].env
+        if key not in self._envs:
+            self._envs[key] = self._factories[task]()
+        return self._envs[key]
 
     def use_pool(self, view: WorkerView) -> None:
         """Take the rows that chunks are read from and observations and outcomes written to."""
-        self._chunks = view.rows.get(ACTION_CHUNK_KEY).numpy()
-        self._no_pad = np.zeros(view.layout[ACTION_IS_PAD_KEY][0], np.bool_)
+        self._chunks = view.rows.get(ACTION_CHUNK_KEY)
+        self._no_pad = torch.zeros(view.layout[ACTION_IS_PAD_KEY][0], dtype=torch.bool)
         keys = [key for key in view.layout if isinstance(key, tuple) and key[0] == OBSERVATION_KEY]
         self._observations = RowWriter(view, keys)
         self._outcomes = RowWriter(view, _OUTCOME_KEYS)
 
-    def reset(self, message: Reset) -> str:
-        """Start a rollout; returns its instruction.
+    def reset(self, command: Reset) -> ResetDone:
+        """Start a rollout and write its first observation.
 
         Seeding before every reset is what lets all rollouts of a group share one scene.
         """
         if self._observations is None:
             raise RuntimeError("use_pool must be called before reset: there is no row to write to.")
-        self.build(message.env_index, message.task)
-        root = self._roots[message.env_index, message.task]
-        tensordict = root.reset(message.seed, message.init_state_id)
-        self._active[message.env_index] = root
-        self._observations.write_from(message.row, message.generation, tensordict)
-        return _instruction(tensordict)
+        env = self.build(command.env_index, command.task)
+        # Not static, it would make a generator to draw a next seed that nobody asks for.
+        env.set_seed(command.seed, static_seed=True)
+        request = TensorDict({INIT_STATE_ID_KEY: torch.tensor([command.init_state_id])})
+        tensordict = env.reset(request)
+        if INIT_STATE_ID_KEY not in set(env.observation_spec.keys()):
+            tensordict.pop(INIT_STATE_ID_KEY, None)  # a request is no state: it ends here
+        self._observations.write_from(command.row, command.generation, tensordict)
+        self._open[command.env_index] = env, tensordict
+        instruction = tensordict.get(INSTRUCTION_KEY, "")
+        if is_non_tensor(instruction):
+            instruction = instruction.data
+        return ResetDone(command.env_index, str(instruction))
 
-    def steps(self, messages: Sequence[Step]) -> Iterator[None]:
-        """Execute one chunk after the other; :meth:`settle` says how it went.
+    def step(self, command: Step) -> StepDone:
+        """Execute one chunk; write its outcome and, if the rollout goes on, the next observation.
 
-        Chunks are handed out for all of them first, and results read for all of them by
-        :meth:`settle`: in between two steps the same calls cost up to twice as much
-        (:doc:`/decisions/0033-what-a-decision-costs`).
-
-        Yields:
-            None: after each step.
+        Raises:
+            RuntimeError: if the environment was not reset, or a row's page is not leased under its
+                generation.
         """
-        roots = [self._active_root(message.env_index) for message in messages]
-        chunks = torch.from_numpy(self._chunks[[message.row for message in messages]]).unbind()
-        for root, chunk in zip(roots, chunks):
-            root.take(chunk)
-        for message, root in zip(messages, roots):
-            root.step()
-            self._unsettled.append((message, root))
-            yield
-
-    def settle(self) -> Columns:
-        """Write what the steps since the last call have led to into their rows, field by field.
-
-        Until then nobody may touch what an environment has returned. Its own next step comes
-        later, so it may use a buffer again; a buffer that two of them share loses the first one's.
-
-        Returns:
-            Columns: of :class:`~torchrl_dvla.swimlane.messages.Stepped`.
-        """
-        if not self._unsettled:
-            return ()
-        stepped = self._write(self._unsettled)
-        for (message, root), is_over in zip(self._unsettled, stepped[1]):
-            if is_over:
-                self._active[message.env_index] = None
-            else:
-                root.advance()
-        self._unsettled = []
-        return stepped
-
-    def drop_failed(self) -> None:
-        """After a failure: keep the unsettled steps before the first that cannot be settled."""
-        steps, self._unsettled = self._unsettled, []
-        for step in steps:
-            try:
-                self._write([step])
-            except Exception:
-                return
-            self._unsettled.append(step)
-
-    def _write(self, steps: Sequence[tuple[Step, Root]]) -> Columns:
-        observations, outcomes = self._observations, self._outcomes
-        assert observations is not None and outcomes is not None, "a reset comes first"
-        messages, roots = pack(steps)
-        env_indices, rows, generations, next_rows, next_generations = pack(messages)
-        # One look for all entries: get() has a price of its own.
-        found = [dict(root.next_tensordict.items()) for root in roots]
-        done = [bool(entries["done"]) for entries in found]
-        terminated = [bool(entries.get("terminated", flag)) for entries, flag in zip(found, done)]
-        success = [bool(entries.get("success", flag)) for entries, flag in zip(found, terminated)]
-        rewards = [_total(entries["reward"]) for entries in found]
-        is_pad = np.array([self._is_pad(entries) for entries in found])
+        rollout = self._open[command.env_index]
+        if rollout is None:
+            raise RuntimeError(
+                f"Environment {command.env_index} must be reset before it is stepped."
+            )
+        env, tensordict = rollout
+        assert self._observations is not None and self._outcomes is not None, "reset() checks it"
+        tensordict = env.step(tensordict.set(ACTION_CHUNK_KEY, self._chunks[command.row].clone()))
+        following = tensordict.get("next")
+        reward = float(following["reward"].sum())
+        done = bool(following["done"])
+        terminated = bool(following.get("terminated", done))
+        success = bool(following.get("success", terminated))
+        is_pad = following.get(ACTION_IS_PAD_KEY, self._no_pad).flatten()
         # A rollout that may take no further decision ends here, whether the environment agrees or
         # not: for the learner that is a truncation.
-        over = [flag or next_row < 0 for flag, next_row in zip(done, next_rows)]
-        truncated = [is_over and not flag for is_over, flag in zip(over, terminated)]
-        outcome = (rewards, over, terminated, truncated, success, is_pad)
-        outcomes.write_rows(rows, generations, outcome)
-        goes_on = [index for index, is_over in enumerate(over) if not is_over]
-        observations.write_rows_from(
-            [next_rows[index] for index in goes_on],
-            [next_generations[index] for index in goes_on],
-            [roots[index].next_tensordict for index in goes_on],
-        )
-        num_env_steps = np.logical_not(is_pad).sum(1).tolist()
-        return env_indices, over, success, rewards, num_env_steps
-
-    def _is_pad(self, entries: Mapping[str, torch.Tensor]) -> np.ndarray:
-        found = entries.get(ACTION_IS_PAD_KEY)
-        return self._no_pad if found is None else found.numpy()
-
-    def _active_root(self, env_index: int) -> Root:
-        root = self._active[env_index]
-        if root is None:
-            raise RuntimeError(f"Environment {env_index} must be reset before it is stepped.")
-        return root
+        is_over = done or command.next_row < 0
+        truncated = is_over and not terminated
+        outcome = (reward, is_over, terminated, truncated, success, is_pad.numpy())
+        self._outcomes.write(command.row, command.generation, outcome)
+        if is_over:
+            self._open[command.env_index] = None
+        else:
+            self._observations.write_from(command.next_row, command.next_generation, following)
+            self._open[command.env_index] = env, env.step_mdp(tensordict)
+        num_env_steps = is_pad.numel() - int(is_pad.sum())
+        return StepDone(command.env_index, is_over, success, reward, num_env_steps)
 
     def close(self) -> None:
         """Close every environment."""
-        for root in self._roots.values():
-            if not root.env.is_closed:
-                root.env.close()
-        self._roots.clear()
+        for env in self._envs.values():
+            if not env.is_closed:
+                env.close()
+        self._envs.clear()
 
 
-def _total(reward: torch.Tensor) -> float:
-    return float(reward.sum() if reward.numel() > 1 else reward)
+class _EventSender:
+    """Events of a worker, sent together when they are cheap."""
 
-
-def _instruction(tensordict: TensorDictBase) -> str:
-    value = tensordict.get(INSTRUCTION_KEY, default="")
-    if isinstance(value, NonTensorData) or is_non_tensor(value):
-        value = value.data
-    return str(value)
-
-
-class _Reporter:
-    """Gathers what the worker has done, and sends it when it is worth a message."""
-
-    def __init__(self, connection: Connection, worker: EnvWorker) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._worker = worker
-        self._ready: list[Ready] = []
+        self._events: list[ResetDone | StepDone] = []
         self._spans: list[tuple[str, float, float]] = []
         self._until_s = 0.0
 
-    def begin(self) -> None:
-        """The worker works from now on."""
+    def start(self) -> None:
+        """The worker is busy from now on."""
         self._until_s = time.monotonic()
 
-    def add(self, name: str, ready: Ready | None = None) -> None:
-        """One order was carried out; ``name`` is what it was for the timeline."""
+    def add(self, name: str, event: ResetDone | StepDone) -> None:
+        """A command is done; ``name`` is that of the work in the timeline."""
         start_s, self._until_s = self._until_s, time.monotonic()
-        if ready is not None:
-            self._ready.append(ready)
+        self._events.append(event)
         if self._spans and self._spans[-1][0] == name:
             start_s = self._spans.pop()[1]
         self._spans.append((name, start_s, self._until_s))
-        if self._until_s - self._spans[0][1] > _REPORT_AFTER_S:
+        if self._until_s - self._spans[0][1] > _SEND_AFTER_S:
             self.send()
 
     def send(self) -> None:
-        """Report now, if there is anything to report."""
-        if self._spans:
-            report = Report(self._worker.settle(), pack(self._ready), self._spans)
-            self._connection.send(report)
-            self._ready, self._spans = [], []
+        """Send what has not been sent, if there is any."""
+        if self._events:
+            self._connection.send(WorkerEvents(self._events, self._spans))
+            self._events, self._spans = [], []
 
 
-def _carry_out(orders: Orders, worker: EnvWorker, reporter: _Reporter) -> None:
-    reporter.begin()
-    for _ in worker.steps(list(unpack(Step, orders.steps))):
-        reporter.add("step")
-    for reset in unpack(Reset, orders.resets):
-        reporter.add("reset", Ready(reset.env_index, worker.reset(reset)))
-    reporter.send()
+def _execute(commands: WorkerCommands, worker: EnvWorker, sender: _EventSender) -> None:
+    sender.start()
+    for step in commands.steps:
+        sender.add("step", worker.step(step))
+    for reset in commands.resets:
+        sender.add("reset", worker.reset(reset))
+    sender.send()
 
 
 def run_env_worker(
-    connection: Connection,
-    pickled_factories: bytes,
-    first_task: str,
-    num_envs: int,
-    num_threads: int,
-    env_vars: Mapping[str, str],
+    connection: Connection, pickled_factories: bytes, first_task: str, num_envs: int
 ) -> None:
     """Entry point of the worker process: build, describe, then serve until told to stop."""
-    prepare_child(num_threads, env_vars)
-    worker = reporter = None
+    worker, sender = None, _EventSender(connection)
     try:
         worker = EnvWorker(cloudpickle.loads(pickled_factories), num_envs)
         connection.send(describe_env(worker.build(0, first_task)))
-        reporter = _Reporter(connection, worker)
         while True:
             message = connection.recv()
-            if isinstance(message, Orders):
-                _carry_out(message, worker, reporter)
+            if isinstance(message, WorkerCommands):
+                _execute(message, worker, sender)
             elif isinstance(message, UsePool):
                 worker.use_pool(message.pool_view)
             elif isinstance(message, Stop):
                 break
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the coordinator is gone
+        pass  # the collector is gone
     except BaseException:
-        try:
-            if worker is not None and reporter is not None:
-                worker.drop_failed()
-                reporter.send()  # what went well, so that the failure is not put down to it
+        with contextlib.suppress(OSError):
+            sender.send()  # what went well, so that the failure is not put down to it
             connection.send(Failed(traceback.format_exc()))
-        except OSError:
-            pass
         raise SystemExit(1) from None
     finally:
         if worker is not None:

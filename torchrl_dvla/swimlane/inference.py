@@ -2,24 +2,21 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""The inference lane: one policy call for all rows that wait."""
+"""The inference lane: one policy call for all rows that wait, in a process of its own."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from multiprocessing import Pipe
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 
 import cloudpickle
 import torch
 from tensordict import NonTensorData, NonTensorStack, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
-from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_dvla.data.row_fields import RowFields
@@ -31,22 +28,11 @@ from torchrl_dvla.data.schema import (
     POLICY_VERSION_KEY,
     SAMPLE_LOG_PROB_KEY,
 )
-from torchrl_dvla.swimlane.child import Child, prepare_child
-from torchrl_dvla.swimlane.device_wait import take_device_wait
-from torchrl_dvla.swimlane.exploration import own_exploration_type
-from torchrl_dvla.swimlane.messages import (
-    Failed,
-    Infer,
-    Inferred,
-    Snapshot,
-    Stop,
-    UsePool,
-    UseThreads,
-)
-from torchrl_dvla.swimlane.seeding import seeded
+from torchrl_dvla.swimlane.managed_process import ManagedProcess
+from torchrl_dvla.swimlane.messages import Failed, Infer, Inferred, Snapshot, Stop, UsePool
 from torchrl_dvla.weight_update import WeightReader
 
-__all__ = ["POLICY_OUTPUTS", "InferenceEngine", "InferenceProcess", "InferenceThread"]
+__all__ = ["POLICY_OUTPUTS", "InferenceEngine", "InferenceProcess", "batch_seed", "seeded"]
 
 #: Combinations of instructions that are kept: with one task there is one for each batch size.
 _MAX_STACKS = 256
@@ -55,16 +41,71 @@ _MAX_STACKS = 256
 POLICY_OUTPUTS = (ACTION_CHUNK_KEY, ACTION_TOKENS_KEY, SAMPLE_LOG_PROB_KEY)
 
 
-class InferenceEngine:
-    """Takes decisions for rows, always under one whole version of the weights.
+def batch_seed(seed: int, number: int, *, evaluation: bool = False) -> int:
+    """Seed of the tokens that the policy samples in one call.
 
-    The newest version is adopted between two batches and never inside one (invariant 3), by pinning
+    Training and evaluation count their calls apart, so an evaluation in between changes no training
+    decision.
+
+    Args:
+        seed (int): the run's seed.
+        number (int): of the call, from 0.
+
+    Keyword Args:
+        evaluation (bool): whether it serves an evaluation.
+
+    Examples:
+        >>> batch_seed(0, 0), batch_seed(0, 1), batch_seed(0, 0, evaluation=True)
+        (0, 2, 1)
+    """
+    # An odd multiplier keeps (seed, number) apart for all counts that a run can reach.
+    return (seed * 0x9E3779B97F4A7C15 + 2 * number + evaluation) % 2**63
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Draw from a generator seeded with ``seed`` inside the block, and as before afterwards.
+
+    Args:
+        seed (int, optional): ``None`` leaves the generator alone.
+        device (torch.device): where the policy draws.
+
+    Examples:
+        >>> with seeded(7, torch.device("cpu")):
+        ...     first = torch.rand(3)
+        >>> with seeded(7, torch.device("cpu")):
+        ...     second = torch.rand(3)
+        >>> bool((first == second).all())
+        True
+    """
+    if seed is None:
+        yield
+        return
+    # Not torch.manual_seed: it formats a stack trace for CUDA, which costs more than the call.
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+class InferenceEngine:
+    """The policy on rows, always under one whole version of the weights.
+
+    The latest version is adopted between two batches and never inside one (invariant 3), by pinning
     a slot of the weight store: no weight is copied and nobody is waited for (invariant 4).
 
     Args:
         policy (TensorDictModuleBase): reads the canonical VLA observation, writes
             :data:`POLICY_OUTPUTS`. Its parameters are pointed at the store's memory.
-        reader (WeightReader): the lane's place in the weight store.
+        reader (WeightReader): the lane's reader slot in the weight store.
     """
 
     def __init__(self, policy: TensorDictModuleBase, reader: WeightReader) -> None:
@@ -90,15 +131,12 @@ class InferenceEngine:
         self._decisions = RowFields(rows, [*POLICY_OUTPUTS, POLICY_VERSION_KEY])
 
     def snapshot(self) -> int:
-        """Copy the newest weights aside, so that an evaluation sees one version; returns it."""
-        version = self._reader.adopt_into(self._policy)
-        if self._snapshot is None:
-            # Parameters of the deep copy own their memory: they no longer follow the store.
-            self._snapshot = copy.deepcopy(self._policy)
-        else:
-            _copy_weights(self._policy, self._snapshot)
-        self._snapshot_version = version
-        return version
+        """Copy the latest weights aside, so that an evaluation sees one version; returns it."""
+        self._snapshot = None  # its memory, before that of the next
+        self._snapshot_version = self._reader.adopt_into(self._policy)
+        # Parameters of the deep copy own their memory: they no longer follow the store.
+        self._snapshot = copy.deepcopy(self._policy)
+        return self._snapshot_version
 
     @torch.no_grad()
     def infer(self, message: Infer) -> int:
@@ -142,67 +180,47 @@ class InferenceEngine:
         self._reader.close()
 
 
-def _copy_weights(source: nn.Module, destination: nn.Module) -> None:
-    ours = [*destination.parameters(), *destination.buffers()]
-    theirs = [*source.parameters(), *source.buffers()]
-    for mine, other in zip(ours, theirs, strict=True):
-        mine.data.copy_(other.data)
-
-
 def _serve(connection: Connection, engine: InferenceEngine) -> None:
-    """Answer messages until told to stop or until the coordinator is gone."""
-    try:
-        while True:
-            message = connection.recv()
-            start_s = time.monotonic()
-            if isinstance(message, Infer):
-                version = engine.infer(message)
-                end_s = time.monotonic()
-                connection.send(Inferred(version, start_s, end_s, take_device_wait()))
-            elif isinstance(message, Snapshot):
-                engine.snapshot()
-            elif isinstance(message, UsePool):
-                engine.use_pool(message.pool_view.rows)
-            elif isinstance(message, UseThreads):
-                torch.set_num_threads(message.num_threads)
-            elif isinstance(message, Stop):
-                return
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
-    except BaseException:
-        try:
-            connection.send(Failed(traceback.format_exc()))
-        except OSError:
-            pass
-    finally:
-        engine.close()
-        connection.close()
+    while True:
+        message = connection.recv()
+        start_s = time.monotonic()
+        if isinstance(message, Infer):
+            version = engine.infer(message)
+            connection.send(Inferred(version, start_s, time.monotonic()))
+        elif isinstance(message, Snapshot):
+            engine.snapshot()
+        elif isinstance(message, UsePool):
+            engine.use_pool(message.pool_view.rows)
+        elif isinstance(message, Stop):
+            return
 
 
-def _run_inference_process(
-    connection: Connection,
-    pickled_policy_factory: bytes,
-    reader: WeightReader,
-    num_threads: int,
-    seed: int,
-    env_vars: Mapping[str, str],
+def run_inference(
+    connection: Connection, pickled_policy_factory: bytes, reader: WeightReader, seed: int
 ) -> None:
-    prepare_child(num_threads, env_vars)
+    """Entry point of the inference process: build the policy, then serve until told to stop."""
     torch.manual_seed(seed)
+    engine = None
     try:
         engine = InferenceEngine(cloudpickle.loads(pickled_policy_factory)(), reader)
+        _serve(connection, engine)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the collector is gone
     except BaseException:
-        connection.send(Failed(traceback.format_exc()))
+        with contextlib.suppress(OSError):
+            connection.send(Failed(traceback.format_exc()))
         raise SystemExit(1) from None
-    _serve(connection, engine)
+    finally:
+        if engine is not None:
+            engine.close()
 
 
-class InferenceProcess:
-    """The inference lane in a process of its own: it shares no interpreter lock with the learner.
+class InferenceProcess(ManagedProcess):
+    """The inference lane: it shares no interpreter lock with the learner.
 
     Args:
-        policy_factory (Callable): builds the policy, in the child.
-        reader (WeightReader): the lane's place in the weight store.
+        policy_factory (Callable): builds the policy, in the process.
+        reader (WeightReader): the lane's reader slot in the weight store.
 
     Keyword Args:
         num_threads (int): intra-op threads.
@@ -221,85 +239,11 @@ class InferenceProcess:
         start_method: str = "forkserver",
         env_vars: Mapping[str, str] | None = None,
     ) -> None:
-        payload = cloudpickle.dumps(policy_factory)
-        self._child = Child(
-            _run_inference_process,
-            (payload, reader, num_threads, seed, dict(env_vars or {})),
+        super().__init__(
+            run_inference,
+            (cloudpickle.dumps(policy_factory), reader, seed),
             name="dvla-inference",
+            num_threads=num_threads,
+            env_vars=env_vars,
             start_method=start_method,
         )
-        self.connection = self._child.connection
-
-    #: Whether a lane that hangs can be ended, and another started.
-    can_be_killed = True
-
-    @property
-    def pid(self) -> int:
-        """Process id of the lane."""
-        return self._child.pid
-
-    @property
-    def started_s(self) -> float:
-        """When the lane was started, in seconds of ``time.monotonic``."""
-        return self._child.started_s
-
-    def stack(self) -> str:
-        """What the lane is doing."""
-        return self._child.stack()
-
-    def describe_end(self) -> str:
-        """How the lane ended, in words."""
-        self._child.process.join(5.0)
-        return f"The inference process {self._child.exit_description()}"
-
-    def stop(self, grace_s: float = 5.0) -> None:
-        """End the lane for certain."""
-        self._child.stop(Stop(), grace_s)
-
-
-def _serve_in_thread(connection: Connection, engine: InferenceEngine) -> None:
-    own_exploration_type()  # the learner's loss sets the common one
-    _serve(connection, engine)
-
-
-class InferenceThread:
-    """The inference lane as a thread of the learner's process, with the same life as the process.
-
-    Args:
-        policy_factory (Callable): builds the policy; it must not share parameters with the
-            learner's.
-        reader (WeightReader): the lane's place in the weight store.
-    """
-
-    def __init__(
-        self, policy_factory: Callable[[], TensorDictModuleBase], reader: WeightReader
-    ) -> None:
-        self.connection, theirs = Pipe(duplex=True)
-        self.started_s = time.monotonic()
-        self._thread = threading.Thread(
-            target=_serve_in_thread,
-            args=(theirs, InferenceEngine(policy_factory(), reader)),
-            name="dvla-inference",
-            daemon=True,
-        )
-        self._thread.start()
-
-    can_be_killed = False
-
-    def stack(self) -> str:
-        """What the lane is doing."""
-        frame = sys._current_frames().get(self._thread.ident or 0)
-        return "".join(traceback.format_stack(frame)) if frame else "The thread has ended."
-
-    def describe_end(self) -> str:
-        """How the lane ended, in words."""
-        return "The inference thread ended"
-
-    def stop(self, grace_s: float = 5.0) -> None:
-        """End the lane; a policy call in progress is waited for up to ``grace_s`` seconds."""
-        try:
-            self.connection.send(Stop())
-        except OSError:
-            pass
-        self._thread.join(grace_s)
-        self.connection.close()

@@ -2,70 +2,38 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""What the coordinator, the environment workers and the inference lane say to each other.
+"""Messages between the collector, the environment workers and the inference process.
 
-Observations, actions and rewards are never among it: they stay in the rows of the environment pool,
-and a message carries row numbers (invariant 1). ``start_s`` and ``end_s`` are
-``time.monotonic`` seconds of the work that a message reports, for the timeline.
-
-What concerns single environments travels many at a time, :class:`Orders` one way and
-:class:`Report` the other, as columns: :func:`pack` and :func:`unpack` say how
-(:doc:`/decisions/0030-batched-messages`). A message is read whole or not at all: one that a dying
-worker has half written ends in end of file and is never acted on.
+Commands go to a process, events come back. Observations, actions and rewards are never among them:
+they stay in the rows of the environment pool, and a message carries row numbers (invariant 1). What
+concerns single environments travels many at a time, :class:`WorkerCommands` one way and
+:class:`WorkerEvents` the other. A message is read whole or not at all: one that a dying process has
+half written ends in end of file and is never acted on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 __all__ = [
-    "Columns",
     "EnvSpecs",
     "Failed",
     "Infer",
     "Inferred",
-    "Orders",
-    "Ready",
-    "Report",
     "Reset",
+    "ResetDone",
     "Snapshot",
     "Step",
-    "Stepped",
+    "StepDone",
     "Stop",
     "UsePool",
-    "UseThreads",
-    "pack",
-    "unpack",
+    "WorkerCommands",
+    "WorkerEvents",
 ]
-
-Record = TypeVar("Record", bound=tuple)
-#: Records of one type, field by field; empty if there is none.
-Columns = tuple[Sequence[Any], ...]
-
-
-def pack(records: Iterable[tuple[Any, ...]]) -> Columns:
-    """Columns of records of one type: a tenth of the bytes and of the time of pickling records.
-
-    Examples:
-        >>> pack([Ready(0, "go"), Ready(3, "stop")])
-        ((0, 3), ('go', 'stop'))
-    """
-    return tuple(zip(*records))
-
-
-def unpack(kind: type[Record], columns: Columns) -> Iterator[Record]:
-    """The records again.
-
-    Examples:
-        >>> list(unpack(Ready, ((0, 3), ("go", "stop"))))
-        [Ready(env_index=0, instruction='go'), Ready(env_index=3, instruction='stop')]
-    """
-    return map(kind._make, zip(*columns))  # type: ignore[attr-defined]
 
 
 class EnvSpecs(NamedTuple):
-    """Worker to coordinator, once: the environment is built and this is what it speaks."""
+    """First event of a worker: its environment is built, and these are its shapes."""
 
     #: Observation leaves other than strings: nested key, shape, dtype.
     observation: tuple[tuple[Any, tuple[int, ...], Any], ...]
@@ -74,16 +42,16 @@ class EnvSpecs(NamedTuple):
 
 
 class UsePool(NamedTuple):
-    """Coordinator to worker or inference lane, once: where the rows are."""
+    """First command to a worker or the inference process: where the rows are."""
 
     pool_view: Any
 
 
 class Reset(NamedTuple):
-    """Coordinator to worker: start a rollout and write its first observation into ``row``.
+    """Command: start a rollout and write its first observation into ``row``.
 
     ``generation`` is that of the row's page in its lease: the worker refuses to write a page that
-    is in another life by then.
+    is leased anew by then.
     """
 
     env_index: int
@@ -94,15 +62,8 @@ class Reset(NamedTuple):
     generation: int
 
 
-class Ready(NamedTuple):
-    """Worker to coordinator: the first observation of the rollout is in its row."""
-
-    env_index: int
-    instruction: str
-
-
 class Step(NamedTuple):
-    """Coordinator to worker: execute the chunk in ``row``.
+    """Command: execute the chunk in ``row`` and write its outcome there.
 
     The next observation goes to ``next_row``; -1 marks the last decision that the rollout may take.
     """
@@ -114,76 +75,69 @@ class Step(NamedTuple):
     next_generation: int
 
 
-class Stepped(NamedTuple):
-    """Worker to coordinator: the chunk was executed, reward and flags are in its row."""
+class WorkerCommands(NamedTuple):
+    """Commands for one worker, executed in this order: chunks first, then new rollouts."""
+
+    steps: list[Step]
+    resets: list[Reset]
+
+
+class ResetDone(NamedTuple):
+    """Event: the first observation of the rollout is in its row."""
+
+    env_index: int
+    instruction: str
+
+
+class StepDone(NamedTuple):
+    """Event: the chunk was executed; outcome and next observation are in their rows."""
 
     env_index: int
     done: bool
     success: bool
+    #: Sum over the chunk.
     reward: float
     num_env_steps: int
 
 
-class Orders(NamedTuple):
-    """Coordinator to worker: chunks to execute and rollouts to start, in this order."""
+class WorkerEvents(NamedTuple):
+    """What a worker has done since its last message, in order."""
 
-    #: Columns of :class:`Step`.
-    steps: Columns
-    #: Columns of :class:`Reset`.
-    resets: Columns
-
-
-class Report(NamedTuple):
-    """Worker to coordinator: what was done since the report before."""
-
-    #: Columns of :class:`Stepped`.
-    stepped: Columns
-    #: Columns of :class:`Ready`.
-    ready: Columns
-    #: Stretches of work: name, start_s, end_s.
+    events: list[ResetDone | StepDone]
+    #: Stretches of work for the timeline: name, start and end in ``time.monotonic`` seconds.
     spans: list[tuple[str, float, float]]
 
 
 class Failed(NamedTuple):
-    """Worker or inference lane to coordinator: an exception ended the work; the sender is gone."""
+    """Last event of a worker or the inference process: an exception has ended it."""
 
     traceback: str
 
 
 class Infer(NamedTuple):
-    """Coordinator to inference lane: take a decision for each of ``rows``.
-
-    ``new_instructions`` are the strings that the lane has not been told yet, by id. ``seed`` is
-    that of the tokens to sample; ``None`` draws from the lane's own generator.
-    """
+    """Command: take a decision for each of ``rows``."""
 
     rows: list[int]
     instruction_ids: list[int]
+    #: The strings that the inference process has not been sent yet, by id.
     new_instructions: dict[int, str]
     greedy: bool
     use_snapshot: bool
+    #: Seed of the tokens to sample; ``None`` draws from the process's own generator.
     seed: int | None = None
 
 
-class UseThreads(NamedTuple):
-    """Coordinator to inference process: the share of the cores has changed."""
-
-    num_threads: int
-
-
-class Snapshot(NamedTuple):
-    """Coordinator to inference lane: copy the newest weights aside, for an evaluation."""
-
-
 class Inferred(NamedTuple):
-    """Inference lane to coordinator: the decisions are in their rows."""
+    """Event: the decisions are in their rows; the call lasted from ``start_s`` to ``end_s``."""
 
     policy_version: int
     start_s: float
     end_s: float
-    #: Part of the time that passed in the queue of a device which another lane was using.
-    device_wait_s: float = 0.0
+
+
+class Snapshot(NamedTuple):
+    """Command: copy the latest weights aside, for an evaluation."""
 
 
 class Stop(NamedTuple):
-    """Coordinator to anyone: finish."""
+    """Command: end."""

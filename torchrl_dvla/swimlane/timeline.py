@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""What every lane did, and when."""
+"""The timeline of a run: what every lane did and when, how busy it was, what it was blocked on."""
 
 from __future__ import annotations
 
@@ -11,28 +11,112 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from torchrl_dvla.swimlane.device_wait import take_device_wait
-from torchrl_dvla.swimlane.reading import LANES, Reading
-from torchrl_dvla.swimlane.trace import Span, chrome_trace
+from torchrl_dvla.swimlane.chrome_trace import LANES, Span, chrome_trace
 
-__all__ = ["LANES", "Span", "Timeline", "Track"]
+__all__ = ["LaneUsage", "Timeline", "Track"]
 
-#: A span as it is kept: track, name, start, end, reason of the rest before.
+#: A span as it is kept: track, name, start, end, reason of the idle time before.
 _Kept = tuple["Track", str, float, float, str | None]
 
 
-class Track:
-    """One line of a lane: a worker, a thread, the learner's loop. :meth:`Timeline.track` makes it.
+@dataclass(frozen=True)
+class LaneUsage:
+    """Busy and idle seconds of every lane over a stretch of time.
 
-    What a track does is told by one thread at a time, in the order of time; so telling needs no
-    lock and costs less than a microsecond. Work that was done elsewhere is told afterwards
-    (:meth:`add`), the caller's own is wrapped (:meth:`span`). Rest is what lies between, and goes
-    to the reason that was given: by :meth:`waiting` when it began, or by ``waited_for`` when it
-    ended.
+    Two usages of one timeline differ by what happened between them: ``later.since(earlier)``.
+    Work counts when it is recorded, at its end: work that reaches over the border of two
+    stretches counts in the second.
+
+    Args:
+        wall_s (float): length of the stretch.
+        busy_s (Mapping): busy seconds by lane, summed over its tracks.
+        idle_s (Mapping): idle seconds by ``(lane, reason)``, summed over its tracks.
+        num_tracks (Mapping): tracks by lane.
+        working_s (float): time in which any lane was busy.
+        overlapped_s (float): time in which at least two lanes were busy at once.
+        started_s (float): when the timeline was started.
+
+    Examples:
+        >>> first = LaneUsage(10.0, {"sampling": 4.0}, {}, {"sampling": 1}, 4.0, 0.0)
+        >>> second = LaneUsage(14.0, {"sampling": 7.0}, {}, {"sampling": 1}, 7.0, 1.5)
+        >>> window = second.since(first)
+        >>> window.shares()["sampling"], window.overlap
+        (0.75, 0.5)
+    """
+
+    wall_s: float
+    busy_s: Mapping[str, float]
+    idle_s: Mapping[tuple[str, str], float]
+    num_tracks: Mapping[str, int]
+    working_s: float = 0.0
+    overlapped_s: float = 0.0
+    started_s: float = 0.0
+
+    def since(self, earlier: LaneUsage) -> LaneUsage:
+        """What happened after *earlier*; all of it if the timeline was started anew meanwhile."""
+        if earlier.started_s != self.started_s:
+            return self
+        return LaneUsage(
+            wall_s=self.wall_s - earlier.wall_s,
+            busy_s={
+                lane: busy_s - earlier.busy_s.get(lane, 0.0) for lane, busy_s in self.busy_s.items()
+            },
+            idle_s={
+                key: idle_s - earlier.idle_s.get(key, 0.0) for key, idle_s in self.idle_s.items()
+            },
+            num_tracks=self.num_tracks,
+            working_s=self.working_s - earlier.working_s,
+            overlapped_s=self.overlapped_s - earlier.overlapped_s,
+            started_s=self.started_s,
+        )
+
+    def shares(self) -> dict[str, float]:
+        """Busy share of each lane: the mean over its tracks, 1.0 if none of them was ever idle."""
+        return {lane: self._share(lane, self.busy_s.get(lane, 0.0)) for lane in LANES}
+
+    def idle_shares(self) -> dict[tuple[str, str], float]:
+        """Idle share of each ``(lane, reason)``."""
+        return {key: self._share(key[0], idle_s) for key, idle_s in self.idle_s.items()}
+
+    @property
+    def critical_lane(self) -> str:
+        """The lane with the largest busy share: what a faster run has to speed up."""
+        shares = self.shares()
+        return max(shares, key=shares.__getitem__)
+
+    @property
+    def overlap(self) -> float:
+        """Share of the busy time in which at least two lanes were; 0 in a sequential loop."""
+        return min(1.0, self.overlapped_s / self.working_s) if self.working_s > 0 else 0.0
+
+    def scalars(self) -> dict[str, float]:
+        """The figures by TensorBoard name; see the guide's page on metrics."""
+        out = {f"lane/{lane}_busy": share for lane, share in self.shares().items()}
+        for (lane, reason), share in self.idle_shares().items():
+            out[f"lane/{lane}_idle_{reason}"] = share
+        out["lane/overlap"] = self.overlap
+        out["lane/critical"] = float(LANES.index(self.critical_lane))
+        return out
+
+    def _share(self, lane: str, duration_s: float) -> float:
+        total_s = self.wall_s * max(1, self.num_tracks.get(lane, 0))
+        # Work that began before the stretch may make it look longer than it is.
+        return min(1.0, max(0.0, duration_s / total_s)) if total_s > 0 else 0.0
+
+
+class Track:
+    """One row of a lane: a worker, a thread, the learner's loop. :meth:`Timeline.track` makes it.
+
+    One thread at a time records what a track does, in the order of time; so recording needs no lock
+    and costs less than a microsecond. Work that was done elsewhere is recorded afterwards
+    (:meth:`add`), the caller's own is wrapped (:meth:`span`). Idle time is what lies between, and
+    goes to the reason that was given: by :meth:`waiting` when it began, or by ``blocked_on`` when
+    it ended.
     """
 
     __slots__ = ("_append", "_reason", "busy_s", "has_begun", "idle_s", "lane", "name", "until_s")
@@ -49,10 +133,10 @@ class Track:
         """Forget everything before *now_s*."""
         self.busy_s = 0.0
         self.idle_s: dict[str, float] = {}
-        #: The track's last sign of life: everything before it is accounted for.
+        #: Everything before this time is accounted for.
         self.until_s = now_s
         self._reason: str | None = None
-        #: Whether it has told anything yet.
+        #: Whether anything was recorded yet.
         self.has_begun = False
 
     def add(
@@ -60,34 +144,30 @@ class Track:
         start_s: float,
         end_s: float,
         name: str,
-        waited_for: str | None = None,
-        device_wait_s: float = 0.0,
+        blocked_on: str | None = None,
     ) -> None:
-        """Work from *start_s* to *end_s*.
+        """Record work from *start_s* to *end_s*.
 
         Args:
             start_s (float): ``time.monotonic`` seconds.
             end_s (float): the same.
             name (str): of the work.
-            waited_for (str, optional): why the track rested before. Defaults to what
-                :meth:`waiting` said last; rest without a reason is not accounted for.
-            device_wait_s (float): part of the time that passed in the queue of a busy device.
+            blocked_on (str, optional): why the track was idle before. Defaults to the reason of
+                :meth:`waiting`; idle time without a reason is not accounted for.
         """
-        reason = self._reason if waited_for is None else waited_for
+        reason = self._reason if blocked_on is None else blocked_on
         gap_s = start_s - self.until_s
         if reason is not None and gap_s > 0.0:
             self.idle_s[reason] = self.idle_s.get(reason, 0.0) + gap_s
-        if device_wait_s:
-            self.idle_s["device"] = self.idle_s.get("device", 0.0) + device_wait_s
-        self.busy_s += end_s - start_s - device_wait_s
+        self.busy_s += end_s - start_s
         self.until_s = end_s
         self._reason, self.has_begun = None, True
         self._append((self, name, start_s, end_s, reason))
 
     def waiting(self, reason: str | None, now: float | None = None) -> None:
-        """From now on the track rests because of *reason*, until its next work.
+        """The track is idle from now on, blocked on *reason*, until its next work.
 
-        ``None`` says that it works again, and that :meth:`add` will tell at the end.
+        ``None``: it is busy again, which :meth:`add` records at the end.
         """
         if reason == self._reason:
             return
@@ -100,38 +180,39 @@ class Track:
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Record the duration of a ``with`` block as work."""
-        take_device_wait()  # what was noted before is not this block's
         start_s = time.monotonic()
         self.waiting(None, start_s)
         try:
             yield
         finally:
-            self.add(start_s, time.monotonic(), name, None, take_device_wait())
+            self.add(start_s, time.monotonic(), name)
 
     def known_until(self, now: float) -> float:
-        """Up to when it is known what the track did: no later report changes what was before."""
+        """Up to when it is known what the track did: nothing before it can still be recorded."""
         return self.until_s if self._reason is None else max(now, self.until_s)
 
-    def rest_s(self, now: float) -> tuple[str, float] | None:
-        """The rest under way, if its reason is known."""
-        reason, rest_s = self._reason, now - self.until_s
-        return None if reason is None or rest_s <= 0.0 else (reason, rest_s)
+    def idle_until(self, now: float) -> dict[str, float]:
+        """Idle seconds by reason, with the idle time under way."""
+        idle_s = dict(self.idle_s)
+        if self._reason is not None and now > self.until_s:
+            idle_s[self._reason] = idle_s.get(self._reason, 0.0) + now - self.until_s
+        return idle_s
 
 
 class Timeline:
     """Spans of every lane, process and worker; busy and idle share of each lane, with reasons.
 
-    Children of the run report the start and end of their work in the messages that they send
+    Processes of the run send the start and end of their work in the messages that they send
     anyway, so recording costs the coordinator one append a span and the children nothing. All
     times are ``time.monotonic`` seconds, which on Linux is one clock for all processes of a
     machine.
 
     A lane may run on several *tracks* (environment workers, say). Its busy share is the mean over
-    its tracks, so that 1.0 always means that no track of the lane ever rested.
+    its tracks, so that 1.0 always means that no track of the lane was ever idle.
 
     Keyword Args:
         capacity (int): spans kept for :meth:`export_chrome_trace`; older ones are forgotten. The
-            totals behind :meth:`reading` forget nothing. Defaults to ``100_000``.
+            totals behind :meth:`usage` forget nothing. Defaults to ``100_000``.
 
     Examples:
         >>> timeline = Timeline()
@@ -139,22 +220,22 @@ class Timeline:
         >>> timeline.add("sampling", 10.0, 14.0, track="worker 0")
         >>> timeline.add("sampling", 10.0, 12.0, track="worker 1")
         >>> timeline.track("sampling", "worker 1").waiting("no_page", now=12.0)
-        >>> timeline.add("gradient", 12.0, 14.0, waited_for="no_batch")
-        >>> reading = timeline.reading(now=14.0)
-        >>> shares = reading.shares()
+        >>> timeline.add("gradient", 12.0, 14.0, blocked_on="no_batch")
+        >>> usage = timeline.usage(now=14.0)
+        >>> shares = usage.shares()
         >>> shares["sampling"], shares["gradient"], shares["inference"]
         (0.75, 0.5, 0.0)
-        >>> reading.idle_shares()
+        >>> usage.idle_shares()
         {('sampling', 'no_page'): 0.25, ('gradient', 'no_batch'): 0.5}
-        >>> reading.critical_lane, reading.overlap
+        >>> usage.critical_lane, usage.overlap
         ('sampling', 0.5)
     """
 
     def __init__(self, *, capacity: int = 100_000) -> None:
         self._capacity = capacity
         self._tracks: dict[tuple[str, str], Track] = {}
-        self._lock = threading.Lock()  # of the readers; who tells needs none
-        #: Spans in the order of their reports: those that no reader has seen, and the others.
+        self._lock = threading.Lock()  # of the readers; recording needs none
+        #: Spans in the order of their recording: those that no reader has seen, and the others.
         self._new: deque[_Kept] = deque(maxlen=capacity)
         self._seen: deque[_Kept] = deque(maxlen=capacity)
         self._unswept: list[_Kept] = []
@@ -171,10 +252,10 @@ class Timeline:
             for track in self._tracks.values():
                 track.reset(self._started_s)
 
-    # -- telling --------------------------------------------------------------------------------
+    # -- recording ------------------------------------------------------------------------------
 
     def track(self, lane: str, name: str = "main") -> Track:
-        """The track *name* of *lane*; whoever tells often keeps it.
+        """The track *name* of *lane*; whoever records often keeps it.
 
         Raises:
             KeyError: if *lane* is not one of :data:`LANES`.
@@ -196,14 +277,14 @@ class Timeline:
         *,
         track: str = "main",
         name: str = "",
-        waited_for: str | None = None,
+        blocked_on: str | None = None,
     ) -> None:
-        """Record that *track* of *lane* worked from *start_s* to *end_s*; see :meth:`Track.add`.
+        """Record work of *track* of *lane* from *start_s* to *end_s*; see :meth:`Track.add`.
 
         Raises:
             KeyError: if *lane* is not one of :data:`LANES`.
         """
-        self.track(lane, track).add(start_s, end_s, name or lane, waited_for)
+        self.track(lane, track).add(start_s, end_s, name or lane, blocked_on)
 
     @contextmanager
     def span(self, lane: str, name: str = "", *, track: str = "main") -> Iterator[None]:
@@ -213,8 +294,8 @@ class Timeline:
 
     # -- reading --------------------------------------------------------------------------------
 
-    def reading(self, now: float | None = None) -> Reading:
-        """Totals since :meth:`start`; subtract an earlier reading to see a stretch of time."""
+    def usage(self, now: float | None = None) -> LaneUsage:
+        """Totals since :meth:`start`; subtract an earlier usage to see a stretch of time."""
         now = time.monotonic() if now is None else now
         busy_s = dict.fromkeys(LANES, 0.0)
         num_tracks = dict.fromkeys(LANES, 0)
@@ -224,12 +305,10 @@ class Timeline:
             for track in self._tracks.values():
                 busy_s[track.lane] += track.busy_s
                 num_tracks[track.lane] += 1
-                rests = list(track.idle_s.items())
-                rest = track.rest_s(now)
-                for reason, duration_s in rests if rest is None else [*rests, rest]:
+                for reason, duration_s in track.idle_until(now).items():
                     key = (track.lane, reason)
                     idle_s[key] = idle_s.get(key, 0.0) + duration_s
-            return Reading(
+            return LaneUsage(
                 wall_s=max(now - self._started_s, 1e-9),
                 busy_s=busy_s,
                 idle_s=idle_s,
@@ -239,13 +318,8 @@ class Timeline:
                 started_s=self._started_s,
             )
 
-    def heartbeats(self) -> dict[tuple[str, str], float]:
-        """Last sign of life of each ``(lane, track)``, in ``time.monotonic`` seconds."""
-        with self._lock:
-            return {key: track.until_s for key, track in self._tracks.items()}
-
     def spans(self) -> list[Span]:
-        """The spans kept, in the order of their reports."""
+        """The spans kept, in the order of their recording."""
         with self._lock:
             self._take_new()
             return [
@@ -267,12 +341,12 @@ class Timeline:
             self._unswept.append(span)
 
     def _sweep(self, now: float) -> None:
-        """Account for the overlap of lanes up to where nothing new can be reported.
+        """Account for the overlap of lanes up to where nothing new can be recorded.
 
-        A track tells its work in the order of time, so a span that is still to come starts after
-        what its track told last. Up to the earliest such end all spans are known: there the sweep
+        A track records its work in the order of time, so a span that is still to come starts after
+        the track's last. Up to the earliest such end all spans are known: there the sweep
         stops, and goes on next time. So each span is sorted once or twice, never all of them again.
-        (Of a track that nobody has heard of yet, what began before the last reading is left out.)
+        (Of a track that has recorded nothing yet, what began before the last call is left out.)
         """
         self._take_new()
         tracks = [track for track in self._tracks.values() if track.has_begun]

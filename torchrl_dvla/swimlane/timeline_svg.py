@@ -2,15 +2,14 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""A stretch of a run's timeline as a picture."""
+"""SVG drawings of a stretch of a run's timeline."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from xml.sax.saxutils import escape
 
-from torchrl_dvla.swimlane.reading import LANES
-from torchrl_dvla.swimlane.trace import Span
+from torchrl_dvla.swimlane.chrome_trace import LANES, Span
 
 __all__ = ["draw_timeline"]
 
@@ -31,7 +30,7 @@ _MIN_WIDTH = 2.0
 def draw_timeline(
     spans: Iterable[Span], *, start_s: float | None = None, end_s: float | None = None
 ) -> str:
-    """Draw one row a track, and below it how many lanes worked at once.
+    """Draw one row a track, and below it how many lanes were busy at once.
 
     Args:
         spans (iterable of Span): of a timeline, or of :func:`~torchrl_dvla.swimlane.\
@@ -42,8 +41,8 @@ read_chrome_trace`.
         end_s (float, optional): right end. Defaults to where they end.
 
     Returns:
-        str: an SVG file. Rests of a known reason are grey; their reason shows where there is room,
-        and else when a viewer points at them.
+        str: an SVG file. Idle time of a known reason is grey; the reason shows where there is
+        room, and else when a viewer points at it.
 
     Raises:
         ValueError: if there is no work between the ends.
@@ -95,10 +94,10 @@ def _draw_track(
 ) -> list[str]:
     out, until_s = [], None
     for span in spans:
-        if until_s is not None and span.waited_for is not None and span.start_s > until_s:
+        if until_s is not None and span.blocked_on is not None and span.start_s > until_s:
             start, end = x(until_s), x(span.start_s)
             if end - start > 1.0:
-                reason = escape(span.waited_for)
+                reason = escape(span.blocked_on)
                 out.append(_box(start, y + 5, end - start, _ROW - 10, "#d9d9d9", reason))
                 if end - start > 6.0 * len(reason):
                     out.append(_text((start + end) / 2, y + 12, reason, anchor="middle", size=9))
@@ -116,7 +115,7 @@ def _draw_track(
 def _draw_count(
     spans: Sequence[Span], x: _Scale, y: float, left_s: float, right_s: float
 ) -> list[str]:
-    """How many lanes worked at once, as steps from 0 to 4."""
+    """How many lanes were busy at once, as steps from 0 to 4."""
     edges = sorted(
         edge
         for span in spans
@@ -132,7 +131,7 @@ def _draw_count(
         points.append(f"{x(time_s):g},{bottom - count * step:g}")
     points.append(f"{x(right_s):g},{bottom:g}")
     return [
-        _text(8, y + 18, "lanes at work", weight="bold"),
+        _text(8, y + 18, "busy lanes", weight="bold"),
         _text(_LEFT - 6, y + 10, "4", anchor="end", size=9),
         _text(_LEFT - 6, bottom + 2, "0", anchor="end", size=9),
         f'<polygon points="{" ".join(points)}" fill="#7a7a7a" opacity="0.6"/>',

@@ -19,7 +19,7 @@ def trace(tmp_path):
     timeline.start(now=1.0)
     timeline.add("sampling", 2.0, 3.0, track="worker 0", name="step")
     timeline.add("sampling", 2.0, 4.0, track="worker 1", name="reset")
-    timeline.add("sampling", 3.5, 4.0, track="worker 0", name="step", waited_for="no_decision")
+    timeline.add("sampling", 3.5, 4.0, track="worker 0", name="step", blocked_on="no_decision")
     timeline.add("gradient", 2.0, 2.25, name="learn")
     path = tmp_path / "trace.json"
     timeline.export_chrome_trace(path)
@@ -57,7 +57,7 @@ def test_one_process_a_lane_and_one_thread_a_track(trace):
     ]
     assert work[0]["tid"] == work[2]["tid"] != work[1]["tid"]
     assert work[0]["pid"] == work[1]["pid"] != work[3]["pid"]
-    assert work[2]["args"] == {"waited_for": "no_decision", "waited_ms": 500.0}
+    assert work[2]["args"] == {"blocked_on": "no_decision", "idle_ms": 500.0}
     names = [e["args"]["name"] for e in events if e["ph"] == "M" and "name" in e["args"]]
     assert names == [*LANES, "worker 0", "worker 1", "main"]
 
@@ -65,7 +65,7 @@ def test_one_process_a_lane_and_one_thread_a_track(trace):
 def test_it_reads_back(trace):
     path, timeline = trace
     for read, span in zip(read_chrome_trace(path), timeline.spans(), strict=True):
-        assert read[:3] == span[:3] and read.waited_for == span.waited_for
+        assert read[:3] == span[:3] and read.blocked_on == span.blocked_on
         assert (read.start_s, read.end_s) == pytest.approx((span.start_s - 1.0, span.end_s - 1.0))
 
 

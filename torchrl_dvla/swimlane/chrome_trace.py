@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Spans as a Chrome trace, the file that Perfetto opens."""
+"""Chrome traces of spans: the files that Perfetto opens."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torchrl_dvla.swimlane.reading import LANES
+__all__ = ["LANES", "Span", "chrome_trace", "read_chrome_trace"]
 
-__all__ = ["Span", "chrome_trace", "read_chrome_trace"]
+#: The four lanes of the pipeline, in the order in which a decision meets them.
+LANES = ("sampling", "inference", "gradient", "distribution")
 
 
 class Span(NamedTuple):
@@ -25,8 +26,8 @@ class Span(NamedTuple):
     name: str
     start_s: float
     end_s: float
-    #: Why the track rested before, if it did and the reason is known.
-    waited_for: str | None = None
+    #: What the track was blocked on before, if it was idle and the reason is known.
+    blocked_on: str | None = None
 
 
 def chrome_trace(spans: Iterable[Span], *, origin_s: float = 0.0) -> dict[str, Any]:
@@ -65,9 +66,9 @@ def chrome_trace(spans: Iterable[Span], *, origin_s: float = 0.0) -> dict[str, A
             "ts": round((span.start_s - origin_s) * 1e6, 3),
             "dur": round(max(0.0, span.end_s - span.start_s) * 1e6, 3),
         }
-        if span.waited_for is not None:
-            waited_s = max(0.0, span.start_s - ends_s.get(tid, span.start_s))
-            event["args"] = {"waited_for": span.waited_for, "waited_ms": round(waited_s * 1e3, 3)}
+        if span.blocked_on is not None:
+            idle_s = max(0.0, span.start_s - ends_s.get(tid, span.start_s))
+            event["args"] = {"blocked_on": span.blocked_on, "idle_ms": round(idle_s * 1e3, 3)}
         ends_s[tid] = span.end_s
         events.append(event)
     names = [
@@ -111,7 +112,7 @@ def read_chrome_trace(path: str | os.PathLike[str]) -> list[Span]:
                 event["name"],
                 event["ts"] / 1e6,
                 (event["ts"] + event["dur"]) / 1e6,
-                event.get("args", {}).get("waited_for"),
+                event.get("args", {}).get("blocked_on"),
             )
             for event in events
             if event["ph"] == "X"

@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""The picture of a timeline, on spans whose places are known."""
+"""The drawing of a timeline, on known spans."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def boxes(svg: str) -> dict[str, list[tuple[float, float]]]:
     return out
 
 
-def test_work_and_rest_stand_where_they_were():
+def test_busy_and_idle_time_are_drawn_where_they_were():
     drawn = boxes(draw_timeline(SPANS))
     # 840 pixels for 4 seconds, from pixel 150 on.
     assert drawn["step"] == [(150.0, 419.6), (780.0, 209.6)]
