@@ -233,8 +233,6 @@ class DVLACollector(BaseCollector):
         )
         coordinator.on_error = self._on_error
         groups.admission.add_listener(coordinator.wake)
-        groups.admission.begin_only_if(lambda: self._updater.store.releaser.is_idle)
-        self._updater.store.releaser.add_listener(groups.admission.reconsider)
         return coordinator
 
     # -- life -----------------------------------------------------------------------------------
@@ -342,7 +340,6 @@ class DVLACollector(BaseCollector):
         check_episodes(episodes, self._factories, self._queue.quarantined)
         check_frames(num_frames_episodes, self._pool)
         self._require_running()
-        self._updater.finish()
         self._queue.add_evaluation(evaluation)
         self._coordinator.wake()
         return evaluation
@@ -362,8 +359,6 @@ class DVLACollector(BaseCollector):
         """
         with self._publishing.span("publish"):
             super().update_policy_weights_(*args, **kwargs)
-            if self._deterministic:
-                self._updater.finish()  # else admission waits, not the learner
         self._publishing.waiting("no_update")
         self._weight_telemetry.record()
         self._groups.admission.advance()  # its listener wakes the coordinator
@@ -398,7 +393,6 @@ class DVLACollector(BaseCollector):
         buffer or among those that a resumed run begins anew. The learner calls it, between two
         minibatches; see ``replay_buffer.state_dict()``.
         """
-        self._updater.finish()  # raises: weights that were refused are not worth keeping
         with self._queue.consistent:
             return OrderedDict(
                 schedule=self.schedule.state_dict(),
