@@ -369,8 +369,9 @@ class WeightReader:
 
     def _writer(self) -> SlotWriter | None:
         """The writer, if it is in this process."""
-        is_here = self._writer_ref is not None and os.getpid() == self._writer_pid
-        return self._writer_ref() if is_here else None
+        if self._writer_ref is None or os.getpid() != self._writer_pid:
+            return None
+        return self._writer_ref()
 
     def _is_writer_alive(self) -> bool:
         assert self._locks is not None
