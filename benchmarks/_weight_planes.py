@@ -102,14 +102,14 @@ def measure_planes(rounds: int, publishes: int) -> dict[str, object]:
     left (a data-plane process for each of two) is told beside it.
 
     The loads take turns, some publishes at a time. Each publish is timed in its two parts, until
-    the version is offered and from there until it is adopted, and has a plain copy of as many bytes
+    the version is visible and from there until it is adopted, and has a plain copy of as many bytes
     beside it, under the same load.
     """
     node, data = Node("dvla", 1, MEGABYTES), DataPlane(2)
     flat = torch.ones(MEGABYTES << 18)
     targets = itertools.cycle([torch.zeros_like(flat) for _ in range(3)])
     counts = {"alone": 0, "saturated": 1, "no_core_left": 2}
-    parts = ("adopt", "copy", "until_offer", "from_offer")
+    parts = ("adopt", "copy", "until_visible", "from_visible")
     times: dict[str, dict[str, list[float]]] = {
         name: {part: [] for part in parts} for name in counts
     }
@@ -125,8 +125,8 @@ def measure_planes(rounds: int, publishes: int) -> dict[str, object]:
         adopt_s = node.adopt_s()
         (stats,) = node.scheme.store.adoption_stats().values()
         into["adopt"].append(adopt_s)
-        into["until_offer"].append(adopt_s - stats.latency_last_s)
-        into["from_offer"].append(stats.latency_last_s)
+        into["until_visible"].append(adopt_s - stats.latency_last_s)
+        into["from_visible"].append(stats.latency_last_s)
         start = time.perf_counter()
         next(targets).copy_(flat)
         into["copy"].append(time.perf_counter() - start)

@@ -6,7 +6,7 @@
 
     python benchmarks/weight_plane.py [--quick] [--megabytes 10 300 2048] [--readers 8]
 
-Reader processes serve a policy without rest (a stack of square linear layers, batch 4) while the
+Reader processes serve a policy all the time (a stack of square linear layers, batch 4) while the
 learner publishes. The same loop runs under ``dvla`` (this project's ``AsyncWeightUpdater``) and
 TorchRL's own ways: ``multiprocess`` and ``shared`` (``MultiProcessWeightSyncScheme``,
 ``SharedMemWeightSyncScheme``) and ``process_server`` (``ProcessInferenceServer`` with its
@@ -34,7 +34,7 @@ served_while_publishing   decisions/s of one reader (computed) while a version i
                           bytes are copied
 adopt_p99_growth          of publish-to-adopt, by a saturated data plane; ``copy_p99_growth`` is
                           that of a plain copy in the same run; ``_weight_planes.py``
-data_plane_loss           of its bytes/s, by weights that are published without rest, beyond what
+data_plane_loss           of its bytes/s, by weights that are published all the time, beyond what
                           one core of plain copying costs it
 
 How the rivals were set up. TorchRL's schemes, given a model on the CPU, hand readers the learner's

@@ -6,12 +6,11 @@
 
     python benchmarks/weight_soak.py [--quick] [--adoptions 100000] [--readers 3] [--seed 0]
 
-A writer publishes without rest; readers adopt each version that they meet and read every weight
+A writer publishes all the time; readers adopt each version that they meet and read every weight
 twice. At random moments readers are killed (SIGKILL) and replaced, and the writer is killed; what
 it leaves must be one whole version, the same for every reader and for one that comes late. Then a
-new writer with a new store begins: in turns with weights of 20 KB, which the writer looks at for
-NaN itself, and of 6 MB, which a thread of its looks at (decision record 22). The last line of
-stdout is one JSON object:
+new writer with a new store begins: in turns with weights of 20 KB, which are copied and checked in
+one piece, and of 6 MB, in several. The last line of stdout is one JSON object:
 
 torn_reads        reads that mixed two versions
 num_adoptions     adoptions that were read; the run ends when there are enough of them
@@ -92,7 +91,7 @@ def read(reader: WeightReader, numel: int, words: torch.Tensor, row: torch.Tenso
 
 
 def write(numel: int, words: torch.Tensor, rows: torch.Tensor) -> None:
-    """Publish without rest, and replace readers that were killed; the last row's one comes late."""
+    """Publish all the time, and replace readers that were killed; the last row's one comes late."""
     learner = Constant(numel)
     store = WeightStore(learner, max_readers=len(rows) + 4)
     names: dict[int, int] = {}

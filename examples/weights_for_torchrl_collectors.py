@@ -32,7 +32,8 @@ def main() -> None:
         weight_sync_schemes={"policy": updater},
     )
     for index, _ in enumerate(collector):
-        print(f"batch {index}: published {updater.version}, adopted {updater.versions()}")
+        adopted = updater.store.adopted_versions()
+        print(f"batch {index}: published {updater.version}, adopted {adopted}")
         collector.update_policy_weights_()
     collector.shutdown()
 

@@ -11,7 +11,6 @@ import math
 import multiprocessing
 import os
 import signal
-import threading
 from pathlib import Path
 
 import pytest
@@ -39,8 +38,8 @@ from torchrl_dvla.data.schema import (
     STATE_KEY,
     SUCCESS_KEY,
 )
-from torchrl_dvla.testing import CountingChunkEnv, Fault, FaultyEnvFactory, LazyDevice
-from torchrl_dvla.weight_update import AsyncWeightUpdater, device_copy
+from torchrl_dvla.testing import CountingChunkEnv, Fault, FaultyEnvFactory
+from torchrl_dvla.weight_update import AsyncWeightUpdater
 
 from .counting_task import ENV_KWARGS, make_initialised_policy, make_policy
 
@@ -84,7 +83,6 @@ def test_weights_on_the_timeline_and_in_the_stats(make_collector):
     assert decisions > 0
     assert stats["planes/data_bytes"] == decisions * collector.plan.row_bytes
     assert stats["weights/publish_stall_s"] > 0.0
-    assert 0.0 < stats["weights/cast_error"] <= 2.0**-8
     assert stats["weights/inference_adopt_p99_s"] >= stats["weights/inference_adopt_p50_s"] > 0.0
     spans = [span for span in collector.timeline.spans() if span.lane == "distribution"]
     assert [span.name for span in spans if span.track == "learner"] == ["publish", "publish"]
@@ -172,71 +170,25 @@ def test_published_weights_take_the_next_decisions(make_collector):
     assert not (rows["vla_action", "tokens"][:, 1:] == 7).all()
 
 
-def make_updater_with_a_device(monkeypatch):
-    device = LazyDevice()
-    monkeypatch.setattr(device_copy, "side_stream", device.of)
-    return AsyncWeightUpdater(), device
-
-
-def test_no_group_begins_before_its_version_can_be_adopted(make_collector, monkeypatch):
-    updater, device = make_updater_with_a_device(monkeypatch)
-    collector = make_collector(weight_sync_schemes={"policy": updater})
-    admission, granted = collector.replay_buffer.admission, []
-    admit, woken = admission.admit, threading.Event()
-
-    def note_and_admit(group_id):
-        if admit(group_id):
-            granted.append((admission.version, updater.store.offered_version))
-            return True
-        return False
-
-    monkeypatch.setattr(admission, "admit", note_and_admit)
-    device.hold()
-    collector.update_policy_weights_()  # the learner is not held up by the copy
-    assert (admission.version, updater.version, updater.store.offered_version) == (1, 1, 0)
-    assert not admission.may_admit
-    collector.start()
-    assert granted == []
-    admission.add_listener(woken.set)
-    device.release()
-    assert woken.wait(30.0)
-    for _ in collector.replay_buffer:
-        pass
-    assert granted
-    assert set(granted) == {(1, 1)}
-
-
-def test_without_lag_the_learner_waits_for_what_it_published(make_collector, monkeypatch):
-    updater, _ = make_updater_with_a_device(monkeypatch)
-    group = GroupConfig(group_size=3, groups_per_update=1, max_policy_lag=0)
-    collector = make_collector(weight_sync_schemes={"policy": updater}, group=group)
-    collector.update_policy_weights_()
-    assert updater.store.offered_version == 1
-
-
-def test_weights_that_were_refused_reach_no_checkpoint_and_no_worker(make_collector, monkeypatch):
-    updater, _ = make_updater_with_a_device(monkeypatch)
+def test_weights_that_are_refused_leave_version_and_lanes_as_they_were(make_collector):
     policy = make_policy()
-    collector = make_collector(policy=policy, weight_sync_schemes={"policy": updater})
-    with torch.no_grad():
-        for parameter in policy.head.parameters():
-            parameter.fill_(float("nan"))
-    collector.update_policy_weights_()
-    with pytest.raises(ValueError, match="weights must be finite, got NaN .* of version 1"):
-        collector.state_dict()
-    assert updater.version == updater.store.offered_version == 0
-    collector.update_policy_weights_()
-    with pytest.raises(ValueError, match="weights must be finite"):
-        collector.evaluate([EpisodeSpec("default", seed=5, init_state_id=0)])
+    collector = make_collector(policy=policy)
+    bias = next(policy.head.parameters())
+    good = bias.detach().clone()
+    for _ in range(2):
+        with torch.no_grad():
+            bias.fill_(float("nan"))
+        with pytest.raises(ValueError, match="weights must be finite, got NaN .* of version 1"):
+            collector.update_policy_weights_()
+    admission = collector.replay_buffer.admission
+    assert collector.policy_version == admission.version == 0
     collector.start()  # and who waits for groups is not left waiting
     for _ in collector.replay_buffer:
         pass
-
-
-def test_a_version_may_arrive_after_the_loop_has_ended(make_collector):
-    collector = make_collector()
-    collector._coordinator.stop()
-    collector.replay_buffer.admission.reconsider()
+    with torch.no_grad():
+        bias.copy_(good)
+    collector.update_policy_weights_()
+    assert collector.policy_version == admission.version == 1
 
 
 def test_iterating_yields_one_update_at_a_time(make_collector):

@@ -115,18 +115,17 @@ def test_a_killed_reader_frees_its_pin() -> None:
             with running(pin_and_rest, store.reader("b")) as (_, second_connection):
                 assert receive(second_connection) == 1
                 store.publish(), store.publish()
-                assert (store.version, store.offered_version) == (3, 2)  # both pins are in the way
-                assert store.dead_readers() == []
+                assert (store.version, store.visible_version) == (3, 2)  # both pins are in the way
+                assert store._registry.dead() == []
                 assert first.pid is not None
                 os.kill(first.pid, signal.SIGKILL)
                 first.join()
                 late = store.reader("late")
                 assert late.wait(3, timeout_s=30.0) == 3
-                assert store.dead_readers() == ["a"]
                 with pytest.raises(RuntimeError, match=r"\['a'\] died"):
                     store.wait(timeout_s=0.0)
                 store.release("a")
-                assert store.reader("a").row == 0  # its place and name are free again
+                assert store.reader("a").reader_slot == 0  # it and its name are free again
 
 
 def test_readers_killed_anywhere_leave_nothing_behind() -> None:
@@ -183,7 +182,7 @@ def report_versions(reports: Connection, reader: WeightReader, late: WeightReade
         (
             version == late_version,
             module.is_whole(float(version)) and late_module.is_whole(float(late_version)),
-            reader.is_writer_alive(),
+            reader._is_writer_alive(),
         )
     )
 

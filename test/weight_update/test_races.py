@@ -6,7 +6,7 @@
 """Every order of the protocol's steps, walked one by one.
 
 Writer and reader run in two threads of which one moves at a time, from one gate to the next. The
-locks, the shared words and the copies are the real ones.
+locks, the shared words and the copies are the real ones, wrapped in gates.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from torchrl_dvla.weight_update import WeightReader, WeightStore
-from torchrl_dvla.weight_update.copying import WeightCopier
 from torchrl_dvla.weight_update.segment import WRITER_BYTE
+
+from .stepping import step_reader, step_writer, stop_deferred_writer
 
 
 class TwoParts(nn.Module):
@@ -33,12 +34,6 @@ class TwoParts(nn.Module):
 
     def values(self) -> set[float]:
         return {v for p in self.parameters() for v in p.tolist()}
-
-
-def make_store(value: float = 0.0) -> WeightStore:
-    store = WeightStore(TwoParts(value))
-    store._writer._copier = WeightCopier(store.layout, piece_bytes=64)
-    return store
 
 
 class Stepper:
@@ -89,15 +84,15 @@ class Abandoned(BaseException):
 
 
 class Race:
-    """Two publishes against one adoption, with slot 0 held so that the offered slot is reused.
+    """Two publishes against one adoption, with slot 0 held so that the latest slot is reused.
 
-    Slot 0 holds version 0 (pinned by somebody else), slot 1 version 1 (offered), slot 2 is free:
+    Slot 0 holds version 0 (pinned by somebody else), slot 1 version 1 (latest), slot 2 is free:
     version 2 goes to slot 2 and version 3 back to slot 1, unless the reader is there.
     """
 
     def __init__(self) -> None:
-        self.store = make_store()
-        self.store._writer._start_flusher = lambda: None  # type: ignore[method-assign]
+        self.store = WeightStore(TwoParts())
+        stop_deferred_writer(self.store)
         self.other = self.store.reader("other")
         self.other.pin()
         self.store.publish(TwoParts(1.0))
@@ -109,12 +104,12 @@ class Race:
         self.reader_side = Stepper(self._read)
 
     def _write(self, gate: Callable[[str], None]) -> None:
-        self.store.set_gate(gate)
+        step_writer(self.store, gate)
         for value in (2.0, 3.0):
             self.store.publish(TwoParts(value))
 
     def _read(self, gate: Callable[[str], None]) -> None:
-        self.reader._gate = gate
+        step_reader(self.reader, gate)
         self.adopted = self.reader.adopt_into(self.served)
 
     def check(self) -> None:
@@ -165,7 +160,7 @@ def spread(num_reader_steps: int, num_writer_steps: int) -> Iterator[list[int]]:
 def schedules() -> Iterator[list[int]]:
     """Every order of the adoption's four steps and two publishes of 7 gates and an end.
 
-    What comes before the reader's first step only decides which version is offered then.
+    What comes before the reader's first step only decides which version is the latest then.
     """
     for before in (0, 7):
         for rest in spread(3, 15 - before):
@@ -176,11 +171,11 @@ def test_the_writer_takes_the_documented_steps() -> None:
     race = Race()
     while not race.writer_side.is_done:
         race.writer_side.step()
-    publish = ["claimed", "marked", "copying", "copying", "written", "unlocked", "offered"]
+    publish = ["claimed", "marked", "copying", "copying", "written", "unlocked", "visible"]
     assert race.writer_side.steps == publish * 2
     while not race.reader_side.is_done:
         race.reader_side.step()
-    assert race.reader_side.steps == ["offer read", "slot locked", "pinned"]
+    assert race.reader_side.steps == ["latest read", "slot locked", "pinned"]
     assert race.adopted == 3
     race.close()
 
@@ -202,27 +197,27 @@ def test_the_same_search_finds_the_mix_when_the_reader_does_not_lock() -> None:
             run_schedule(schedule, break_the_reader)
 
 
-def test_a_stale_offer_is_only_a_hint() -> None:
+def test_what_was_latest_is_only_a_hint() -> None:
     race = Race()
-    race.reader_side.step()  # has read that slot 1 is offered, and rests
+    race.reader_side.step()  # has read that slot 1 is the latest, and waits
     while not race.writer_side.is_done:
         race.writer_side.step()  # slot 1 now holds version 3
     while not race.reader_side.is_done:
         race.reader_side.step()
-    assert race.reader_side.steps == ["offer read", "slot locked", "pinned"]
+    assert race.reader_side.steps == ["latest read", "slot locked", "pinned"]
     assert race.adopted == 3
     race.check()
     race.close()
 
 
-def test_a_reader_that_is_refused_finds_a_newer_offer_at_once() -> None:
+def test_a_reader_that_is_refused_finds_a_newer_latest_at_once() -> None:
     race = Race()
     race.reader_side.step()
     while race.writer_side.steps[-2:] != ["marked", "copying"] or len(race.writer_side.steps) < 9:
         race.writer_side.step()  # into the middle of writing version 3 to slot 1
     while not race.reader_side.is_done:
         race.reader_side.step()
-    assert race.reader_side.steps == ["offer read", "offer read", "slot locked", "pinned"]
+    assert race.reader_side.steps == ["latest read", "latest read", "slot locked", "pinned"]
     assert race.adopted == 2
     race.check()
     race.close()
@@ -233,18 +228,18 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("step", "offered"),
+    ("step", "visible"),
     [
         ("claimed", 1),
         ("marked", 1),
         ("copying", 1),
         ("written", 1),
         ("unlocked", 1),
-        ("offered", 2),
+        ("visible", 2),
     ],
 )
-def test_a_writer_that_dies_leaves_the_last_whole_version(step: str, offered: int) -> None:
-    store = make_store()
+def test_a_writer_that_dies_leaves_the_last_whole_version(step: str, visible: int) -> None:
+    store = WeightStore(TwoParts())
     early, late = store.reader("early"), store.reader("late")
     early_module, late_module = TwoParts(-1.0), TwoParts(-1.0)
     early.adopt_into(early_module)
@@ -256,44 +251,44 @@ def test_a_writer_that_dies_leaves_the_last_whole_version(step: str, offered: in
             store._writer.locks.unlock = lambda byte: None  # type: ignore[method-assign]
             raise Killed
 
-    store.set_gate(die)
+    step_writer(store, die)
     with pytest.raises(Killed):
         store.publish(TwoParts(2.0))
     assert early_module.values() == {0.0}
     for reader, module in ((early, early_module), (late, late_module)):
-        assert reader.adopt_into(module) == offered
-        assert module.values() == {float(offered)}
-        assert not reader.is_writer_alive()
+        assert reader.adopt_into(module) == visible
+        assert module.values() == {float(visible)}
+        assert not reader._is_writer_alive()
 
 
 def test_a_second_writer_would_be_seen() -> None:
-    store = make_store()
+    store = WeightStore(TwoParts())
     intruder = store._segment.locks.open()
     assert not intruder.try_exclusive(WRITER_BYTE)
     store.close()
 
 
-def test_the_flusher_gives_way_to_the_next_publish() -> None:
-    store = make_store()
+def test_the_deferred_writer_gives_way_to_the_next_publish() -> None:
+    store = WeightStore(TwoParts())
+    stop_deferred_writer(store)
     readers = [store.reader(index) for index in range(2)]
     modules = [TwoParts(), TwoParts()]
     readers[0].adopt_into(modules[0])
     store.publish(TwoParts(1.0))
     readers[1].adopt_into(modules[1])
     store.publish(TwoParts(2.0))
-    writer = store._writer
-    writer._start_flusher = lambda: None  # type: ignore[method-assign]
     store.publish(TwoParts(3.0))
-    assert store.offered_version == 2
+    assert (store.version, store.visible_version) == (3, 2)
+    writer, steps = store._writer, list[str]()
+    assert not writer._move_deferred()  # no slot is free
     readers[0].unpin()
-    slot = writer._claim()
-    assert slot == 0
-    writer._claimed = slot
-    writer._give_way.set()  # as a publish does before it asks for the mutex
-    assert not writer._flush_into(slot)
-    assert store.offered_version == 2  # half a version was written, and not offered
+    step_writer(store, steps.append)
+    writer._preempt.set()  # as a publish does before it asks for the mutex
+    assert not writer._move_deferred()
+    assert steps == ["claimed", "marked", "copying", "unlocked"]  # half a version
+    assert (store.version, store.visible_version) == (3, 2)
     assert store.publish(TwoParts(4.0)) == 4
-    assert store.offered_version == 4
+    assert store.visible_version == 4
     assert store.stats().num_coalesced == 1
     assert readers[0].adopt_into(modules[0]) == 4
     assert modules[0].values() == {4.0}
@@ -301,7 +296,7 @@ def test_the_flusher_gives_way_to_the_next_publish() -> None:
 
 
 def test_readers_in_threads_see_whole_versions() -> None:
-    store = make_store()
+    store = WeightStore(TwoParts())
     done = threading.Event()
     mixes: list[set[float]] = []
 

@@ -15,6 +15,8 @@ from torch import nn
 
 from torchrl_dvla.testing import Remote
 from torchrl_dvla.weight_update import WeightStore
+from torchrl_dvla.weight_update import reader as reader_module
+from torchrl_dvla.weight_update.segment import slot_byte
 
 
 class Zoo(nn.Module):
@@ -166,35 +168,37 @@ def test_after_unpin_the_next_adoption_points_at_whole_weights_again() -> None:
         assert served.weight.item() == 4.0
 
 
-def test_a_reader_is_told_of_each_offer_until_it_is_closed() -> None:
+def test_a_callback_is_called_after_each_visible_version_until_the_reader_is_closed() -> None:
     module = nn.Linear(2, 2)
     with WeightStore(module) as store:
-        reader, told = store.reader("a"), list[int]()
-        assert reader.listen(lambda: told.append(store.offered_version))
+        reader, seen = store.reader("a"), list[int]()
+        assert reader.on_publish(lambda: seen.append(store.visible_version))
         store.publish()
-        assert told == [1]
-        store.pause()
-        store.publish()
-        assert told == [1]  # taken, but not offered
-        store.resume()
-        assert told == [1, 2]
+        assert seen == [1]
+        pins = [reader, store.reader("b")]
+        pins[0].pin(), store.publish(), pins[1].pin(), store.publish()
+        assert seen == [1, 2, 3]
+        assert store.publish() == 4  # deferred
+        assert seen == [1, 2, 3]
+        pins[1].unpin()
+        assert reader.wait(4, timeout_s=30.0) == 4
         reader.close()
         store.publish()
-        assert told == [1, 2]
+        assert seen == [1, 2, 3, 4]
 
 
-def test_nobody_can_be_told_in_another_process() -> None:
-    def listens() -> bool:
-        return reader.listen(lambda: None)
+def test_no_callback_from_another_process() -> None:
+    def is_called() -> bool:
+        return reader.on_publish(lambda: None)
 
     with WeightStore(nn.Linear(2, 2)) as store:
         reader = store.reader("a")
-        with Remote(lambda: Calls(listens)) as child:
+        with Remote(lambda: Calls(is_called)) as child:
             assert child.call("run") is False
-        travelled = copy.copy(reader)  # by __getstate__, as to a child that is spawned
-        assert travelled.listen(lambda: None) is False
-        assert store.offer_listeners == []
-        travelled.close(), reader.close()
+        pickled = copy.copy(reader)  # by __getstate__, as to a child that is spawned
+        assert pickled.on_publish(lambda: None) is False
+        assert store._writer.callbacks == []
+        pickled.close(), reader.close()
 
 
 class Calls:
@@ -211,7 +215,7 @@ def test_the_published_module_and_a_second_reader_are_refused() -> None:
         first.adopt_into(served)
         with pytest.raises(ValueError, match="'first' serves"):
             second.adopt_into(served)
-        first.detach(served)
+        first.close()
         second.adopt_into(served)
 
 
@@ -244,23 +248,9 @@ def test_a_module_keeps_its_reader_alive() -> None:
         assert served.weight.item() == first  # still pinned
         del served
         gc.collect()
-        assert store.dead_readers() == ["a"]
+        with pytest.raises(RuntimeError, match=r"\['a'\] died"):
+            store.wait(timeout_s=0.0)
         store.release("a")
-
-
-def test_detach_gives_private_memory() -> None:
-    source, served = nn.Linear(1, 1), nn.Linear(1, 1)
-    with WeightStore(source) as store:
-        reader = store.reader("a")
-        reader.adopt_into(served)
-        first = served.weight.item()
-        reader.detach(served)
-        reader.close()
-        for value in range(5):
-            with torch.no_grad():
-                source.weight.fill_(value)
-            store.publish()
-        assert served.weight.item() == first
 
 
 def test_one_reader_serves_one_holder() -> None:
@@ -288,3 +278,24 @@ def test_reading_inside_inference_mode() -> None:
             assert reader.adopt_into(served) == 1
             assert served(torch.ones(1)).item() == 2.0
         assert not served.weight.is_inference()
+
+
+def test_a_slot_stays_pinned_until_its_copy_to_a_device_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The order alone: what CUDA does is not run here."""
+    is_free: list[bool] = []
+    with WeightStore(nn.Linear(1, 1)) as store:
+        reader, other = store.reader("a"), store._segment.locks.open()
+
+        def is_slot_free() -> bool:
+            return not other.is_held_by_others(slot_byte(store._ledger.latest_slot))
+
+        monkeypatch.setattr(
+            reader_module, "wait_for_devices", lambda tensors: is_free.append(is_slot_free())
+        )
+        served = nn.Linear(1, 1)
+        reader.adopt_into(served, copy=True)
+        assert is_free == [False]
+        assert is_slot_free()
+        reader.close()

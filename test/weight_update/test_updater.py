@@ -27,6 +27,7 @@ from torchrl.modules.inference_server import (
 )
 from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 
+from torchrl_dvla.memory import SharedArena
 from torchrl_dvla.weight_update import AsyncWeightUpdater, WeightStore
 
 STATE, ACTION = ("observation", "state"), "action"
@@ -81,20 +82,6 @@ def test_it_is_a_registered_backend() -> None:
         updater.publish()
 
 
-def test_versions_and_lag_of_each_reader() -> None:
-    trained, served = make_policy(), make_policy()
-    updater = make_updater(trained, num_workers=1)
-    reader = updater.reader("mine")
-    reader.adopt_into(served)
-    assert [updater.publish(), updater.publish()] == [1, 2]
-    assert updater.version == 2
-    assert updater.versions() == {"worker 0": -1, "mine": 0}
-    assert updater.lag() == {"worker 0": 3, "mine": 2}
-    with pytest.raises(TimeoutError, match="'mine': 0"):
-        updater.wait(2, timeout_s=0.0)
-    updater.shutdown()
-
-
 def test_every_form_of_weights_is_published() -> None:
     trained, served = make_policy(), make_policy()
     updater = make_updater(trained)
@@ -117,59 +104,74 @@ def test_every_form_of_weights_is_published() -> None:
     updater.shutdown()
 
 
-def test_hooks_run_before_and_after_and_can_be_removed() -> None:
+def test_a_version_can_be_given_and_must_grow() -> None:
     updater = make_updater(make_policy())
-    seen: list[tuple[str, int]] = []
-    before = updater.register_publish_hook(lambda v: seen.append(("before", v)), when="before")
-    updater.register_publish_hook(lambda v: seen.append(("after", v)))
-    updater.publish()
-    before.close()
-    updater.publish()
-    assert seen == [("before", 0), ("after", 1), ("after", 2)]
-    with pytest.raises(ValueError, match="when must be"):
-        updater.register_publish_hook(seen.append, when="during")  # type: ignore[arg-type]
-    updater.shutdown()
-
-
-def test_pause_and_resume() -> None:
-    trained, served = make_policy(), make_policy()
-    updater = make_updater(trained)
-    reader = updater.reader("mine")
-    updater.pause()
-    updater.publish()
-    assert reader.adopt_into(served) == 0
-    updater.resume()
-    assert reader.adopt_into(served) == 1
-    updater.shutdown()
-
-
-def test_a_version_can_be_given_and_hooks_see_it() -> None:
-    updater = make_updater(make_policy())
-    seen: list[int] = []
-    updater.register_publish_hook(seen.append, when="before")
-    updater.register_publish_hook(seen.append, when="after")
     assert (updater.publish(version=7), updater.publish()) == (7, 8)
     with pytest.raises(ValueError, match="version must grow, got 8 after 8"):
         updater.publish(version=8)
     assert updater.version == 8
-    assert seen == [0, 7, 7, 8, 8]  # the refused call got as far as the hooks before it
     updater.shutdown()
 
 
+def test_what_is_not_finite_is_refused_by_the_call_that_sends_it() -> None:
+    trained, served = make_policy(), make_policy()
+    updater = make_updater(trained)
+    reader = updater.reader("mine")
+    set_bias(trained, float("nan"))
+    with pytest.raises(ValueError, match="module.bias .2 of 2 elements. of version 1"):
+        updater.send()
+    assert (updater.version, reader.adopt_into(served), bias_of(served)) == (0, 0, 0.0)
+    set_bias(trained, 2.0)
+    assert updater.publish() == 1
+    assert (reader.adopt_into(served), bias_of(served)) == (1, 2.0)
+    updater.shutdown()
+
+
+def test_a_layer_that_was_replaced_is_sent() -> None:
+    trained, served = make_policy(), make_policy()
+    updater = make_updater(trained)
+    reader = updater.reader("mine")
+    reader.adopt_into(served)
+    trained.module = nn.Linear(4, 2)
+    set_bias(trained, 3.0)
+    updater.send()
+    assert (reader.adopt_into(served), bias_of(served)) == (1, 3.0)
+    updater.shutdown()
+
+
+def test_the_bytes_of_its_store_are_known_before_it_is_made() -> None:
+    trained, taken = make_policy(), list[int]()
+
+    class Pool:
+        def arena(self, nbytes: int, name: str) -> SharedArena:
+            taken.append(nbytes)
+            return SharedArena(nbytes)
+
+    updater = AsyncWeightUpdater(num_slots=5, transport_dtype=torch.bfloat16, max_readers=2)
+    expected = updater.store_bytes(trained)
+    updater.model_pool = Pool()  # type: ignore[assignment]
+    updater.init_on_sender(model=trained)
+    assert (taken, updater.store_bytes(trained)) == ([expected], 0)
+    updater.shutdown()
+    with pytest.raises(TypeError, match="check_nan"):
+        AsyncWeightUpdater(check_nan=True)
+
+
 def test_scalars_of_both_sides() -> None:
-    trained, served = make_policy(1.0 + 2.0**-9), make_policy()
+    trained, served = make_policy(), make_policy()
     updater = AsyncWeightUpdater(transport_dtype=torch.bfloat16)
     updater.init_on_sender(model=trained, num_workers=1)
     updater.connect()
     updater.reader("mine").adopt_into(served)
     assert updater.publish(version=5) == 5
+    with pytest.raises(TimeoutError, match="'mine': 0"):
+        updater.wait(5, timeout_s=0.0)
     with pytest.raises(ValueError, match="version must grow, got 4 after 5"):
         updater.publish(version=4)
     stats = updater.stats()
     assert (stats["version"], stats["num_publishes"], stats["num_coalesced"]) == (5, 2, 0)
     assert stats["published_bytes"] == 2 * 2 * (8 + 2)
     assert stats["publish_stall_max_s"] >= stats["publish_stall_s"] > 0.0
-    assert stats["cast_error"] == pytest.approx(2.0**-9 / (1.0 + 2.0**-9))
     assert (stats["mine_lag"], stats["mine_skipped"], stats["worker_0_lag"]) == (5, 0, 6)
     assert stats["mine_adopt_p99_s"] >= stats["mine_adopt_p50_s"] > 0.0
     updater.shutdown()
@@ -185,7 +187,7 @@ def test_all_workers_or_none() -> None:
     updater.shutdown()
 
 
-def test_senders_need_one_model_and_receivers_a_place() -> None:
+def test_senders_need_one_model_and_receivers_a_reader() -> None:
     with pytest.raises(ValueError, match="model or weights"):
         AsyncWeightUpdater().init_on_sender()
     with pytest.raises(ValueError, match="params_map"):
@@ -221,7 +223,7 @@ def test_a_receiver_adopts_before_each_call_and_counts_its_lag() -> None:
     updater.publish()
     assert bias_of(served) == 0.0  # ... and stays until the next call
     assert act(served) == 5.0
-    assert (receiver.version, updater.versions()) == (1, {"worker 0": 1})
+    assert (receiver.version, updater.store.adopted_versions()) == (1, {"worker 0": 1})
     assert receiver.receive() is None
     updater.publish()
     weights = receiver.receive(timeout=0.0)
@@ -239,7 +241,7 @@ def test_a_receiver_adopts_before_each_call_and_counts_its_lag() -> None:
     updater.publish()
     assert act(alone) == 6.0
     receiver.shutdown()
-    assert updater.versions() == {}
+    assert updater.store.adopted_versions() == {}
     updater.shutdown()
 
 
@@ -261,23 +263,6 @@ def test_a_single_process_collector_follows_another_module() -> None:
     collector.update_policy_weights_()
     assert actions_of(next(batches)) == [0.25]
     assert updater.version == 2
-    collector.shutdown()
-    updater.shutdown()
-
-
-def test_a_single_process_collector_still_follows_after_a_pause() -> None:
-    acting, trained = make_policy(), make_policy()
-    updater = AsyncWeightUpdater()
-    collector = Collector(
-        make_env, acting, frames_per_batch=4, weight_sync_schemes={"policy": updater}
-    )
-    batches = iter(collector)
-    set_bias(trained, 0.5)
-    updater.pause()
-    collector.update_policy_weights_(trained)
-    assert actions_of(next(batches)) == [0.0]
-    updater.resume()
-    assert actions_of(next(batches)) == [0.5]
     collector.shutdown()
     updater.shutdown()
 
@@ -353,7 +338,9 @@ def test_workers_of_a_multi_collector_adopt(is_sync: bool) -> None:
     try:
         batches = iter(collector)
         assert actions_of(next(batches)) == [0.25]
-        assert updater.versions() == {f"worker {index}": 0 for index in range(num_workers)}
+        assert updater.store.adopted_versions() == {
+            f"worker {index}": 0 for index in range(num_workers)
+        }
         set_bias(policy, 0.5)
         collector.update_policy_weights_()
         assert updater.version == 1

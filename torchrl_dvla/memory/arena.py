@@ -9,31 +9,23 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import tempfile
 import weakref
 from collections.abc import Sequence
-from multiprocessing.context import get_spawning_popen
-from multiprocessing.reduction import DupFd
-from typing import Any
 
 import torch
 
-from torchrl_dvla.memory.available_memory import format_bytes, shareable_bytes, shared_folder
+from torchrl_dvla.memory.anonymous_file import AnonymousFile
+from torchrl_dvla.memory.available_memory import format_bytes, shareable_bytes
 
 __all__ = ["SharedArena"]
 
 
-class SharedArena:
-    """A block of shared memory that dies with the last process that maps it.
+class SharedArena(AnonymousFile):
+    """Block of shared memory that dies with the last process that maps it.
 
-    The memory has no name in any file system (``memfd_create``; an unlinked temporary file where
-    the kernel has none), so nothing can be left behind: after ``kill -9`` of every process the
-    kernel takes it back. All of it is allocated here and now; a later write cannot fail for lack of
-    memory.
-
-    An arena can be pickled, to a child that is being started or over any pipe to a process of the
-    same user that already runs; the receiver maps the same bytes. The sender must still be alive
-    when the receiver unpickles.
+    An :class:`AnonymousFile`: after ``kill -9`` of every process the kernel takes the memory back,
+    and a process that an arena is pickled to maps the same bytes. All of it is allocated here and
+    now; a later write cannot fail for lack of memory.
 
     Args:
         nbytes (int): size in bytes.
@@ -53,35 +45,37 @@ class SharedArena:
         >>> arena.close()
     """
 
+    label = "shared memory"
+
     def __init__(self, nbytes: int) -> None:
         if nbytes <= 0:
             raise ValueError(f"nbytes must be positive, got {nbytes}. Give the bytes to share.")
         free, where = shareable_bytes()
         if free is not None and nbytes > free:
             raise RuntimeError(_too_large(nbytes, f"only {format_bytes(free)} are free{where}"))
-        fd = _anonymous_file()
+        super().__init__()
         try:
-            os.posix_fallocate(fd, 0, nbytes)
+            os.posix_fallocate(self._fd, 0, nbytes)
         except OSError as error:
-            os.close(fd)
+            super().close()
             if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
                 raise RuntimeError(_too_large(nbytes, os.strerror(error.errno))) from error
             raise
-        self._adopt(fd, nbytes)
+        self._map_memory(nbytes)
         self._owner_pid = os.getpid()
 
-    def _adopt(self, fd: int, nbytes: int) -> None:
+    def _open(self, fd: int, nbytes: int) -> None:  # type: ignore[override]
+        super()._open(fd)
+        self._map_memory(nbytes)
+
+    def _map_memory(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        self._fd = fd
-        self._map: mmap.mmap | None = mmap.mmap(fd, nbytes)
+        self._map: mmap.mmap | None = mmap.mmap(self._fd, nbytes)
         self._owner_pid = -1
         self._unpin: weakref.finalize[..., SharedArena] | None = None
-        self._finalizer = weakref.finalize(self, os.close, fd)
 
-    @property
-    def closed(self) -> bool:
-        """Whether :meth:`close` was called here."""
-        return self._map is None
+    def _state(self) -> tuple[int]:
+        return (self.nbytes,)
 
     @property
     def is_owner(self) -> bool:
@@ -172,64 +166,16 @@ class SharedArena:
         # Never mmap.close(): torch keeps no export on the buffer, so that would unmap memory under
         # the feet of live views. The map goes when the last of them does.
         self._map = None
-        self._finalizer()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self._map is None:
-            raise RuntimeError("A closed arena cannot be sent to another process. Send it earlier.")
-        if get_spawning_popen() is not None:
-            return _from_inherited, (DupFd(self._fd), self.nbytes)
-        status = os.fstat(self._fd)
-        identity = (status.st_dev, status.st_ino)
-        return _from_process, (os.getpid(), self._fd, identity, self.nbytes)
+        super().close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"
         return f"{type(self).__name__}(nbytes={self.nbytes}, {state})"
 
 
-def _from_fd(fd: int, nbytes: int) -> SharedArena:
-    arena = SharedArena.__new__(SharedArena)
-    arena._adopt(fd, nbytes)
-    return arena
-
-
-def _from_inherited(descriptor: Any, nbytes: int) -> SharedArena:
-    return _from_fd(descriptor.detach(), nbytes)
-
-
-def _from_process(pid: int, fd: int, identity: tuple[int, int], nbytes: int) -> SharedArena:
-    # Through /proc rather than multiprocessing's resource sharer, which needs a socket in a
-    # temporary folder and a thread, and leaves the folder behind when the process is killed.
-    try:
-        opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise RuntimeError(
-            f"The shared memory of process {pid} cannot be opened ({error}). It must be alive and "
-            "of the same user; else hand the arena over in the arguments of Process()."
-        ) from error
-    status = os.fstat(opened)
-    if (status.st_dev, status.st_ino) != identity:
-        os.close(opened)
-        raise RuntimeError(
-            f"The shared memory of process {pid} is gone: it was closed before this process mapped "
-            "it. Keep the pool open until every worker has taken its view."
-        )
-    return _from_fd(opened, nbytes)
-
-
 def _unregister(whole: torch.Tensor, pid: int) -> None:
     if os.getpid() == pid:  # a forked child has the map, not the registration
         torch.cuda.cudart().cudaHostUnregister(whole.data_ptr())
-
-
-def _anonymous_file() -> int:
-    folder = shared_folder()
-    if folder is None:
-        return os.memfd_create("torchrl_dvla", os.MFD_CLOEXEC)
-    fd, path = tempfile.mkstemp(prefix="torchrl_dvla-", dir=folder)
-    os.unlink(path)
-    return fd
 
 
 def _too_large(nbytes: int, reason: str) -> str:

@@ -12,7 +12,6 @@ from torchrl_dvla.testing.environment import CountingChunkEnv, CountingOracle, S
 from torchrl_dvla.testing.faults import Fault, FaultInjector, FaultyEnvFactory, InjectedFault
 from torchrl_dvla.testing.network import EmulatedNetwork
 from torchrl_dvla.testing.remote import Remote
-from torchrl_dvla.testing.streams import LazyDevice
 
 __all__ = [
     "CountingChunkEnv",
@@ -24,7 +23,6 @@ __all__ = [
     "FaultyEnvFactory",
     "InjectedFault",
     "Latency",
-    "LazyDevice",
     "Remote",
     "Scene",
     "emulate_latency",

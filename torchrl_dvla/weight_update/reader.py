@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""The reading side of a weight store."""
+"""Reading side of the protocol that :mod:`torchrl_dvla.weight_update.store` describes."""
 
 from __future__ import annotations
 
@@ -10,43 +10,170 @@ import dataclasses
 import os
 import time
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import nn
 
-from torchrl_dvla.weight_update.binding import ModuleBinding, memory_of
-from torchrl_dvla.weight_update.layout import WeightLayout
-from torchrl_dvla.weight_update.ledger import MAX_SLOTS, Ledger, ReaderState
-from torchrl_dvla.weight_update.locks import LockHandle
+from torchrl_dvla.weight_update.lora import LoraUpdate
 from torchrl_dvla.weight_update.segment import (
+    MAX_SLOTS,
     WRITER_BYTE,
+    Ledger,
+    LockHandle,
+    ReaderState,
     SlotViews,
     WeightSegment,
     reader_byte,
     slot_byte,
+    wait_for_devices,
 )
+from torchrl_dvla.weight_update.slot_writer import SlotWriter
+from torchrl_dvla.weight_update.weight_layout import WeightLayout, iter_weights, named_weights
 
-if TYPE_CHECKING:
-    from torchrl_dvla.weight_update.store import WeightStore
+__all__ = ["ModuleBinding", "PinnedSlot", "WeightReader"]
 
-__all__ = ["PinnedSlot", "WeightReader"]
-
-_NOTHING = -2  # below every offer, so that the next look takes the newest version
+_NOTHING = -2  # below every *latest*, so that the next comparison finds a newer version
 _POLL_S = 5e-4
+
+
+class ModuleBinding:
+    """Map of a module's parameters and buffers to the entries of the store that they read.
+
+    A tensor of the store's dtype on the CPU is pointed at the slot: the :class:`torch.nn.Parameter`
+    object stays the same, its memory is the slot's. Parameters on the meta device are replaced by
+    frozen ones that are pointed. A tensor on another device or of another precision is copied into,
+    which :meth:`apply` waits for.
+
+    A module without the low-rank adapters of the published one gets the adapted weights *merged*,
+    in private memory of those layers alone; see :mod:`~torchrl_dvla.weight_update.lora`.
+
+    Args:
+        module (nn.Module): the module to bind. Nothing of it is changed before :meth:`apply`.
+        layout (WeightLayout): the store's layout.
+
+    Keyword Args:
+        copy (bool): copy into every tensor. Default: ``False``.
+
+    Raises:
+        ValueError: listing the differences, if the module does not fit the layout, or naming the
+            adapters that cannot be merged.
+
+    Examples:
+        >>> source, reader = nn.Linear(2, 1), nn.Linear(2, 1)
+        >>> binding = ModuleBinding(reader, WeightLayout(source))
+        >>> binding.apply([torch.ones(1, 2), torch.zeros(1)])
+        >>> reader(torch.tensor([3.0, 4.0])).item()
+        7.0
+    """
+
+    def __init__(self, module: nn.Module, layout: WeightLayout, *, copy: bool = False) -> None:
+        if layout.differences(module, as_reader=True):
+            raise layout.mismatch("module", module, as_reader=True)
+        merges = layout.is_without_adapters(named_weights(module))
+        index_of = layout.plain_index_of if merges else layout.index_of
+        updates = layout.lora_updates if merges else {}
+        _refuse_obstacles(updates)
+        pointed: dict[int, tuple[torch.Tensor, int]] = {}
+        copied: dict[int, tuple[torch.Tensor, int]] = {}
+        merged: dict[int, tuple[torch.Tensor, int]] = {}
+        self._updates = {update.base: update for update in updates.values()}
+        self._entries = layout.entries
+        self._missing: list[tuple[dict[str, torch.Tensor | None], str, int]] = []
+        for name, tensor, owner, key in iter_weights(module):
+            index = index_of[name]
+            if tensor.device.type == "meta":
+                self._missing.append((owner, key, index))
+                continue
+            same_kind = tensor.device.type == "cpu" and tensor.dtype == layout.entries[index].dtype
+            group = pointed if same_kind and not copy else copied
+            if name in updates:
+                group = merged
+            if group.setdefault(id(tensor), (tensor, index))[1] != index:
+                raise ValueError(
+                    f"module must not tie {name!r} to {layout.entries[group[id(tensor)][1]].name!r}"
+                    ", got one tensor for two weights of the store. Build both from one "
+                    "configuration."
+                )
+        self._pointed = list(pointed.values())
+        self._copied = list(copied.values())
+        self._merged = list(merged.values())
+        self._is_applied = False
+        #: *Latest* as it was when the module was last made to read it.
+        self.applied = _NOTHING
+
+    @property
+    def reads_slot(self) -> bool:
+        """Whether the module reads the slot itself, so that the slot must stay pinned."""
+        return any(not self._entries[index].is_frozen for _, index in self._pointed)
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether the module is on a device that slots are copied up to."""
+        return any(tensor.is_cuda for tensor, _ in self._copied)
+
+    def apply(self, views: Sequence[torch.Tensor]) -> None:
+        """Make the module read ``views``, which are in the order of the layout's entries."""
+        if not self._is_applied:
+            self._apply_first(views)
+        for tensor, index in self._pointed:
+            tensor.data = views[index]
+        with torch.no_grad():
+            for tensor, index in self._copied:
+                tensor.data.copy_(views[index], non_blocking=True)
+        for tensor, index in self._merged:
+            self._updates[index].merge(views, tensor.data)
+        # After what the caller has started there: forward passes still read the old weights.
+        wait_for_devices(tensor for tensor, _ in self._copied)
+
+    def _apply_first(self, views: Sequence[torch.Tensor]) -> None:
+        self._materialise(views)
+        for tensor, _ in self._merged:
+            # What the module came with may be the learner's memory, or shared among workers.
+            tensor.data = torch.empty_like(tensor.data)
+        self._is_applied = True
+
+    def _materialise(self, views: Sequence[torch.Tensor]) -> None:
+        made: dict[tuple[int, bool], torch.Tensor] = {}
+        for owner, key, index in self._missing:
+            is_parameter = isinstance(owner[key], nn.Parameter)
+            if (index, is_parameter) not in made:
+                view = views[index]
+                tensor = nn.Parameter(view, requires_grad=False) if is_parameter else view.detach()
+                made[index, is_parameter] = tensor
+                group = self._merged if index in self._updates else self._pointed
+                group.append((tensor, index))
+            owner[key] = made[index, is_parameter]
+        self._missing = []
+
+
+def _refuse_obstacles(updates: Mapping[str, LoraUpdate]) -> None:
+    lines = [f"{name}: {update.obstacle}" for name, update in updates.items() if update.obstacle]
+    if lines:
+        listed = "\n  ".join(lines[:20])
+        raise ValueError(
+            f"module must have the adapters of the published one where they cannot be merged, got "
+            f"a module without adapters, and {len(lines)} weights whose adapter cannot:\n  "
+            f"{listed}\nBuild the reader's module with the adapters."
+        )
+
+
+def memory_of(module: nn.Module) -> set[int]:
+    """Addresses of the module's parameters and buffers."""
+    return {tensor.data_ptr() for tensor in named_weights(module).values() if tensor.numel()}
 
 
 @dataclasses.dataclass(frozen=True)
 class PinnedSlot:
-    """The bytes of a pinned version, for those that carry it on.
+    """Bytes of a pinned version, to be sent to another node.
 
     Args:
         version (int): which version it is.
         live (torch.Tensor): what every version brings, uint8 ``[slot_bytes]``.
         frozen (torch.Tensor): what travels once, uint8 ``[frozen_bytes]``.
-        published_ns (int): monotonic clock of this machine when it was offered.
+        published_ns (int): monotonic clock of this machine when it became visible.
     """
 
     version: int
@@ -56,7 +183,7 @@ class PinnedSlot:
 
 
 class WeightReader:
-    """One reader's place in a :class:`WeightStore`: it pins whole versions and never waits.
+    """Reader of a :class:`WeightStore`: it pins whole versions and never waits.
 
     Made by :meth:`WeightStore.reader`. Hand it to one process (it travels while that is being
     spawned) or to one thread; it attaches there at its first use. All calls come from the thread
@@ -86,12 +213,14 @@ class WeightReader:
         >>> reader.close(); store.close()
     """
 
-    def __init__(self, segment: WeightSegment, *, row: int, name: str, store: WeightStore) -> None:
+    def __init__(
+        self, segment: WeightSegment, *, reader_slot: int, name: str, writer: SlotWriter
+    ) -> None:
         self.name = name
-        self.row = row
+        self.reader_slot = reader_slot
         self._segment = segment
-        self._store_ref: weakref.ref[WeightStore] | None = weakref.ref(store)
-        self._store_pid = os.getpid()
+        self._writer_ref: weakref.ref[SlotWriter] | None = weakref.ref(writer)
+        self._writer_pid = os.getpid()
         self._reset()
 
     def _reset(self) -> None:
@@ -101,14 +230,12 @@ class WeightReader:
         self._bindings: weakref.WeakKeyDictionary[nn.Module, ModuleBinding] = (
             weakref.WeakKeyDictionary()
         )
-        self._seen = _NOTHING
+        self._seen = _NOTHING  # *latest* at the last adoption
         self._slot: int | None = None
         self._version = -1
         self._is_closed = False
-        self._listener: Callable[[], None] | None = None
+        self._callback: Callable[[], None] | None = None
         _READERS.add(self)
-        # Tests step through the protocol here; the names are those of the trace in store.py.
-        self._gate: Callable[[str], None] = _open_gate
 
     @property
     def version(self) -> int:
@@ -118,22 +245,22 @@ class WeightReader:
     def has_update(self) -> bool:
         """Whether a version newer than the adopted one is there: one read of shared memory."""
         ledger = self._ledger or self._attach()
-        return ledger.offer // MAX_SLOTS > self._version
+        return ledger.latest_version > self._version
 
-    def listen(self, listener: Callable[[], None]) -> bool:
-        """Have ``listener()`` called after each offer, until this reader is closed.
+    def on_publish(self, callback: Callable[[], None]) -> bool:
+        """Have ``callback()`` called after each version that becomes visible, until :meth:`close`.
 
-        The thread that makes the offer calls it: it must neither block nor raise.
+        The thread that writes the version calls it: it must neither block nor raise.
 
         Returns:
             False if nobody will call it, since the store is in another process. There, only
             :meth:`has_update` tells of a new version.
         """
-        store = self._store_ref() if self._store_ref is not None else None
-        if store is None or os.getpid() != self._store_pid:
+        writer = self._writer()
+        if writer is None:
             return False
-        self._listener = listener
-        store.offer_listeners.append(listener)
+        self._callback = callback
+        writer.callbacks.append(callback)
         return True
 
     def adopt_into(self, module: nn.Module, *, copy: bool = False) -> int:
@@ -158,12 +285,12 @@ class WeightReader:
             RuntimeError: if the reader is closed, was released, or is in use somewhere else.
         """
         ledger = self._ledger or self._attach()
-        if ledger.offer <= self._seen and module in self._bindings:
+        if ledger.latest <= self._seen and module in self._bindings:
             return self._version
         if module not in self._bindings:
             self._bind(module, copy)
         self._advance(ledger)
-        if not any(binding.holds_memory for binding in self._bindings.values()):
+        if not any(binding.reads_slot for binding in self._bindings.values()):
             self._unlock()  # everything was copied: the slot is free for the writer again
         return self._version
 
@@ -177,7 +304,7 @@ class WeightReader:
         return self._version, self._segment.layout.unflatten(self._views[slot].entries)
 
     def pin_slot(self) -> PinnedSlot:
-        """As :meth:`pin`, for a version that is carried on as bytes."""
+        """As :meth:`pin`, for a version that is sent on as bytes."""
         ledger = self._ledger or self._attach()
         slot = self._pin(ledger)
         return PinnedSlot(
@@ -193,7 +320,7 @@ class WeightReader:
         return self._segment.layout
 
     def unpin(self) -> None:
-        """Give the slot back before a long idle time.
+        """Let the slot go, before a long idle time.
 
         Modules must not be called until the next :meth:`adopt_into`: the memory they point to may
         be written.
@@ -209,50 +336,46 @@ class WeightReader:
         """
         ledger = self._ledger or self._attach()
         deadline = time.monotonic() + timeout_s
-        while ledger.offer // MAX_SLOTS < version:
+        while ledger.latest_version < version:
             if time.monotonic() > deadline:
-                state = "is alive" if self.is_writer_alive() else "is gone"
+                state = "is alive" if self._is_writer_alive() else "is gone"
                 raise TimeoutError(
                     f"Reader {self.name!r} waited {timeout_s} s for version {version}, got "
-                    f"{ledger.offer // MAX_SLOTS}; the process that publishes {state}. Check the "
+                    f"{ledger.latest_version}; the process that publishes {state}. Check the "
                     "learner, or wait longer."
                 )
             time.sleep(_POLL_S)
-        return ledger.offer // MAX_SLOTS
-
-    def is_writer_alive(self) -> bool:
-        """Whether the process of the store still lives."""
-        if self._locks is None:
-            self._attach()
-        assert self._locks is not None
-        return self._locks.is_held_by_others(WRITER_BYTE)
-
-    def detach(self, module: nn.Module) -> None:
-        """Give ``module`` memory of its own, with the version it reads now, and forget it."""
-        binding = self._bindings.pop(module, None)
-        if binding is not None:
-            binding.detach()
-            del _READER_OF[module]
+        return ledger.latest_version
 
     def close(self) -> None:
-        """Give the pin and the place back.
+        """Give the pin and the reader slot back.
 
-        Modules still point at the slot, which the writer may now overwrite: :meth:`detach` those
-        that are used further.
+        Modules still point at the weights' slot, which the writer may now overwrite: make a
+        ``copy.deepcopy`` of those that are used further, which owns its memory, before.
         """
         if self._is_closed:
             return
-        store = self._store_ref() if self._store_ref is not None else None
-        if store is not None and self._listener is not None:
-            store.offer_listeners.remove(self._listener)
+        writer = self._writer()
+        if writer is not None and self._callback is not None:
+            writer.callbacks.remove(self._callback)
         if self._locks is not None:
             if self._ledger is not None and self._locks.is_open:
-                self._ledger.set_state(self.row, ReaderState.CLOSED)
+                self._ledger.set_state(self.reader_slot, ReaderState.CLOSED)
             self._locks.close()
         for module in list(self._bindings):
             del _READER_OF[module]
         self._reset()
         self._is_closed = True
+
+    def _writer(self) -> SlotWriter | None:
+        """The writer, if it is in this process."""
+        if self._writer_ref is None or os.getpid() != self._writer_pid:
+            return None
+        return self._writer_ref()
+
+    def _is_writer_alive(self) -> bool:
+        assert self._locks is not None
+        return self._locks.is_held_by_others(WRITER_BYTE)
 
     def _attach(self) -> Ledger:
         if self._is_closed:
@@ -261,21 +384,21 @@ class WeightReader:
             )
         ledger = self._segment.ledger()
         locks = self._segment.locks.open()
-        if ledger.state(self.row) not in (ReaderState.ISSUED, ReaderState.ATTACHED):
+        if ledger.state(self.reader_slot) not in (ReaderState.REGISTERED, ReaderState.ATTACHED):
             raise RuntimeError(
                 f"Reader {self.name!r} was released. Take another one from WeightStore.reader()."
             )
-        if not locks.try_exclusive(reader_byte(self.row)):
+        if not locks.try_exclusive(reader_byte(self.reader_slot)):
             raise RuntimeError(
                 f"Reader {self.name!r} is in use by another process or thread. Take one from "
                 "WeightStore.reader() for each."
             )
-        ledger.set_state(self.row, ReaderState.ATTACHED)
+        ledger.set_state(self.reader_slot, ReaderState.ATTACHED)
         self._ledger, self._locks = ledger, locks
         return ledger
 
     def _pin(self, ledger: Ledger) -> int:
-        if ledger.offer > self._seen or self._slot is None:
+        if ledger.latest > self._seen or self._slot is None:
             self._advance(ledger)
         assert self._slot is not None
         return self._slot
@@ -286,18 +409,16 @@ class WeightReader:
         slot, version = self._pin_newest(ledger)
         if slot not in self._views:
             self._views[slot] = self._segment.views(slot)
-        offer, is_new = version * MAX_SLOTS + slot, version != self._version
-        if is_new:
-            self._verify(ledger, slot, version)
+        latest, is_new = version * MAX_SLOTS + slot, version != self._version
         for binding in list(self._bindings.values()):
-            if binding.applied_offer != offer:
+            if binding.applied != latest:
                 binding.apply(self._views[slot].entries)
-                binding.applied_offer = offer
+                binding.applied = latest
         # Last: what fails until here is tried again by the next call, and not taken for done.
-        self._version, self._seen = version, offer
+        self._version, self._seen = version, latest
         if is_new:
             ledger.record_adoption(
-                self.row,
+                self.reader_slot,
                 version=version,
                 published_ns=ledger.published_ns(slot),
                 start_ns=start_ns,
@@ -306,7 +427,7 @@ class WeightReader:
 
     def _pin_newest(self, ledger: Ledger) -> tuple[int, int]:
         assert self._locks is not None
-        if ledger.offer < 0:
+        if ledger.latest < 0:
             raise RuntimeError(
                 f"Reader {self.name!r} has nothing to adopt: no version has arrived yet. Call "
                 "wait(0, timeout_s=...) before the first adoption."
@@ -314,32 +435,16 @@ class WeightReader:
         # The old pin goes first, so that a reader never holds two: R readers pin at most R slots.
         self._unlock()
         while True:
-            slot = ledger.offer % MAX_SLOTS
-            self._gate("offer read")
+            slot = ledger.latest_slot
             if self._locks.try_shared(slot_byte(slot)):
-                self._gate("slot locked")
-                # Under the lock nobody writes the slot, so what its record says stays true. The
-                # offer was only a hint: the slot may hold a newer version by now, or none.
+                # Under the lock nobody writes the slot, so what its record says stays true. What
+                # was latest was only a hint: the slot may hold a newer version by now, or none.
                 version = ledger.version_in(slot)
                 if version >= 0:
                     self._slot = slot
-                    self._gate("pinned")
                     return slot, version
                 self._locks.unlock(slot_byte(slot))
-            # Refused or torn: the newest slot is never claimed, so a newer offer is out by now.
-
-    def _verify(self, ledger: Ledger, slot: int, version: int) -> None:
-        expected = ledger.checksums_in(slot)
-        if not expected:
-            return
-        found = self._segment.checksums(slot)
-        buckets = [b.dtype for b, x, y in zip(self.layout.buckets, expected, found) if x != y]
-        if buckets:
-            raise RuntimeError(
-                f"Version {version} has other checksums than when it was published, in its weights "
-                f"of {', '.join(map(str, buckets))}. Something writes weights through a module "
-                "that adopted them: readers' modules must not be trained."
-            )
+            # Refused or torn: the latest slot is never claimed, so another one is latest by now.
 
     def _unlock(self) -> None:
         if self._slot is not None and self._locks is not None:
@@ -347,8 +452,8 @@ class WeightReader:
         self._slot = None
 
     def _bind(self, module: nn.Module, copy: bool) -> None:
-        store = self._store_ref() if self._store_ref is not None else None
-        if store is not None and store.publishes_from(memory_of(module)):
+        writer = self._writer()
+        if writer is not None and not writer.source_addresses.isdisjoint(memory_of(module)):
             raise ValueError(
                 "module must not be the one that is published, got the learner's own. "
                 "Build a second one: its parameters will point into the store."
@@ -357,19 +462,20 @@ class WeightReader:
         if other is not None and other is not self:
             raise ValueError(
                 f"module must have one reader, got one that reader {other.name!r} serves. "
-                "Detach it there first."
+                "Close that one first."
             )
         self._bindings[module] = ModuleBinding(module, self._segment.layout, copy=copy)
-        if self._bindings[module].is_uploaded:
+        if self._bindings[module].is_on_device:
             self._segment.pin()
         _READER_OF[module] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "row": self.row, "segment": self._segment}
+        return {"name": self.name, "reader_slot": self.reader_slot, "segment": self._segment}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.name, self.row, self._segment = state["name"], state["row"], state["segment"]
-        self._store_ref = None
+        self.name, self._segment = state["name"], state["segment"]
+        self.reader_slot = state["reader_slot"]
+        self._writer_ref, self._writer_pid = None, -1
         self._reset()
 
     def __repr__(self) -> str:
@@ -388,7 +494,3 @@ def _forget_attachment_after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_attachment_after_fork)
-
-
-def _open_gate(step: str) -> None:
-    """In production nobody watches the steps."""

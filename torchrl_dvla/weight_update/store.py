@@ -5,88 +5,198 @@
 """Versioned weights in shared memory: published without waiting, read without copying.
 
 **The protocol.** The store has ``num_slots`` slots in one arena. A slot's lock byte (see
-:mod:`~torchrl_dvla.weight_update.locks`) is held *shared* by every reader that reads the slot, and
-*exclusively* by the writer from before its first byte is written until after its last. The slot's
-record says which version it holds, -1 for none. The *offer* names the newest version and its slot.
+:mod:`~torchrl_dvla.weight_update.segment`) is held *shared* by every reader that reads the slot,
+and *exclusively* by the writer from before its first byte is written until after its last. The
+slot's record says which version it holds, -1 for none. *Latest* names the newest visible version
+and its slot.
 
 =====================================  ==========================================================
 publish (the learner)                  adopt (a reader, between two batches)
 =====================================  ==========================================================
 1. claim: lock a slot exclusively      a. unlock the old slot
-   that is not offered; skip the       b. read the offer                        ("offer read")
+   that is not the latest; skip the    b. read *latest*                         ("latest read")
    refused ones       ("claimed")      c. lock its slot shared; if refused go to b
 2. record := -1       ("marked")                                                ("slot locked")
-3. copy, and look at  ("copying")      d. read the record; if -1 unlock, go to b  ("pinned")
-   what is copied      ("looked")      e. point the module at the slot
+3. copy, and check                     d. read the record; if -1 unlock, go to b  ("pinned")
+   what is copied     ("copying")      e. point the module at the slot
 4. record := version  ("written")
 5. unlock             ("unlocked")
-6. offer := version   ("offered")
+6. latest := version  ("visible")
 =====================================  ==========================================================
 
 **Nobody reads a mix of two versions** (invariant 3). A reader reads a slot only between its c and
 its next a, holding the shared lock; the writer writes it only between 1 and 5, holding the
 exclusive lock; the kernel never grants both. Each grant follows the other side's release through
 the kernel's lock of the file, which orders memory: the reader sees all of the copy, and the writer
-overwrites nothing that a reader has yet to load. The offer is a hint and may be as stale as it
+overwrites nothing that a reader has yet to load. *Latest* is a hint and may be as stale as it
 likes.
 
-**Only finite weights are offered.** Where the look takes time, a thread does it beside the copy
-and goes on with 4 to 6 (:mod:`~torchrl_dvla.weight_update.release`); ``publish`` returns before.
+**Only finite weights become visible.** Each piece of the copy is checked right after it was
+written, while it is in a cache. ``publish`` returns when the version is visible, or raises; then
+the claimed slot is unlocked with its record at -1, and *latest* is what it was.
 
 **A writer that dies** in 1-5 loses the exclusive lock to the kernel and leaves the record at -1 in
-a slot that is not offered: the last whole version stays offered and readable. A reader that dies
+a slot that is not the latest: the last whole version stays visible and readable. A reader that dies
 loses its pin the same way. So nothing is ever held by the dead, and nobody has to notice the death
 first.
 
 **Nobody waits** (invariant 4). A reader is refused at c only if the writer claimed the slot that
-the reader had read as offered, so the offer has moved since b: each retry means that another
-publish has finished. The writer waits for no reader, only for its own thread if that has not ended
-with the version before. When it finds a slot, ``publish`` costs one copy. Live readers hold at most
-one slot each, so ``num_slots = num_readers + 2`` always has one left beside the offered one; with
-readers that adopt at every batch, three are nearly always enough, for then two different old
-versions must be in use at the very moment of the publish. If they are, the version is *deferred*:
-copied aside (one more copy of the weights, allocated at that time), and moved into the first slot
-that a reader leaves, by a thread that gives way to the next ``publish`` within one piece of its
-copy. A newer version replaces a deferred one: versions coalesce, they never queue.
+the reader had read as the latest, so another one has become the latest since b: each retry means
+that another publish has finished. The writer waits for no reader. When it finds a slot, ``publish``
+costs one copy. Live readers hold at most one slot each, so ``num_slots = num_readers + 2`` always
+has one left beside the latest; with readers that adopt at every batch, three are nearly always
+enough, for then two different old versions must be in use at the very moment of the publish. If
+they are, the version is *deferred*: copied to memory of the writer (one more copy of the weights,
+allocated at that time), and moved into the first slot that its readers leave, by a thread that
+gives way to the next ``publish`` within one piece of its copy. A newer version replaces a deferred
+one: versions coalesce, they never queue.
 
-A worked trace, with three slots and readers P and Q; the star is the offer::
+A worked trace, with three slots and readers P and Q; the star is the latest::
 
     slot 0   slot 1   slot 2
     v0* PQ   -        -         both have adopted version 0
     v0  PQ   v1*      -         publish 1
     v0  P    v1* Q    -         Q adopts 1
     v0  P    v1  Q    v2*       publish 2
-    v0  P    v1  Q    v2*       publish 3: slots 0 and 1 are pinned, 2 is offered: deferred
+    v0  P    v1  Q    v2*       publish 3: slots 0 and 1 are pinned, 2 is the latest: deferred
     v3*      v1  Q    v2  P     P adopts 2 and so leaves slot 0: version 3 moves in
 """
 
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from torchrl_dvla.weight_update.copying import cast_error
-from torchrl_dvla.weight_update.layout import WeightLayout, WeightSource
-from torchrl_dvla.weight_update.ledger import MAX_SLOTS, Adoption, AdoptionStats
-from torchrl_dvla.weight_update.places import ReaderPlaces
-from torchrl_dvla.weight_update.publish_stats import PublishStats
-from torchrl_dvla.weight_update.publisher import Publisher
 from torchrl_dvla.weight_update.reader import WeightReader
-from torchrl_dvla.weight_update.segment import WeightSegment
-from torchrl_dvla.weight_update.source import SourceTensors
-from torchrl_dvla.weight_update.writer import SlotWriter
+from torchrl_dvla.weight_update.segment import (
+    MAX_SLOTS,
+    Adoption,
+    AdoptionStats,
+    Ledger,
+    LockHandle,
+    ReaderState,
+    WeightSegment,
+    reader_byte,
+)
+from torchrl_dvla.weight_update.slot_writer import PublishStats, SlotWriter
+from torchrl_dvla.weight_update.weight_layout import WeightLayout, WeightSource
 
-__all__ = ["WeightStore"]
+if TYPE_CHECKING:
+    from torchrl_dvla.memory import ModelPool
+
+__all__ = ["ReaderRegistry", "WeightStore"]
 
 _POLL_S = 5e-4
 
 
+class ReaderRegistry:
+    """Registry of a store's readers: which name has which reader slot of the ledger.
+
+    Args:
+        ledger (Ledger): the shared words.
+        locks (LockHandle): the writer's, to see which readers are alive.
+        max_readers (int): reader slots.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_dvla.weight_update.segment import LockFile
+        >>> ledger = Ledger(torch.zeros(Ledger.num_words(3, 2), dtype=torch.int64), 3)
+        >>> file = LockFile()
+        >>> registry = ReaderRegistry(ledger, file.open(), 2)
+        >>> registry.register("a"), registry.register("b")
+        (0, 1)
+        >>> registry.release("a")
+        >>> registry.register("c"), list(registry.stats())
+        (0, ['b', 'c'])
+    """
+
+    def __init__(self, ledger: Ledger, locks: LockHandle, max_readers: int) -> None:
+        self._ledger, self._locks, self._max_readers = ledger, locks, max_readers
+        self._slots: dict[str, int] = {}
+        self._num_taken: dict[str, int] = {}
+
+    def register(self, name: str) -> int:
+        """A reader slot for ``name``.
+
+        Raises:
+            ValueError: if the name has one that was not released.
+            RuntimeError: if all reader slots are taken.
+        """
+        self._slots = self._open_slots()
+        if name in self._slots:
+            raise ValueError(
+                f"name must be free, got {name!r}, which a reader has. Release that one first."
+            )
+        taken = set(self._slots.values())
+        slot = next((slot for slot in range(self._max_readers) if slot not in taken), None)
+        if slot is None:
+            raise RuntimeError(
+                f"All {self._max_readers} reader slots are taken. Release dead readers, or "
+                "make the store with a larger max_readers."
+            )
+        self._slots[name] = slot
+        self._num_taken[name] = 0
+        self._ledger.set_state(slot, ReaderState.REGISTERED)
+        return slot
+
+    def release(self, name: str) -> None:
+        """Free the reader slot of ``name``.
+
+        Raises:
+            KeyError: if there is no such reader.
+            RuntimeError: if it is alive.
+        """
+        if name not in self._slots:
+            raise KeyError(f"No reader is called {name!r}. There are {sorted(self._slots)}.")
+        slot = self._slots[name]
+        if self._is_alive(slot):
+            raise RuntimeError(
+                f"Reader {name!r} is alive, got a request to release it. Let its process end or "
+                "call its close() there."
+            )
+        self._ledger.set_state(slot, ReaderState.CLOSED)
+        del self._slots[name]
+
+    def stats(self) -> dict[str, AdoptionStats]:
+        """What each reader did."""
+        slots = self._open_slots()
+        return {name: self._ledger.adoption_stats(slot) for name, slot in slots.items()}
+
+    def take_adoptions(self) -> dict[str, list[Adoption]]:
+        """What each reader adopted since the last call."""
+        taken = {}
+        for name, slot in self._open_slots().items():
+            first, self._num_taken[name] = self._num_taken[name], self._ledger.num_adoptions(slot)
+            taken[name] = self._ledger.adoptions(slot, first, self._num_taken[name])
+        return taken
+
+    def dead(self) -> list[str]:
+        """Readers whose process ended without closing them."""
+        return [
+            name
+            for name, slot in self._open_slots().items()
+            if self._ledger.state(slot) is ReaderState.ATTACHED and not self._is_alive(slot)
+        ]
+
+    def _open_slots(self) -> dict[str, int]:
+        closed = ReaderState.CLOSED
+        return {
+            name: slot
+            for name, slot in self._slots.items()
+            if self._ledger.state(slot) is not closed
+        }
+
+    def _is_alive(self, slot: int) -> bool:
+        return self._locks.is_held_by_others(reader_byte(slot))
+
+
 class WeightStore:
-    """The learner's side: versioned slots that readers of this node adopt from.
+    """Store of versioned weights that the readers of this node adopt from: the learner's side.
 
     Args:
         source (nn.Module, TensorDictBase or mapping): the weights; they are published at once, as
@@ -101,12 +211,11 @@ class WeightStore:
         lora_only (bool): publish everything but low-rank adapters once. A reader without adapters
             gets them merged. Default: ``False``.
         transport_dtype (torch.dtype, optional): keep floating-point weights in this dtype
-            (``torch.bfloat16`` halves the bytes of fp32 masters; see :meth:`cast_error`).
-        check_finite (bool): refuse NaN and infinite weights. Default: ``True``.
-        checksum (bool): let readers compare a checksum of each bucket at each adoption, a pass over
-            the weights on both sides; it finds modules that write what they adopted. Default:
-            ``False``.
+            (``torch.bfloat16`` halves the bytes of fp32 masters, at a relative error of 2**-8).
+        check_finite (bool): refuse NaN and infinite weights; a module's buffers may hold
+            infinities, as attention masks do. Default: ``True``.
         first_version (int): number of the first version, for a run that is resumed. Default: 0.
+        model_pool (ModelPool, optional): gives the shared memory, within its budget. Default: none.
 
     Raises:
         ValueError: if ``num_slots`` is below 3, ``source`` has no weights, or they are not finite.
@@ -136,13 +245,13 @@ class WeightStore:
         lora_only: bool = False,
         transport_dtype: torch.dtype | None = None,
         check_finite: bool = True,
-        checksum: bool = False,
         first_version: int = 0,
+        model_pool: ModelPool | None = None,
     ) -> None:
         if not 3 <= num_slots <= MAX_SLOTS:
             raise ValueError(
                 f"num_slots must be from 3 to {MAX_SLOTS}, got {num_slots}. One slot is read while "
-                "another is written and a third is newest; num_readers + 2 never defers a version."
+                "another is written and a third is latest; num_readers + 2 never defers a version."
             )
         if max_readers < 1:
             raise ValueError(f"max_readers must be positive, got {max_readers}. Use 64.")
@@ -150,8 +259,7 @@ class WeightStore:
         self._pid = os.getpid()
         self._is_closed = False
         self._last_stats: dict[str, AdoptionStats] = {}
-        #: What :meth:`cast_error` measured last.
-        self.last_cast_error = 0.0
+        self._last_version = -1
         self.layout = (
             source
             if isinstance(source, WeightLayout)
@@ -162,58 +270,58 @@ class WeightStore:
                 transport_dtype=transport_dtype,
             )
         )
-        self._tensors = SourceTensors(self.layout)
-        self._segment = WeightSegment(self.layout, num_slots=num_slots, max_readers=max_readers)
-        self._writer = SlotWriter(self._segment, check_finite=check_finite, checksum=checksum)
-        #: What it does after :meth:`publish` has returned.
-        self.releaser = self._writer.releaser
-        #: Called after each offer by the thread that makes it; they neither block nor raise.
-        self.offer_listeners = self._writer.offer_listeners
-        self._publisher = Publisher(self._segment, self._writer)
+        self._segment = WeightSegment(
+            self.layout, num_slots=num_slots, max_readers=max_readers, model_pool=model_pool
+        )
+        self._writer = SlotWriter(self._segment, check_finite=check_finite)
         self._ledger = self._segment.ledger()
-        self._places = ReaderPlaces(self._ledger, self._writer.locks, max_readers)
+        self._registry = ReaderRegistry(self._ledger, self._writer.locks, max_readers)
+        self._frozen: dict[str, torch.Tensor] = {}
         if isinstance(source, WeightLayout):
             return
         try:
-            self._writer.write_frozen(self.layout.tensors_of(source))
+            tensors = self.layout.tensors_of(source)
+            self._writer.write_frozen(tensors)
+            entries = zip(self.layout.entries, tensors, strict=True)
+            self._frozen = {e.name: tensor for e, tensor in entries if e.is_frozen}
             self.publish(version=first_version)
-            self.finish()
-            self.cast_error()
         except BaseException:
             self.close()
             raise
+
+    @staticmethod
+    def bytes_for(
+        source: WeightSource, num_slots: int = 3, *, max_readers: int = 64, **options: Any
+    ) -> int:
+        """Bytes of shared memory that a store of these arguments takes."""
+        names = ("trainable_only", "lora_only", "transport_dtype")
+        layout = WeightLayout(source, **{name: options[name] for name in names if name in options})
+        return WeightSegment.bytes_for(layout, num_slots=num_slots, max_readers=max_readers)
 
     # -- publishing ----------------------------------------------------------------------------
 
     @property
     def version(self) -> int:
-        """The version published last, deferred ones and those not looked at yet included."""
-        return self._writer.newest
+        """The version published last, a deferred one included; -1 before the first."""
+        return self._last_version if self._is_closed else self._writer.version
 
     @property
-    def offered_version(self) -> int:
-        """The newest version that readers can adopt now.
-
-        It is below :attr:`version` until a new version was looked at, while one is deferred, and
-        while publishing is paused.
-        """
+    def visible_version(self) -> int:
+        """The newest version that readers can adopt: :attr:`version`, unless that is deferred."""
         self._require_writer()
-        return self._ledger.offer // MAX_SLOTS
+        return self._ledger.latest_version
 
     def publish(self, source: WeightSource | None = None, *, version: int | None = None) -> int:
         """Copy the weights and make them the newest version. Never waits for a reader.
 
-        Where it would take time to look for NaN and infinity (from 4 MiB), a thread does it, a few
-        pieces behind the copy, and offers the version when it has ended; :meth:`finish` waits for
-        it. A refusal is raised by this call or by the next of ``publish``, :meth:`finish` and
-        :meth:`wait`, which then does nothing else. A look that has not ended is waited for.
-
-        Weights on CUDA are copied within the device, on the current stream, and looked at and
-        brought to the host by that thread; see :mod:`~torchrl_dvla.weight_update.device_writer`.
-        Not run on a GPU here.
+        When it returns the version is visible (or deferred, if every other slot is in use); when it
+        raises, nothing has changed. Weights on CUDA are checked there and copied to the slots,
+        which are page-locked; the call waits for that copy, so for all that the current stream was
+        given before. Not run on a GPU by this project.
 
         Args:
-            source (optional): the weights; default is what the store was made from.
+            source (optional): the weights; default is what the store was made from, walked anew:
+                a layer that was replaced in a module is found.
 
         Keyword Args:
             version (int, optional): the number to give; default is the next one.
@@ -222,33 +330,37 @@ class WeightStore:
             the version.
 
         Raises:
-            ValueError: if these weights, or those published before, are not finite (the last good
-                version stays), if the layout differs (the differences are listed), or if
+            ValueError: if the weights are not finite (the last good version stays), if the layout
+                differs (the differences are listed), if a frozen weight was replaced, or if
                 ``version`` does not grow.
             RuntimeError: if another thread publishes right now, or this is not the process that
                 made the store.
         """
         self._require_writer()
-        return self._publisher.publish(
-            lambda: self._tensors.of(self._source if source is None else source), version=version
-        )
+        return self._writer.publish(lambda: self._find(source), version=version)
 
-    def finish(self) -> None:
-        """Wait until what was published was looked at, and is on the host.
-
-        From then on it is offered, unless publishing is paused or every other slot is in use.
-
-        Raises:
-            ValueError: if it was refused since the weights are not finite.
-        """
-        self.releaser.finish()
+    def _find(self, source: WeightSource | None) -> Sequence[torch.Tensor]:
+        found = self._source if source is None else source
+        if isinstance(found, WeightLayout):
+            raise ValueError(
+                "source must be given to a store that was made empty, got none. Weights of other "
+                "nodes come in through receive()."
+            )
+        tensors = self.layout.tensors_of(found)
+        for entry, tensor in zip(self.layout.entries, tensors, strict=True):
+            if found is self._source and self._frozen.get(entry.name, tensor) is not tensor:
+                raise ValueError(
+                    f"source must keep its frozen weights, got another {entry.name!r}: they were "
+                    "published once, when the store was made. Replace it before that."
+                )
+        return tensors
 
     def receive(self, fill: Callable[[torch.Tensor], None], *, version: int) -> None:
         """Take a version that comes as bytes, from the store of another node.
 
         Args:
             fill (callable): writes all of the memory it is given, uint8 ``[layout.slot_bytes]``.
-                The version is offered when it returns. If it raises, no reader ever sees what it
+                The version is visible when it returns. If it raises, no reader ever sees what it
                 wrote, and :attr:`version` is what is still whole.
 
         Keyword Args:
@@ -258,7 +370,7 @@ class WeightStore:
             ValueError: if ``version`` does not grow.
         """
         self._require_writer()
-        self._publisher.receive(fill, version=version)
+        self._writer.receive(fill, version=version)
 
     @property
     def frozen_memory(self) -> torch.Tensor:
@@ -269,39 +381,42 @@ class WeightStore:
         self._require_writer()
         return self._segment.frozen_memory()
 
-    def pause(self) -> None:
-        """Go on taking versions without showing them.
-
-        Readers keep, and new ones get, what is offered now. One slot is bound meanwhile.
-        """
-        self._require_writer()
-        self._writer.pause()
-
-    def resume(self) -> None:
-        """Offer the newest version that was taken during the pause."""
-        self._require_writer()
-        self._writer.resume()
-
     def stats(self) -> PublishStats:
         """Counters of the writing side."""
-        return self._writer.counter.stats
+        return self._writer.stats
 
-    def cast_error(self, source: WeightSource | None = None) -> float:
-        """Largest ``|stored - weight| / |weight|`` that ``transport_dtype`` makes; 0 without it.
+    def scalars(self) -> dict[str, float]:
+        """Scalars of both sides; of a store that is closed, what was known then.
 
-        A measurement, not part of :meth:`publish`: it takes several passes over the weights. It is
-        taken once when the store is made; :attr:`last_cast_error` has the latest.
+        Returns:
+            ``version``; of the learner's side ``num_publishes``, ``num_coalesced``,
+            ``num_deferred``, ``num_refused``, ``published_bytes``, ``publish_stall_s`` (the last
+            one) and ``publish_stall_max_s``; of each reader ``<reader>_adopt_p50_s``,
+            ``<reader>_adopt_p99_s``, ``<reader>_skipped`` and ``<reader>_lag``.
         """
-        if self.layout.transport_dtype is None:
-            return 0.0
-        tensors = self._tensors.of(self._source if source is None else source)
-        self.last_cast_error = cast_error(self.layout, tensors)
-        return self.last_cast_error
+        publish = self.stats()
+        out: dict[str, float] = {
+            "version": self.version,
+            "num_publishes": publish.num_publishes,
+            "num_coalesced": publish.num_coalesced,
+            "num_deferred": publish.num_deferred,
+            "num_refused": publish.num_refused,
+            "published_bytes": publish.bytes_total,
+            "publish_stall_s": publish.stall_last_s,
+            "publish_stall_max_s": publish.stall_max_s,
+        }
+        for name, adopted in self.adoption_stats().items():
+            reader = re.sub(r"\W", "_", name)
+            out[f"{reader}_adopt_p50_s"] = adopted.latency_p50_s
+            out[f"{reader}_adopt_p99_s"] = adopted.latency_p99_s
+            out[f"{reader}_skipped"] = adopted.num_skipped
+            out[f"{reader}_lag"] = self.version - adopted.version
+        return out
 
     # -- readers -------------------------------------------------------------------------------
 
     def reader(self, name: str | int) -> WeightReader:
-        """A place for one more reader.
+        """Register one more reader.
 
         Args:
             name (str or int): how it is called in :meth:`adopted_versions` and in errors.
@@ -311,11 +426,12 @@ class WeightStore:
 
         Raises:
             ValueError: if the name is taken by a reader that was not released.
-            RuntimeError: if ``max_readers`` places are taken.
+            RuntimeError: if ``max_readers`` reader slots are taken.
         """
         self._require_writer()
         name = str(name)
-        return WeightReader(self._segment, row=self._places.issue(name), name=name, store=self)
+        slot = self._registry.register(name)
+        return WeightReader(self._segment, reader_slot=slot, name=name, writer=self._writer)
 
     def release(self, reader: WeightReader | str | int) -> None:
         """Forget a reader. Its pin needs no taking back: the kernel freed it with the process.
@@ -326,10 +442,9 @@ class WeightStore:
         """
         self._require_writer()
         name = reader.name if isinstance(reader, WeightReader) else str(reader)
-        self._places.require(name)
         if isinstance(reader, WeightReader):
             reader.close()
-        self._places.release(name)
+        self._registry.release(name)
 
     def adopted_versions(self) -> dict[str, int]:
         """The version each reader has adopted; -1 for one that has not begun."""
@@ -337,19 +452,14 @@ class WeightStore:
 
     def adoption_stats(self) -> dict[str, AdoptionStats]:
         """Adoptions, skipped versions and latency of each reader; after the end, the last known."""
-        return self._last_stats if self._is_closed else self._places.stats()
+        return self._last_stats if self._is_closed else self._registry.stats()
 
     def take_adoptions(self) -> dict[str, list[Adoption]]:
         """Each reader's adoptions since the last call, for a timeline.
 
         The last 64 of a reader are kept; nothing waits for them to be taken.
         """
-        return {} if self._is_closed else self._places.take_adoptions()
-
-    def dead_readers(self) -> list[str]:
-        """Readers whose process ended without closing them."""
-        self._require_writer()
-        return self._places.dead()
+        return {} if self._is_closed else self._registry.take_adoptions()
 
     def wait(self, version: int | None = None, timeout_s: float = 60.0) -> None:
         """Wait until every reader has adopted ``version`` (default: the last one) or a newer one.
@@ -358,11 +468,11 @@ class WeightStore:
             TimeoutError: naming the readers that are behind and their versions.
             RuntimeError: naming the readers that have died.
         """
+        self._require_writer()
         version = self.version if version is None else version
-        self.finish()
         deadline = time.monotonic() + timeout_s
         while True:
-            dead = self.dead_readers()
+            dead = self._registry.dead()
             if dead:
                 raise RuntimeError(
                     f"Readers {dead} died before they adopted version {version}. Release them with "
@@ -378,29 +488,25 @@ class WeightStore:
                 )
             time.sleep(_POLL_S)
 
-    # -- life ----------------------------------------------------------------------------------
+    # -- lifecycle -----------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Offer what was published, then end; a version that is deferred is dropped.
+        """End the store; a version that is deferred is dropped. Safe to call twice.
 
-        Readers keep what is offered now. The memory goes with the last view on it, so with this
+        Readers keep what is visible now. The memory goes with the last view on it, so with this
         store and its last reader; closing the arena would empty it under those that still act.
         """
         if self._is_closed or os.getpid() != self._pid:
             return
-        self._publisher.close()
-        self._last_stats = self.adoption_stats()
+        self._last_stats, self._last_version = self.adoption_stats(), self.version
         self._is_closed = True
+        self._writer.close()
         self._segment.locks.close()
-        del self._segment, self._ledger, self._places
+        del self._segment, self._ledger, self._registry, self._frozen
 
     def publishes_from(self, addresses: set[int]) -> bool:
         """Whether one of the memory addresses belongs to the weights published last."""
         return not self._writer.source_addresses.isdisjoint(addresses)
-
-    def set_gate(self, gate: Callable[[str], None]) -> None:
-        """Have ``gate`` called with the name of each step of the protocol, for tests of races."""
-        self._writer.gate = gate
 
     def _require_writer(self) -> None:
         if os.getpid() != self._pid:

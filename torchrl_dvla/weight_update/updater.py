@@ -6,48 +6,39 @@
 
 from __future__ import annotations
 
-import contextlib
+import inspect
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import nn
+from torchrl.weight_update.utils import _resolve_model
 from torchrl.weight_update.weight_sync_schemes import (
     WeightSyncScheme,
     register_weight_sync_backend,
 )
 
-from torchrl_dvla.weight_update.binding import memory_of
 from torchrl_dvla.weight_update.broadcast import WeightBroadcast
-from torchrl_dvla.weight_update.layout import WeightSource
-from torchrl_dvla.weight_update.reader import WeightReader
-from torchrl_dvla.weight_update.scalars import store_scalars
+from torchrl_dvla.weight_update.reader import WeightReader, memory_of
 from torchrl_dvla.weight_update.store import WeightStore
-from torchrl_dvla.weight_update.transport import (
-    BeforeCall,
-    StoreTransport,
-    as_source,
-    asks_for_weights,
-    received_model,
-    sent_model,
-    tell_version,
-)
+from torchrl_dvla.weight_update.weight_layout import WeightSource
 
-__all__ = ["AsyncWeightUpdater"]
+if TYPE_CHECKING:
+    from torchrl_dvla.memory import ModelPool
 
-_BEFORE, _AFTER = "before", "after"
+__all__ = ["AsyncWeightUpdater", "StoreTransport"]
 
 
 @register_weight_sync_backend("dvla")
 class AsyncWeightUpdater(WeightSyncScheme):
-    """Publishes weights that readers adopt on their own time: nobody waits for anybody.
+    """Weight-sync scheme over a :class:`WeightStore`: nobody waits for anybody.
 
-    A :class:`~torchrl.weight_update.WeightSyncScheme` over a :class:`WeightStore`. ``send`` (which
-    a collector's ``update_policy_weights_()`` calls) is :meth:`publish`: one copy into shared
-    memory. A receiver adopts the newest version just before its policy is called, so a version
-    changes between two calls and never within one; all readers of a node share the slots' memory.
+    ``send`` (which a collector's ``update_policy_weights_()`` calls) is :meth:`publish`: one copy
+    into shared memory, visible when it returns. A receiver adopts the newest version just before
+    its policy is called, so a version changes between two calls and never within one; all readers
+    of a node share the slots' memory.
 
     It is used unchanged in three places:
 
@@ -62,13 +53,12 @@ class AsyncWeightUpdater(WeightSyncScheme):
     Keyword Args:
         num_slots (int): see :class:`WeightStore`. Default: 3.
         store (WeightStore, optional): an existing store; the default makes one in
-            ``init_on_sender``, with the arguments that follow.
-        trainable_only (bool): frozen parameters travel once. Default: ``False``.
-        lora_only (bool): everything but low-rank adapters travels once. Default: ``False``.
-        transport_dtype (torch.dtype, optional): stored precision.
-        check_finite (bool): refuse NaN and infinite weights. Default: ``True``.
-        checksum (bool): verify each adoption. Default: ``False``.
-        first_version (int): number of the first version. Default: 0.
+            ``init_on_sender``.
+        model_pool (ModelPool, optional): gives the store's shared memory, within its budget. It
+            may be set until ``init_on_sender``. Default: none.
+        **store_options: further arguments of the :class:`WeightStore` that is made:
+            ``trainable_only``, ``lora_only``, ``transport_dtype``, ``check_finite``,
+            ``max_readers``, ``first_version``.
 
     Examples:
         >>> from torchrl.weight_update import WeightSyncScheme
@@ -80,8 +70,8 @@ class AsyncWeightUpdater(WeightSyncScheme):
         >>> reader = updater.reader("mine")
         >>> updater.publish(), reader.adopt_into(served)
         (1, 1)
-        >>> updater.versions()
-        {'worker 0': -1, 'mine': 1}
+        >>> updater.stats()["mine_lag"]
+        0
         >>> reader.close(); updater.shutdown()
     """
 
@@ -90,30 +80,21 @@ class AsyncWeightUpdater(WeightSyncScheme):
         *,
         num_slots: int = 3,
         store: WeightStore | None = None,
-        trainable_only: bool = False,
-        lora_only: bool = False,
-        transport_dtype: torch.dtype | None = None,
-        check_finite: bool = True,
-        checksum: bool = False,
-        first_version: int = 0,
+        model_pool: ModelPool | None = None,
+        **store_options: Any,
     ) -> None:
         super().__init__(strategy="tensordict")
+        # An argument that WeightStore does not have is refused here, not in init_on_sender.
+        inspect.signature(WeightStore).bind_partial(None, num_slots, **store_options)
+        self.num_slots = num_slots
+        self.model_pool = model_pool
         self._store = store
         self._owns_store = store is None
-        self._num_slots = num_slots
-        self._store_options: dict[str, Any] = {
-            "trainable_only": trainable_only,
-            "lora_only": lora_only,
-            "transport_dtype": transport_dtype,
-            "check_finite": check_finite,
-            "checksum": checksum,
-            "first_version": first_version,
-        }
+        self._store_options = store_options
         self._source: WeightSource | None = None
         self.broadcast: WeightBroadcast | None = None
         self._readers: dict[int, WeightReader] = {}
         self._reader: WeightReader | None = None
-        self._hooks: dict[str, dict[int, Callable[[int], None]]] = {_BEFORE: {}, _AFTER: {}}
         self._local_policy: weakref.ref[nn.Module] | None = None
         self._local_is_behind = False
         self._before_call: BeforeCall | None = None
@@ -142,10 +123,7 @@ class AsyncWeightUpdater(WeightSyncScheme):
         return self.store.version
 
     def publish(self, weights: WeightSource | None = None, *, version: int | None = None) -> int:
-        """Copy the weights into the store and return at once.
-
-        Large ones are looked at afterwards, see :meth:`WeightStore.publish`, which also lists what
-        it raises.
+        """Copy the weights into the store; see :meth:`WeightStore.publish` for what it raises.
 
         Args:
             weights (optional): a module, its tensordict, or a flat or nested dict of tensors; the
@@ -157,16 +135,12 @@ class AsyncWeightUpdater(WeightSyncScheme):
         Returns:
             the version.
         """
-        source = self._source if weights is None else as_source(weights)
-        for hook in list(self._hooks[_BEFORE].values()):
-            hook(self.store.version)
+        source = self._source if weights is None else _as_source(weights)
         version = self.store.publish(source, version=version)
         policy = self._local_policy() if self._local_policy is not None else None
         self._local_is_behind = policy is not None and not self.store.publishes_from(
             memory_of(policy)
         )
-        for hook in list(self._hooks[_AFTER].values()):
-            hook(version)
         return version
 
     def send(self, weights: Any = None, worker_ids: int | list[int] | None = None) -> None:
@@ -222,59 +196,19 @@ class AsyncWeightUpdater(WeightSyncScheme):
         twin.__setstate__(self.__getstate__())
         return twin
 
-    def finish(self) -> None:
-        """Wait until what was published can be adopted; see :meth:`WeightStore.finish`."""
-        self.store.finish()
-
     def wait(self, version: int | None = None, timeout_s: float = 60.0) -> None:
         """Wait until every reader adopted ``version``; see :meth:`WeightStore.wait`."""
         self.store.wait(version, timeout_s)
 
-    def versions(self) -> dict[str, int]:
-        """The version that each reader acts with; -1 before its first."""
-        return self.store.adopted_versions()
-
-    def lag(self) -> dict[str, int]:
-        """How many versions each reader is behind the one published last."""
-        return {name: self.store.version - version for name, version in self.versions().items()}
-
     def stats(self) -> dict[str, float]:
-        """Scalars of both sides, see :func:`~torchrl_dvla.weight_update.scalars.store_scalars`."""
-        return store_scalars(self.store)
+        """Scalars of both sides, see :meth:`WeightStore.scalars`."""
+        return self.store.scalars()
 
-    def pause(self) -> None:
-        """Keep readers at what they have: later versions are taken, but not offered."""
-        self.store.pause()
-
-    def resume(self) -> None:
-        """Offer the newest version taken since :meth:`pause`."""
-        self.store.resume()
-
-    def register_publish_hook(
-        self, hook: Callable[[int], None], *, when: str = "after"
-    ) -> contextlib.ExitStack:
-        """Have ``hook(version)`` called in the publishing thread.
-
-        Args:
-            hook (callable): gets the last version (``"before"``) or the new one (``"after"``).
-
-        Keyword Args:
-            when (str): ``"before"`` or ``"after"``. Default: ``"after"``.
-
-        Returns:
-            call its ``close()`` to remove the hook.
-
-        Raises:
-            ValueError: for another ``when``.
-        """
-        if when not in self._hooks:
-            raise ValueError(f"when must be 'before' or 'after', got {when!r}. Choose one.")
-        hooks = self._hooks[when]
-        key = max(hooks, default=-1) + 1
-        hooks[key] = hook
-        handle = contextlib.ExitStack()
-        handle.callback(hooks.pop, key, None)
-        return handle
+    def store_bytes(self, model: WeightSource) -> int:
+        """Bytes of shared memory that a store of ``model`` will take; 0 if one was given."""
+        if self._store is not None:
+            return 0
+        return WeightStore.bytes_for(model, self.num_slots, **self._store_options)
 
     # -- TorchRL's contract --------------------------------------------------------------------
 
@@ -300,7 +234,7 @@ class AsyncWeightUpdater(WeightSyncScheme):
             if num_workers is None:
                 num_workers = getattr(context, "num_workers", 0)
             if model is None and weights is None:
-                model = sent_model(context, self.model_id)
+                model = _sent_model(context, self.model_id)
         if num_workers is None:
             num_workers = len(devices) if devices is not None else 0
         self._source = weights if weights is not None else model
@@ -310,19 +244,23 @@ class AsyncWeightUpdater(WeightSyncScheme):
                     "model or weights must be given, got neither and no context that has a policy. "
                     "Call init_on_sender(model=policy, num_workers=...)."
                 )
-            self._store = WeightStore(self._source, self._num_slots, **self._store_options)
+            self._store = WeightStore(
+                self._source,
+                self.num_slots,
+                model_pool=self.model_pool,
+                **self._store_options,
+            )
         self._readers = {
             index: self._store.reader(f"worker {index}") for index in range(num_workers)
         }
         if context is not None and num_workers == 0:
-            self._serve_locally(received_model(context, self.model_id))
+            self._serve_locally(_received_model(context, self.model_id))
 
     def _setup_connection_and_weights_on_sender_impl(
         self, *, worker_idx: int | None = None, weights: Any | None = None
     ) -> None:
         if weights is not None:
             self.publish(weights)
-            self.finish()  # receivers begin with these
 
     def _init_on_receiver_impl(
         self,
@@ -336,7 +274,7 @@ class AsyncWeightUpdater(WeightSyncScheme):
         if context is not None:
             self.context = context
             if model is None:
-                model = received_model(context, model_id)
+                model = _received_model(context, model_id)
             if worker_idx is None:
                 worker_idx = getattr(context, "worker_idx", None)
         if worker_idx not in self._readers:
@@ -346,7 +284,6 @@ class AsyncWeightUpdater(WeightSyncScheme):
             )
         self.worker_idx = worker_idx
         self._reader = self._readers[worker_idx]
-        self._receiver_transport = self.create_transport(reader=self._reader)
         if model is not None:
             self.model = model
 
@@ -356,8 +293,8 @@ class AsyncWeightUpdater(WeightSyncScheme):
         self._follow(self.model)
 
     def create_transport(self, **kwargs: Any) -> StoreTransport:
-        """A transport over ``store`` or ``reader``."""
-        return StoreTransport(**kwargs)
+        """This updater behind TorchRL's ``TransportBackend`` interface."""
+        return StoreTransport(self)
 
     @property
     def model(self) -> Any:
@@ -400,8 +337,8 @@ class AsyncWeightUpdater(WeightSyncScheme):
     def _follow(self, model: nn.Module) -> None:
         """Keep ``model`` at the newest version from now on."""
         self._adopt()
-        if asks_for_weights(self.context):
-            return
+        if hasattr(self.context, "_poll_weight_update"):
+            return  # a server: it calls receive() by itself between two batches
         if self._before_call is None or not self._before_call.serves(model):
             if self._before_call is not None:
                 self._before_call.remove()
@@ -411,11 +348,15 @@ class AsyncWeightUpdater(WeightSyncScheme):
         self._adopt()
 
     def _adopt(self) -> bool:
-        if self._reader is None or self._receiver_transport is None:
+        """Let the model read the latest version; whether it is another than before."""
+        if self._reader is None:
             raise RuntimeError("receive() needs a receiver. Call init_on_receiver first.")
-        is_new = self._receiver_transport.adopt(self.model)
+        previous = self._reader.version
+        is_new = self._reader.adopt_into(self.model) != previous
         if is_new and self.context is not None:
-            tell_version(self.context, self.model_id or "policy", self._reader.version, self.model)
+            _report_version(
+                self.context, self.model_id or "policy", self._reader.version, self.model
+            )
         return is_new
 
     def _serve_locally(self, policy: Any) -> None:
@@ -428,7 +369,6 @@ class AsyncWeightUpdater(WeightSyncScheme):
     def _copy_before_call(self) -> None:
         policy = self._local_policy() if self._local_policy is not None else None
         if policy is not None and self._local_is_behind and self._reader is not None:
-            self.finish()
             # In the thread that runs the policy, and by copy: its parameters may be under training.
             version = self._reader.adopt_into(policy, copy=True)
             self._local_is_behind = version < self.store.version
@@ -437,6 +377,118 @@ class AsyncWeightUpdater(WeightSyncScheme):
         state: dict[str, Any] = super().__getstate__()
         # A receiver takes its reader along, not the learner's end.
         state.update(_store=None, broadcast=None, _source=None, _reader=None, _before_call=None)
-        state.update(_local_policy=None, _local_is_behind=False, _receiver_transport=None)
-        state["_hooks"] = {_BEFORE: {}, _AFTER: {}}
+        state.update(_local_policy=None, _local_is_behind=False, model_pool=None)
         return state
+
+
+class StoreTransport:
+    """An updater behind TorchRL's ``TransportBackend`` interface.
+
+    Args:
+        updater (AsyncWeightUpdater): of the side that sends or receives.
+    """
+
+    def __init__(self, updater: AsyncWeightUpdater) -> None:
+        self._updater = updater
+
+    def send_weights(self, weights: Any) -> None:
+        """Publish ``weights``."""
+        self._updater.publish(weights)
+
+    def receive_weights(self, timeout: float | None = None, **kwargs: Any) -> TensorDictBase | None:
+        """Adopt the newest version; its weights, or None if there was nothing new."""
+        return self._updater.receive(timeout)
+
+
+class BeforeCall:
+    """Forward pre-hook that stays with one module: copies and pickles of the module lose it.
+
+    Args:
+        callback (callable): bound method of the owner, called before each forward pass.
+        module (nn.Module): the module to hook.
+    """
+
+    def __init__(self, callback: Callable[[], None], module: nn.Module) -> None:
+        self._callback = weakref.WeakMethod(callback)
+        self._module = weakref.ref(module)
+        self._handle = module.register_forward_pre_hook(self)
+
+    def serves(self, module: nn.Module) -> bool:
+        """Whether this is the hook of ``module``."""
+        return self._module() is module
+
+    def remove(self) -> None:
+        """Unhook the module."""
+        self._handle.remove()
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        callback = self._callback()
+        if callback is not None and self._module() is module:
+            callback()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BeforeCall:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing_before_call, ()
+
+
+def _do_nothing(module: nn.Module, args: Any) -> None:
+    """What a pickled :class:`BeforeCall` becomes."""
+
+
+def _nothing_before_call() -> Callable[[nn.Module, Any], None]:
+    return _do_nothing
+
+
+def _sent_model(context: Any, model_id: str) -> nn.Module | None:
+    """The module that a collector's user trains."""
+    # A single-process collector whose policy moved to another device keeps the user's own aside.
+    original = getattr(context, "_orig_policy", None) if model_id == "policy" else None
+    if isinstance(original, nn.Module):
+        return original
+    try:
+        model = _received_model(context, model_id)
+    except (AttributeError, ValueError):
+        model = None
+    if model is None and model_id == "policy":
+        # Only factories were given: the workers begin with the weights of the first one's policy.
+        factories = [f for f in getattr(context, "policy_factory", None) or [] if f is not None]
+        model = factories[0]() if factories else None
+    return model if isinstance(model, nn.Module) else None
+
+
+def _received_model(context: Any, model_id: str) -> Any:
+    """The module that a collector or server acts with."""
+    if hasattr(context, "get_model"):
+        return context.get_model(model_id)
+    return _resolve_model(context, model_id)
+
+
+def _report_version(context: Any, model_id: str, version: int, model: nn.Module) -> None:
+    """Tell a collector or server which version its policy has now."""
+    if hasattr(context, "_mark_weight_update"):
+        context._mark_weight_update(version)
+    elif hasattr(context, "_set_received_policy_version"):
+        context._set_received_policy_version(version)
+    if getattr(context, "_weight_sync_schemes", None):  # it has workers of its own
+        context.update_policy_weights_(
+            model_id=model_id, policy_or_weights=TensorDict.from_module(model)
+        )
+
+
+def _as_source(weights: Any) -> WeightSource | None:
+    """``weights`` as given to ``update_policy_weights_``, in a form that can be published.
+
+    Raises:
+        ValueError: for weights per worker.
+    """
+    if not isinstance(weights, Mapping) or isinstance(weights, TensorDictBase):
+        return weights
+    if any(isinstance(key, int) for key in weights):
+        raise ValueError(
+            f"weights must be the same for all workers, got weights per worker {list(weights)}. "
+            "The readers of a store share one copy; use one updater for each group."
+        )
+    return TensorDict(dict(weights), batch_size=[])

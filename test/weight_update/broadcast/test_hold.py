@@ -16,7 +16,7 @@ from torchrl_dvla.weight_update.broadcast.hold import SlotHold, StoreHold
 def test_who_waits_is_told_when_a_version_is_offered_and_not_of_a_part() -> None:
     with WeightStore(WeightLayout(nn.Linear(2, 1))) as store:
         told: list[int] = []
-        hold = StoreHold(store, lambda: told.append(store.offered_version))
+        hold = StoreHold(store, lambda: told.append(store.visible_version))
         assert hold.has_frozen  # there are none to wait for
 
         def half(memory: torch.Tensor) -> None:

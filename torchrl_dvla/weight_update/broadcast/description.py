@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchrl_dvla.weight_update.layout import WeightLayout
 from torchrl_dvla.weight_update.lora import LoraUpdate
+from torchrl_dvla.weight_update.weight_layout import WeightLayout
 
 __all__ = ["describe_layout", "restore_layout"]
 

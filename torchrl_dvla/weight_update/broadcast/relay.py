@@ -26,8 +26,8 @@ from torchrl_dvla.weight_update.broadcast.description import restore_layout
 from torchrl_dvla.weight_update.broadcast.hold import StoreHold
 from torchrl_dvla.weight_update.broadcast.rendezvous import Rendezvous
 from torchrl_dvla.weight_update.broadcast.rounds import Order
-from torchrl_dvla.weight_update.layout import WeightSource
 from torchrl_dvla.weight_update.store import WeightStore
+from torchrl_dvla.weight_update.weight_layout import WeightSource
 
 __all__ = ["WeightRelay"]
 
@@ -116,7 +116,7 @@ class WeightRelay:
     @property
     def version(self) -> int:
         """The newest version that readers of this node can adopt; -1 before the first."""
-        return self.store.offered_version
+        return self.store.visible_version
 
     @property
     def is_connected(self) -> bool:
@@ -132,7 +132,7 @@ class WeightRelay:
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            while self.store.offered_version < version:
+            while self.store.visible_version < version:
                 if self._failure is not None or self._ending.is_set():
                     raise RuntimeError(
                         f"Relay {self.name!r} has ended at version {self.version}, which stays "
@@ -146,7 +146,7 @@ class WeightRelay:
                         f"{self.address} {lost}. Check that it runs, or wait longer."
                     )
                 self._changed.wait(_RETRY_S)
-            return self.store.offered_version
+            return self.store.visible_version
 
     def close(self) -> None:
         """Leave the tree and close the store; readers keep what they have.

@@ -117,7 +117,7 @@ class WeightBroadcast:
             },
         )
         self.address = format_address(host, self._peers.port)
-        self._tick_s = timeout_s if reader.listen(self._peers.wake) else _TICK_S
+        self._tick_s = timeout_s if reader.on_publish(self._peers.wake) else _TICK_S
         self._peers.wake()  # a version may be there already
         self._rendezvous = Rendezvous(self._pass_on)
         self._carrier = Carrier(

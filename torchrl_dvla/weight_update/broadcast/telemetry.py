@@ -11,8 +11,8 @@ import dataclasses
 import time
 
 from torchrl_dvla.weight_update.broadcast.rounds import LEARNER, Report, Rounds
-from torchrl_dvla.weight_update.ledger import quantile
 from torchrl_dvla.weight_update.reader import PinnedSlot
+from torchrl_dvla.weight_update.segment import quantile
 
 __all__ = ["BroadcastTelemetry", "Transfer"]
 

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
 
-from torchrl_dvla.weight_update.layout import WeightLayout, named_weights
+from torchrl_dvla.weight_update import WeightStore
+from torchrl_dvla.weight_update.weight_layout import WeightLayout, named_weights
 
 
 def test_entries_are_contiguous_by_dtype_on_cache_lines() -> None:
@@ -123,3 +126,107 @@ def test_nothing_and_unknown_shapes_are_refused() -> None:
         WeightLayout(nn.ReLU())
     with pytest.raises(ValueError, match="uninitialised"):
         named_weights(nn.LazyLinear(2))
+
+
+# -- sources that change between two publishes -----------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(2, 2)
+        self.head = nn.Linear(2, 2)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(inputs))
+
+
+class Adapted(nn.Module):
+    """What PEFT puts in the place of a layer."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.lora_A, self.lora_B = nn.Linear(2, 1, bias=False), nn.Linear(1, 2, bias=False)
+
+
+def replace_head(net: Net) -> None:
+    net.head = nn.Linear(2, 2)
+
+
+def replace_parameter(net: Net) -> None:
+    net.head.bias = nn.Parameter(torch.full((2,), 5.0))
+
+
+def replace_memory(net: Net) -> None:
+    net.head.weight.data = torch.ones(2, 2)
+
+
+@pytest.mark.parametrize("change", [replace_head, replace_parameter, replace_memory])
+@pytest.mark.parametrize("is_published_before", [False, True])
+def test_what_was_replaced_in_a_module_is_published(
+    change: Callable[[Net], None], is_published_before: bool
+) -> None:
+    learner, served, inputs = Net(), Net(), torch.ones(1, 2)
+    with WeightStore(learner) as store:
+        reader = store.reader("a")
+        if is_published_before:
+            store.publish(), reader.adopt_into(served)
+        change(learner)
+        for weights in (None, learner):
+            reader.adopt_into(served), store.publish(weights)
+            assert reader.adopt_into(served) == store.version
+            torch.testing.assert_close(served(inputs), learner(inputs), rtol=0, atol=0)
+            with torch.no_grad():
+                learner.head.weight.add_(1.0)
+        reader.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lambda m: setattr(m, "head", Adapted(m.head)), "head.lora_A.weight: not in the store"),
+        (lambda m: setattr(m, "body", nn.Sequential(m.body)), "body.0.weight: not in the store"),
+        (lambda m: setattr(m, "head", nn.Linear(2, 3)), r"head.weight: shape \(3, 2\), the store"),
+        (lambda m: setattr(m.head, "bias", None), "head.bias: missing"),
+        (lambda m: setattr(m.head, "extra", nn.Parameter(torch.zeros(1))), "head.extra: not in"),
+        (lambda m: m.head.register_buffer("extra", torch.zeros(1)), "head.extra: not in"),
+        (lambda m: m.double(), "torch.float64, the store has torch.float32"),
+    ],
+)
+def test_a_module_that_no_longer_fits_is_refused_by_name(
+    change: Callable[[Net], None], difference: str
+) -> None:
+    learner = Net()
+    with WeightStore(learner) as store:
+        store.publish()
+        change(learner)
+        with pytest.raises(ValueError, match=difference):
+            store.publish()
+        assert store.version == 1
+
+
+def test_weights_tied_or_untied_after_the_store_was_made() -> None:
+    def publish(learner: Net, served: Net, change: Callable[[Net], None]) -> None:
+        with WeightStore(learner) as store:
+            change(learner)
+            store.publish()
+            store.reader("a").adopt_into(served)
+            for name, weight in named_weights(learner).items():
+                assert named_weights(served)[name].equal(weight)
+
+    def tie(net: Net) -> Net:
+        net.head.weight = net.body.weight
+        return net
+
+    def untie(net: Net) -> None:
+        net.head.weight = nn.Parameter(net.body.weight.detach() + 1.0)
+
+    def step(net: Net) -> None:
+        with torch.no_grad():
+            net.body.weight.add_(1.0)
+
+    publish(tie(Net()), tie(Net()), step)  # one entry, and one copy
+    publish(Net(), Net(), tie)  # two entries that are equal
+    with pytest.raises(ValueError, match="body.weight, head.weight: one tensor in the store, sev"):
+        publish(tie(Net()), tie(Net()), untie)

@@ -11,7 +11,7 @@ import signal
 
 import pytest
 
-from torchrl_dvla.weight_update.locks import LockFile
+from torchrl_dvla.weight_update.segment import LockFile
 
 
 def test_readers_share_and_a_writer_excludes() -> None:

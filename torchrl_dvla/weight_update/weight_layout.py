@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Where each parameter and buffer lies in a slot of the weight store."""
+"""Layout of parameters and buffers in a slot of the weight store."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def named_weights(source: WeightSource) -> dict[str, torch.Tensor]:
     elif isinstance(source, nn.Module):
         weights = {
             name: tensor
-            for name, tensor, _, _ in weight_places(source)  # one name per place
+            for name, tensor, _, _ in iter_weights(source)  # one name for each place in the module
         }
     else:
         weights = dict(source)
@@ -65,21 +65,21 @@ def named_weights(source: WeightSource) -> dict[str, torch.Tensor]:
     return weights
 
 
-def weight_places(
+def iter_weights(
     module: nn.Module,
 ) -> Iterator[tuple[str, torch.Tensor, dict[str, torch.Tensor | None], str]]:
     """``(name, tensor, the owner's dictionary, key in it)`` of each parameter and buffer."""
     for prefix, owner in module.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
-        for places in (owner._parameters, owner._buffers):
-            for key, tensor in places.items():
+        for contents in (owner._parameters, owner._buffers):
+            for key, tensor in contents.items():
                 if tensor is not None:
-                    yield dot + key, tensor, places, key
+                    yield dot + key, tensor, contents, key
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of the layout. Tied weights are one entry with several names.
+    """Tensor of the layout; tied weights are one entry with several names.
 
     Args:
         names (tuple of str): the names that share this tensor, the first one in module order first.
@@ -89,6 +89,8 @@ class Entry:
         source_dtype (torch.dtype): what is published from.
         offset_bytes (int): from the start of its region.
         is_frozen (bool): stored once, outside the slots.
+        is_buffer (bool): no parameter, though the source has parameters. It may be infinite, as
+            attention masks are.
     """
 
     names: tuple[str, ...]
@@ -98,6 +100,7 @@ class Entry:
     source_dtype: torch.dtype
     offset_bytes: int
     is_frozen: bool
+    is_buffer: bool = False
 
     @property
     def name(self) -> str:
@@ -118,7 +121,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """The contiguous run of one dtype, padding (which stays zero) included."""
+    """Contiguous run of one dtype, padding (which stays zero) included."""
 
     dtype: torch.dtype
     offset_bytes: int
@@ -126,7 +129,7 @@ class Bucket:
 
 
 class WeightLayout:
-    """The order, alignment and dtypes of everything a store publishes.
+    """Order, alignment and dtypes of everything that a store publishes.
 
     Parameters and buffers are laid out once, contiguous by dtype; a tensor begins on a cache line.
     Dense source strides (``channels_last`` convolutions, transposed matrices) are kept, so that the
@@ -182,9 +185,12 @@ class WeightLayout:
                 "source must have at least one parameter or buffer, got none. A policy without "
                 "weights needs no weight store."
             )
-        drafts = [_draft(names, tensors[names[0]], self) for names in groups.values()]
+        has_parameters = any(isinstance(tensor, nn.Parameter) for tensor in tensors.values())
+        drafts = [
+            _draft(names, tensors[names[0]], self, has_parameters) for names in groups.values()
+        ]
         self.entries, self.buckets, self.slot_bytes = _place(drafts, frozen=False)
-        frozen, self.frozen_buckets, self.frozen_bytes = _place(drafts, frozen=True)
+        frozen, _, self.frozen_bytes = _place(drafts, frozen=True)
         self.entries += frozen
         self.index_of = {
             name: index for index, entry in enumerate(self.entries) for name in entry.names
@@ -213,7 +219,10 @@ class WeightLayout:
         return sum(e.numel * e.dtype.itemsize for e in self.entries if not e.is_frozen)
 
     def tensors_of(self, source: WeightSource) -> list[torch.Tensor]:
-        """The source's live tensors in the order of :attr:`entries`.
+        """The source's tensors in the order of :attr:`entries`, as they are now.
+
+        The source is walked anew at each call: a layer that was replaced since the last one is
+        found, or refused by name.
 
         Raises:
             ValueError: listing every difference, if the source does not fit the layout.
@@ -302,18 +311,29 @@ def _is_tied(entry: Entry, weights: Mapping[str, torch.Tensor]) -> bool:
     return len({_identity(tensor) for tensor in present}) <= 1
 
 
-def _draft(names: list[str], tensor: torch.Tensor, layout: WeightLayout) -> Entry:
+def _draft(
+    names: list[str], tensor: torch.Tensor, layout: WeightLayout, has_parameters: bool
+) -> Entry:
     dtype = tensor.dtype
     if layout.transport_dtype is not None and dtype.is_floating_point:
         dtype = layout.transport_dtype
     # empty_like keeps the stride of a dense tensor and makes any other one contiguous.
     stride = torch.empty_like(tensor.detach(), device="meta").stride()
+    is_parameter = isinstance(tensor, nn.Parameter)
     if layout.lora_only:
         is_frozen = not any(is_adapter_name(name) for name in names)
     else:
-        is_parameter = isinstance(tensor, nn.Parameter)
         is_frozen = layout.trainable_only and is_parameter and not tensor.requires_grad
-    return Entry(tuple(names), tuple(tensor.shape), stride, dtype, tensor.dtype, 0, is_frozen)
+    return Entry(
+        names=tuple(names),
+        shape=tuple(tensor.shape),
+        stride=stride,
+        dtype=dtype,
+        source_dtype=tensor.dtype,
+        offset_bytes=0,
+        is_frozen=is_frozen,
+        is_buffer=has_parameters and not is_parameter,
+    )
 
 
 def _place(drafts: list[Entry], *, frozen: bool) -> tuple[list[Entry], list[Bucket], int]:
