@@ -10,13 +10,18 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import cloudpickle
 import pytest
 
 from torchrl_dvla.collectors import DVLACollector, GroupConfig, InferenceConfig, WorkerConfig
 from torchrl_dvla.data import PooledReplayBuffer
 from torchrl_dvla.testing import CountingChunkEnv
 
+from . import counting_task
 from .counting_task import ENV_KWARGS, make_policy
+
+# The inference process cannot import the tests' modules: it gets their functions whole.
+cloudpickle.register_pickle_by_value(counting_task)
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from torchrl_dvla.collectors import (
     DVLACollector,
     EpisodeSpec,
     GroupConfig,
-    InferenceConfig,
     WorkerConfig,
 )
 from torchrl_dvla.data import PooledReplayBuffer
@@ -38,6 +37,7 @@ from torchrl_dvla.data.schema import (
     STATE_KEY,
     SUCCESS_KEY,
 )
+from torchrl_dvla.memory import DualPool
 from torchrl_dvla.testing import CountingChunkEnv, Fault, FaultyEnvFactory
 from torchrl_dvla.weight_update import AsyncWeightUpdater
 
@@ -94,9 +94,8 @@ def test_weights_on_the_timeline_and_in_the_stats(make_collector):
     assert collector.stats()["weights/num_publishes"] == 3
 
 
-@pytest.mark.parametrize("where", ["thread", "process"])
-def test_rows_hold_what_the_environment_did(make_collector, where):
-    collector = make_collector(inference=InferenceConfig(where=where), workers={"num_workers": 2})
+def test_rows_hold_what_the_environment_did(make_collector):
+    collector = make_collector(workers={"num_workers": 2})
     collector.start()
     rollouts = rollouts_of([batch.clone() for batch in collector.replay_buffer])
     groups: dict[int, set] = {}
@@ -180,15 +179,15 @@ def test_weights_that_are_refused_leave_version_and_lanes_as_they_were(make_coll
             bias.fill_(float("nan"))
         with pytest.raises(ValueError, match="weights must be finite, got NaN .* of version 1"):
             collector.update_policy_weights_()
-    admission = collector.replay_buffer.admission
-    assert collector.policy_version == admission.version == 0
+    groups = collector.replay_buffer.groups
+    assert collector.policy_version == groups.version == 0
     collector.start()  # and who waits for groups is not left waiting
     for _ in collector.replay_buffer:
         pass
     with torch.no_grad():
         bias.copy_(good)
     collector.update_policy_weights_()
-    assert collector.policy_version == admission.version == 1
+    assert collector.policy_version == groups.version == 1
 
 
 def test_iterating_yields_one_update_at_a_time(make_collector):
@@ -198,7 +197,7 @@ def test_iterating_yields_one_update_at_a_time(make_collector):
         collector.update_policy_weights_()
         if version == 2:
             break
-    assert collector.stats()["collector/groups_kept"] >= 6
+    assert collector.stats()["buffer/groups_kept"] >= 6
 
 
 def test_evaluation_runs_beside_training_and_keeps_its_order(make_collector):
@@ -223,10 +222,9 @@ def test_a_policy_factory_alone_builds_the_learners_policy_too():
     collector = DVLACollector(
         make_env,
         policy_factory=make_initialised_policy,
-        replay_buffer=functools.partial(PooledReplayBuffer, batch_size=16, timeout_s=60.0),
+        replay_buffer=PooledReplayBuffer(batch_size=16, timeout_s=60.0),
         group=GroupConfig(group_size=3, groups_per_update=2),
         workers=WorkerConfig(num_workers=1, max_decisions=4),
-        inference=InferenceConfig(where="thread"),
     )
     try:
         weights = dict(collector.policy.named_parameters())
@@ -253,10 +251,10 @@ def test_pause_admits_no_group(make_collector):
     collector = make_collector()
     collector.start()
     with collector.pause():
-        admitted = collector.stats()["collector/groups_admitted"]
+        admitted = collector.stats()["buffer/groups_admitted"]
         episodes = [EpisodeSpec("default", 0)] * 3
         collector.evaluate(episodes).result(60.0)
-        assert collector.stats()["collector/groups_admitted"] == admitted
+        assert collector.stats()["buffer/groups_admitted"] == admitted
     for _ in collector.replay_buffer:
         pass
 
@@ -276,7 +274,7 @@ def test_a_lost_worker_loses_no_rollout(make_collector, tmp_path, kind, place):
 
 
 def test_a_killed_inference_process_is_restarted(make_collector):
-    collector = make_collector(inference=InferenceConfig(where="process"))
+    collector = make_collector()
     collector.start()
     for _ in collector.replay_buffer:
         pass
@@ -315,13 +313,12 @@ def test_a_policy_of_another_chunk_is_refused(make_collector):
 
 def test_a_budget_below_one_update_is_refused(make_collector):
     with pytest.raises(ValueError, match="env_bytes must be at least"):
-        make_collector(env_bytes="20KB")
+        make_collector(memory=DualPool(env_bytes="20KB"))
 
 
 def test_shutdown_leaves_no_process_and_no_shared_memory(make_collector):
     before = shared_memory_files()
-    inference = InferenceConfig(where="process")
-    collector = make_collector(inference=inference, workers={"num_workers": 2})
+    collector = make_collector(workers={"num_workers": 2})
     collector.start()
     for _ in collector.replay_buffer:
         pass
@@ -335,14 +332,66 @@ def test_a_resumed_collector_begins_unfinished_groups_anew(make_collector):
     first.start()
     for _ in first.replay_buffer:
         pass
+    first.update_policy_weights_()
+    with first.pause():
+        state = first.state_dict()
+    running = [spec.seed for spec in map(lambda g: g.spec, first.replay_buffer.groups.running)]
     first.shutdown()
-    state = first.state_dict()
-    reopened = list(state["queue"]["reopened"])
     second = make_collector()
     second.load_state_dict(state)
-    taken = [second._queue._reopened[k] for k in range(len(reopened))]
-    assert [tuple(spec) for spec in taken] == reopened
-    assert second.state_dict()["schedule"] == state["schedule"]
+    assert second.policy_version == 1, "rows to come carry the versions that admission counts"
+    groups = second.replay_buffer.groups
+    groups.set_paused(False)
+    begun = [group.spec.seed for group in groups.running]
+    assert begun[: len(running)] == running[: len(begun)]
+
+
+def test_a_collector_that_was_shut_down_says_so(make_collector):
+    collector = make_collector()
+    collector.start()
+    for _ in collector.replay_buffer:
+        break
+    collector.shutdown()
+    for call in (
+        collector.state_dict,
+        collector.update_policy_weights_,
+        collector.start,
+        lambda: len(collector.replay_buffer),
+        collector.replay_buffer.sample,
+        lambda: next(iter(collector.replay_buffer)),
+        lambda: next(iter(collector)),
+    ):
+        with pytest.raises(RuntimeError, match="shut down"):
+            call()
+
+
+def test_what_is_inherited_is_honoured_or_refused(make_collector):
+    collector, seen = make_collector(), []
+    with pytest.raises(RuntimeError, match="Non-terminating"):
+        len(collector)
+    with pytest.raises(NotImplementedError, match="timeline"):
+        collector.enable_profile()
+    with pytest.raises(ValueError, match="close_env must be True"):
+        collector.shutdown(close_env=False)
+    assert collector.set_seed(7) != 7 and collector.set_seed(7, static_seed=True) == 7
+    collector.post_collect_hook = seen.append
+    data = next(iter(collector))
+    assert seen == [data]
+    first, second = collector.stats(), collector.stats()
+    assert first["frames"] == second["frames"] > 0 and first["policy_version"] == 0
+    with pytest.raises(RuntimeError, match="update_policy_weights_"):
+        next(iter(collector))
+
+
+def test_a_refused_publish_moves_no_version(make_collector):
+    collector = make_collector(group=GroupConfig(3, groups_per_update=1, max_policy_lag=0))
+    next(iter(collector))
+    collector.update_policy_weights_()
+    while not collector.replay_buffer.groups.running and not len(collector.replay_buffer):
+        pass  # a group was begun under version 1, and nothing of it was learned
+    with pytest.raises(RuntimeError, match="max_policy_lag"):
+        collector.update_policy_weights_()
+    assert collector.policy_version == collector.replay_buffer.groups.version == 1
 
 
 def test_a_plain_script_gets_a_whole_timeline(make_collector):

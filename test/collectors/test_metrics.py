@@ -51,7 +51,7 @@ def test_nodes_are_on_the_timeline_and_in_the_scalars() -> None:
     assert [span.name for span in spans] == ["receive 0", "receive 1"]
     assert {span.lane for span in spans} == {"distribution"}
     assert spans[0].end_s <= spans[1].start_s
-    assert spans[1].waited_for == "no_version"
+    assert spans[1].blocked_on == "no_version"
     relay.close()
     updater.shutdown()  # ends the broadcast, too
     scalars = telemetry.scalars(data_bytes=8.0)

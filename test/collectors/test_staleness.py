@@ -25,7 +25,7 @@ import pytest
 import torch
 
 from torchrl_dvla.collectors import EpisodeSpec, GroupConfig, InitStateSchedule
-from torchrl_dvla.data import PooledReplayBuffer, schema
+from torchrl_dvla.data import schema
 from torchrl_dvla.testing import CountingChunkEnv, Latency
 
 NUM_UPDATES, GROUPS_PER_UPDATE, GROUP_SIZE = 10, 2, 3
@@ -71,17 +71,18 @@ class OwnReturnEnv(CountingChunkEnv):
         return out.set("reward", (chunk * self.weights).sum().view(1))
 
 
-class RecordingBuffer(PooledReplayBuffer):
-    """Keeps the record of every group that was sampled to its end, by id."""
+def record_groups(collector):
+    """Every group that is sampled to its end from now on, by id."""
+    groups, sampled = collector.replay_buffer.groups, {}
+    complete = groups.complete
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.sampled = {}
+    def record(group):
+        assert group.group_id not in sampled
+        sampled[group.group_id] = group
+        complete(group)
 
-    def extend(self, data, **kwargs):
-        assert data.group_id not in self.sampled
-        self.sampled[data.group_id] = data
-        return super().extend(data, **kwargs)
+    groups.complete = record
+    return sampled
 
 
 class Learner:
@@ -93,10 +94,11 @@ class Learner:
 
     def __init__(self, collector, seed):
         self.collector = collector
-        self.admission = collector.replay_buffer.admission
+        self.groups = collector.replay_buffer.groups
+        self.sampled = record_groups(collector)
         self.pace = random.Random(seed)
         self.changed = threading.Event()
-        self.admission.add_listener(self.changed.set)
+        self.groups.add_listener(self.changed.set)
         self.pairs = Counter()
         self.group_ids = []  # in the order of learning
         self.rollout_ids = []
@@ -108,7 +110,9 @@ class Learner:
             return
         while True:
             self.changed.clear()
-            if not self.admission.num_in_flight and not self.admission.may_admit:
+            config = self.groups.config
+            limit = (config.max_policy_lag + 1) * config.groups_per_update
+            if not self.groups.running and len(self.groups) == limit:
                 return
             assert self.changed.wait(60.0), "sampling never came to rest"
 
@@ -144,7 +148,7 @@ def run(make_collector, make_env, *, max_policy_lag, seed, **group):
         make_env,
         group=group,
         workers=WORKERS,
-        replay_buffer=functools.partial(RecordingBuffer, batch_size=16, timeout_s=60.0),
+        batch_size=16,
         seed=seed,
     )
     learner = Learner(collector, seed)
@@ -170,7 +174,7 @@ def check_bound_and_fates(collector, learner):
     assert len(learner.rollout_ids) == len(set(learner.rollout_ids))
     assert len(learner.rollout_ids) == len(learner.group_ids) * GROUP_SIZE
 
-    sampled = collector.replay_buffer.sampled
+    sampled = learner.sampled
     dropped = {key: group.drop_reason for key, group in sampled.items() if not group.kept}
     assert all(
         reason.startswith(("no contrast: all rollouts returned", "mean return outside"))
@@ -180,10 +184,11 @@ def check_bound_and_fates(collector, learner):
     assert {reason: counts["count"] for reason, counts in counted.items()} == Counter(
         dropped.values()
     )
-    fates = [*learner.group_ids, *dropped, *learner.admission.in_flight]
+    running = [group.group_id for group in learner.groups.running]
+    fates = [*learner.group_ids, *dropped, *running]
     stored = [key for key in sampled if key not in dropped and key not in learner.lengths]
-    assert sorted(fates + stored) == list(range(collector.stats()["collector/groups_admitted"]))
-    assert sorted(collector.replay_buffer.storage.segments()) == sorted(stored)
+    assert sorted(fates + stored) == list(range(collector.stats()["buffer/groups_admitted"]))
+    assert sorted(group.group_id for group in learner.groups.stored) == sorted(stored)
     # Of what was learned, nothing is missing, and nothing was added.
     for key, lengths in learner.lengths.items():
         expected = [rollout.num_env_steps for rollout in sampled[key].rollouts]
@@ -221,7 +226,7 @@ def test_groups_are_dropped_for_their_returns_alone(make_collector, max_policy_l
     )
     dropped = check_bound_and_fates(collector, learner)
     # Decided by hand from the returns: two successes of three are kept, and nothing else is.
-    for key, group in collector.replay_buffer.sampled.items():
+    for key, group in learner.sampled.items():
         successes = sum(rollout.success for rollout in group.candidates)
         assert (key in dropped) == (successes != 2)
     assert dropped, "some groups have no contrast"
@@ -247,8 +252,9 @@ def test_a_straggler_is_overtaken_until_its_deadline_and_then_waited_for(make_co
         for batch in buffer:
             version = collector.policy_version
             pairs.extend((stamp, version) for stamp in batch[schema.POLICY_VERSION_KEY].flatten())
+        group_id = buffer.cohort[0].group_id
         collector.update_policy_weights_()
-        return buffer.cohort[0].group_id
+        return group_id
 
     collector.start()
     assert [update(), update()] == [1, 2]

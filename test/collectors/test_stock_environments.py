@@ -9,12 +9,11 @@ from __future__ import annotations
 import sys
 
 import cloudpickle
-import pytest
 import torch
 from torchrl.envs import Compose, MultiAction, StepCounter, SuccessReward, TransformedEnv
 from torchrl.envs.custom import ToyVLAEnv
 
-from torchrl_dvla.collectors import GroupConfig, InferenceConfig
+from torchrl_dvla.collectors import GroupConfig
 from torchrl_dvla.data.schema import (
     ADVANTAGE_KEY,
     DECISION_INDEX_KEY,
@@ -36,14 +35,12 @@ def make_toy():
     return TransformedEnv(env, Compose(*transforms))
 
 
-@pytest.mark.parametrize("where", ["thread", "process"])
-def test_a_group_of_the_toy_task_is_learned(make_collector, where):
+def test_a_group_of_the_toy_task_is_learned(make_collector):
     collector = make_collector(
         make_toy,
         policy=make_policy(action_dim=2, chunk_size=4),
-        inference=InferenceConfig(where=where),
         # Nobody succeeds within three decisions: groups are kept as they come.
-        group=GroupConfig(group_size=2, groups_per_update=1, max_drought=1, on_drought="keep"),
+        group=GroupConfig(group_size=2, groups_per_update=1, max_no_signal_groups=1, on_no_signal="keep"),
         workers={"envs_per_worker": 2, "max_decisions": 3},
     )
     collector.start()

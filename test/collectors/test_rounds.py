@@ -18,10 +18,8 @@ from tensordict import NonTensorStack, TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_dvla.collectors import EpisodeSpec, GroupConfig, InferenceConfig, InitStateSchedule
-from torchrl_dvla.collectors.lockstep import Lockstep
-from torchrl_dvla.collectors.rollout import Slot, SlotState
 from torchrl_dvla.data import schema
-from torchrl_dvla.data.cohort import CohortPlan
+from torchrl_dvla.data.replay_buffer import CohortPlan
 from torchrl_dvla.functional import group_advantage
 from torchrl_dvla.objectives import GRPOLoss
 from torchrl_dvla.swimlane import batch_seed
@@ -176,9 +174,10 @@ class SequentialLoop:
     def batches(self, update):
         rows = torch.cat(self.collect(update))
         rows.set(schema.INSTRUCTION_KEY, NonTensorStack(*[self.envs[0].instruction] * len(rows)))
-        plan = CohortPlan([], len(rows), BATCH_SIZE, NUM_EPOCHS, seed=0, update=update)
-        for index in plan:
-            yield rows[index]
+        plan = CohortPlan(len(rows), BATCH_SIZE, NUM_EPOCHS, seed=0, update=update)
+        while not plan.is_over:
+            yield rows[plan.row_ordinals()]
+            plan.position += 1
 
 
 @pytest.fixture(scope="module")
@@ -204,20 +203,14 @@ def slow_env(latency_seed):
     return make
 
 
-@pytest.mark.parametrize(
-    ("where", "max_batch_size", "latency_seed"),
-    [("process", None, 0), ("process", None, 1), ("thread", None, 2)],
-)
-def test_lag_0_equals_a_sequential_loop(
-    make_collector, sequential, where, max_batch_size, latency_seed
-):
+@pytest.mark.parametrize("latency_seed", [0, 1, 2])
+def test_lag_0_equals_a_sequential_loop(make_collector, sequential, latency_seed):
     learner = Learner()
     collector = make_collector(
         slow_env(latency_seed),
         policy=learner.policy,
         group=GROUP,
         workers={"num_workers": 2, "envs_per_worker": 2, "max_decisions": MAX_DECISIONS},
-        inference=InferenceConfig(where=where, max_batch_size=max_batch_size),
         batch_size=BATCH_SIZE,
         num_epochs=NUM_EPOCHS,
         seed=SEED,
@@ -260,7 +253,7 @@ def test_small_batches_are_deterministic_too(make_collector):
             policy=learner.policy,
             group=GROUP,
             workers={"num_workers": 2, "envs_per_worker": 2, "max_decisions": MAX_DECISIONS},
-            inference=InferenceConfig(where="thread", max_batch_size=3),
+            inference=InferenceConfig(max_batch_size=3),
             batch_size=BATCH_SIZE,
             num_epochs=NUM_EPOCHS,
             seed=SEED,
@@ -269,38 +262,12 @@ def test_small_batches_are_deterministic_too(make_collector):
         for _ in range(NUM_UPDATES):
             learner.learn(collector.replay_buffer)
             collector.update_policy_weights_()
-        collector.shutdown()  # two lanes in threads would share one generator
         learners.append(learner)
     learners[0].assert_equals(learners[1])
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_a_round_is_handled_in_the_order_of_its_slots(order):
-    slots = [Slot(worker, 0) for worker in range(4)]
-    lockstep = Lockstep(slots)
-    for slot in slots[:3]:
-        slot.enter(SlotState.STEPPING)
-    slots[3].enter(SlotState.IDLE)
-    for index in order:
-        assert list(lockstep.release()) == [] and not lockstep.settled
-        lockstep.hold(slots[index], index)
-    assert [message for _, message in lockstep.release()] == [0, 1, 2]
-    assert list(lockstep.release()) == []
-
-
-def test_a_worker_that_is_lost_after_its_answer_takes_it_along():
-    slots = [Slot(worker, 0) for worker in range(2)]
-    lockstep = Lockstep(slots)
-    for slot in slots:
-        slot.enter(SlotState.STEPPING)
-    lockstep.hold(slots[0], "lost")
-    slots[0].enter(SlotState.STARTING)
-    lockstep.hold(slots[1], "kept")
-    assert [message for _, message in lockstep.release()] == ["kept"]
-
-
 def test_deterministic_needs_lag_0(make_collector):
     with pytest.raises(ValueError, match="deterministic must be None or False"):
-        make_collector(inference=InferenceConfig(where="thread", deterministic=True))
+        make_collector(inference=InferenceConfig(deterministic=True))
     assert InferenceConfig().is_deterministic(0) and not InferenceConfig().is_deterministic(1)
     assert not InferenceConfig(deterministic=False).is_deterministic(0)
