@@ -151,4 +151,4 @@ class PooledStorage(TensorStorage):
         )
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(len={len(self)}, groups={self.groups!r})"
+        return f"{type(self).__name__}(len={len(self)}, groups={len(self.groups.stored)})"
