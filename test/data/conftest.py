@@ -4,71 +4,104 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
-import importlib
-
-import numpy as np
 import pytest
 import torch
-from torchrl.data.replay_buffers.samplers import prioritized
 
 from torchrl_dvla.data import (
-    Admission,
-    GroupAssembler,
+    Group,
+    GroupConfig,
+    GroupQueue,
+    InitStateSchedule,
     InstructionTable,
     PooledReplayBuffer,
-    RolloutRecord,
 )
 from torchrl_dvla.memory import EnvironmentPool, RowLayout
 
 LAYOUT = RowLayout(
     {
         "x": ((1,), torch.int64),
+        "image": ((3, 8, 8), torch.uint8),
         "instruction_id": ((1,), torch.int64),
         "advantage": ((1,), torch.float32),
         "group_id": ((1,), torch.int64),
+        "policy_version": ((1,), torch.int64),
     }
 )
+ROWS_PER_PAGE = 2
+PAGES_PER_ROLLOUT = 2
 
 
 class Plane:
-    """A collector without environments: groups of two rollouts, written and finished on demand."""
+    """A collector without environments: groups of two rollouts, sampled on demand."""
 
-    def __init__(self, num_pages=32, groups=2, lag=1, **options):
-        self.pool = EnvironmentPool(LAYOUT, num_pages, rows_per_page=2)
-        self.admission = Admission(groups, lag)
-        self.assembler = GroupAssembler(self.pool, group_size=2, normalise_std=False)
-        self.table = InstructionTable(["open", "close"])
-        self.buffer = PooledReplayBuffer(
-            pool=self.pool,
-            admission=self.admission,
-            instructions=self.table,
-            **{"batch_size": 4, "timeout_s": 0.0, **options},
+    def __init__(
+        self,
+        num_pages=40,
+        groups=2,
+        lag=1,
+        config=None,
+        tasks=("task",),
+        model_pool=None,
+        **options,
+    ):
+        config = {"group_size": 2, "normalise_std": False, **(config or {})}
+        self.config = GroupConfig(groups_per_update=groups, max_policy_lag=lag, **config)
+        self.pool = EnvironmentPool(LAYOUT, num_pages, ROWS_PER_PAGE)
+        self.groups = GroupQueue(
+            self.config,
+            self.pool,
+            InitStateSchedule(tasks),
+            pages_per_rollout=PAGES_PER_ROLLOUT,
         )
-        self.count = 0
+        self.groups.set_paused(False)
+        self.table = InstructionTable(["open", "close"])
+        self.buffer = PooledReplayBuffer(**{"batch_size": 4, "timeout_s": 0.0, **options})
+        self.buffer.bind(self.groups, self.table, model_pool=model_pool)
         self.x = 0
 
-    def group(self, group_id, sizes=(3, 2), returns=(1.0, 0.0)):
-        """Sample one group; row ``x`` counts all rows ever written."""
-        for size, value in zip(sizes, returns):
-            pages = [self.pool.lease("w", self.count) for _ in range(-(-size // 2))]
-            pages = self.pool.seal(pages, size)
-            rows = self.pool.row_index(pages, size)
-            self.pool.rows["x"][rows] = torch.arange(self.x, self.x + size).unsqueeze(-1)
-            self.pool.rows["group_id"][rows] = group_id
-            self.pool.rows["instruction_id"][rows] = group_id % 2
-            self.x += size
-            record = RolloutRecord(self.count, group_id, pages, size, value, value > 0, 8 * size)
-            self.count += 1
-            group = self.assembler.add(record)
+    def admit(self) -> Group:
+        group = self.groups.admit()
+        assert isinstance(group, Group), group
         return group
 
-    def admit_and_extend(self, *group_ids, **options):
-        for group_id in group_ids:
-            assert self.admission.admit(group_id)
-            self.buffer.extend(self.group(group_id, **options))
+    def play(self, rollout, size=3, episode_return=1.0):
+        """Sample and finish one rollout; row ``x`` counts all rows ever written."""
+        for number in range(size):
+            if number % ROWS_PER_PAGE == 0:
+                rollout.pages.append(self.pool.lease(rollout.rollout_id, rollout.rollout_id))
+            row = rollout.pages[-1] * ROWS_PER_PAGE + number % ROWS_PER_PAGE
+            self.pool.rows["x"][row] = self.x
+            self.pool.rows["image"][row] = self.x % 256
+            self.pool.rows["group_id"][row] = rollout.group_id
+            self.pool.rows["instruction_id"][row] = rollout.group_id % 2
+            self.pool.rows["policy_version"][row] = self.groups.version
+            self.x += 1
+            rollout.record(
+                policy_version=self.groups.version,
+                reward=episode_return / size,
+                success=number == size - 1 and episode_return > 0,
+                num_env_steps=8,
+            )
+        rollout.episode_return = episode_return
+        self.groups.finish(rollout)
+
+    def sample(self, group, sizes=(3, 2), returns=(1.0, 0.0)):
+        for rollout, size, episode_return in zip(group.rollouts, sizes, returns, strict=True):
+            self.play(rollout, size, episode_return)
+        self.groups.complete(group)
+        return group
+
+    def add(self, num_groups=1, **options):
+        """Admit and sample groups."""
+        return [self.sample(self.admit(), **options) for _ in range(num_groups)]
+
+    def publish(self):
+        with self.groups.publishing():
+            pass
+        return self.groups.version
 
     def update(self):
-        """One learner update: rows of each minibatch, by value."""
+        """Rows of each minibatch of one update, by value."""
         return [batch["x"].flatten().tolist() for batch in self.buffer]
 
 
@@ -84,44 +117,3 @@ def plane():
     for made in planes:
         made.pool.check()
         made.pool.close()
-
-
-class SegmentTree:
-    """What a PrioritizedSampler asks of TorchRL's compiled trees, on a NumPy array."""
-
-    def __init__(self, capacity, neutral, reduce):
-        self.values = np.full(capacity, neutral, np.float32)
-        self.reduce = reduce
-
-    def __getitem__(self, index):
-        return torch.from_numpy(self.values[np.asarray(index)])
-
-    def __setitem__(self, index, value):
-        self.values[np.asarray(index)] = np.asarray(value)
-
-    def query(self, start, stop):
-        return float(self.reduce(self.values[start:stop]))
-
-    def scan_lower_bound(self, mass):
-        return np.searchsorted(np.cumsum(self.values), np.asarray(mass), side="left")
-
-
-@pytest.fixture(params=["compiled", "stand-in"])
-def segment_trees(request, monkeypatch):
-    """TorchRL's segment trees; where its extension does not load, only the stand-in is tested."""
-    if request.param == "compiled":
-        if prioritized.SumSegmentTreeFp32 is None:
-            try:
-                importlib.import_module("torchrl._torchrl")
-            except ImportError as error:
-                reason = str(error).rpartition("/")[2][:90]
-                pytest.skip(f"TorchRL's compiled extension does not load: {reason}")
-        return
-    monkeypatch.setattr(
-        prioritized, "SumSegmentTreeFp32", lambda size: SegmentTree(size, 0.0, np.sum)
-    )
-    monkeypatch.setattr(
-        prioritized, "MinSegmentTreeFp32", lambda size: SegmentTree(size, np.inf, np.min)
-    )
-    for name in ("SumSegmentTreeFp64", "MinSegmentTreeFp64"):
-        monkeypatch.setattr(prioritized, name, lambda size: None)

@@ -2,26 +2,52 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""PooledReplayBuffer over whole groups."""
+"""PooledReplayBuffer: TorchRL's own before it is bound, whole groups afterwards."""
 
 from __future__ import annotations
 
 import gc
-import threading
-from itertools import chain
+import pickle
+from itertools import chain, islice
 from multiprocessing.synchronize import SemLock
 
 import pytest
 import torch
-from torchrl.data import SamplerWithoutReplacement
+from tensordict import TensorDict
+from torchrl.data import (
+    LazyTensorStorage,
+    RandomSampler,
+    ReplayBuffer,
+    RoundRobinWriter,
+    SamplerWithoutReplacement,
+    SliceSampler,
+    StalenessAwareSampler,
+    StreamingSliceSampler,
+)
+from torchrl.data.replay_buffers.samplers import PromptGroupSampler
+from torchrl.envs.transforms import RenameTransform
 
-from torchrl_dvla.data import PooledReplayBuffer
-from torchrl_dvla.memory import EnvironmentPool
+from torchrl_dvla.data import GroupConfig, GroupQueue, InitStateSchedule, PooledReplayBuffer
+from torchrl_dvla.memory import EnvironmentPool, ModelPool, RowLayout
+
+from .conftest import LAYOUT
 
 
-def test_an_update_hands_out_every_row_once_and_evicts(plane):
+def xs(batch):
+    return batch["x"].flatten().tolist()
+
+
+def rows(num_rows, start=0):
+    x = torch.arange(start, start + num_rows).unsqueeze(-1)
+    return TensorDict({"x": x.float(), "policy_version": x // 4}, [num_rows])
+
+
+# -- one update ---------------------------------------------------------------------------------
+
+
+def test_an_update_hands_out_every_row_once_and_publishing_frees_them(plane):
     plane = plane(shuffle=False)
-    plane.admit_and_extend(0, 1)
+    plane.add(2)
     assert len(plane.buffer) == 10
     batches = []
     for batch in plane.buffer:
@@ -29,25 +55,25 @@ def test_an_update_hands_out_every_row_once_and_evicts(plane):
         assert batch["language_instruction"] == [
             ["open", "close"][key] for key in batch["group_id"].flatten().tolist()
         ]
-        batches.append((batch["x"].flatten().tolist(), batch["advantage"].flatten().tolist()))
+        batches.append((xs(batch), batch["advantage"].flatten().tolist()))
     # Rollouts of 3 and 2 rows with returns 1 and 0; the last minibatch is the smaller one.
     assert batches == [
         ([0, 1, 2, 3], [0.5, 0.5, 0.5, -0.5]),
         ([4, 5, 6, 7], [-0.5, 0.5, 0.5, 0.5]),
         ([8, 9], [-0.5, -0.5]),
     ]
+    assert len(plane.buffer) == 10, "in hand until the update is published"
+    assert plane.publish() == 1
     assert len(plane.buffer) == 0
-    assert plane.pool.num_free_pages == 32
+    assert plane.pool.num_free_pages == 40
     assert [group.group_id for group in plane.buffer.cohort] == [0, 1]  # for the metrics
-    assert plane.admission.num_unlearned == 0
-    assert plane.admission.advance() == 1
 
 
 def test_epochs_are_seeded_permutations(plane):
     first, again, other = plane(num_epochs=2), plane(num_epochs=2), plane(num_epochs=2, seed=1)
     seen = []
     for one in (first, again, other):
-        one.admit_and_extend(0, 1)
+        one.add(2)
         seen.append(one.update())
         epochs = [list(chain(*seen[-1][:3])), list(chain(*seen[-1][3:]))]
         assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
@@ -55,312 +81,449 @@ def test_epochs_are_seeded_permutations(plane):
         assert [len(batch) for batch in seen[-1]] == [4, 4, 2] * 2
     assert seen[0] == seen[1]
     assert seen[0] != seen[2]
-    first.admission.advance()
-    first.admit_and_extend(2, 3)
+    first.publish()
+    first.add(2)
     assert [[x - 10 for x in batch] for batch in first.update()] != seen[0]  # updates differ too
 
 
-def test_extending_moves_no_tensor_and_sampling_allocates_no_plane(plane):
-    plane = plane()
-    pointers = {key: plane.pool.rows.get(key).data_ptr() for key in plane.pool.layout}
-    staged = set()
-    for start in (0, 2, 4, 6):
-        plane.admit_and_extend(start, start + 1)
-        staged |= {batch["x"].data_ptr() for batch in plane.buffer}
-        plane.admission.advance()
-    assert {key: plane.pool.rows.get(key).data_ptr() for key in plane.pool.layout} == pointers
-    assert len(staged) == 2  # the ring of staging batches
+def test_a_minibatch_of_all_rows(plane):
+    plane = plane(batch_size=100)
+    plane.add(2)
+    assert [len(batch) for batch in plane.update()] == [10]
 
 
-def test_a_batch_lives_until_the_second_next(plane):
+def test_nothing_is_allocated_and_a_batch_lives_until_the_second_next(plane):
     plane = plane(shuffle=False)
-    plane.admit_and_extend(0, 1)
-    iterator = iter(plane.buffer)
-    first = next(iterator)
-    next(iterator)
-    assert first["x"].flatten().tolist() == [0, 1, 2, 3]
-    next(iterator)
-    assert first["x"].flatten().tolist() == [8, 9, 2, 3]
+    staged = set()
+    for _ in range(4):
+        plane.add(2)
+        staged |= {batch["x"].data_ptr() for batch in plane.buffer}
+        plane.publish()
+    assert len(staged) == 2
+    plane.add(2)
+    update = iter(plane.buffer)
+    first = next(update)
+    next(update)
+    assert xs(first) == [40, 41, 42, 43]
+    next(update)
+    assert xs(first) == [48, 49, 42, 43]
 
 
 def test_it_creates_no_named_semaphore(plane, monkeypatch):
     created = []
     monkeypatch.setattr(SemLock, "__init__", lambda self, *args, **kwargs: created.append(args))
     plane = plane()
-    plane.admit_and_extend(0, 1)
+    plane.add(2)
     plane.update()
     assert created == []
 
 
-def test_learner_may_write_to_a_batch(plane):
+def test_the_learner_may_write_to_a_batch(plane):
     plane = plane()
-    plane.admit_and_extend(0, 1)
+    for _ in range(2):
+        plane.add(2)
+        for batch in plane.buffer:
+            assert "loss" not in batch
+            batch["loss"] = torch.zeros(batch.batch_size)
+        plane.publish()
+
+
+# -- leaving an update --------------------------------------------------------------------------
+
+
+def test_an_update_that_was_left_goes_on_with_its_next_minibatch(plane):
+    plane = plane(shuffle=False)
+    plane.add(2)
     for batch in plane.buffer:
-        batch["loss"] = torch.zeros(batch.batch_size)
-    plane.admission.advance()
-    plane.admit_and_extend(2, 3)
-    assert all("loss" not in batch for batch in plane.buffer)
-
-
-def test_oldest_groups_first_and_stragglers_last(plane):
-    plane = plane(groups=1, lag=1, shuffle=False)
-    assert plane.admission.admit(0)
-    plane.admit_and_extend(1)
-    assert plane.update() == [[0, 1, 2, 3], [4]]
-    plane.admission.advance()
-    plane.admit_and_extend(2)
-    with pytest.raises(TimeoutError, match=r"1 finished, 1 in flight \[0\].*Groups \[0\] can wait"):
-        plane.update()
-    plane.buffer.extend(plane.group(0))
-    assert plane.update() == [[10, 11, 12, 13], [14]]
-
-
-def test_leaving_the_loop_ends_the_update(plane):
-    plane = plane()
-    plane.admit_and_extend(0, 1)
-    for _ in plane.buffer:
+        assert xs(batch) == [0, 1, 2, 3]
         break
     gc.collect()
-    assert plane.pool.num_free_pages == 32
-    assert plane.admission.num_unlearned == 0
-    plane.admission.advance()
-    plane.admit_and_extend(2, 3)
-    assert sorted(chain(*plane.update())) == list(range(10, 20))
+    plane.add(2)
+    assert plane.update() == [[4, 5, 6, 7], [8, 9]]
+    plane.publish()
+    assert plane.update() == [[10, 11, 12, 13], [14, 15, 16, 17], [18, 19]]
 
 
-def test_an_error_in_a_transform_keeps_the_cohort(plane):
+def test_an_update_that_was_left_may_be_published(plane):
+    plane = plane(shuffle=False)
+    plane.add(4)
+    for _ in plane.buffer:
+        break
+    plane.publish()
+    assert plane.update()[0] == [10, 11, 12, 13]
+
+
+def test_an_error_in_a_transform_loses_no_minibatch(plane):
     calls = []
 
     def fail_once(batch):
-        calls.append(1)
+        calls.append(xs(batch))
         if len(calls) == 2:
             raise ArithmeticError
         return batch
 
     plane = plane(transform=fail_once, shuffle=False)
-    plane.admit_and_extend(0, 1)
+    plane.add(2)
     with pytest.raises(ArithmeticError):
         plane.update()
     assert len(plane.buffer) == 10
-    assert plane.update() == [[8, 9]]
+    assert plane.update() == [[4, 5, 6, 7], [8, 9]]
+    assert calls[0] == [0, 1, 2, 3], "that one was handed out"
+
+
+def test_the_next_update_needs_a_publication(plane):
+    plane = plane(groups=1, lag=0)
+    plane.add()
+    plane.update()
+    with pytest.raises(RuntimeError, match=r"call update_policy_weights_\(\) after each update"):
+        plane.update()
+    plane.publish()
+    plane.add()
+    assert len(plane.update()) == 2
+
+
+def test_publishing_in_the_middle_of_the_loop_is_refused_at_the_next_minibatch(plane):
+    plane = plane()
+    plane.add(4)
+    update = iter(plane.buffer)
+    next(update)
+    plane.publish()
+    with pytest.raises(RuntimeError, match="published, .* before its last minibatch"):
+        next(update)
+    assert len(plane.update()) == 3
 
 
 def test_one_loop_at_a_time(plane):
     plane = plane()
-    plane.admit_and_extend(0, 1)
+    plane.add(2)
     loop = iter(plane.buffer)
     next(loop)
     with pytest.raises(RuntimeError, match="iterated already"):
         next(iter(plane.buffer))
-    with pytest.raises(RuntimeError, match="being learned from"):
-        plane.buffer.evict(0)
+    loop.close()
+    assert len(plane.update()) == 2
+
+
+def test_an_update_waits_for_its_cohort_and_tells_the_track(plane):
+    plane = plane()
+    notes = []
+
+    class Track:
+        def waiting(self, reason):
+            notes.append(reason)
+
+        def span(self, name):
+            notes.append(name)
+            return plane.groups.lock  # any context
+
+    plane.buffer._track = Track()
+    with pytest.raises(TimeoutError, match="Nothing is being collected"):
+        plane.update()
+    plane.add(2)
+    next(iter(plane.buffer))
+    assert notes == ["no_batch", "elsewhere", "no_batch", "gather", "learn", "elsewhere"]
+
+
+def test_a_closed_buffer_says_why(plane):
+    plane = plane()
+    plane.add(3)
+    update = iter(plane.buffer)
+    next(update)
+    plane.groups.close("the collector was shut down")
+    for call in (
+        lambda: next(update),
+        plane.update,
+        plane.buffer.sample,
+        lambda: plane.buffer[0],
+        plane.buffer.state_dict,
+    ):
+        with pytest.raises(RuntimeError, match="was closed: the collector was shut down"):
+            call()
+
+
+# -- binding ------------------------------------------------------------------------------------
+
+
+def test_a_buffer_is_bound_once_and_empty(plane):
+    bound = plane()
+    assert bound.buffer.is_bound and bound.buffer.pool is bound.pool
+    with pytest.raises(RuntimeError, match="bound to a collector already"):
+        bound.buffer.bind(bound.groups)
+    filled = PooledReplayBuffer(batch_size=2)
+    filled.extend(rows(3))
+    with pytest.raises(RuntimeError, match="holds 3 rows and cannot be bound"):
+        filled.bind(bound.groups)
+    filled.empty()
+    filled.bind(bound.groups)
+    with pytest.raises(ValueError, match="batch_size must be given to learn from groups"):
+        PooledReplayBuffer().bind(bound.groups)
+    with pytest.raises(ValueError, match="prefetch must be 0 to learn from groups, got 2"):
+        PooledReplayBuffer(batch_size=2, prefetch=2).bind(bound.groups)
+    with pytest.raises(ValueError, match="num_epochs must be at least 1, got 0"):
+        PooledReplayBuffer(num_epochs=0)
+    with pytest.raises(ValueError, match="num_staging must be at least 1, got 0"):
+        PooledReplayBuffer(num_staging=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SamplerWithoutReplacement", {"sampler": SamplerWithoutReplacement()}),
+        ("SliceSampler", {"sampler": SliceSampler(slice_len=2, traj_key="x")}),
+        ("StreamingSliceSampler", {"sampler": StreamingSliceSampler(slice_len=2)}),
+        ("PromptGroupSampler", {"sampler": PromptGroupSampler(num_groups=2, group_key="group_id")}),
+        ("ConsumingSampler", {"consume_after_n_samples": 1}),
+    ],
+)
+def test_samplers_that_cannot_follow_groups_that_leave_are_refused_by_name(plane, name, options):
+    buffer = PooledReplayBuffer(batch_size=2, **options)
+    with pytest.raises(TypeError, match=f"got a {name}: it keeps state by position"):
+        buffer.bind(plane().groups)
+
+
+def test_staging_batches_come_from_the_model_pool_that_is_given(plane):
+    size = PooledReplayBuffer(batch_size=4).staging_bytes(LAYOUT)
+    assert size == 2 * ModelPool.nbytes_for(LAYOUT, 4)
+    model_pool = ModelPool(size)
+    plane(model_pool=model_pool).add(2)
+    assert model_pool.used_by_name() == {"staging batches": size}
+    with pytest.raises(RuntimeError, match="model_bytes must hold staging batches"):
+        plane(model_pool=model_pool)
+    model_pool.close()
+
+
+# -- a bound buffer as TorchRL's ----------------------------------------------------------------
+
+
+def test_rows_are_read_by_position_oldest_group_first(plane):
+    plane = plane(groups=1, lag=3)
+    groups = [plane.admit() for _ in range(3)]
+    for number in (2, 0, 1):  # rows 0-4 are of the youngest group
+        plane.sample(groups[number])
+    buffer = plane.buffer
+    order = [*range(5, 15), *range(5)]
+    assert xs(buffer[:]) == order
+    for index in (slice(1, 8, 3), slice(None, None, -1)):
+        assert xs(buffer[index]) == order[index]
+    mask = torch.arange(15) % 2 == 0
+    for index in (mask, [4, 2], range(3), torch.tensor([14, 0])):
+        expected = torch.tensor(order)[torch.as_tensor(list(index))].tolist()
+        assert xs(buffer[index]) == expected
+    assert xs(buffer[-1]) == xs(buffer[(14,)]) == [4]
+    assert buffer[3]["language_instruction"] == "open"
+    assert buffer["x"].flatten().tolist() == order
+    assert 14 in buffer.storage and 15 not in buffer.storage
+    with pytest.raises(IndexError):
+        buffer[15]
+    plane.update()
+    plane.publish()
+    assert xs(buffer[:]) == order[5:], "positions move up"
+
+
+def test_what_is_read_is_a_copy(plane):
+    plane = plane()
+    plane.add()
+    read = [plane.buffer[1:3], plane.buffer[:], plane.buffer[torch.tensor([1, 2])], plane.buffer[1]]
+    plane.pool.rows["x"].zero_()
+    assert [xs(data) for data in read] == [[1, 2], [0, 1, 2, 3, 4], [1, 2], [1]]
+
+
+def test_random_samples_are_whole_rows_and_follow_the_groups(plane):
+    plane = plane(groups=1, lag=1, sampler=RandomSampler(), batch_size=64)
+    with pytest.raises(RuntimeError, match="empty storage"):
+        plane.buffer.sample()
+    plane.add(2)
+    plane.update()
+    plane.publish()
+    batch, info = plane.buffer.sample(return_info=True)
+    assert set(xs(batch)) == {5, 6, 7, 8, 9}
+    assert torch.equal(batch["image"][:, 0, 0, 0].long(), batch["x"].flatten())
+    assert xs(plane.buffer[info["index"]]) == xs(batch)
+    assert batch["language_instruction"] == ["close"] * 64
+    assert plane.buffer.can_sample()
+
+
+def test_staleness_aware_samples_copy_no_image_to_choose(plane):
+    sampler = StalenessAwareSampler(max_staleness=0)
+    plane = plane(groups=1, lag=2, sampler=sampler, batch_size=16)
+    plane.admit()
+    plane.add()
+    plane.update()
+    plane.publish()
+    plane.add()
+    plane.sample(plane.groups.running[0])  # admitted at version 0, sampled at version 1
+    sampler.consumer_version = 1
+    assert (plane.buffer.sample()["policy_version"] == 1).all()
+    assert "image" not in plane.buffer.storage._storage
+    sampler.consumer_version = 2
+    with pytest.raises(RuntimeError):
+        plane.buffer.sample()
+
+
+def test_rows_come_from_the_collector(plane):
+    plane = plane()
+    plane.add()
+    buffer, row = plane.buffer, plane.buffer[0]
+    for write in (
+        lambda: buffer.add(row),
+        lambda: buffer.extend(row.unsqueeze(0)),
+        lambda: buffer.set_("x", 0),
+        lambda: buffer.set_at_("x", 0, 0),
+        lambda: buffer.update_({"x": 0}),
+        lambda: buffer.__setitem__(0, row),
+        lambda: buffer.write_all(row.unsqueeze(0)),
+        lambda: buffer.storage.set(0, row),
+        buffer.empty,
+        buffer.storage._empty,
+    ):
+        with pytest.raises(RuntimeError, match="its rows come from the collector"):
+            write()
+    assert xs(buffer[:]) == [0, 1, 2, 3, 4]
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(buffer.storage)
+
+
+def test_generations_and_statistics_are_torchrls(plane):
+    plane = plane(writer=RoundRobinWriter(compilable=True, track_generations=True))
+    plane.add(2)
+    stats = plane.buffer.stats()
+    assert (stats["size"], stats["capacity"], stats["groups_stored"]) == (10, 80, 2)
+    plane.buffer.shutdown()
+    plane.update()
+    plane.publish()
+    with pytest.raises(RuntimeError, match="was closed: it was shut down"):
+        plane.update()
+
+
+# -- before it is bound -------------------------------------------------------------------------
+
+
+def test_it_is_torchrls_buffer_until_it_is_bound():
+    """The same calls on both buffers give the same numbers, wrap-around included."""
+    ours = PooledReplayBuffer(max_size=10, batch_size=4, generator=torch.Generator().manual_seed(0))
+    theirs = ReplayBuffer(
+        storage=LazyTensorStorage(10), batch_size=4, generator=torch.Generator().manual_seed(0)
+    )
+    for data in (rows(6), rows(3, 6), rows(4, 9)):
+        assert torch.equal(ours.extend(data), theirs.extend(data))
+        assert (ours[:] == theirs[:]).all()
+        assert (ours.sample() == theirs.sample()).all()
+    assert ours.add(rows(1, 50)[0]) == theirs.add(rows(1, 50)[0])
+    for buffer in (ours, theirs):
+        buffer[0:2] = rows(2, 90)
+        buffer.set_at_("x", torch.full((1, 1), 3.0), torch.tensor([4]))
+    assert (ours[:] == theirs[:]).all()
+    assert ours.write_count == theirs.write_count == 14
+    assert ours.stats() == theirs.stats()
+    for use in (lambda: next(iter(ours)), lambda: ours.cohort, lambda: ours.pool):
+        with pytest.raises(RuntimeError, match=r"must be bound to a collector .* call sample\(\)"):
+            use()
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_samplers_transforms_and_checkpoints_before_it_is_bound(tmp_path, on_disk):
+    rename = RenameTransform(in_keys=["x"], out_keys=["y"])
+
+    def make():
+        return PooledReplayBuffer(
+            sampler=SamplerWithoutReplacement(), transform=rename, batch_size=4, max_size=12
+        )
+
+    buffer, other = make(), make()
+    buffer.extend(rows(12))
+    first = buffer.sample()["y"].flatten().tolist()
+    if on_disk:
+        buffer.dumps(tmp_path / "buffer")
+        other.loads(tmp_path / "buffer")
+    else:
+        other.load_state_dict(buffer.state_dict())
+    rest = [other.sample()["y"].flatten().tolist() for _ in range(2)]
+    assert sorted(chain(first, *rest)) == list(range(12))
+
+
+# -- checkpoints of a bound buffer --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("taken_after", [0, 1, 4, 6])
+def test_a_resumed_run_sees_every_minibatch_once(plane, tmp_path, on_disk, taken_after):
+    """Checkpoints before, in the middle of each epoch of, and after an update."""
+    old = plane(num_epochs=2)
+    groups = old.add(4)
+    loop = iter(old.buffer)
+    seen = [xs(batch) for batch in islice(loop, taken_after)]
+    state = old.buffer.state_dict()
+    if on_disk:
+        old.buffer.dumps(tmp_path / "buffer")
+        assert [file.name for file in (tmp_path / "buffer").iterdir()] == ["groups.pt"]
+    rest = [xs(batch) for batch in loop]
+
+    new = plane(num_epochs=2, num_pages=24)
+    new.pool.lease("someone else")  # page numbers differ from the run before
+    if on_disk:
+        new.buffer.loads(tmp_path / "buffer")
+    else:
+        new.buffer.load_state_dict(state)
+    if rest:
+        assert new.update() == rest
+    else:
+        with pytest.raises(RuntimeError, match="call update_policy_weights_"):
+            new.update()
+    assert len(seen) + len(rest) == 6
+    for run in (old, new):
+        assert run.publish() == 1
+    assert new.update() == old.update()
+    for ours, theirs in zip(new.buffer.cohort, groups[2:], strict=True):
+        assert ours.state_dict() == theirs.state_dict()
+    new.publish()
+    assert new.buffer.stats()["updates"] == 2
+    assert new.pool.num_free_pages == 23
+
+
+def test_state_is_plain_data(plane):
+    plane = plane()
+    plane.add(3)
+    loop = iter(plane.buffer)
+    next(loop)
+
+    def check(value, path="state"):
+        if isinstance(value, dict):
+            for key, item in value.items():
+                assert type(key) in (str, int), path
+                check(item, f"{path}.{key}")
+        elif isinstance(value, (list, tuple)):
+            for number, item in enumerate(value):
+                check(item, f"{path}[{number}]")
+        else:
+            assert value is None or type(value) in (torch.Tensor, str, int, float, bool), path
+
+    check(plane.buffer.state_dict())
     loop.close()
 
 
-# -- waiting ------------------------------------------------------------------------------------
-
-
-def test_dropped_groups_are_counted_and_explained(plane):
-    plane = plane()
-    plane.admit_and_extend(0, 1, 2, returns=(1.0, 1.0))
-    plane.admit_and_extend(3, returns=(0.0, 0.0), sizes=(1, 1))
-    assert plane.buffer.drop_counts() == {
-        "no contrast: all rollouts returned 1": {"count": 3, "mean_length": 20.0},
-        "no contrast: all rollouts returned 0": {"count": 1, "mean_length": 8.0},
-    }
-    assert plane.admission.num_unlearned == 0
-    with pytest.raises(
-        TimeoutError,
-        match=r"0 finished, 0 in flight \[\], 4 dropped .* \(3 x 'no contrast.*easier or harder",
-    ):
-        plane.update()
-    stats = plane.buffer.stats()
-    assert (stats["groups_dropped"], stats["groups_kept"], stats["groups_stored"]) == (4, 0, 0)
-    assert stats["dropped/no contrast: all rollouts returned 1/mean_length"] == 20.0
-
-
-def test_every_wait_has_its_reason(plane):
-    idle = plane()
-    with pytest.raises(TimeoutError, match=r"Nothing is being collected: start the collector"):
-        idle.update()
-    idle.admission.admit(0)
-    with pytest.raises(TimeoutError, match=r"1 in flight \[0\].*raise timeout_s"):
-        idle.update()
-    unpublished = plane(groups=1, lag=0)
-    unpublished.admit_and_extend(0)
-    unpublished.update()
-    with pytest.raises(TimeoutError, match=r"call update_policy_weights_\(\) after each update"):
-        unpublished.update()
-
-
-def test_a_waiting_learner_is_woken_by_the_last_group(plane):
-    plane = plane(timeout_s=60.0)
-    plane.admit_and_extend(0)
-    assert plane.admission.admit(1)
-    batches = []
-    learner = threading.Thread(target=lambda: batches.extend(plane.update()))
-    learner.start()
-    plane.buffer.extend(plane.group(1))
-    learner.join(60)
-    assert sorted(chain(*batches)) == list(range(10))
-    assert plane.buffer.stats()["wait_s"] >= plane.buffer.stats()["last_wait_s"] >= 0
-
-
-def test_a_waiting_learner_sleeps_on_while_groups_are_too_few(plane, monkeypatch):
-    plane = plane(groups=3, timeout_s=60.0)
-    arrived, looked = plane.buffer._queue._arrived, threading.Event()
-    wake, wakes = arrived.notify_all, []
-    monkeypatch.setattr(arrived, "notify_all", lambda: (wakes.append(len(plane.buffer)), wake()))
-    select = plane.admission.select
-    monkeypatch.setattr(plane.admission, "select", lambda ids: (looked.set(), select(ids))[1])
-    batches = []
-    learner = threading.Thread(target=lambda: batches.extend(plane.update()))
-    learner.start()
-    assert looked.wait(60)  # it holds the lock until it sleeps
-    plane.admit_and_extend(0, 1)
-    assert wakes == []
-    plane.admit_and_extend(2)
-    assert wakes
-    learner.join(60)
-    assert sum(len(batch) for batch in batches) == 15
-
-
-def test_a_waiting_learner_is_woken_when_the_straggler_is_given_up(plane):
-    plane = plane(groups=1, lag=0, timeout_s=60.0)
-    plane.admission.admit(0)
-    batches = []
-    learner = threading.Thread(target=lambda: batches.extend(plane.update()))
-    learner.start()
-    plane.buffer.extend(plane.assembler.abandon(0, "environment failed"))
-    plane.admit_and_extend(1)
-    learner.join(60)
-    assert sum(len(batch) for batch in batches) == 5
-    assert plane.buffer.drop_counts() == {"environment failed": {"count": 1, "mean_length": 0.0}}
-
-
-def test_close_wakes_a_waiting_learner_with_the_cause(plane):
-    plane = plane(timeout_s=None)
-    cause = ValueError("the simulator is gone")
-    errors = []
-
-    def learn():
-        try:
-            plane.update()
-        except RuntimeError as error:
-            errors.append(error)
-
-    learner = threading.Thread(target=learn)
-    learner.start()
-    plane.buffer.close("collection failed", cause)
-    learner.join(60)
-    assert str(errors[0]) == "The replay buffer was closed: collection failed"
-    assert errors[0].__cause__ is cause
-
-
-def test_what_is_complete_is_still_learned_after_close(plane):
-    plane = plane()
-    plane.admit_and_extend(0, 1)
-    plane.buffer.close()
-    assert len(plane.update()) == 3
-    with pytest.raises(RuntimeError, match="collection ended"):
-        plane.update()
-
-
-# -- bad input ----------------------------------------------------------------------------------
-
-
-def test_unknown_foreign_and_repeated_groups(plane):
-    plane = plane()
-    group = plane.group(0)
-    with pytest.raises(KeyError, match="admit"):
-        plane.buffer.extend(group)
-    plane.admission.admit(0)
-    with EnvironmentPool(plane.pool.layout, 4, 2) as other:
-        stranger = PooledReplayBuffer(pool=other, batch_size=2)
-        with pytest.raises(RuntimeError, match="belongs to another pool"):
-            stranger.extend(group)
-    plane.buffer.extend(group)
-    with pytest.raises(ValueError, match="key must be new, got 0"):
-        plane.buffer.extend(group)
-    assert len(plane.buffer) == 5
-    assert plane.buffer.stats()["groups_stored"] == 1
-
-
-def test_constructor_arguments(plane):
-    pool = plane().pool
-    with pytest.raises(ValueError, match="batch_size must be given"):
-        PooledReplayBuffer(pool=pool, groups_per_update=1)
-    with pytest.raises(ValueError, match="num_epochs must be at least 1, got 0"):
-        PooledReplayBuffer(pool=pool, groups_per_update=1, batch_size=1, num_epochs=0)
-    buffer = PooledReplayBuffer(pool=pool, groups_per_update=3, max_policy_lag=2, batch_size=1)
-    assert (buffer.admission.groups_per_update, buffer.admission.max_policy_lag) == (3, 2)
-
-
-def test_groups_without_admission_can_be_sampled_and_evicted(plane):
-    plane = plane()
-    buffer = PooledReplayBuffer(
-        pool=plane.pool, sampler=SamplerWithoutReplacement(shuffle=False), batch_size=5
-    )
-    assert buffer.extend(plane.group(0)).tolist() == [0, 1, 2, 3, 4]
-    assert buffer.extend(plane.group(1)).tolist() == [5, 6, 7, 8, 9]
-    buffer.evict(0)
-    assert buffer.sample()["x"].flatten().tolist() == [5, 6, 7, 8, 9]
-    buffer.empty()
-    assert plane.pool.num_free_pages == 32
-
-
-def test_empty_lets_others_begin(plane):
-    plane = plane()
-    plane.admit_and_extend(0, 1, 2, 3)
-    assert not plane.admission.may_admit
-    plane.buffer.empty()
-    assert len(plane.buffer) == 0
-    assert plane.admission.num_unlearned == 0
-    plane.admit_and_extend(4, 5)
-    assert len(plane.update()) == 3
-
-
-def test_collector_and_learner_threads(plane):
-    """A collector and a learner race for 40 updates on a pool with room for two groups too few."""
-    plane = plane(num_pages=16, groups=2, lag=2, timeout_s=60.0)
-    pages_per_group = 4
-    stop = threading.Event()
-    errors = []
-
-    def collect():
-        try:
-            group_id = 0
-            while not stop.is_set():
-                if not plane.admission.wait_admissible(0.05):
-                    continue
-                if not plane.pool.reserve(pages_per_group, timeout_s=0.05):
-                    continue
-                assert plane.admission.admit(group_id)
-                sizes = (1 + group_id % 4, 1 + group_id // 4 % 4)
-                group = plane.group(group_id, sizes, returns=(1.0, float(group_id % 5 == 0)))
-                plane.pool.unreserve(pages_per_group - sum(-(-size // 2) for size in sizes))
-                plane.buffer.extend(group)
-                group_id += 1
-        except BaseException as error:
-            errors.append(error)
-            plane.buffer.close("the collector failed", error)
-
-    collector = threading.Thread(target=collect)
-    collector.start()
-    seen: list[int] = []
-    try:
-        for version in range(40):
-            for batch in plane.buffer:
-                seen += batch["x"].flatten().tolist()
-            for group in plane.buffer.cohort:
-                assert group.group_id % 5 != 0
-            assert plane.admission.advance() == version + 1
-    finally:
-        stop.set()
-        collector.join(60)
-    assert errors == []
-    assert len(seen) == len(set(seen))  # no row was handed out twice
-    stats = plane.buffer.stats()
-    assert stats["updates"] == 40
-    assert stats["groups_kept"] == 80 + stats["groups_stored"]
-    assert plane.pool.stats()["peak_bytes"] <= 16 * plane.pool.page_bytes
+def test_checkpoints_that_do_not_fit_change_nothing(plane):
+    old = plane()
+    old.add()
+    state = old.buffer.state_dict()
+    other = plane(groups=3)
+    other.add()
+    with pytest.raises(ValueError, match="groups_per_update must equal the checkpoint's 2, got 3"):
+        other.buffer.load_state_dict(state)
+    assert xs(other.buffer[:]) == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="must come from a buffer that was not bound"):
+        PooledReplayBuffer(batch_size=4).load_state_dict(state)
+    with pytest.raises(ValueError, match="must come from a buffer that was bound"):
+        old.buffer.load_state_dict(PooledReplayBuffer(batch_size=4).state_dict())
+    layout = RowLayout({"x": ((2,), torch.int64), "advantage": ((1,), torch.float32)})
+    with EnvironmentPool(layout, 40, 2) as pool:
+        groups = GroupQueue(
+            GroupConfig(group_size=2, groups_per_update=2),
+            pool,
+            InitStateSchedule(),
+            pages_per_rollout=2,
+        )
+        buffer = PooledReplayBuffer(batch_size=4)
+        buffer.bind(groups)
+        with pytest.raises(ValueError, match="must come from the same specs"):
+            buffer.load_state_dict(state)
+        assert pool.num_free_pages == 40

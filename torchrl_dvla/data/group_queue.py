@@ -32,6 +32,15 @@ _WHAT_FOLLOWS = {
     "raise": "The run ends here.",
 }
 
+_COUNTS = (
+    "groups_learned",
+    "groups_kept",
+    "groups_failed",
+    "no_signal_groups",
+    "groups_kept_without_signal",
+    "updates",
+)
+
 _log = logging.getLogger("torchrl_dvla")
 
 
@@ -189,11 +198,9 @@ class GroupQueue:
         #: Groups and the sum of their mean lengths, by reason.
         self._drops: dict[str, list[float]] = {}
         self._drops_since_update: dict[str, int] = {}
-        #: Counts that a checkpoint carries.
-        self._counts: dict[str, float] = dict.fromkeys(
-            ("learned", "kept", "kept_length", "failed", "no_signal", "without_signal", "updates"),
-            0,
-        )
+        #: Counts that a checkpoint carries, by their names in stats().
+        self._counts = dict.fromkeys(_COUNTS, 0)
+        self._kept_length = 0.0
         self._wait_s = self._last_wait_s = 0.0
 
     # -- reading --------------------------------------------------------------------------------
@@ -234,22 +241,16 @@ class GroupQueue:
         the dropped groups beside that of the kept ones shows it. Lengths are in env steps.
         """
         with self.lock:
-            counts = self._counts
             stats: dict[str, float] = {
+                **self._counts,
                 "policy_version": self.version,
                 "groups_admitted": self.num_admitted,
-                "groups_learned": counts["learned"],
-                "groups_kept": counts["kept"],
                 "groups_dropped": sum(int(count) for count, _ in self._drops.values()),
-                "groups_failed": counts["failed"],
                 "groups_in_flight": len(self.running),
                 "groups_stored": len(self.stored),
-                "kept_mean_length": counts["kept_length"] / max(1, counts["kept"]),
-                "no_signal_groups": counts["no_signal"],
-                "groups_kept_without_signal": counts["without_signal"],
+                "kept_mean_length": self._kept_length / max(1, self._counts["groups_kept"]),
                 "wait_s": self._wait_s,
                 "last_wait_s": self._last_wait_s,
-                "updates": counts["updates"],
             }
             for reason, drops in self.drop_counts().items():
                 for name, value in drops.items():
@@ -360,7 +361,7 @@ class GroupQueue:
                 )
             keep_all = (
                 self.config.on_no_signal == "keep"
-                and self._counts["no_signal"] >= self.config.max_no_signal_groups
+                and self._counts["no_signal_groups"] >= self.config.max_no_signal_groups
             )
             reason = judge(group, self.config, keep_all=keep_all)
             if reason is None:
@@ -386,20 +387,20 @@ class GroupQueue:
                 self.pool.free(rollout.pages)
                 rollout.pages = []
         group.state = GroupState.COMPLETE
-        self._counts["kept"] += 1
-        self._counts["kept_length"] += group.mean_length
+        self._counts["groups_kept"] += 1
+        self._kept_length += group.mean_length
 
     def _watch_signal(self, group: Group) -> str | None:
         """Count groups in a row with nothing to learn from; what to say when they are too many."""
         if bool(group.advantages.any()):
-            self._counts["no_signal"] = 0
+            self._counts["no_signal_groups"] = 0
             return None
-        self._counts["no_signal"] += 1
-        self._counts["without_signal"] += group.kept
-        if self._counts["no_signal"] % self.config.max_no_signal_groups:
+        self._counts["no_signal_groups"] += 1
+        self._counts["groups_kept_without_signal"] += group.kept
+        if self._counts["no_signal_groups"] % self.config.max_no_signal_groups:
             return None
         return (
-            f"{self._counts['no_signal']} groups in a row had nothing to learn from, the last "
+            f"{self._counts['no_signal_groups']} groups in a row had nothing to learn from, the last "
             f"because of {group.drop_reason or 'no contrast'!r}. "
             f"{_WHAT_FOLLOWS[self.config.on_no_signal]} If this stays so, the tasks are too easy "
             "or too hard for the policy: choose others, raise candidate_group_size, widen "
@@ -429,7 +430,7 @@ class GroupQueue:
                     self.pool.unreserve(self.pages_per_rollout)
                     rollout.pages = []
             group.candidates = finished
-            self._counts["failed"] += 1
+            self._counts["groups_failed"] += 1
             self._forget(group, reason)
         self._notify()
 
@@ -545,7 +546,7 @@ class GroupQueue:
             if not self._closed:
                 self.pool.free(group.pages)
             del self._groups[group.group_id]
-        self._counts["learned"] += len(in_hand)
+        self._counts["groups_learned"] += len(in_hand)
         self._counts["updates"] += bool(in_hand)
         # Deadlines move with numbers that somebody else took: the lag counts updates.
         for group in self._groups.values():
@@ -555,7 +556,7 @@ class GroupQueue:
     @property
     def num_updates(self) -> int:
         """Cohorts that were learned from so far."""
-        return int(self._counts["updates"])
+        return self._counts["updates"]
 
     def describe_wait(self, timeout_s: float | None = None) -> str:
         """What the learner is waiting for, and what to do about it."""
@@ -570,7 +571,7 @@ class GroupQueue:
             )
             reasons = ", ".join(f"{count} x {reason!r}" for reason, count in dropped)
             text += f" ({reasons}). " if dropped else ". "
-            if late := self.missing():
+            if late := self._missing():
                 return text + (
                     f"Groups {[group.group_id for group in late][:8]} can wait no longer than "
                     f"version {self.version} and are unfinished: look for a hung environment."
@@ -584,13 +585,10 @@ class GroupQueue:
                 )
             return text + "Nothing is being collected: start the collector."
 
-    def missing(self) -> list[Group]:
+    def _missing(self) -> list[Group]:
         """Running groups that the learner cannot overtake at this version, oldest first."""
-        with self.lock:
-            limit = self._overdue(self._ready())
-            if limit is None:
-                return []
-            return [group for group in self.running if group.deadline <= limit]
+        limit = self._overdue(self._ready())
+        return [] if limit is None else [g for g in self.running if g.deadline <= limit]
 
     # -- the end --------------------------------------------------------------------------------
 
@@ -643,6 +641,7 @@ class GroupQueue:
                 "num_admitted": self.num_admitted,
                 "num_rollouts": self.num_rollouts,
                 "counts": dict(self._counts),
+                "kept_length": self._kept_length,
                 "drops": {reason: list(drops) for reason, drops in self._drops.items()},
                 "wait_s": self._wait_s,
             }
@@ -674,6 +673,7 @@ class GroupQueue:
             self.num_admitted = state_dict["num_admitted"]
             self.num_rollouts = state_dict["num_rollouts"]
             self._counts = dict(state_dict["counts"])
+            self._kept_length = state_dict["kept_length"]
             self._drops = {reason: list(drops) for reason, drops in state_dict["drops"].items()}
             self._drops_since_update = {}
             self._wait_s = state_dict["wait_s"]
@@ -751,10 +751,3 @@ class GroupQueue:
         # Outside the lock: a listener takes its own, and may call back.
         for listener in listeners:
             listener()
-
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(groups_per_update={self.config.groups_per_update}, "
-            f"max_policy_lag={self.config.max_policy_lag}, version={self.version}, "
-            f"num_groups={len(self)})"
-        )

@@ -67,7 +67,7 @@ class InstructionTable:
         if not 0 <= number < len(self._texts):
             raise KeyError(
                 f"instruction_id {number} is not among the {len(self._texts)} known instructions. "
-                "The coordinator adds each string with InstructionTable.id() before rows name it."
+                "The collector adds each string with InstructionTable.id() before rows name it."
             )
         return self._texts[number]
 
@@ -116,24 +116,18 @@ class InstructionTable:
     def __len__(self) -> int:
         return len(self._texts)
 
-    def __contains__(self, text: str) -> bool:
-        return text in self._ids
-
     def __getstate__(self) -> dict[str, Any]:
         return self.state_dict()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["texts"])  # type: ignore[misc]
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self)} instructions)"
-
 
 class InstructionTransform(Transform):
     """Replay-buffer transform: ids in rows, strings outside.
 
-    Sampling rebuilds ``"language_instruction"`` from ``"instruction_id"``; extending interns the
-    strings of incoming data. Data without either key passes unchanged.
+    Sampling rebuilds ``"language_instruction"`` from ``"instruction_id"``. Data without ids passes
+    unchanged.
 
     Args:
         table (InstructionTable): the side table.
@@ -154,20 +148,6 @@ class InstructionTransform(Transform):
             tensordict.set(INSTRUCTION_KEY, self.table.stack(ids, tensordict.batch_size))
         return tensordict
 
-    def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
-        keys = set(tensordict.keys())
-        if INSTRUCTION_KEY not in keys or INSTRUCTION_ID_KEY in keys:
-            return tensordict
-        texts = tensordict.get(INSTRUCTION_KEY)
-        texts = texts.tolist() if hasattr(texts, "tolist") else texts
-        flat = [texts] if isinstance(texts, str) else list(_flattened(texts))
-        batch = tensordict.batch_size
-        if len(flat) == 1:
-            flat = flat * batch.numel()
-        ids = torch.tensor([self.table.id(text) for text in flat]).view(*batch, 1)
-        tensordict = tensordict.exclude(INSTRUCTION_KEY)
-        return tensordict.set(INSTRUCTION_ID_KEY, ids)
-
     def get_extra_state(self) -> dict[str, Any]:
         """The table, for checkpoints of the buffer."""
         return self.table.state_dict()
@@ -175,14 +155,6 @@ class InstructionTransform(Transform):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take the strings of a checkpoint over."""
         self.table.load_state_dict(state)
-
-
-def _flattened(texts: Any) -> Iterable[str]:
-    for text in texts:
-        if isinstance(text, str):
-            yield text
-        else:
-            yield from _flattened(text)
 
 
 def _stacked(entries: Sequence[NonTensorData], batch_size: torch.Size) -> NonTensorStack:

@@ -353,6 +353,7 @@ class PooledReplayBuffer(ReplayBuffer):
 
     def _current_plan(self, groups: GroupQueue) -> CohortPlan:
         """The update that was left, or one over the next cohort."""
+        groups.require_open()
         if self._plan is not None and self._plan.update == groups.num_updates:
             if self._plan.is_over:
                 raise RuntimeError(

@@ -95,6 +95,7 @@ class PooledStorage(TensorStorage):
     @property
     def _len(self) -> int:
         with self.groups.lock:
+            self.groups.require_open()
             return sum(group.num_rows for group in self.groups.stored)
 
     def __len__(self) -> int:
@@ -151,4 +152,4 @@ class PooledStorage(TensorStorage):
         )
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(len={len(self)}, groups={self.groups!r})"
+        return f"{type(self).__name__}(len={len(self)}, groups={len(self.groups.stored)})"
