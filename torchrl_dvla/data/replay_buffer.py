@@ -257,7 +257,7 @@ class PooledReplayBuffer(ReplayBuffer):
         Raises:
             RuntimeError: if the buffer is bound or holds rows, or the budget is spent.
             TypeError: if the sampler cannot follow groups that leave; it is named.
-            ValueError: if it has no batch size, or prefetches.
+            ValueError: if it prefetches.
         """
         self._init()  # TorchRL may have put it off
         if self.is_bound:
@@ -273,18 +273,14 @@ class PooledReplayBuffer(ReplayBuffer):
                 f"{type(self._sampler).__name__}: it keeps state by position and cannot follow "
                 "groups that leave. `for batch in buffer` needs no sampler."
             )
-        if self._batch_size is None:
-            raise ValueError(
-                "batch_size must be given to learn from groups, got None. Set the rows of one "
-                "minibatch."
-            )
         if self._prefetch_cap:
             raise ValueError(
                 f"prefetch must be 0 to learn from groups, got {self._prefetch_cap}. Rows that "
                 "were sampled ahead would outlive their groups."
             )
         layout = groups.pool.layout
-        for _ in range(self.num_staging):
+        # Without a batch size nothing is gathered: its owner takes whole cohorts.
+        for _ in range(self.num_staging if self._batch_size else 0):
             if model_pool is not None:
                 rows = model_pool.rows(layout, self._batch_size, "staging batches")
             else:
@@ -362,8 +358,12 @@ class PooledReplayBuffer(ReplayBuffer):
                     "update_policy_weights_() after each update."
                 )
             return self._plan
+        if self._batch_size is None:
+            raise ValueError(
+                "batch_size must be given to learn from groups, got None. Set the rows of one "
+                "minibatch."
+            )
         cohort = groups.wait_cohort(self.timeout_s)
-        assert self._batch_size is not None
         return CohortPlan(
             num_rows=sum(group.num_rows for group in cohort),
             batch_size=self._batch_size,
