@@ -41,7 +41,6 @@ import random
 import selectors
 import sys
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -66,14 +65,11 @@ LAYOUT = RowLayout(
 ROWS_PER_PAGE = 4
 NUM_PAGES = 1200
 MAX_DECISIONS = 400
-MIN_DECISIONS = 10
-TAIL_INDEX = 1.5
 GROUP_SIZE = 4
 MAX_ATTEMPTS = 64
 PAGES_PER_TRAJECTORY = -(-MAX_DECISIONS // ROWS_PER_PAGE)
 #: Share of the messages, about eight a trajectory, after which a worker is killed.
 KILL_SHARE = 1 / 400
-_PR_SET_THP_DISABLE = 41
 
 
 def serial(number: int, attempt: int, index: int) -> int:
@@ -90,7 +86,7 @@ def anonymous_bytes() -> int:
 
 def steady_heap() -> None:
     """Keep the kernel from turning pages of the heap into huge ones: 2 MiB of noise each."""
-    ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
 
 
 def write_trajectories(connection: Connection, view: WorkerView) -> None:
@@ -161,16 +157,12 @@ class Soak:
         if self.again:
             trajectory = self.again.popleft()
         else:
-            length = int(MIN_DECISIONS * self.random.paretovariate(TAIL_INDEX))
+            length = int(10 * self.random.paretovariate(1.5))
             trajectory = Trajectory(self.num_begun, min(MAX_DECISIONS, length))
             self.num_begun += 1
         self.active[index] = trajectory
         job = (trajectory.number, trajectory.attempt, trajectory.length)
         self.children[index].connection.send(job)
-
-    def forget(self, pages: list[Page]) -> None:
-        for page in pages:
-            del self.owners[int(page)]
 
     def adopt(self) -> None:
         """Move the finished trajectories into the storage, as a group."""
@@ -193,8 +185,8 @@ class Soak:
         self.rows_checked += len(right)
         self.rows_wrong += int((~right).sum())
         self.storage.evict(key)
-        for trajectory in group:
-            self.forget(trajectory.pages)
+        for page in [page for t in group for page in t.pages]:
+            del self.owners[int(page)]
 
     def kill(self, index: int) -> None:
         trajectory, self.active[index] = self.active[index], None
@@ -203,11 +195,10 @@ class Soak:
         self.num_kills += 1
         if trajectory is not None:
             self.pool.unreserve(PAGES_PER_TRAJECTORY - len(trajectory.pages))
-            self.pool.reclaim(trajectory.number)
-            self.forget(trajectory.pages)
+            for page in self.pool.reclaim(trajectory.number):
+                del self.owners[page]
             trajectory.pages = []
             trajectory.attempt += 1
-            assert trajectory.attempt < MAX_ATTEMPTS
             self.again.append(trajectory)
         self.children[index] = self.start(index)
 
@@ -270,11 +261,6 @@ class Soak:
         self.pool.close()
 
 
-def growth(samples: Sequence[int]) -> int:
-    """What the late samples have more than the early ones, beyond what either vary by."""
-    return max(0, min(samples[-5:]) - max(samples[:5]))
-
-
 def soak(args: argparse.Namespace) -> dict[str, object]:
     num = args.trajectories or (1500 if args.quick else 20_000)
     num -= num % GROUP_SIZE
@@ -289,9 +275,10 @@ def soak(args: argparse.Namespace) -> dict[str, object]:
     finally:
         run.stop()
     owner, survivor = zip(*samples[20:], strict=True)
+    growth = sum(max(0, min(late[-5:]) - max(late[:5])) for late in (owner, survivor))
     return {
         "benchmark": "pool_soak",
-        "growth_bytes": growth(owner) + growth(survivor),
+        "growth_bytes": growth,
         "internal_waste": round(stats["internal_waste_total"], 4),
         "pages_lost": run.num_lost,
         "pages_double_owned": run.num_double_owned,

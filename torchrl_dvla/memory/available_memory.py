@@ -46,7 +46,7 @@ def shareable_bytes() -> tuple[int | None, str]:
     """Memory that one more pool can take, and, if it is a file system that limits it, which.
 
     Returns:
-        tuple: bytes, or ``None`` where nobody says, and ``""`` or ``" in /dev/shm"``.
+        tuple: bytes, or ``None`` where it is not known, and ``""`` or ``" in /dev/shm"``.
     """
     available, folder = available_bytes(), shared_folder()
     if folder is not None:

@@ -50,7 +50,7 @@ class EnvironmentPool(PageLedger):
     Args:
         layout (RowLayout): what a row holds.
         num_pages (int): pages.
-        rows_per_page (int): rows of a page. Small pages waste less; the book-keeping is per page.
+        rows_per_page (int): rows of a page. Small pages waste less; the ledger's work is per page.
 
     Raises:
         ValueError: if *num_pages* or *rows_per_page* is not positive.

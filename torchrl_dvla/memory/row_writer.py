@@ -159,8 +159,8 @@ class RowWriter:
         for tensor in tensors:
             if tensor is None:
                 raise KeyError(
-                    f"Field {key!r} must be in what is written, got none. Whoever is asked for it "
-                    "by its spec, usually the environment, has to return it every time."
+                    f"Field {key!r} must be in what is written, got none. The owner of its "
+                    "spec, usually the environment, must return it every time."
                 )
             if tensor.shape != shape or tensor.dtype is not dtype:
                 raise ValueError(
