@@ -56,7 +56,7 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_custom_sections = [("Keyword Args", "params_style"), ("Reference", "notes_style")]
 autosummary_generate = True
-# A room's page lists what its __init__ exports, wherever it is defined.
+# A package's page lists what its __init__ exports, wherever it is defined.
 autosummary_imported_members = True
 autosummary_ignore_module_all = False
 autodoc_default_options = {"members": True, "show-inheritance": True}
