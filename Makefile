@@ -59,6 +59,7 @@ pins: ## write requirements/constraints.txt anew from .venv, after an upgrade
 
 clean: ## remove what builds, tests and tools left
 	rm -rf build dist *.egg-info docs/build docs/source/reference/generated
+	rm -rf docs/source/decisions docs/source/measurements
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 

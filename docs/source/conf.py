@@ -5,6 +5,7 @@
 """Sphinx configuration: `make docs`."""
 
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -50,13 +51,20 @@ exclude_patterns = ["decisions/template.md"]
 templates_path = ["_templates"]
 master_doc = "index"
 
+# Records and measurements are read on their own as well, so they live beside this folder. They are
+# copied in, for a link between two files of a linked folder would be looked up outside of it.
+for folder in ("decisions", "measurements"):
+    source = Path(__file__).resolve().parents[1] / folder
+    shutil.rmtree(Path(__file__).parent / folder, ignore_errors=True)
+    shutil.copytree(source, Path(__file__).parent / folder)  # keeps the times of the files
+
 # -- docstrings -----------------------------------------------------------------------------------
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_custom_sections = [("Keyword Args", "params_style"), ("Reference", "notes_style")]
 autosummary_generate = True
-# A room's page lists what its __init__ exports, wherever it is defined.
+# A package's page lists what its __init__ exports, wherever it is defined.
 autosummary_imported_members = True
 autosummary_ignore_module_all = False
 autodoc_default_options = {"members": True, "show-inheritance": True}
