@@ -63,7 +63,8 @@ import torch
 
 from torchrl_dvla.data import PooledStorage
 from torchrl_dvla.memory import EnvironmentPool, Page, RowLayout, RowWriter, WorkerView
-from torchrl_dvla.swimlane.child import Child, prepare_child
+from torchrl_dvla.swimlane import ManagedProcess
+from torchrl_dvla.swimlane.messages import Stop
 
 LAYOUT = RowLayout(
     {
@@ -107,11 +108,10 @@ def steady_heap() -> None:
 
 def write_trajectories(connection: Connection, view: WorkerView) -> None:
     """Worker: write what is asked for, page by page; killed at any moment."""
-    prepare_child(1)
     steady_heap()
     writer = RowWriter(view, list(LAYOUT))
     image = np.empty((3, 16, 16), np.uint8)
-    while (job := connection.recv()) is not None:
+    while not isinstance(job := connection.recv(), Stop):
         if job == "measure":
             connection.send(("memory", anonymous_bytes()))
             continue
@@ -150,7 +150,7 @@ class Soak:
         self.pool = EnvironmentPool(LAYOUT, NUM_PAGES, ROWS_PER_PAGE)
         self.storage = PooledStorage(self.pool)
         self.selector = selectors.DefaultSelector()
-        self.children: list[Child] = []
+        self.children: list[ManagedProcess] = []
         self.active: list[Trajectory | None] = [None] * num_workers
         for index in range(num_workers):
             self.children.append(self.start(index))
@@ -167,8 +167,10 @@ class Soak:
 
     # -- lives ----------------------------------------------------------------------------------
 
-    def start(self, index: int) -> Child:
-        child = Child(write_trajectories, (self.pool.worker_view(),), name=f"writer-{index}")
+    def start(self, index: int) -> ManagedProcess:
+        child = ManagedProcess(
+            write_trajectories, (self.pool.worker_view(),), name=f"writer-{index}"
+        )
         self.selector.register(child.connection, selectors.EVENT_READ, index)
         return child
 
@@ -329,7 +331,7 @@ class Soak:
 
     def stop(self) -> None:
         for child in self.children:
-            child.stop(None, 5.0)
+            child.stop(5.0)
         self.selector.close()
         self.pool.close()
 
