@@ -59,10 +59,9 @@ ROW_BYTES = 2 * 3 * 256 * 256 + 8 * 4 + 8 * 7 * (8 + 4 + 4)
 class Policy(TensorDictModuleBase):
     """Constants. What it is said to read decides what a transport carries to it."""
 
-    def __init__(self, reads_images: bool = False, stamps: bool = True) -> None:
+    def __init__(self, stamps: bool = True) -> None:
         super().__init__()
-        keys = ("image", "wrist", "state") if reads_images else ("state",)
-        self.in_keys = [("observation", key) for key in keys]
+        self.in_keys = [("observation", "state")]
         self.out_keys = [("vla_action", key) for key in ("tokens", "log_probs", "chunk")]
         self.stamps = stamps
         if stamps:
@@ -82,12 +81,8 @@ class Policy(TensorDictModuleBase):
         return tensordict
 
 
-def image_policy() -> Policy:
-    """The policy of a server, which stamps versions itself."""
-    return Policy(reads_images=True, stamps=False)
-
-
 def state_policy() -> Policy:
+    """The policy of a server, which stamps versions itself."""
     return Policy(stamps=False)
 
 
@@ -110,14 +105,12 @@ class Copied:
         setattr(owner, name, counted)
 
 
-def work(connection: Any, view: Any, clients: list[Any], count: bool) -> None:
+def work(connection: Any, view: Any, count: bool) -> None:
     """An environment worker: gets pages, fills their rows, says so."""
     from torchrl_dvla.memory import RowWriter
-    from torchrl_dvla.swimlane.child import prepare_child
+    from torchrl_dvla.swimlane.messages import Stop
 
-    prepare_child(1)
-    decided = [("vla_action", "tokens"), ("vla_action", "log_probs"), ("vla_action", "chunk")]
-    decided = [] if clients else [*decided, "policy_version"]
+    decided = [*(("vla_action", key) for key in Policy().outputs), "policy_version"]
     seen = [("observation", key) for key, _ in example()]
     flags = ["done", "terminated", "truncated", "success"]
     outcome = [("next", "reward"), *(("next", flag) for flag in flags), "action_is_pad"]
@@ -137,17 +130,12 @@ def work(connection: Any, view: Any, clients: list[Any], count: bool) -> None:
             lambda self, row, generation, values: sum(field[row].nbytes for field in self._fields),
         )
     try:
-        while (pages := connection.recv()) is not None:
+        while not isinstance(pages := connection.recv(), Stop):
             for decision in range(DECISIONS):
                 number, offset = divmod(decision, view.rows_per_page)
                 page = pages[number]
                 row = page * view.rows_per_page + offset
                 writer.write(row, page.generation, values[decision % NUM_FRAMES])
-                if clients:
-                    clients[decision % len(clients)].submit(row, page.generation)
-                    if (decision + 1) % len(clients) == 0:
-                        for waiting in clients:
-                            waiting._in_flight.result(60)
                 done = decision == DECISIONS - 1
                 outcomes = [decision, 0.0, done, done, False, False, False]
                 closer.write(row, page.generation, outcomes)
@@ -159,13 +147,10 @@ def work(connection: Any, view: Any, clients: list[Any], count: bool) -> None:
 class Dvla:
     """Pool, workers, a collecting thread, and the learner's buffer."""
 
-    def __init__(self, settings: dict[str, int], with_server: bool, count: bool = False) -> None:
-        from torchrl.modules.inference_server import ProcessInferenceServer
-
+    def __init__(self, settings: dict[str, int], count: bool = False) -> None:
         from torchrl_dvla.data import Admission, GroupAssembler, PooledReplayBuffer
         from torchrl_dvla.memory import EnvironmentPool
-        from torchrl_dvla.swimlane import RowTransport
-        from torchrl_dvla.swimlane.child import Child
+        from torchrl_dvla.swimlane import ManagedProcess
 
         layout = row_layout()
         # Two groups an update and a lag of one: up to four groups of 256 rows are on their way.
@@ -175,29 +160,9 @@ class Dvla:
         self.buffer = PooledReplayBuffer(
             pool=self.pool, admission=self.admission, batch_size=BATCH, timeout_s=60.0
         )
-        self.server, clients = None, []
-        num_clients = 8 * settings["workers"]
-        if with_server:
-            keys = Policy(reads_images=True)
-            transport = RowTransport(
-                self.pool.worker_view(), keys.in_keys, keys.out_keys, num_clients=num_clients
-            )
-            self.server = ProcessInferenceServer(
-                policy_factory=image_policy,
-                transport=transport,
-                mp_context="forkserver",
-                max_batch_size=num_clients,
-                timeout=0.001,
-            )
-            clients = [transport.client() for _ in range(num_clients)]
-            self.server.start()
         self.workers = [
-            Child(
-                work,
-                (self.pool.worker_view(), clients[number :: settings["workers"]], count),
-                name="env",
-            )
-            for number in range(settings["workers"])
+            ManagedProcess(work, (self.pool.worker_view(), count), name="env")
+            for _ in range(settings["workers"])
         ]
         self.copied = dict.fromkeys(range(len(self.workers)), 0)
         self.woken, self.waker = Pipe(duplex=False)
@@ -250,9 +215,7 @@ class Dvla:
         self.waker.send_bytes(b".")
         self.thread.join(10.0)
         for worker in self.workers:
-            worker.stop(None, 5.0)
-        if self.server is not None:
-            self.server.shutdown()
+            worker.stop(5.0)
         self.pool.close()
 
 
@@ -329,7 +292,7 @@ class TorchRL:
         else:
             self.collector = AsyncBatchedCollector(
                 [make_env] * workers,
-                policy_factory=image_policy if name == "async_server" else state_policy,
+                policy_factory=state_policy,
                 frames_per_batch=rows * workers,
                 transition_chunk_size=rows,
                 total_frames=-1,

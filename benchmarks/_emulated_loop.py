@@ -235,7 +235,7 @@ class Loop:
             num_learned += self.update()
         end_s = time.monotonic()
         num_collected = self.num_decisions() - before
-        self.reading = self.collector.timeline.reading()
+        self.reading = self.collector.timeline.usage()
         step_s = self.mix.step_s
         if self.mix.heavy_tailed:
             step_s = self._draws.seconds(start_s, end_s) / num_collected

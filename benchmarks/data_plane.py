@@ -23,9 +23,7 @@ others: as many rows as were written, drawn at random, which is their cheapest s
 ``memmap``        the same with ``LazyMemmapStorage``, in memory (/dev/shm) where there is room
 ``async``         TorchRL's ``AsyncBatchedCollector``: process slots, chunked transitions, a
                   ``LazyTensorStorage`` in the learner's process
-``dvla_server``, ``async_server``   the same where a policy in a process of its own reads the
-                  observations: ``RowTransport``, and process slots that hold the images. In
-                  ``async`` the policy's request is proprioception alone.
+                  (the policy's request is proprioception alone)
 
 The rivals' environment overrides ``step_and_maybe_reset``, so they do not pay for the checks of
 ``EnvBase``, and leaves ``("next", "observation")`` out, so no frame travels twice. ``SETTINGS``
@@ -42,9 +40,8 @@ bytes_per_s, memcpy_bytes_per_s   medians over the repeats
 fraction_of_memcpy                of ``dvla``; median of the ratio within one repeat
 fraction_of_memcpy_pair           the same over one of two such streams that run at once, as the
                                   worker's and the learner's copies do: what the memory leaves
-torchrl_bytes_per_s               of each rival, without a policy server
+torchrl_bytes_per_s               of each rival
 ratio_vs_best_torchrl             ``dvla`` over the best of them in the same repeat
-with_policy_server                the same figures for the two arrangements with one
 copies_per_frame                  bytes that copying calls moved, over bytes of the batches, counted
                                   in ``dvla``'s processes by wrapping those calls
 """
@@ -73,15 +70,12 @@ from _data_plane import BATCH, DECISIONS, ROW_BYTES, ROWS, Copied, Dvla, TorchRL
 from _machine import machine, paired_ratio, spread
 
 RIVALS = ("lazy", "memmap", "async")
-SERVED = ("dvla_server", "async_server")
 #: Workers; rows of a message to the learner (rivals); threads of the learner.
 SETTINGS: dict[str, dict[str, int]] = {
     "dvla": {"workers": 1, "rows": DECISIONS, "threads": 1},
     "lazy": {"workers": 1, "rows": 64, "threads": 2},
     "memmap": {"workers": 1, "rows": 64, "threads": 1},
     "async": {"workers": 1, "rows": 64, "threads": 1},
-    "dvla_server": {"workers": 1, "rows": DECISIONS, "threads": 1},
-    "async_server": {"workers": 2, "rows": 64, "threads": 1},
 }
 
 
@@ -94,8 +88,8 @@ def serve(name: str, settings: dict[str, int], count: bool) -> None:
     os.dup2(2, 1)  # whatever the libraries print
     torch.set_num_threads(settings["threads"])
     side: Any
-    if name.startswith("dvla"):
-        side = Dvla(settings, name == "dvla_server", count)
+    if name == "dvla":
+        side = Dvla(settings, count)
     else:
         side = TorchRL(name, settings)
     side.take(1.0)  # touches what the learner's side touches
@@ -231,10 +225,10 @@ def main() -> None:
         serve(args.serve, json.loads(args.settings), args.count)
         return
     if args.tune:
-        tune(args.only or [*RIVALS, *SERVED], 1.0, 3)
+        tune(args.only or RIVALS, 1.0, 3)
         return
     seconds, repeats = (0.8, 5) if args.quick else (4.0, 7)
-    names = args.only or ["dvla", *RIVALS, *SERVED]
+    names = args.only or ["dvla", *RIVALS]
     environment, sides = machine("tensordict"), {}
     try:
         counting = Arrangement("dvla", SETTINGS["dvla"], count=True)
@@ -281,9 +275,6 @@ def report(rates: dict[str, list[float]], counted: dict[str, float]) -> dict[str
         "benchmark": "data_plane",
         "memcpy_bytes_per_s": medians["memcpy"],
         **figures("dvla", RIVALS),
-        "with_policy_server": (
-            figures("dvla_server", ("async_server",)) if "dvla_server" in rates else None
-        ),
         "copies_per_frame": round(moved / (counted["rows"] * row_layout().row_bytes), 2),
         "gb_per_s": {n: spread(value / 1e9 for value in values) for n, values in rates.items()},
         "settings": {name: SETTINGS[name] for name in rates if name in SETTINGS},

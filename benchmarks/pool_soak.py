@@ -53,7 +53,8 @@ from _machine import machine
 
 from torchrl_dvla.data import PooledStorage
 from torchrl_dvla.memory import EnvironmentPool, Page, RowLayout, RowWriter, WorkerView
-from torchrl_dvla.swimlane.child import Child, prepare_child
+from torchrl_dvla.swimlane import ManagedProcess
+from torchrl_dvla.swimlane.messages import Stop
 
 LAYOUT = RowLayout(
     {
@@ -91,11 +92,10 @@ def steady_heap() -> None:
 
 def write_trajectories(connection: Connection, view: WorkerView) -> None:
     """Worker: write what is asked for, page by page; killed at any moment."""
-    prepare_child(1)
     steady_heap()
     writer = RowWriter(view, list(LAYOUT))
     image = np.empty((3, 16, 16), np.uint8)
-    while (job := connection.recv()) is not None:
+    while not isinstance(job := connection.recv(), Stop):
         if job == "measure":
             connection.send(("memory", anonymous_bytes()))
             continue
@@ -142,8 +142,10 @@ class Soak:
         self.num_begun = self.num_finished = self.num_groups = self.num_kills = 0
         self.num_double_owned = self.num_lost = self.rows_checked = self.rows_wrong = 0
 
-    def start(self, index: int) -> Child:
-        child = Child(write_trajectories, (self.pool.worker_view(),), name=f"writer-{index}")
+    def start(self, index: int) -> ManagedProcess:
+        child = ManagedProcess(
+            write_trajectories, (self.pool.worker_view(),), name=f"writer-{index}"
+        )
         self.selector.register(child.connection, selectors.EVENT_READ, index)
         return child
 
@@ -256,7 +258,7 @@ class Soak:
 
     def stop(self) -> None:
         for child in self.children:
-            child.stop(None, 5.0)
+            child.stop(5.0)
         self.selector.close()
         self.pool.close()
 

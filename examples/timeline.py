@@ -71,13 +71,13 @@ def main(path: str = "timeline.json") -> None:
         for _batch in collector.replay_buffer:
             time.sleep(LEARN_S)  # a learner on a device: the core is free
         collector.update_policy_weights_()
-    reading = collector.timeline.reading()
-    idle = reading.idle_shares()
-    for lane, share in reading.shares().items():
+    usage = collector.timeline.usage()
+    idle = usage.idle_shares()
+    for lane, share in usage.shares().items():
         reasons = [f"{reason} {idle[of, reason]:.0%}" for of, reason in idle if of == lane]
         print(f"{lane:<13} busy {share:.0%}  idle: {', '.join(reasons)}")
-    print(f"lanes overlap during {reading.overlap:.0%} of the working time")
-    print(f"critical lane: {reading.critical_lane}")
+    print(f"lanes overlap during {usage.overlap:.0%} of the busy time")
+    print(f"critical lane: {usage.critical_lane}")
     collector.timeline.export_chrome_trace(path)
     picture = draw_timeline(read_chrome_trace(path), start_s=1.0, end_s=2.0)
     Path(path).with_suffix(".svg").write_text(picture)

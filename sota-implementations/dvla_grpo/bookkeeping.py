@@ -177,7 +177,7 @@ class Meter:
         for name, before in self._before.items():
             state.counts[name] = counts.get(name, 0) + stats.get(name, 0) - before
         wall_s = state.training_s - self._resumed_s
-        for lane, share in self._collector.timeline.reading().shares().items():
+        for lane, share in self._collector.timeline.usage().shares().items():
             state.lane_busy_s[lane] = busy_s.get(lane, 0.0) + share * wall_s
         return stats
 

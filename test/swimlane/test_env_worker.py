@@ -158,7 +158,7 @@ def test_rows_of_pages_that_are_not_leased_are_refused():
         worker.reset(Reset(0, "default", 3, 1, row=0, generation=first.generation))
         before = pool.rows.clone()
         pool.seal([first], num_rows=1)
-        # The coordinator's mistake: the chunk of a sealed row is still to be executed.
+        # The collector's mistake: the chunk of a sealed row is still to be executed.
         with pytest.raises(RuntimeError, match="Row 0 .* page 0, which is sealed"):
             worker.step(Step(0, 0, first.generation, 2, second.generation))
         pool.free([second])

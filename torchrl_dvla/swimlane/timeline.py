@@ -139,13 +139,7 @@ class Track:
         #: Whether anything was recorded yet.
         self.has_begun = False
 
-    def add(
-        self,
-        start_s: float,
-        end_s: float,
-        name: str,
-        blocked_on: str | None = None,
-    ) -> None:
+    def add(self, start_s: float, end_s: float, name: str, blocked_on: str | None = None) -> None:
         """Record work from *start_s* to *end_s*.
 
         Args:
@@ -167,7 +161,7 @@ class Track:
     def waiting(self, reason: str | None, now: float | None = None) -> None:
         """The track is idle from now on, blocked on *reason*, until its next work.
 
-        ``None``: it is busy again, which :meth:`add` records at the end.
+        ``None`` says that it is busy again, which :meth:`add` records at the end.
         """
         if reason == self._reason:
             return
@@ -202,10 +196,9 @@ class Track:
 class Timeline:
     """Spans of every lane, process and worker; busy and idle share of each lane, with reasons.
 
-    Processes of the run send the start and end of their work in the messages that they send
-    anyway, so recording costs the coordinator one append a span and the children nothing. All
-    times are ``time.monotonic`` seconds, which on Linux is one clock for all processes of a
-    machine.
+    Workers and inference put the start and end of their work into the messages that they send
+    anyway, so recording costs the collector one append a span and them nothing. All times are
+    ``time.monotonic`` seconds, which on Linux is one clock for all processes of a machine.
 
     A lane may run on several *tracks* (environment workers, say). Its busy share is the mean over
     its tracks, so that 1.0 always means that no track of the lane was ever idle.
