@@ -9,9 +9,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from torchrl_dvla.envs.expert import ExpertConfig, ExpertPhase, PickPlaceExpert
-from torchrl_dvla.envs.expert_geometry import box_corners, downward_rotation
-from torchrl_dvla.envs.expert_scene import PlaceGoal
+from torchrl_dvla.envs.expert import ExpertConfig, ExpertPhase, PickPlaceExpert, PlaceGoal
+from torchrl_dvla.envs.expert_grasp import box_corners, downward_rotation
 
 
 class PointScene:

@@ -17,15 +17,12 @@ import torch
 import yaml
 
 from torchrl_dvla.envs import libero_setup
-from torchrl_dvla.envs.libero_init_states import (
-    check_init_state_id,
-    init_state_table,
-    load_init_states,
-)
 from torchrl_dvla.envs.libero_setup import (
     LIBERO_SUITES,
+    check_init_state_id,
     choose_gl_backend,
     libero_tasks,
+    load_init_states,
     setup_libero,
     validate_libero,
 )
@@ -47,7 +44,11 @@ def make_installation(root: Path, *, packed: bool) -> Path:
     return root
 
 
-def unset_config_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def install(monkeypatch: pytest.MonkeyPatch, root: Path, assets: Path | None) -> None:
+    """Play an installation: a wheel if its meshes have a package of their own."""
+    monkeypatch.setattr(libero_setup, "_package_root", lambda: root)
+    monkeypatch.setattr(libero_setup, "_wheel_assets", lambda: assets)
+    monkeypatch.setattr(libero_setup, "_is_wheel", lambda: assets is not None)
     # set first, so that what the code under test sets is undone even where it was unset before
     monkeypatch.setenv("LIBERO_CONFIG_PATH", "")
     monkeypatch.delenv("LIBERO_CONFIG_PATH")
@@ -55,27 +56,20 @@ def unset_config_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A wheel installation whose meshes live in a package of their own."""
     root = make_installation(tmp_path / "site" / "libero", packed=True)
     (root / "assets").rmdir()
     assets = tmp_path / "site" / "assets_package" / "assets"
     assets.mkdir(parents=True)
-    monkeypatch.setattr(libero_setup, "_package_root", lambda: root)
-    monkeypatch.setattr(libero_setup, "_wheel_assets", lambda: assets)
-    monkeypatch.setattr(libero_setup, "_is_wheel", lambda: True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    unset_config_path(monkeypatch)
+    install(monkeypatch, root, assets)
     return root
 
 
 @pytest.fixture
 def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = make_installation(tmp_path / "site" / "libero", packed=False)
-    monkeypatch.setattr(libero_setup, "_package_root", lambda: root)
-    monkeypatch.setattr(libero_setup, "_wheel_assets", lambda: None)
-    monkeypatch.setattr(libero_setup, "_is_wheel", lambda: False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    unset_config_path(monkeypatch)
+    install(monkeypatch, root, None)
     return root
 
 
@@ -125,15 +119,11 @@ def test_upstream_keeps_its_own_files(upstream: Path, tmp_path: Path) -> None:
     assert paths.config_file == tmp_path / "home" / ".libero" / "config.yaml"
     assert paths.init_states == upstream / "init_files"
     assert paths.assets == upstream / "assets"
-
-
-def test_upstream_config_is_not_rewritten(upstream: Path, tmp_path: Path) -> None:
+    # and a complete config is not rewritten
+    text = "# my own comment\n" + paths.config_file.read_text()
+    paths.config_file.write_text(text)
     setup_libero()
-    config_file = tmp_path / "home" / ".libero" / "config.yaml"
-    text = "# my own comment\n" + config_file.read_text()
-    config_file.write_text(text)
-    setup_libero()
-    assert config_file.read_text() == text
+    assert paths.config_file.read_text() == text
 
 
 def test_missing_assets_are_named(upstream: Path) -> None:
@@ -214,40 +204,10 @@ def test_init_state_ids_out_of_range(index: int, num: int) -> None:
         check_init_state_id(index, num)
 
 
-def test_tables_of_init_states() -> None:
-    assert init_state_table(None, "sampled").shape == (0, 0)
-    table = init_state_table(None, STATES, mode="cycle")
-    assert table is STATES
-
-
-@pytest.mark.parametrize(
-    ("init_states", "mode", "index", "message"),
-    [
-        ("mine", "sampled", 0, "init_states must be 'benchmark', 'sampled' or an array"),
-        (STATES, "always", 0, "init_state_mode must be one of sampled, random, cycle, fixed"),
-        ("sampled", "cycle", 0, "init_state_mode must be 'sampled' without a table, got 'cycle'"),
-        (STATES, "fixed", 2, "init_state_id must be from 0 to 1"),
-        (STATES[0], "sampled", 0, r"init_states must have shape \[N, D\], got \[3\]"),
-    ],
-)
-def test_bad_tables(init_states: object, mode: str, index: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        init_state_table(None, init_states, mode=mode, index=index)
-
-
 @pytest.mark.libero
-@pytest.mark.parametrize(
-    ("suite", "num_tasks"),
-    [
-        ("libero_spatial", 10),
-        ("libero_object", 10),
-        ("libero_goal", 10),
-        ("libero_10", 10),
-        ("libero_90", 90),
-    ],
-)
-def test_tasks_of_all_suites(suite: str, num_tasks: int) -> None:
-    tasks = libero_tasks(suite)
+@pytest.mark.parametrize("suite", LIBERO_SUITES)
+def test_tasks_of_all_suites(suite: str) -> None:
+    tasks, num_tasks = libero_tasks(suite), 90 if suite == "libero_90" else 10
     assert [task.task_id for task in tasks] == list(range(num_tasks))
     assert all(task.bddl_file.is_file() for task in tasks)
     assert all(task.init_states_file.is_file() for task in tasks)

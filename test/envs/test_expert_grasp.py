@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from torchrl_dvla.envs.expert_geometry import (
+from torchrl_dvla.envs.expert_grasp import (
+    GraspPlanner,
     box_corners,
     distance_to_hull,
     downward_rotation,
@@ -17,7 +18,6 @@ from torchrl_dvla.envs.expert_geometry import (
     rotation_error,
     width_along,
 )
-from torchrl_dvla.envs.expert_grasp import GraspPlanner
 
 SQUARE = [[0.0, 0.0], [2.0, 0.0], [2.0, 2.0], [0.0, 2.0]]
 

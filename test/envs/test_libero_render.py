@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from torchrl_dvla.envs.libero_meshes import cluster_faces, with_coarse_meshes
+from torchrl_dvla.envs.libero_render import cluster_faces, with_coarse_meshes
 
 
 def grid_mesh(num: int) -> tuple[np.ndarray, np.ndarray]:

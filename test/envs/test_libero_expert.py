@@ -11,12 +11,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from torchrl_dvla.envs.demonstrations import (
-    ActionNoise,
-    LiberoExpertEnv,
-    chunk_labels,
-    record_demonstration,
-)
+from torchrl_dvla.envs import LiberoChunkEnv
+from torchrl_dvla.envs.libero_expert import ActionNoise, chunk_labels, record_demonstration
 
 
 def test_labels_overlap_and_repeat_the_last_action():
@@ -51,7 +47,7 @@ def test_noise_does_not_depend_on_the_horizon():
 
 @pytest.mark.libero
 def test_expert_solves_a_real_scene():
-    env = LiberoExpertEnv(
+    env = LiberoChunkEnv(
         "libero_object", 3, replan_interval=4, max_episode_steps=160, shadows=False, msaa=False
     )
     try:
