@@ -216,7 +216,10 @@ def check_memory(available_bytes: int | None) -> Iterator[Finding]:
         if available_bytes < 2 * LIBERO_WORKER_BYTES:
             status = Status.FAIL
             detail += f", too little for one LIBERO worker ({each}) and the learner"
-            remedy = "Free memory, raise the container's limit (docker run --memory=8g), or `make quick`."
+            remedy = (
+                "Free memory, raise the container's limit (docker run --memory=8g), or use `make "
+                "quick`."
+            )
         elif available_bytes < COMFORTABLE_BYTES:
             status, detail = Status.WARN, f"{detail}; a LIBERO worker takes up to {each}"
             remedy = "Run fewer workers (workers.num_workers=1), or free some memory."
