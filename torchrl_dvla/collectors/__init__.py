@@ -12,9 +12,7 @@ from torchrl_dvla.collectors.configs import (
 )
 from torchrl_dvla.collectors.dvla import DVLACollector
 from torchrl_dvla.collectors.evaluation import Evaluation, EvaluationResult
-from torchrl_dvla.collectors.placement import NodePlacement, Placement
 from torchrl_dvla.collectors.schedule import EpisodeSpec, InitStateSchedule
-from torchrl_dvla.collectors.topology_aware import TopologyAwareCollector
 
 __all__ = [
     "DVLACollector",
@@ -24,9 +22,6 @@ __all__ = [
     "GroupConfig",
     "InferenceConfig",
     "InitStateSchedule",
-    "NodePlacement",
-    "Placement",
     "SchedulerConfig",
-    "TopologyAwareCollector",
     "WorkerConfig",
 ]

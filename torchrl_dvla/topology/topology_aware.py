@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""The collector of a cluster: one closed sampling-inference loop a node."""
+"""DVLACollector whose workers are planned from the machine; one node only."""
 
 from __future__ import annotations
 
@@ -12,28 +12,25 @@ from typing import Any
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 
-from torchrl_dvla.collectors.dvla import DVLACollector
-from torchrl_dvla.collectors.placement import Placement
+from torchrl_dvla.collectors import DVLACollector
+from torchrl_dvla.topology.planning import Placement
 
 __all__ = ["TopologyAwareCollector"]
 
 
 class TopologyAwareCollector(DVLACollector):
-    """A :class:`DVLACollector` whose lanes are placed by a plan instead of by hand.
+    """:class:`~torchrl_dvla.collectors.DVLACollector` with a plan's worker and inference settings.
 
-    Observations and actions never leave the node that made them; between nodes only weights and
-    gradients travel. On a single node that is exactly a :class:`DVLACollector` with the node's
-    worker and inference settings, which is what this version runs; a plan for more nodes is
-    refused.
+    It runs on one node and refuses a plan for more: loops on several nodes are not in this version.
 
     Args:
-        create_env_fn (Callable or Mapping): see :class:`DVLACollector`.
-        policy (TensorDictModuleBase): see :class:`DVLACollector`.
+        create_env_fn (Callable or Mapping): as for ``DVLACollector``.
+        policy (TensorDictModuleBase): as for ``DVLACollector``.
 
     Keyword Args:
         placement (Placement): what runs where, as
             :func:`torchrl_dvla.topology.plan_placement` makes it.
-        **kwargs: the further arguments of :class:`DVLACollector`, except ``workers`` and
+        **kwargs: the further arguments of ``DVLACollector``, except ``workers`` and
             ``inference``, which the placement holds.
 
     Raises:
@@ -45,9 +42,6 @@ class TopologyAwareCollector(DVLACollector):
         >>> collector = TopologyAwareCollector(  # doctest: +SKIP
         ...     make_env, policy, placement=placement, replay_buffer=buffer
         ... )
-
-    Reference:
-        D-VLA, arXiv 2605.13276, topology-aware replication.
     """
 
     def __init__(
@@ -61,8 +55,7 @@ class TopologyAwareCollector(DVLACollector):
         if len(placement.nodes) != 1:
             hosts = [node.host for node in placement.nodes]
             raise ValueError(
-                f"placement must have one node in this version, got {hosts}. Run one node; loops "
-                "on several nodes come with the cluster runtime."
+                f"placement must have one node in this version, got {hosts}. Plan for one node."
             )
         node = placement.learner
         super().__init__(
