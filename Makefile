@@ -35,10 +35,11 @@ quick: setup ## the same loop on a toy environment, under two minutes
 test: setup ## the test suite and the documentation's examples
 	$(PY) -m pytest $(ARGS)
 
-lint: setup ## ruff (lint and format) and mypy
+lint: setup ## ruff (lint and format), mypy, and the project's size as information
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	@$(PY) scripts/count.py
 
 format: setup ## let ruff mend what it can
 	$(PY) -m ruff check --fix .

@@ -21,8 +21,6 @@ from tensordict import TensorDictBase, is_tensor_collection
 from torch import nn
 from torchrl.envs import EnvBase, Transform, TransformedEnv
 
-from torchrl_dvla.swimlane import note_device_wait
-
 __all__ = ["EmulatedDevice", "Latency", "emulate_latency"]
 
 T = TypeVar("T")
@@ -136,10 +134,7 @@ class EmulatedDevice:
 
     def begin(self, start_s: float | None = None) -> None:
         """Wait for the device and start a call, or enter one that started at *start_s*."""
-        if not self._stream.acquire(blocking=False):
-            asked_s = self._clock()
-            self._stream.acquire()
-            note_device_wait(self._clock() - asked_s)
+        self._stream.acquire()
         self._depth += 1
         if self._depth == 1:  # a call inside of a call belongs to it
             self._start_s = self._clock() if start_s is None else start_s
