@@ -221,7 +221,7 @@ class TestReport:
             "fail  torch               2.9, must be >=2.13",
             "      -> pip install torch",
             "",
-            "1 ok, 1 to look at, 1 to mend",
+            "1 ok, 1 warn, 1 fail",
         ]
 
     def test_a_check_that_raises_does_not_end_the_report(self):
@@ -245,7 +245,7 @@ class TestCommand:
     def test_exit_codes(self, monkeypatch, capsys):
         assert self.run(monkeypatch, TestReport.FINDINGS) == 1
         assert self.run(monkeypatch, TestReport.FINDINGS[:2]) == 0  # a warning is no failure
-        assert "1 ok, 1 to look at, 0 to mend" in capsys.readouterr().out
+        assert "1 ok, 1 warn, 0 fail" in capsys.readouterr().out
 
     def test_json(self, monkeypatch, capsys):
         assert self.run(monkeypatch, TestReport.FINDINGS, "--json") == 1

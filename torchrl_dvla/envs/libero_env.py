@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,12 +32,8 @@ from torchrl_dvla.envs.libero_setup import (
     validate_libero,
 )
 
-if TYPE_CHECKING:
-    from torchrl_dvla.envs.libero_physics import LiberoPhysics
-
 __all__ = ["LiberoChunkEnv"]
 
-_ACTION_DIM = 7
 _MAX_SCENE_TRIES = 20
 # some definitions drop objects from a metre above the table
 _MAX_EXTRA_SETTLE_STEPS = 60
@@ -205,12 +201,13 @@ class LiberoChunkEnv(LiberoEnv):
                     hard_reset=False,
                     **env_kwargs,
                 )
+            # imports the simulator, after MUJOCO_GL is set
             from torchrl_dvla.envs.libero_physics import LiberoPhysics
         self.task_suite = task_suite
         self.task_id = task_id
         self.robosuite_env = env.env
         self._scene = LiberoScene(env.env)
-        self._physics: LiberoPhysics = LiberoPhysics(env.env, self._sample)
+        self._physics = LiberoPhysics(env.env, self._sample)
         self._renderer = FrameRenderer(
             env.env.sim.model._model, self._camera_names, **self._render_kwargs
         )
