@@ -27,8 +27,8 @@ def grid_mesh(num: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_a_fine_grid_keeps_every_face():
     vertices, faces = grid_mesh(3)
-    kept, places = cluster_faces(vertices, faces, 64)
-    np.testing.assert_array_equal(places, np.arange(18))
+    kept, indices = cluster_faces(vertices, faces, 64)
+    np.testing.assert_array_equal(indices, np.arange(18))
     np.testing.assert_array_equal(kept, faces)
 
 
@@ -36,9 +36,9 @@ def test_merged_vertices():
     # 1 and 2 share a cell, and 1 is as near to its mean as 2: the first one stays
     vertices = np.array([[0.0, 0, 0], [0.95, 0, 0], [1.0, 0, 0], [0, 1.0, 0]])
     faces = np.array([[0, 1, 3], [1, 2, 3], [0, 2, 3]])
-    kept, places = cluster_faces(vertices, faces, 4)
+    kept, indices = cluster_faces(vertices, faces, 4)
     # the second face has lost a corner, the third has become the first
-    np.testing.assert_array_equal(places, [0])
+    np.testing.assert_array_equal(indices, [0])
     np.testing.assert_array_equal(kept, [[0, 1, 3]])
 
 

@@ -29,7 +29,7 @@ def diagnose(log_dir: str = "runs", *, libero: bool = True) -> list[Finding]:
         log_dir (str): the folder that runs will write to.
 
     Keyword Args:
-        libero (bool): also look at the simulator and draw a frame, which takes some seconds.
+        libero (bool): also check the simulator and draw a frame, which takes some seconds.
 
     Returns:
         One finding per line of the report.

@@ -27,7 +27,7 @@ class Finding:
     """One line of the report.
 
     Args:
-        name (str): what was looked at.
+        name (str): what was checked.
         status (Status): ok, warn or fail.
         detail (str): what was found.
         remedy (str): what to do about it; empty when there is nothing to do.

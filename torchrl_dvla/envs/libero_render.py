@@ -208,7 +208,7 @@ def cluster_faces(
         resolution (int): cells along the longest side.
 
     Returns:
-        vertex indices ``[K, 3]`` of the faces that remain, and their places ``[K]`` in ``faces``.
+        vertex indices ``[K, 3]`` of the faces that remain, and their indices ``[K]`` in ``faces``.
 
     Reference:
         Rossignac and Borrel, *Multi-resolution 3D approximations for rendering complex scenes*,
@@ -217,8 +217,8 @@ def cluster_faces(
     Examples:
         >>> square = np.array([[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [0.9, 0.9, 0]])
         >>> triangles = np.array([[0, 1, 4], [0, 4, 3], [1, 2, 4]])
-        >>> kept, places = cluster_faces(square, triangles, 2)
-        >>> places  # the third lies within one cell of its neighbours' corner
+        >>> kept, indices = cluster_faces(square, triangles, 2)
+        >>> indices  # the third lies within one cell of its neighbours' corner
         array([0, 1])
     """
     low = vertices.min(axis=0)
@@ -234,26 +234,26 @@ def cluster_faces(
     first = np.concatenate([[0], np.cumsum(counts)[:-1]])
     merged = order[first][cluster][faces]
     a, b, c = merged.T
-    places = np.flatnonzero((a != b) & (b != c) & (a != c))
+    indices = np.flatnonzero((a != b) & (b != c) & (a != c))
     # the same triangle may be left over several times
-    a, b, c = np.sort(merged[places], axis=1).T.astype(np.int64)
+    a, b, c = np.sort(merged[indices], axis=1).T.astype(np.int64)
     num = len(vertices)
     _, unique = np.unique((a * num + b) * num + c, return_index=True)
-    places = places[np.sort(unique)]
-    return merged[places], places
+    indices = indices[np.sort(unique)]
+    return merged[indices], indices
 
 
 def _at_most(
     vertices: np.ndarray, faces: np.ndarray, max_faces: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """:func:`cluster_faces` on about the finest grid that leaves at most ``max_faces``."""
-    kept, places = cluster_faces(vertices, faces, _FIRST_RESOLUTION)
+    kept, indices = cluster_faces(vertices, faces, _FIRST_RESOLUTION)
     # a surface has about as many faces as cells, which grow with the square of the resolution
     resolution = int(_FIRST_RESOLUTION * (max_faces / max(len(kept), 1)) ** 0.5)
     while True:
-        kept, places = cluster_faces(vertices, faces, max(resolution, _COARSEST))
+        kept, indices = cluster_faces(vertices, faces, max(resolution, _COARSEST))
         if len(kept) <= max_faces or resolution <= _COARSEST:
-            return kept, places
+            return kept, indices
         resolution = int(resolution * _SHRINK)
 
 
@@ -280,10 +280,10 @@ def with_coarse_meshes(model: Any, max_faces: int) -> Any:
         vertex = int(coarse.mesh_vertadr[mesh])
         vertices = coarse.mesh_vert[vertex : vertex + int(coarse.mesh_vertnum[mesh])]
         faces = coarse.mesh_face[start : start + num_faces]
-        kept, places = _at_most(vertices, faces, max_faces)
+        kept, indices = _at_most(vertices, faces, max_faces)
         end = start + len(kept)
         coarse.mesh_face[start:end] = kept
         for corner in (coarse.mesh_facenormal, coarse.mesh_facetexcoord):
-            corner[start:end] = corner[start : start + num_faces][places]
+            corner[start:end] = corner[start : start + num_faces][indices]
         coarse.mesh_facenum[mesh] = len(kept)
     return coarse

@@ -80,7 +80,7 @@ class LiberoTask:
         suite (str): suite name.
         task_id (int): index inside the suite.
         name (str): the task's name, which is also its file name.
-        instruction (str): what the policy is told.
+        instruction (str): the instruction of the task.
         bddl_file (Path): task definition.
         init_states_file (Path): benchmark init states.
     """
