@@ -23,7 +23,7 @@ help: ## show this list
 setup: ## make .venv with the pinned packages (system packages through apt where allowed)
 	@bash scripts/setup.sh libero dev
 
-doctor: setup ## check what usually breaks, and say how to mend it
+doctor: setup ## check what usually breaks, and name the remedies
 	@$(PY) -m torchrl_dvla doctor $(ARGS)
 
 train: setup ## asynchronous GRPO on LIBERO from the shipped checkpoint, at most 15 minutes
@@ -35,12 +35,13 @@ quick: setup ## the same loop on a toy environment, under two minutes
 test: setup ## the test suite and the documentation's examples
 	$(PY) -m pytest $(ARGS)
 
-lint: setup ## ruff (lint and format) and mypy
+lint: setup ## ruff (lint and format), mypy, and the project's size as information
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	@$(PY) scripts/count.py
 
-format: setup ## let ruff mend what it can
+format: setup ## let ruff correct what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 

@@ -64,7 +64,6 @@ def make_env(name: str, args: argparse.Namespace) -> Any:
         args.suite,
         args.task_id,
         chunk_size=args.chunk_size,
-        init_state_mode="fixed",
         shadows=not is_fast,
         msaa=not is_fast,
         max_mesh_faces=4000 if name == "fast_coarse" else None,
@@ -75,6 +74,7 @@ def make_env(name: str, args: argparse.Namespace) -> Any:
 def play(env: Any, args: argparse.Namespace, seed: int, decisions: int) -> dict[str, Any]:
     """One episode. The digest covers what the policy would see at each decision."""
     import torch
+    from tensordict import TensorDict
 
     generator = torch.Generator().manual_seed(seed)
     chunks = torch.rand(decisions, args.chunk_size, 7, generator=generator) - 0.5
@@ -86,7 +86,7 @@ def play(env: Any, args: argparse.Namespace, seed: int, decisions: int) -> dict[
 
     env.set_seed(seed)
     start_s = time.perf_counter()
-    td = env.reset()
+    td = env.reset(TensorDict({"init_state_id": torch.tensor([0])}))  # stock's "fixed" one
     reset_s = time.perf_counter() - start_s
     see(td)
     num_env_steps = 0

@@ -29,13 +29,11 @@ import time
 import torch
 from tensordict import TensorDict
 
-from torchrl_dvla.envs import libero_tasks
-from torchrl_dvla.envs.demonstrations import LiberoExpertEnv
-from torchrl_dvla.envs.expert import PickPlaceExpert
-from torchrl_dvla.envs.expert_scene import ExpertScene
+from torchrl_dvla.envs import LiberoChunkEnv, libero_tasks
+from torchrl_dvla.envs.expert import ExpertScene, PickPlaceExpert
 
 
-def play(env: LiberoExpertEnv, init_state_id: int) -> tuple[bool, float]:
+def play(env: LiberoChunkEnv, init_state_id: int) -> tuple[bool, float]:
     """One episode; returns success and the seconds it took, reset not counted."""
     env.set_seed(init_state_id)
     env.reset(TensorDict({"init_state_id": torch.tensor([init_state_id])}, []))
@@ -60,7 +58,7 @@ def main() -> None:
     lengths: list[int] = []
     total_steps, total_s = 0, 0.0
     for task_id in list(task_ids)[: 2 if args.quick else None]:
-        env = LiberoExpertEnv(
+        env = LiberoChunkEnv(
             args.suite,
             task_id,
             chunk_size=args.max_episode_steps,

@@ -2,19 +2,21 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""The rooms and who may import whom: the picture in docs/source/guide/rooms.md, as a test."""
+"""Imports between the packages of torchrl_dvla: they point one way and form no circle."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "torchrl_dvla"
-MAX_LINES = 450
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "torchrl_dvla"
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each line may import the lines above it, never its neighbours on the same line.
 LEVELS: list[set[str]] = [
@@ -26,32 +28,24 @@ LEVELS: list[set[str]] = [
     {"collectors"},
     {"topology"},
 ]
-# Leaves import any room on a level; nobody imports them. `doctor` is the command line's.
-LEAVES = {"simulation", "testing", "doctor"}
-# Modules of the package's root: `__main__` calls what the commands do.
-ROOT_MAY_IMPORT = {
-    "__init__": set().union(*LEVELS),
-    "__main__": {"doctor", "swimlane"},
-    "_version": set(),
-}
+# These import any package and are imported by none, save the command line by __main__.
+LEAVES = {"testing", "doctor"}
+# Modules of the root that any package but `functional` may import.
+SHARED = {"_version", "validation"}
 # `functional` is maths that can be lifted out: torch and itself.
 FUNCTIONAL_MAY_IMPORT = {"torch", "torchrl_dvla.functional", *sys.stdlib_module_names}
 
 
-def rooms_below(room: str) -> set[str]:
-    """What a room may import, itself included."""
-    if room in LEAVES:
-        return {room}.union(*LEVELS)
-    level = next(i for i, rooms in enumerate(LEVELS) if room in rooms)
-    return {room}.union(*LEVELS[:level])
-
-
-def imports(path: Path, package: str) -> Iterator[tuple[int, str]]:
-    """Line and full dotted name of everything a file imports, at any depth of nesting.
-
-    Imports inside functions and under TYPE_CHECKING count as well: they are arrows too.
-    """
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+def imported_names(
+    source: str, package: str, *, with_type_checking: bool = True
+) -> Iterator[tuple[int, str]]:
+    """Line and full dotted name of everything a module imports, inside functions too."""
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            skipped.update(() if with_type_checking else node.body)
+        if node in skipped:
+            continue
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name
@@ -64,76 +58,77 @@ def imports(path: Path, package: str) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f"{base}.{alias.name}"
 
 
-def package_of(path: Path) -> str:
-    return ".".join(["torchrl_dvla", *path.relative_to(PACKAGE).parent.parts])
-
-
-def violations(path: Path, room: str, package: str) -> list[str]:
+def wrong_imports(source: str, package: str) -> list[str]:
+    """Imports of a module in ``torchrl_dvla.<package>`` that point up or sideways."""
+    allowed = {package} | SHARED
+    for level in LEVELS:
+        if package in level:
+            break
+        allowed |= level
     found = []
-    allowed = rooms_below(room)
-    for line, name in imports(path, package):
+    for line, name in imported_names(source, f"torchrl_dvla.{package}"):
         parts = name.split(".")
-        if parts[0] == "torchrl_dvla" and len(parts) > 1:
-            target = parts[1]
-            if target not in allowed and not target.startswith("_"):
-                found.append(f"{path.name}:{line}: {room} must not import torchrl_dvla.{target}")
-        if room == "functional" and not any(
+        is_ours = parts[0] == "torchrl_dvla" and len(parts) > 1
+        if is_ours and parts[1] not in allowed:
+            found.append(f"line {line}: {package} must not import torchrl_dvla.{parts[1]}")
+        if package == "functional" and not any(
             name == ok or name.startswith(f"{ok}.") for ok in FUNCTIONAL_MAY_IMPORT
         ):
-            found.append(f"{path.name}:{line}: functional imports torch only, got {name}")
+            found.append(f"line {line}: functional imports torch only, got {name}")
     return found
 
 
-FILES = sorted(PACKAGE.rglob("*.py"))
-IN_ROOMS = [path for path in FILES if path.parent != PACKAGE]
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """For each module the modules that it imports; imports for type checkers do not count."""
+    graph: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        is_package = any(name.startswith(f"{module}.") for name in sources)
+        package = module if is_package else module.rpartition(".")[0]
+        graph[module] = set()
+        for _, name in imported_names(source, package, with_type_checking=False):
+            # a name of a module, or a module
+            target = name if name in sources else name.rpartition(".")[0]
+            if target in sources:
+                graph[module].add(target)
+    return graph
 
 
-def relative(path: Path) -> str:
-    return str(path.relative_to(PACKAGE))
+def test_imports_point_one_way() -> None:
+    found = []
+    for path in FILES:
+        package, *rest = path.relative_to(PACKAGE).parts
+        if not rest:
+            assert path.stem in SHARED | {"__init__", "__main__"}, f"{path}: give it a package"
+        else:
+            assert package in LEAVES.union(*LEVELS), f"give {package} a level in {__file__}"
+            found += [f"{path.name} {line}" for line in wrong_imports(path.read_text(), package)]
+    assert not found, "\n".join(found)
 
 
-def test_every_room_has_a_place() -> None:
-    rooms = {path.relative_to(PACKAGE).parts[0] for path in IN_ROOMS}
-    unknown = rooms - LEAVES.union(*LEVELS)
-    assert not unknown, f"give {sorted(unknown)} a level in {Path(__file__).name}"
+def test_no_import_cycles() -> None:
+    sources = {}
+    for path in FILES:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        sources[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text()
+    graphlib.TopologicalSorter(import_graph(sources)).prepare()  # names the circle if it raises
 
 
-@pytest.mark.parametrize("path", IN_ROOMS, ids=relative)
-def test_imports_point_down(path: Path) -> None:
-    assert violations(path, path.relative_to(PACKAGE).parts[0], package_of(path)) == []
-
-
-def test_root_modules() -> None:
-    for path in PACKAGE.glob("*.py"):
-        assert path.stem in ROOT_MAY_IMPORT, f"{path.name}: code belongs in a room"
-        for line, name in imports(path, "torchrl_dvla"):
-            parts = name.split(".")
-            if parts[0] == "torchrl_dvla" and len(parts) > 1 and not parts[1].startswith("_"):
-                assert parts[1] in ROOT_MAY_IMPORT[path.stem], f"{path.name}:{line}: {name}"
-
-
-def test_recipes_do_not_need_test_doubles() -> None:
-    for path in (PACKAGE.parent / "sota-implementations").rglob("*.py"):
-        for line, name in imports(path, ""):
+def test_nothing_shipped_imports_testing() -> None:
+    shipped = [path for path in FILES if "testing" not in path.parts]
+    for path in [*shipped, *(ROOT / "sota-implementations").rglob("*.py")]:
+        for line, name in imported_names(path.read_text(), ""):
             assert not name.startswith("torchrl_dvla.testing"), f"{path}:{line}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_files_stay_readable(path: Path) -> None:
-    num_lines = len(path.read_text().splitlines())
-    assert num_lines <= MAX_LINES, f"{num_lines} lines, at most {MAX_LINES}: split it"
-
-
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_files_carry_the_licence(path: Path) -> None:
-    assert path.read_text().startswith("# Copyright (c) the torchrl_dvla authors.\n#\n")
+def test_files_carry_the_licence() -> None:
+    licence = "# Copyright (c) the torchrl_dvla authors.\n#\n"
+    assert [path for path in FILES if not path.read_text().startswith(licence)] == []
 
 
 @pytest.mark.parametrize(
-    ("room", "source", "num_violations"),
+    ("package", "source", "num_wrong"),
     [
         ("data", "from torchrl_dvla.memory import EnvironmentPool", 0),
-        ("data", "from torchrl_dvla.data.schema import IMAGE_KEY", 0),
         ("data", "from ..memory import EnvironmentPool", 0),
         ("data", "from torchrl_dvla.weight_update import WeightStore", 1),  # a neighbour
         ("data", "from torchrl_dvla import collectors", 1),  # upwards
@@ -141,12 +136,17 @@ def test_files_carry_the_licence(path: Path) -> None:
         ("data", "from ..collectors import DVLACollector", 1),  # relative
         ("collectors", "from torchrl_dvla.testing import FaultInjector", 1),
         ("testing", "from torchrl_dvla.swimlane import Timeline", 0),
-        ("functional", "import torch\nimport math", 0),
         ("functional", "from tensordict import TensorDict", 1),
         ("functional", "import torchrl_dvla.memory", 2),  # a neighbour, and not torch
     ],
 )
-def test_the_test_sees(tmp_path: Path, room: str, source: str, num_violations: int) -> None:
-    file = tmp_path / "module.py"
-    file.write_text(source)
-    assert len(violations(file, room, f"torchrl_dvla.{room}")) == num_violations
+def test_wrong_imports_are_seen(package: str, source: str, num_wrong: int) -> None:
+    assert len(wrong_imports(source, package)) == num_wrong
+
+
+def test_circles_are_seen() -> None:
+    sources = {"p": "", "p.a": "from p import b", "p.b": "def f():\n    from .a import g"}
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(import_graph(sources)).prepare()
+    sources["p.b"] = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.a import g"
+    graphlib.TopologicalSorter(import_graph(sources)).prepare()

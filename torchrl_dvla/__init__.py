@@ -7,7 +7,7 @@
 Five public names, assembled like any other TorchRL pieces:
 
 - :class:`DVLACollector` runs simulation and inference beside the learner, on one machine;
-- :class:`TopologyAwareCollector` replicates that loop over the nodes of a cluster;
+- :class:`TopologyAwareCollector` is that collector with settings planned from the machine;
 - :class:`PooledReplayBuffer` hands out whole groups of rollouts straight from shared memory;
 - :class:`AsyncWeightUpdater` publishes versioned weights that readers adopt on their own time;
 - :class:`GRPOLoss` is the clipped, group-relative objective.
@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Any
 from torchrl_dvla._version import __version__
 
 if TYPE_CHECKING:
-    from torchrl_dvla.collectors import DVLACollector, TopologyAwareCollector
+    from torchrl_dvla.collectors import DVLACollector
     from torchrl_dvla.data import PooledReplayBuffer
     from torchrl_dvla.objectives import GRPOLoss
+    from torchrl_dvla.topology import TopologyAwareCollector
     from torchrl_dvla.weight_update import AsyncWeightUpdater
 
 __all__ = [
@@ -44,7 +45,7 @@ _ROOM_OF = {
     "DVLACollector": "collectors",
     "GRPOLoss": "objectives",
     "PooledReplayBuffer": "data",
-    "TopologyAwareCollector": "collectors",
+    "TopologyAwareCollector": "topology",
 }
 
 

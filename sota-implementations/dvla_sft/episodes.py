@@ -22,14 +22,15 @@ from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from tqdm import tqdm
 
-from torchrl_dvla.envs.demonstrations import LiberoExpertEnv, record_demonstration
+from torchrl_dvla.envs import LiberoChunkEnv
+from torchrl_dvla.envs.libero_expert import record_demonstration
 from torchrl_dvla.modules import TransformersVLA
 
 # between two states of a progress bar: a terminal is redrawn, a log file grows
 PAUSE_S = 0.2 if sys.stderr.isatty() else 10.0
 
 # what a child process keeps between episodes: building a simulator takes seconds
-_env: LiberoExpertEnv
+_env: LiberoChunkEnv
 _policy: TransformersVLA | None
 
 

@@ -26,7 +26,8 @@ from torchrl_dvla.data.demonstrations import (
 )
 from torchrl_dvla.data.instructions import InstructionTable, InstructionTransform
 from torchrl_dvla.data.schema import ACTION_CHUNK_KEY, IMAGE_KEY, STATE_KEY
-from torchrl_dvla.envs.demonstrations import ActionNoise, LiberoExpertEnv
+from torchrl_dvla.envs import LiberoChunkEnv
+from torchrl_dvla.envs.libero_expert import ActionNoise
 from torchrl_dvla.modules import TinyBackboneConfig, TransformersVLA
 from torchrl_dvla.objectives.bc import ActionTokenBCLoss
 
@@ -45,9 +46,9 @@ def make_demonstration_folder(cfg: DictConfig) -> Path:
     return folder
 
 
-def make_env(cfg: DictConfig, task_id: int, *, recording: bool) -> LiberoExpertEnv:
+def make_env(cfg: DictConfig, task_id: int, *, recording: bool) -> LiberoChunkEnv:
     """One simulator, as for training; while recording it observes more often."""
-    return LiberoExpertEnv(
+    return LiberoChunkEnv(
         cfg.env.task_suite,
         task_id,
         chunk_size=cfg.env.chunk_size,

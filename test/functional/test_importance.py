@@ -15,6 +15,8 @@ from torchrl_dvla.functional import (
     behavior_weight,
     clipped_surrogate,
     effective_sample_size,
+    kl_k2,
+    kl_k3,
     log_ratio,
     outside_clip,
 )
@@ -33,8 +35,8 @@ def test_log_ratio_is_clamped_and_detaches_the_behaviour():
 
 
 def test_log_ratio_survives_infinite_log_probs():
-    out = log_ratio(torch.tensor([-torch.inf, -1.0]), torch.tensor([-1.0, -torch.inf]), bound=5.0)
-    assert out.tolist() == [-5.0, 5.0]
+    out = log_ratio(torch.tensor([-torch.inf, -1.0]), torch.tensor([-1.0, -torch.inf]))
+    assert out.tolist() == [-20.0, 20.0]
 
 
 def test_log_ratio_promotes_half_precision():
@@ -126,3 +128,43 @@ def test_effective_sample_size_range_and_scale(values: list[float], shift: float
     share = float(effective_sample_size(log))
     assert 1 / len(values) - 1e-9 <= share <= 1 + 1e-9
     assert math.isclose(share, float(effective_sample_size(log + shift)), rel_tol=1e-9)
+
+
+# -- divergences -----------------------------------------------------------------------------------
+def test_kl_by_hand():
+    log = torch.tensor(2.0).log()
+    assert math.isclose(kl_k2(log).item(), math.log(2) ** 2 / 2, rel_tol=1e-6)
+    assert math.isclose(kl_k3(log).item(), 2 - 1 - math.log(2), rel_tol=1e-6)
+
+
+def test_k3_is_unbiased():
+    # The expectation over q, taken exactly, is the divergence.
+    q = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    p = torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64)
+    exact = (q * (q / p).log()).sum()
+    torch.testing.assert_close((q * kl_k3((p / q).log())).sum(), exact)
+
+
+def test_k2_and_k3_agree_to_second_order_and_are_never_negative():
+    log = torch.linspace(-3, 3, 61, dtype=torch.float64)
+    assert bool((kl_k2(log) >= 0).all()) and bool((kl_k3(log) >= 0).all())
+    small = torch.tensor(1e-3, dtype=torch.float64)
+    assert abs(float(kl_k3(small) - kl_k2(small))) < 1e-9
+
+
+def test_k3_does_not_cancel_near_one():
+    # In float32 (exp(x) - 1) - x would be 0 or 1e-7 here, off by a factor of 20 000.
+    log = torch.tensor(3e-6)
+    assert kl_k3(log).item() >= 0
+    assert kl_k3(log).item() < 1e-9
+
+
+def test_k2_gradient_is_that_of_the_divergence():
+    logits = torch.tensor([0.3, -0.7, 0.2], dtype=torch.float64, requires_grad=True)
+    p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    log_q = logits.log_softmax(0)
+    q = log_q.exp()
+    (exact,) = torch.autograd.grad((q * (log_q - p.log())).sum(), logits, retain_graph=True)
+    # samples are drawn, not differentiated: weights q without gradient
+    (sampled,) = torch.autograd.grad((q.detach() * kl_k2(p.log() - log_q)).sum(), logits)
+    torch.testing.assert_close(sampled, exact)

@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""GRPOLoss: figures worked by hand, and parity with what it generalises."""
+"""GRPOLoss: figures worked by hand, parity with what it generalises, the LossModule contract."""
 
 from __future__ import annotations
 
@@ -11,12 +11,99 @@ import math
 
 import pytest
 import torch
+from tensordict import NonTensorStack, TensorDict
+from tensordict.nn import TensorDictModuleBase
+from torch import distributions as d
+from torch import nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules.vla import TinyVLA
 from torchrl.objectives import ClipPPOLoss
 
 from torchrl_dvla.objectives import GRPOLoss
 
+CHUNK = 4
 REDUCTIONS = ["token_mean", "sequence_mean", "fixed_length"]
 LEVELS = ["token", "sequence", "sequence_mean"]
+
+
+class TablePolicy(TensorDictModuleBase):
+    """A policy whose probabilities are read off a table: one row of logits for all tokens."""
+
+    def __init__(self, probs: list[float]) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(probs).log())
+        self.in_keys = ["observation"]
+        self.out_keys = [("vla_action", "tokens")]
+        self.num_forwards = 0
+
+    def get_dist(self, tensordict):
+        self.num_forwards += 1
+        batch = tensordict["observation"].shape[:-1]
+        return d.Categorical(logits=self.logits.expand(*batch, 2, 1, -1))
+
+
+@pytest.fixture
+def table():
+    """Two decisions of two tokens under pi = (1/2, 1/4, 1/4); the last token never executed."""
+    policy = TablePolicy([0.5, 0.25, 0.25])
+    batch = TensorDict(
+        {
+            "observation": torch.zeros(2, 1),
+            "vla_action": {
+                "tokens": torch.tensor([[[0], [1]], [[1], [2]]]),
+                # behaviour: ratios 2, 1/2 | 1, (1/100, masked)
+                "log_probs": torch.tensor([[[0.25], [0.5]], [[0.25], [25.0]]]).log(),
+            },
+            "action_is_pad": torch.tensor([[False, False], [False, True]]),
+            "advantage": torch.tensor([[1.0], [-2.0]]),
+        },
+        batch_size=[2],
+    )
+    return policy, batch
+
+
+def make_policy(**kwargs) -> TinyVLA:
+    options = {"log_probs_mode": "token", "return_vla_action_container": False, **kwargs}
+    options |= {"action_head": "tokens", "vocab_size": 8, "hidden_dim": 16, "mode": "sample"}
+    policy = TinyVLA(action_dim=2, chunk_size=CHUNK, **options)
+    with torch.no_grad():
+        policy(make_observation(1))  # materialises the lazy layers
+    return policy
+
+
+def make_observation(num_rows: int, *, image_size: int = 8, state_dim: int = 3) -> TensorDict:
+    image = torch.randint(0, 256, (num_rows, 3, image_size, image_size), dtype=torch.uint8)
+    instructions = NonTensorStack(*["push", "pull"] * num_rows)[:num_rows]
+    observation = {"image": image, "state": torch.randn(num_rows, state_dim)}
+    data = {"observation": observation, "language_instruction": instructions}
+    return TensorDict(data, [num_rows])
+
+
+def make_batch(policy: TinyVLA, num_rows: int = 6, *, pads: bool = False) -> TensorDict:
+    """Decisions of *policy*, as the replay buffer hands them out."""
+    with torch.no_grad():
+        batch = policy(make_observation(num_rows))
+    batch["advantage"] = torch.randn(num_rows, 1)
+    pad = torch.zeros(num_rows, CHUNK, dtype=torch.bool)
+    if pads:
+        executed = torch.tensor([4, 1, 0, 3, 4, 2])[:num_rows]
+        pad = torch.arange(CHUNK) >= executed[:, None]
+    batch["action_is_pad"] = pad
+    return batch
+
+
+@torch.no_grad()
+def drift(policy, scale=0.1):
+    """Move the policy away from the one that took the data."""
+    for param in policy.parameters():
+        param.add_(scale * torch.randn_like(param))
+
+
+def gradients(policy):
+    """Gradients of the policy, which are cleared."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in policy.parameters()]
+    policy.zero_grad()
+    return grads
 
 
 # -- by hand ---------------------------------------------------------------------------------------
@@ -28,6 +115,7 @@ LEVELS = ["token", "sequence", "sequence_mean"]
         ({"reduction": "sequence_mean"}, ((1.28 + 0.5) / 2 - 2) / 2),
         ({"reduction": "fixed_length"}, (1.28 + 0.5 - 2) / 4),
         ({"reduction": "sum"}, 1.28 + 0.5 - 2),
+        ({"reduction": "none"}, [[[1.28], [0.5]], [[-2.0], [0.0]]]),
         # one ratio per decision: 2 * 1/2 = 1 and 1
         ({"ratio_level": "sequence"}, (1 - 2) / 2),
         ({"ratio_level": "sequence_mean"}, (1 - 2) / 2),
@@ -35,8 +123,8 @@ LEVELS = ["token", "sequence", "sequence_mean"]
 )
 def test_objective_by_hand(table, options, expected):
     policy, batch = table
-    loss = GRPOLoss(policy, **options)(batch)
-    assert loss["loss_objective"].item() == pytest.approx(-expected, rel=1e-5)
+    loss = GRPOLoss(policy, **options)(batch)["loss_objective"].detach()
+    torch.testing.assert_close(loss, -torch.as_tensor(expected))
 
 
 def test_metrics_by_hand(table):
@@ -77,21 +165,17 @@ def test_decoupled_by_hand(table):
     assert out["max_ratio"].item() == pytest.approx(2.0)  # to the behaviour policy, uncut
 
 
-def test_dual_clip(table):
-    policy, batch = table
-    batch["vla_action", "log_probs"][1, 0] = math.log(0.025)  # ratio 10, advantage -2
-    free = GRPOLoss(policy)(batch)["loss_objective"].item()
-    bounded = GRPOLoss(policy, dual_clip=3.0)(batch)["loss_objective"].item()
-    assert free - bounded == pytest.approx((20 - 6) / 3, rel=1e-5)
-
-
-def test_row_weight(table):
+def test_row_weight_and_dual_clip(table):
     policy, batch = table
     batch["importance"] = torch.tensor([[0.5], [3.0]])
     loss = GRPOLoss(policy)
     loss.set_keys(weight="importance")
     expected = (0.5 * (1.28 + 0.5) + 3.0 * -2) / (0.5 * 2 + 3.0)
     assert loss(batch)["loss_objective"].item() == pytest.approx(-expected, rel=1e-5)
+    batch["vla_action", "log_probs"][1, 0] = math.log(0.025)  # ratio 10, advantage -2
+    free = GRPOLoss(policy)(batch)["loss_objective"].item()
+    bounded = GRPOLoss(policy, dual_clip=3.0)(batch)["loss_objective"].item()
+    assert free - bounded == pytest.approx((20 - 6) / 3, rel=1e-5)
 
 
 def test_kl_to_reference_by_hand(table):
@@ -103,10 +187,6 @@ def test_kl_to_reference_by_hand(table):
         out = GRPOLoss(policy, kl_to_ref_coeff=0.5, kl_estimator=estimator)(batch)
         assert out["kl_to_ref"].item() == pytest.approx(expected, rel=1e-5)
         assert out["loss_kl"].item() == pytest.approx(0.5 * expected, rel=1e-5)
-
-
-def test_exact_kl_by_hand(table):
-    policy, batch = table
     reference = type(policy)([0.25, 0.5, 0.25])
     loss = GRPOLoss(policy, kl_to_ref_coeff=1.0, kl_estimator="exact", reference_network=reference)
     expected = 0.5 * math.log(2) + 0.25 * math.log(0.5)
@@ -114,59 +194,60 @@ def test_exact_kl_by_hand(table):
 
 
 # -- parity ----------------------------------------------------------------------------------------
+def make_clip_ppo(policy: TinyVLA, **options) -> ClipPPOLoss:
+    loss = ClipPPOLoss(policy, critic_network=None, **options)
+    loss.set_keys(action=("vla_action", "tokens"), sample_log_prob=("vla_action", "log_probs"))
+    return loss
+
+
 @pytest.mark.parametrize("clip", [0.2, (0.1, 0.3)])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_same_loss_and_gradient_as_clip_ppo(cases, clip, level):
-    policy = cases.make_policy(log_probs_mode=level)
-    batch = cases.make_batch(policy)
+def test_same_loss_and_gradient_as_clip_ppo(clip, level):
+    policy = make_policy(log_probs_mode=level)
+    batch = make_batch(policy)
     ours, theirs = batch, batch.clone()
     if level == "sequence":  # same distribution; ours wants its tokens one by one
         token_policy = policy.get_new_version(log_probs_mode="token")
         ours = token_policy.log_prob(batch.clone())
-    cases.drift(policy)
-    reference = ClipPPOLoss(
-        policy, critic_network=None, clip_epsilon=clip, entropy_coeff=0.0, entropy_bonus=False
-    )
-    reference.set_keys(action=("vla_action", "tokens"), sample_log_prob=("vla_action", "log_probs"))
+    drift(policy)
+    reference = make_clip_ppo(policy, clip_epsilon=clip, entropy_coeff=0.0, entropy_bonus=False)
     expected = reference(theirs)
     expected["loss_objective"].backward()
-    expected_grads = cases.gradients(policy)
+    expected_grads = gradients(policy)
     out = GRPOLoss(policy, clip_epsilon=clip, ratio_level=level)(ours)
     out["loss_objective"].backward()
     assert 0 < expected["clip_fraction"].item() < 1  # the clip is at work
     torch.testing.assert_close(out["loss_objective"], expected["loss_objective"])
     torch.testing.assert_close(out["clip_fraction"], expected["clip_fraction"])
     torch.testing.assert_close(out["max_ratio"], expected["max_ratio"])
-    torch.testing.assert_close(cases.gradients(policy), expected_grads, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients(policy), expected_grads, rtol=1e-4, atol=1e-6)
 
 
-def test_same_entropy_bonus_as_clip_ppo(cases):
-    policy = cases.make_policy()
-    batch = cases.make_batch(policy)
-    reference = ClipPPOLoss(policy, critic_network=None, entropy_coeff=0.3)
-    reference.set_keys(action=("vla_action", "tokens"), sample_log_prob=("vla_action", "log_probs"))
-    reference(batch.clone())["loss_entropy"].backward()
-    expected = cases.gradients(policy)
+def test_same_entropy_bonus_as_clip_ppo():
+    policy = make_policy()
+    batch = make_batch(policy)
+    make_clip_ppo(policy, entropy_coeff=0.3)(batch.clone())["loss_entropy"].backward()
+    expected = gradients(policy)
     GRPOLoss(policy, entropy_coeff=0.3)(batch)["loss_entropy"].backward()
-    torch.testing.assert_close(cases.gradients(policy), expected)
+    torch.testing.assert_close(gradients(policy), expected)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("importance", ["behavior", "decoupled"])
-def test_fresh_data_gives_the_reinforce_gradient(cases, level, importance):
-    policy = cases.make_policy()
-    batch = cases.make_batch(policy)
+def test_fresh_data_gives_the_reinforce_gradient(level, importance):
+    policy = make_policy()
+    batch = make_batch(policy)
     loss = GRPOLoss(policy, ratio_level=level, importance=importance, reduction="sum")
     loss.write_proximal_log_prob(batch)
     out = loss(batch)
     out["loss_objective"].backward()
-    ours = cases.gradients(policy)
+    ours = gradients(policy)
     log_prob = policy.get_dist(batch).log_prob(batch["vla_action", "tokens"])
     weighted = batch["advantage"].squeeze(-1) * log_prob.sum((-2, -1))
     if level == "sequence_mean":
         weighted = weighted / log_prob[0].numel()
     (-weighted.sum()).backward()
-    torch.testing.assert_close(ours, cases.gradients(policy), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, gradients(policy), rtol=1e-4, atol=1e-5)
     assert out["ESS"].item() == pytest.approx(1.0)
     assert out["clip_fraction"].item() == 0.0
     assert out["kl_approx"].item() == pytest.approx(0.0, abs=1e-6)
@@ -175,24 +256,18 @@ def test_fresh_data_gives_the_reinforce_gradient(cases, level, importance):
 # -- invariances -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_micro_batches_sum_to_the_whole_batch(cases, level, reduction):
-    policy = cases.make_policy()
-    batch = cases.make_batch(policy, pads=True)
-    cases.drift(policy)
+def test_micro_batches_sum_to_the_whole_batch(level, reduction):
+    policy = make_policy()
+    batch = make_batch(policy, pads=True)
+    drift(policy)
     reference = copy.deepcopy(policy)
-    cases.drift(reference)
-    loss = GRPOLoss(
-        policy,
-        ratio_level=level,
-        reduction=reduction,
-        entropy_coeff=0.1,
-        kl_to_ref_coeff=0.1,
-        reference_network=reference,
-    )
+    drift(reference)
+    options = {"entropy_coeff": 0.1, "kl_to_ref_coeff": 0.1, "reference_network": reference}
+    loss = GRPOLoss(policy, ratio_level=level, reduction=reduction, **options)
     names = ("loss_objective", "loss_entropy", "loss_kl")
     whole = loss(batch)
     sum(whole[name] for name in names).backward()
-    expected = cases.gradients(policy)
+    expected = gradients(policy)
     total = loss.normaliser(batch)
     parts = []
     for part in batch.split([1, 3, 2]):
@@ -201,69 +276,268 @@ def test_micro_batches_sum_to_the_whole_batch(cases, level, reduction):
         parts.append(out.detach())
     for name in names:
         torch.testing.assert_close(sum(part[name] for part in parts), whole[name].detach())
-    torch.testing.assert_close(cases.gradients(policy), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients(policy), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("garbage", [0.0, torch.nan, torch.inf])
-def test_what_was_never_executed_does_not_count(cases, level, garbage):
-    policy = cases.make_policy()
-    batch = cases.make_batch(policy, pads=True)
-    cases.drift(policy)
+def test_what_was_never_executed_does_not_count(level, garbage):
+    policy = make_policy()
+    batch = make_batch(policy, pads=True)
+    drift(policy)
     loss = GRPOLoss(policy, ratio_level=level)
     expected = loss(batch)
     expected["loss_objective"].backward()
-    grads = cases.gradients(policy)
+    grads = gradients(policy)
     pad = batch["action_is_pad"]
     batch["vla_action", "log_probs"][pad] = garbage
     batch["vla_action", "tokens"][pad] = 0
     out = loss(batch)
     out["loss_objective"].backward()
     torch.testing.assert_close(out.detach(), expected.detach())
-    torch.testing.assert_close(cases.gradients(policy), grads)
+    torch.testing.assert_close(gradients(policy), grads)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_nothing_executed_and_zero_advantage(cases, level, reduction):
-    policy = cases.make_policy()
+def test_nothing_executed_and_zero_advantage(level, reduction):
+    policy = make_policy()
     loss = GRPOLoss(policy, ratio_level=level, reduction=reduction)
-    batch = cases.make_batch(policy, 2)
+    batch = make_batch(policy, 2)
     batch["advantage"].zero_()
     padded = batch.clone()
     padded["advantage"].fill_(1.0)
     padded["action_is_pad"].fill_(True)
-    cases.drift(policy)
+    drift(policy)
     for case in (batch, padded, padded[:1]):
         out = loss(case)
         out["loss_objective"].backward()
         assert out["loss_objective"].item() == 0.0
         assert all(bool(value.isfinite()) for value in out.values())
-        assert all(not grad.any() for grad in cases.gradients(policy))
+        assert all(not grad.any() for grad in gradients(policy))
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 5])
-def test_any_batch_size(cases, num_rows):
-    policy = cases.make_policy()
-    batch = cases.make_batch(policy, num_rows)
-    out = GRPOLoss(policy, entropy_coeff=0.1)(batch)
-    assert all(value.shape == () and bool(value.isfinite()) for value in out.values())
-
-
-@pytest.mark.parametrize("log_prob", [-1e6, -torch.inf])
-def test_impossible_behaviour_stays_finite(cases, log_prob):
-    policy = cases.make_policy()
-    batch = cases.make_batch(policy, 3)
+@pytest.mark.parametrize(("num_rows", "log_prob"), [(1, -1e6), (2, -torch.inf), (5, -1.0)])
+def test_any_batch_size_and_impossible_behaviour_stay_finite(num_rows, log_prob):
+    policy = make_policy()
+    batch = make_batch(policy, num_rows)
     batch["vla_action", "log_probs"][0] = log_prob
     for level in LEVELS:
-        out = GRPOLoss(policy, ratio_level=level, dual_clip=3.0)(batch)
-        out["loss_objective"].backward()
-        assert all(bool(value.isfinite()) for value in out.values())
-        assert all(bool(grad.isfinite().all()) for grad in cases.gradients(policy))
+        out = GRPOLoss(policy, ratio_level=level, dual_clip=3.0, entropy_coeff=0.1)(batch)
+        (out["loss_objective"] + out["loss_entropy"]).backward()
+        assert all(value.shape == () and bool(value.isfinite()) for value in out.values())
+        assert all(bool(grad.isfinite().all()) for grad in gradients(policy))
 
 
-def test_reduction_none_keeps_the_elements(table):
+# -- as a LossModule -------------------------------------------------------------------------------
+def test_only_the_actor_is_trained():
+    policy = make_policy()
+    reference = copy.deepcopy(policy)
+    loss = GRPOLoss(policy, kl_to_ref_coeff=0.1, reference_network=reference)
+    assert {id(p) for p in loss.parameters()} == {id(p) for p in policy.parameters()}
+    batch = make_batch(policy)
+    out = loss(batch)
+    assert out["loss_kl"].item() == pytest.approx(0.0, abs=1e-6)
+    drift(policy)
+    out = loss(batch)
+    (out["loss_objective"] + out["loss_kl"]).backward()
+    assert out["kl_to_ref"].item() > 0
+    assert all(p.grad is None for p in reference.parameters())
+    assert any(grad.any() for grad in gradients(policy))
+
+
+def test_one_forward_pass_gives_losses_with_gradient_and_leaves_the_batch_alone(table):
     policy, batch = table
-    out = GRPOLoss(policy, reduction="none")(batch)
-    expected = torch.tensor([[[-1.28], [-0.5]], [[2.0], [0.0]]])
+    before = batch.clone()
+    out = GRPOLoss(policy, entropy_coeff=0.1)(batch)
+    assert policy.num_forwards == 1
+    for name, value in out.items():
+        assert value.requires_grad == name.startswith("loss_"), name
+    assert set(batch.keys(True, True)) == set(before.keys(True, True))
+    assert (batch == before).all()
+
+
+@pytest.mark.parametrize("container", [False, True])
+def test_stored_logits_do_not_replace_the_forward_pass(container):
+    policy = make_policy(return_logits=True, return_vla_action_container=container)
+    batch = make_batch(policy)
+    assert batch["vla_action"].logits is not None if container else True
+    GRPOLoss(policy)(batch)["loss_objective"].backward()
+    assert any(grad.any() for grad in gradients(policy))
+
+
+def test_masks_of_torchrl_samplers_and_scheduled_coefficients_count(table):
+    policy, batch = table
+    loss = GRPOLoss(policy)
+    loss.clip_epsilon_high = 0.5
+    assert loss.clip_epsilon_high.dtype == torch.float32
+    assert loss(batch)["loss_objective"].item() == pytest.approx(-(1.5 + 0.5 - 2) / 3, abs=1e-6)
+    batch["collector", "mask"] = torch.tensor([[True], [False]])
+    assert loss(batch)["loss_objective"].item() == pytest.approx(-(1.5 + 0.5) / 2, rel=1e-5)
+
+
+def test_policy_lag(table):
+    policy, batch = table
+    loss = GRPOLoss(policy)
+    batch["policy_version"] = torch.tensor([[7], [4]])
+    assert "policy_lag_mean" not in loss(batch)
+    loss.version = 8
+    out = loss(batch)
+    assert out["policy_lag_mean"].item() == 2.5
+    assert out["policy_lag_max"].item() == 4.0
+
+
+def test_write_proximal_log_prob_centres_the_clip_range():
+    policy = make_policy()
+    batch = make_batch(policy)
+    drift(policy, 0.5)
+    loss = GRPOLoss(policy, importance="decoupled", behavior_weight_cap=None)
+    with pytest.raises(KeyError, match="write_proximal_log_prob"):
+        loss(batch)
+    assert loss.write_proximal_log_prob(batch) is batch
+    out = loss(batch)
+    assert out["clip_fraction"].item() == 0.0
+    assert out["max_ratio"].item() > 1.5
+    # at the centre, weight * 1 * advantage: plain importance sampling
+    ratio = (batch["proximal_log_prob"] - batch["vla_action", "log_probs"]).exp()
+    expected = -(ratio * batch["advantage"].unsqueeze(-1)).mean()
     torch.testing.assert_close(out["loss_objective"].detach(), expected)
+
+
+def test_set_keys():
+    policy = make_policy()
+    batch = make_batch(policy)
+    loss = GRPOLoss(policy)
+    expected = loss(batch)
+    batch.rename_key_("advantage", "adv")
+    del batch["action_is_pad"]  # optional
+    loss.set_keys(advantage="adv")
+    assert "adv" in loss.in_keys and "advantage" not in loss.in_keys
+    torch.testing.assert_close(loss(batch).detach(), expected.detach())
+    loss.set_keys(advantage=None)
+    assert loss.tensor_keys.advantage == "advantage"
+    with pytest.raises(ValueError, match="not an accepted"):
+        loss.set_keys(value="v")
+
+
+def test_called_without_a_tensordict():
+    policy = make_policy()
+    batch = make_batch(policy, 2)
+    loss = GRPOLoss(policy)
+    expected = loss(batch)["loss_objective"]
+    loss.select_out_keys("loss_objective")
+    got = loss(
+        observation_image=batch["observation", "image"],
+        observation_state=batch["observation", "state"],
+        language_instruction=NonTensorStack("push", "pull"),
+        vla_action_tokens=batch["vla_action", "tokens"],
+        vla_action_log_probs=batch["vla_action", "log_probs"],
+        advantage=batch["advantage"],
+        action_is_pad=batch["action_is_pad"],
+    )
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"entropy_coeff": 0.1}, {"importance": "decoupled"}, {"kl_to_ref_coeff": 0.1}]
+)
+def test_out_keys_are_what_is_written(options):
+    policy = make_policy()
+    loss = GRPOLoss(policy, **options)
+    batch = loss.write_proximal_log_prob(make_batch(policy))
+    batch["ref_log_prob"] = batch["vla_action", "log_probs"]
+    assert set(loss(batch).keys()) == set(loss.out_keys)
+    assert all(key in batch.keys(True) for key in loss.in_keys if key != "policy_version")
+
+
+def test_transformers_policy():
+    pytest.importorskip("transformers")
+    from torchrl_dvla.modules import TransformersVLA
+
+    policy = TransformersVLA.tiny(["push", "pull"], action_dim=2, chunk_size=3, state_dim=4)
+    batch = make_observation(3, image_size=128, state_dim=4)
+    batch["action_is_pad"] = torch.tensor([[False] * 3, [False, True, True], [True] * 3])
+    batch["advantage"] = torch.tensor([[1.0], [-1.0], [0.5]])
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+        batch = policy(batch)
+    options = {"kl_estimator": "exact", "reference_network": copy.deepcopy(policy)}
+    out = GRPOLoss(policy, kl_to_ref_coeff=0.1, **options)(batch)
+    assert out["ESS"].item() == pytest.approx(1.0, abs=1e-4)
+    assert out["loss_kl"].item() == pytest.approx(0.0, abs=1e-5)
+    assert out["loss_objective"].item() == pytest.approx(-(6 - 2) / 8, abs=1e-4)
+    out["loss_objective"].backward()
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    reached = sum(p.numel() for p in trained if p.grad is not None and p.grad.any())
+    assert reached > 0.5 * sum(p.numel() for p in trained)
+
+
+# -- refusals --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("key", "writer"),
+    [
+        (("vla_action", "tokens"), "policy writes it while collecting"),
+        (("vla_action", "log_probs"), "log_probs_mode='token'"),
+        ("advantage", "group_advantage"),
+        (("observation", "image"), "Environment workers write observations"),
+    ],
+)
+def test_missing_entry_names_its_writer(key, writer):
+    policy = make_policy()
+    batch = make_batch(policy)
+    del batch[key]
+    with pytest.raises(KeyError) as error:
+        GRPOLoss(policy)(batch)
+    assert writer in str(error.value)
+    assert str(key) in str(error.value)
+
+
+def test_a_missing_reference_names_its_writer():
+    policy = make_policy()
+    with pytest.raises(KeyError, match="Pass reference_network"):
+        GRPOLoss(policy, kl_to_ref_coeff=0.1)(make_batch(policy))
+
+
+def test_wrong_shapes():
+    policy = make_policy()
+    loss = GRPOLoss(policy)
+    batch = make_batch(policy)
+    with pytest.raises(ValueError, match=r"advantage must have shape \[6, 1\].*unsqueeze"):
+        loss(batch.clone().set("advantage", torch.zeros(6)))
+    with pytest.raises(ValueError, match=r"'action_is_pad' must have shape.*chunk size"):
+        loss(batch.clone().set("action_is_pad", torch.zeros(6, 3, dtype=torch.bool)))
+    batch["vla_action", "log_probs"] = batch["vla_action", "log_probs"].sum((-2, -1))
+    with pytest.raises(ValueError, match="sample_log_prob must have the shape of the tokens"):
+        loss(batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clip_epsilon": (0.1, 0.2, 0.3)}, "a number or a pair"),
+        ({"clip_epsilon": 1.0}, "0 <= low < 1"),
+        ({"clip_epsilon": (0.2, -0.1)}, "high >= 0"),
+        ({"dual_clip": 1.2}, "dual_clip must be greater than 1"),
+        ({"behavior_weight_cap": 0.5}, "behavior_weight_cap must be at least 1"),
+        ({"ratio_level": "word"}, "ratio_level must be one of"),
+        ({"importance": "prox"}, "importance must be one of"),
+        ({"reduction": "mean"}, "reduction must be one of"),
+        ({"kl_estimator": "k1"}, "kl_estimator must be one of"),
+        ({"kl_to_ref_coeff": -1.0}, "kl_to_ref_coeff must not be negative"),
+        ({"kl_to_ref_coeff": 0.1, "kl_estimator": "exact"}, "without a reference_network"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        GRPOLoss(make_policy(), **options)
+
+
+def test_policies_and_references_that_make_no_sense():
+    policy = make_policy()
+    with pytest.raises(ValueError, match="must not share parameters"):
+        GRPOLoss(policy, kl_to_ref_coeff=0.1, reference_network=policy)
+    with pytest.raises(ValueError, match="must come with kl_to_ref_coeff"):
+        GRPOLoss(policy, reference_network=copy.deepcopy(policy))
+    with pytest.raises(ValueError, match="must have action_head='tokens', got 'continuous'"):
+        GRPOLoss(TinyVLA(action_dim=2, chunk_size=4))
+    with pytest.raises(ValueError, match=r"must have a get_dist method.*got Linear"):
+        GRPOLoss(nn.Linear(2, 2))

@@ -126,13 +126,6 @@ def test_oracle_solves_every_scene_in_the_fewest_decisions(tokenizer):
         assert rollout["vla_action", "tokens"].shape[1:] == (3, 5)
 
 
-def test_latency_is_optional_and_a_law():
-    assert CountingChunkEnv().latency is None
-    law = Latency(0.001)
-    assert CountingChunkEnv(step_latency_s=law).latency is law
-    assert CountingChunkEnv(step_latency_s=0.25).latency.sample() == 0.25
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -141,7 +134,11 @@ def test_latency_is_optional_and_a_law():
         ({"required_fraction": 1.5}, "required_fraction must be in"),
     ],
 )
-def test_refusals(options, message):
+def test_options(options, message):
+    law = Latency(0.001)
+    assert CountingChunkEnv().latency is None
+    assert CountingChunkEnv(step_latency_s=law).latency is law
+    assert CountingChunkEnv(step_latency_s=0.25).latency.sample() == 0.25
     with pytest.raises(ValueError, match=message):
         CountingChunkEnv(**options)
 

@@ -40,26 +40,20 @@ def test_raises_at_the_stated_decision():
     env.step(reset.clone().update(action))  # once only
 
 
-def test_raises_at_every_reset_from_the_stated_one():
+def test_raises_at_every_reset_from_the_stated_one_and_in_the_constructor():
     env = faulty(Fault("raise", "reset", at=1, repeat=True))
     env.reset()
     for count in (1, 2):
         with pytest.raises(InjectedFault, match=f"injected at reset {count}"):
             env.reset()
-
-
-def test_fault_in_the_constructor():
-    factory = FaultyEnvFactory(CountingChunkEnv, [Fault("raise", "constructor")])
     with pytest.raises(InjectedFault, match="constructor"):
-        factory()
+        FaultyEnvFactory(CountingChunkEnv, [Fault("raise", "constructor")])()
 
 
 def test_once_path_spares_the_replacement(tmp_path: Path):
     mark = tmp_path / "spent"
-    factory = FaultyEnvFactory(
-        partial(CountingChunkEnv, chunk_size=2),
-        [Fault("raise", "reset", once_path=str(mark))],
-    )
+    fault = Fault("raise", "reset", once_path=str(mark))
+    factory = FaultyEnvFactory(partial(CountingChunkEnv, chunk_size=2), [fault])
     with pytest.raises(InjectedFault):
         factory().reset()
     assert mark.exists()
@@ -73,18 +67,13 @@ def test_no_fault_no_change():
     assert (env.reset() == reference.reset()).all()
 
 
-def resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
-
-
 def test_leak_stays_resident():
     env = faulty(Fault("leak", "reset", repeat=True, leak_bytes=1 << 23))
-    env.reset()
-    before = resident_bytes()
-    for _ in range(4):
+    pages = []
+    for _ in range(5):
         env.reset()
-    assert resident_bytes() - before > 3 << 23
+        pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    assert (pages[-1] - pages[0]) * 4096 > 3 << 23
 
 
 @pytest.mark.parametrize(
@@ -112,38 +101,46 @@ def work(factory: FaultyEnvFactory, connection: Connection) -> None:
     connection.send("stepped")
 
 
-def start(fault: Fault):
-    context = multiprocessing.get_context("fork")
-    parent, child = context.Pipe(duplex=False)
-    factory = FaultyEnvFactory(CountingChunkEnv, [fault])
-    process = context.Process(target=work, args=(factory, child), daemon=True)
-    process.start()
-    child.close()
-    return process, parent
+@pytest.fixture
+def start():
+    processes = []
 
+    def started(fault: Fault):
+        context = multiprocessing.get_context("fork")
+        parent, child = context.Pipe(duplex=False)
+        factory = FaultyEnvFactory(CountingChunkEnv, [fault])
+        processes.append(context.Process(target=work, args=(factory, child), daemon=True))
+        processes[-1].start()
+        child.close()
+        return processes[-1], parent
 
-def reports(connection: Connection) -> list[str]:
-    received = []
-    try:
-        while connection.poll(TIMEOUT_S):
-            received.append(connection.recv())
-    except EOFError:
-        pass
-    return received
+    yield started
+    for process in processes:
+        process.kill()
+        process.join(TIMEOUT_S)
+        assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(
     ("place", "reached"),
     [("constructor", []), ("reset", ["built"]), ("step", ["built", "reset"])],
 )
-def test_kill(place, reached):
+def test_kill(start, place, reached):
     process, connection = start(Fault("kill", place))
-    assert reports(connection) == reached
+    for stage in reached:
+        assert connection.recv() == stage
+    with pytest.raises(EOFError):
+        connection.recv()
     process.join(TIMEOUT_S)
     assert process.exitcode == -signal.SIGKILL
 
 
-def test_configuration_reaches_a_spawned_process():
+def test_configuration_survives_pickling_into_a_spawned_process():
+    factory = FaultyEnvFactory(CountingChunkEnv, [Fault("raise", "step", at=1)])
+    copy = pickle.loads(pickle.dumps(factory))
+    assert copy.faults == factory.faults
+    with pytest.raises(InjectedFault, match="step 1"):
+        copy().rollout(2, break_when_any_done=False)
     # A spawned process cannot import this file: the factory itself is what runs there.
     factory = FaultyEnvFactory(CountingChunkEnv, [Fault("kill", "constructor")])
     process = multiprocessing.get_context("spawn").Process(target=factory)
@@ -152,43 +149,26 @@ def test_configuration_reaches_a_spawned_process():
     assert process.exitcode == -signal.SIGKILL
 
 
-def test_configuration_survives_pickling():
-    factory = FaultyEnvFactory(CountingChunkEnv, [Fault("raise", "step", at=1)])
-    copy = pickle.loads(pickle.dumps(factory))
-    assert copy.faults == factory.faults
-    with pytest.raises(InjectedFault, match="step 1"):
-        copy().rollout(2, break_when_any_done=False)
-
-
-def test_hang_lets_signal_handlers_run():
+def test_hang_lets_signal_handlers_run(start):
     process, connection = start(Fault("hang", "step"))
-    try:
-        assert [connection.recv() for _ in range(2)] == ["built", "reset"]
-        process.terminate()
-        assert connection.poll(TIMEOUT_S)
-        assert connection.recv() == "handled"
-        assert process.is_alive()
-    finally:
-        process.kill()
-        process.join(TIMEOUT_S)
+    assert [connection.recv() for _ in range(2)] == ["built", "reset"]
+    process.terminate()
+    assert connection.poll(TIMEOUT_S)
+    assert connection.recv() == "handled"
+    assert process.is_alive()
 
 
-def test_stall_lets_nothing_run():
+def test_stall_lets_nothing_run(start):
     process, connection = start(Fault("stall", "step"))
-    try:
-        assert [connection.recv() for _ in range(2)] == ["built", "reset"]
-        status = Path(f"/proc/{process.pid}/status")
-        # In C for good once signals are blocked and the process sleeps; nothing tells us but /proc.
-        while True:
-            text = status.read_text()
-            blocked = int(text.split("SigBlk:")[1].split()[0], 16)
-            if blocked & (1 << (signal.SIGTERM - 1)) and "State:\tS" in text:
-                break
-            assert not connection.poll(0.01)
-        process.terminate()
-        assert not connection.poll(0.3)
-        assert process.is_alive()
-    finally:
-        process.kill()
-        process.join(TIMEOUT_S)
-    assert process.exitcode == -signal.SIGKILL
+    assert [connection.recv() for _ in range(2)] == ["built", "reset"]
+    status = Path(f"/proc/{process.pid}/status")
+    # In C for good once signals are blocked and the process sleeps; nothing tells us but /proc.
+    while True:
+        text = status.read_text()
+        blocked = int(text.split("SigBlk:")[1].split()[0], 16)
+        if blocked & (1 << (signal.SIGTERM - 1)) and "State:\tS" in text:
+            break
+        assert not connection.poll(0.01)
+    process.terminate()
+    assert not connection.poll(0.3)
+    assert process.is_alive()

@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""``python -m torchrl_dvla doctor``: what usually breaks, and how to mend it.
+"""Command ``python -m torchrl_dvla doctor``: what usually breaks, and its remedy.
 
 Every check is split in two: one function reads the machine, another judges what was read. The
 second takes plain values, so that a test can show it any machine.
@@ -11,154 +11,65 @@ second takes plain values, so that a test can show it any machine.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 
-from torchrl_dvla._version import __version__
-from torchrl_dvla.doctor.findings import Check, Finding, Status, run_checks
-from torchrl_dvla.doctor.machine import (
-    check_cores,
-    check_folder,
-    check_machine,
-    check_memory,
-    check_open_files,
-    check_shared_memory,
-    usable_cores,
-)
-from torchrl_dvla.doctor.rendering import (
-    Drawing,
-    check_egl_device,
-    check_libero_files,
-    check_rendering,
-    draw,
-)
-from torchrl_dvla.doctor.versions import (
-    REQUIRED,
-    REQUIRED_FOR_LIBERO,
-    TESTED,
-    check_cuda_build,
-    check_libero_distributions,
-    check_python,
-    check_versions,
-    installed_versions,
-)
+from torchrl_dvla.doctor import machine, rendering
+from torchrl_dvla.doctor.findings import Check, Finding, Status, report, run_checks
 
-__all__ = [
-    "REQUIRED",
-    "REQUIRED_FOR_LIBERO",
-    "TESTED",
-    "Drawing",
-    "Finding",
-    "Status",
-    "add_parser",
-    "check_cores",
-    "check_cuda_build",
-    "check_egl_device",
-    "check_folder",
-    "check_libero_distributions",
-    "check_libero_files",
-    "check_machine",
-    "check_memory",
-    "check_open_files",
-    "check_python",
-    "check_rendering",
-    "check_shared_memory",
-    "check_versions",
-    "diagnose",
-    "draw",
-    "installed_versions",
-    "report",
-    "run_checks",
-    "usable_cores",
-]
+__all__ = ["Finding", "Status", "add_parser", "diagnose", "report"]
 
 
 def diagnose(log_dir: str = "runs", *, libero: bool = True) -> list[Finding]:
-    """Runs every check on this machine.
+    """Findings of every check on this machine.
 
     Args:
         log_dir (str): the folder that runs will write to.
 
     Keyword Args:
-        libero (bool): also look at the simulator and draw a frame, which takes some seconds.
+        libero (bool): also check the simulator and draw a frame, which takes some seconds.
 
     Returns:
         One finding per line of the report.
     """
     checks: list[tuple[str, Check]] = [
-        ("python", check_python),
-        ("versions", lambda: check_versions(installed_versions(list(REQUIRED)))),
-        ("torch build", _torch_build),
-        ("machine", lambda: check_machine(log_dir)),
+        ("python", machine.check_python),
+        ("versions", lambda: _check_installed(machine.REQUIRED)),
+        ("torch build", _check_torch_build),
+        ("machine", lambda: machine.check_machine(log_dir)),
     ]
     if libero:
-        owners = sorted(set(metadata.packages_distributions().get("libero", [])))
-        checks.append(("libero", lambda: check_libero_distributions(owners)))
+        owners = metadata.packages_distributions().get("libero", [])
+        checks.append(("libero", lambda: machine.check_libero_distributions(owners)))
         if owners:
             checks += [
-                ("libero versions", _libero_versions),
-                ("LIBERO files", check_libero_files),
-                ("rendering", _rendering),
+                ("libero versions", lambda: _check_installed(machine.REQUIRED_FOR_LIBERO)),
+                ("LIBERO files", rendering.check_libero_files),
+                ("rendering", _check_rendering),
             ]
     return run_checks(checks)
 
 
-def _torch_build() -> list[Finding]:
+def _check_installed(required: dict[str, str]) -> Iterator[Finding]:
+    return machine.check_versions(machine.installed_versions(required), required)
+
+
+def _check_torch_build() -> Iterator[Finding]:
     import torch
 
-    return check_cuda_build(torch.version.cuda, os.path.exists("/dev/nvidia0"))
+    return machine.check_cuda_build(torch.version.cuda, os.path.exists("/dev/nvidia0"))
 
 
-def _libero_versions() -> list[Finding]:
-    return check_versions(installed_versions(list(REQUIRED_FOR_LIBERO)), REQUIRED_FOR_LIBERO)
-
-
-def _rendering() -> list[Finding]:
+def _check_rendering() -> Iterator[Finding]:
     import torch
 
     from torchrl_dvla.envs.libero_setup import choose_gl_backend
 
     backend = choose_gl_backend()
-    return [
-        *check_rendering(backend),
-        *check_egl_device(backend, torch.cuda.device_count(), os.environ),
-    ]
-
-
-def report(findings: list[Finding], *, as_json: bool = False) -> str:
-    """Writes findings as text for people, or as one JSON object.
-
-    Args:
-        findings (list of Finding): what was found.
-
-    Keyword Args:
-        as_json (bool): an object with ``version``, ``ok`` and ``findings``.
-
-    Returns:
-        The report, without a final line break.
-
-    Examples:
-        >>> from torchrl_dvla.doctor import Finding, Status, report
-        >>> print(report([Finding("cores", Status.OK, "2 usable")]))
-        ok    cores               2 usable
-        <BLANKLINE>
-        1 ok, 0 to look at, 0 to mend
-    """
-    count = {status: sum(f.status is status for f in findings) for status in Status}
-    if as_json:
-        return json.dumps(
-            {
-                "version": __version__,
-                "ok": count[Status.FAIL] == 0,
-                "findings": [finding.as_dict() for finding in findings],
-            },
-            indent=2,
-        )
-    lines = [finding.format() for finding in findings]
-    total = f"{count[Status.OK]} ok, {count[Status.WARN]} to look at, {count[Status.FAIL]} to mend"
-    return "\n".join([*lines, "", total])
+    yield from rendering.check_rendering(backend)
+    yield from rendering.check_egl_device(backend, torch.cuda.device_count(), os.environ)
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -169,8 +80,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """
     parser = commands.add_parser(
         "doctor",
-        help="check what usually breaks, and say how to mend it",
-        description="Checks what usually breaks. Exits with 1 if something has to be mended.",
+        help="check what usually breaks, and name the remedies",
+        description="Checks what usually breaks. Exits with 1 if a check fails.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--log-dir", default="runs", help="folder that runs write to")

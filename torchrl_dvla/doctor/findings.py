@@ -2,18 +2,20 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""What one check found out, and how it is shown."""
+"""Findings of the doctor, and the report that lists them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any
+
+from torchrl_dvla._version import __version__
 
 
 class Status(StrEnum):
-    """How bad it is: ``fail`` stops a run or spoils its result, ``warn`` slows it or limits it."""
+    """Severity: ``fail`` stops a run or spoils its result, ``warn`` slows it or limits it."""
 
     OK = "ok"
     WARN = "warn"
@@ -25,7 +27,7 @@ class Finding:
     """One line of the report.
 
     Args:
-        name (str): what was looked at.
+        name (str): what was checked.
         status (Status): ok, warn or fail.
         detail (str): what was found.
         remedy (str): what to do about it; empty when there is nothing to do.
@@ -47,16 +49,12 @@ class Finding:
         line = f"{self.status.value:<5} {self.name:<19} {self.detail}"
         return f"{line}\n      -> {self.remedy}" if self.remedy else line
 
-    def as_dict(self) -> dict[str, Any]:
-        """The finding as plain values for JSON."""
-        return {**asdict(self), "status": self.status.value}
-
 
 Check = Callable[[], Iterable[Finding]]
 
 
 def run_checks(checks: Iterable[tuple[str, Check]]) -> list[Finding]:
-    """Runs checks in order; one that raises is a failed finding, not the end of the report.
+    """Findings of several checks; one that raises is a failed finding, not the end of the report.
 
     Args:
         checks (iterable of (str, callable)): name, and a callable that returns findings.
@@ -69,12 +67,36 @@ def run_checks(checks: Iterable[tuple[str, Check]]) -> list[Finding]:
         try:
             findings.extend(check())
         except Exception as error:
-            findings.append(
-                Finding(
-                    name,
-                    Status.FAIL,
-                    f"the check itself failed: {type(error).__name__}: {error}",
-                    "This is a bug in the doctor or a broken installation; run `make setup` again.",
-                )
-            )
+            detail = f"the check itself failed: {type(error).__name__}: {error}"
+            remedy = "This is a bug in the doctor or a broken installation; run `make setup` again."
+            findings.append(Finding(name, Status.FAIL, detail, remedy))
     return findings
+
+
+def report(findings: Sequence[Finding], *, as_json: bool = False) -> str:
+    """Report of findings, as text for people or as one JSON object.
+
+    Args:
+        findings (sequence of Finding): what was found.
+
+    Keyword Args:
+        as_json (bool): an object with ``version``, ``ok`` and ``findings``.
+
+    Returns:
+        The report, without a final line break.
+
+    Examples:
+        >>> from torchrl_dvla.doctor import Finding, Status, report
+        >>> print(report([Finding("cores", Status.OK, "2 usable")]))
+        ok    cores               2 usable
+        <BLANKLINE>
+        1 ok, 0 warn, 0 fail
+    """
+    count = {status: sum(f.status is status for f in findings) for status in Status}
+    if as_json:
+        listed = [asdict(finding) for finding in findings]
+        content = {"version": __version__, "ok": count[Status.FAIL] == 0, "findings": listed}
+        return json.dumps(content, indent=2)
+    lines = [finding.format() for finding in findings]
+    total = ", ".join(f"{count[status]} {status.value}" for status in Status)
+    return "\n".join([*lines, "", total])

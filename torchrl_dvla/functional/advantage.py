@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["group_advantage", "has_contrast", "leave_one_out_advantage"]
+__all__ = ["group_advantage", "has_contrast"]
 
 
 def group_advantage(
@@ -59,71 +59,32 @@ def group_advantage(
         raise ValueError(
             f"eps must be positive, got {eps}. It keeps a group of equal returns finite."
         )
-    advantage = _centred(_checked(returns))
+    returns = _checked(returns)
+    relative = returns - returns[..., :1]
+    advantage = relative - relative.mean(-1, keepdim=True)
     if normalise_std:
         advantage = advantage / advantage.std(-1, keepdim=True).clamp_min(eps)
     return advantage
 
 
-def leave_one_out_advantage(returns: torch.Tensor) -> torch.Tensor:
-    r"""Advantage of each rollout relative to the mean of the *other* rollouts of its group.
-
-    .. math::
-        A_i = R_i - \frac{1}{N - 1} \sum_{j \neq i} R_j
-            = \frac{N}{N - 1} \bigl(R_i - \operatorname{mean}_j R_j\bigr)
-
-    The baseline of a rollout does not depend on its own return, so the policy gradient stays
-    unbiased at any group size.
-
-    Args:
-        returns (torch.Tensor): episode returns ``[*G, N]`` with ``N >= 2``.
-
-    Returns:
-        torch.Tensor: advantages ``[*G, N]``.
-
-    Raises:
-        ValueError: if *returns* has no group dimension of at least two rollouts.
-
-    Examples:
-        >>> import torch
-        >>> leave_one_out_advantage(torch.tensor([1.0, 0.0, 0.0]))
-        tensor([ 1.0000, -0.5000, -0.5000])
-
-    Reference:
-        Ahmadian et al., "Back to Basics: Revisiting REINFORCE Style Optimization", 2024,
-        https://arxiv.org/abs/2402.14740 (RLOO).
-    """
-    returns = _checked(returns)
-    num_rollouts = returns.shape[-1]
-    return _centred(returns) * (num_rollouts / (num_rollouts - 1))
-
-
-def has_contrast(
-    returns: torch.Tensor,
-    bounds: tuple[float, float] | None = None,
-    *,
-    tolerance: float = 0.0,
-) -> torch.Tensor:
-    """Whether a group can teach anything: its rollouts differ, and its mean is within bounds.
+def has_contrast(returns: torch.Tensor, *, tolerance: float = 0.0) -> torch.Tensor:
+    """Whether a group can teach anything: its rollouts differ.
 
     The rule of dynamic sampling. A group of equal returns has zero advantage everywhere, so it
     would only dilute the batch.
 
     Args:
         returns (torch.Tensor): episode returns ``[*G, N]`` with ``N >= 2``.
-        bounds (tuple of float, optional): open interval ``(low, high)`` that the group's mean
-            return must fall in. ``None`` asks for contrast only.
 
     Keyword Args:
         tolerance (float): returns that differ by at most this, times their largest magnitude or 1
-            if that is larger, count as equal. Defaults to 0.
+            if that is larger, count as equal. Defaults to ``0.0``.
 
     Returns:
         torch.Tensor: boolean ``[*G]``, ``True`` = keep the group.
 
     Raises:
-        ValueError: if *returns* has no group dimension of at least two rollouts, or *bounds* are
-            not increasing.
+        ValueError: if *returns* has no group dimension of at least two rollouts.
 
     Examples:
         >>> import torch
@@ -137,16 +98,7 @@ def has_contrast(
     returns = _checked(returns)
     spread = returns.amax(-1) - returns.amin(-1)
     # Asked this way round, so that a return that is not finite differs from the others.
-    keep = ~(spread <= tolerance * returns.abs().amax(-1).clamp_min(1.0))
-    if bounds is not None:
-        low, high = bounds
-        if not low < high:
-            raise ValueError(
-                f"bounds must be increasing, got {bounds}. Pass (low, high), for instance (0, 1)."
-            )
-        mean = returns.mean(-1)
-        keep = keep & (mean > low) & (mean < high)
-    return keep
+    return ~(spread <= tolerance * returns.abs().amax(-1).clamp_min(1.0))
 
 
 def _checked(returns: torch.Tensor) -> torch.Tensor:
@@ -159,8 +111,3 @@ def _checked(returns: torch.Tensor) -> torch.Tensor:
     if not returns.is_floating_point():
         returns = returns.to(torch.get_default_dtype())
     return returns
-
-
-def _centred(returns: torch.Tensor) -> torch.Tensor:
-    relative = returns - returns[..., :1]
-    return relative - relative.mean(-1, keepdim=True)

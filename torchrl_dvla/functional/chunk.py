@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Action chunks: which of their steps were executed, and averages over those alone."""
+"""Averages over the executed steps of action chunks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ __all__ = [
     "Reduction",
     "executed_mask",
     "masked_mean",
-    "masked_sum",
     "reduction_normaliser",
     "reduction_weights",
 ]
@@ -53,35 +52,13 @@ def executed_mask(action_is_pad: torch.Tensor, action_dim: int) -> torch.Tensor:
     return (~action_is_pad).unsqueeze(-1).expand(*action_is_pad.shape, action_dim)
 
 
-def masked_sum(
-    values: torch.Tensor, mask: torch.Tensor, dim: tuple[int, ...] | None = None
-) -> torch.Tensor:
-    """Sum of the selected values.
-
-    Masked values are replaced rather than multiplied by zero, so what a padded position holds, NaN
-    included, has no part in the result or its gradient.
-
-    Args:
-        values (torch.Tensor): values ``[*B]``.
-        mask (torch.Tensor): boolean, broadcastable to ``[*B]``, ``True`` = counts.
-        dim (tuple of int, optional): dimensions to sum over; all by default.
-
-    Returns:
-        torch.Tensor: the sum over *dim*.
-
-    Examples:
-        >>> import torch
-        >>> masked_sum(torch.tensor([1.0, torch.nan]), torch.tensor([True, False]))
-        tensor(1.)
-    """
-    selected = torch.where(mask, values, torch.zeros_like(values))
-    return selected.sum() if dim is None else selected.sum(dim)
-
-
 def masked_mean(
     values: torch.Tensor, mask: torch.Tensor, dim: tuple[int, ...] | None = None
 ) -> torch.Tensor:
     """Mean of the selected values; zero where nothing is selected.
+
+    Masked values are replaced rather than multiplied by zero, so what a padded position holds, NaN
+    included, has no part in the result or its gradient.
 
     Args:
         values (torch.Tensor): values ``[*B]``.
@@ -97,8 +74,9 @@ def masked_mean(
         >>> masked_mean(torch.tensor([[1.0, 3.0], [4.0, 9.0], [9.0, 9.0]]), mask, dim=(-1,))
         tensor([2., 4., 0.])
     """
-    count = mask.sum() if dim is None else mask.sum(dim)
-    return masked_sum(values, mask, dim) / count.clamp_min(1)
+    selected = torch.where(mask, values, torch.zeros_like(values))
+    total, count = (x.sum() if dim is None else x.sum(dim) for x in (selected, mask))
+    return total / count.clamp_min(1)
 
 
 def reduction_weights(mask: torch.Tensor, reduction: Reduction) -> torch.Tensor:

@@ -2,7 +2,12 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Importance ratios between the learner's policy and the ones the data came from."""
+r"""Importance ratios and divergences between the learner's policy and the ones the data came from.
+
+The ``kl_`` functions estimate :math:`KL(q \| p)` from actions drawn from :math:`q`, given
+``log_ratio = log p(a) - log q(a)``. Mind which policy took the actions: the divergence from the
+behaviour policy to the learner's takes the learner in the numerator.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,8 @@ __all__ = [
     "behavior_weight",
     "clipped_surrogate",
     "effective_sample_size",
+    "kl_k2",
+    "kl_k3",
     "log_ratio",
     "outside_clip",
 ]
@@ -22,23 +29,18 @@ __all__ = [
 LOG_RATIO_BOUND = 20.0
 
 
-def log_ratio(
-    log_prob: torch.Tensor, behavior_log_prob: torch.Tensor, *, bound: float = LOG_RATIO_BOUND
-) -> torch.Tensor:
+def log_ratio(log_prob: torch.Tensor, behavior_log_prob: torch.Tensor) -> torch.Tensor:
     r"""Log of the importance ratio :math:`\log \pi_\theta(a) - \log \pi_b(a)`, clamped.
 
-    The result is clamped to ``[-bound, bound]`` so that its exponential can neither overflow nor
-    turn a product with a zero advantage into NaN. A sample beyond the bound keeps its value but
-    passes no gradient. Half-precision inputs are promoted to float32 first: bfloat16 keeps eight
-    bits, which would make a ratio of 1.003 equal to one.
+    The result is clamped to :data:`LOG_RATIO_BOUND` in magnitude, so that its exponential can
+    neither overflow nor turn a product with a zero advantage into NaN. A sample beyond the bound
+    keeps its value but passes no gradient. Half-precision inputs are promoted to float32 first:
+    bfloat16 keeps eight bits, which would make a ratio of 1.003 equal to one.
 
     Args:
         log_prob (torch.Tensor): log-probabilities under the policy in the numerator ``[*B]``.
         behavior_log_prob (torch.Tensor): log-probabilities under the policy in the denominator
             ``[*B]``; treated as a constant.
-
-    Keyword Args:
-        bound (float): largest magnitude of the result. Defaults to :data:`LOG_RATIO_BOUND`.
 
     Returns:
         torch.Tensor: log-ratios ``[*B]``.
@@ -58,7 +60,7 @@ def log_ratio(
             "probabilities."
         )
     difference = _promoted(log_prob) - _promoted(behavior_log_prob.detach())
-    return difference.clamp(-bound, bound)
+    return difference.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 
 def clipped_surrogate(
@@ -216,6 +218,54 @@ def effective_sample_size(
     weight = (values - values.amax().clamp_min(-1e30)).exp()
     num_samples = mask.sum().clamp_min(1)
     return weight.sum().square() / (num_samples * weight.square().sum().clamp_min(1e-30))
+
+
+def kl_k2(log_ratio: torch.Tensor) -> torch.Tensor:
+    r"""Biased, low-variance estimate :math:`\tfrac12 (\log r)^2`; never negative.
+
+    Its gradient with respect to the sampling policy *is* that of the divergence, in expectation.
+
+    Args:
+        log_ratio (torch.Tensor): ``log p(a) - log q(a)`` for ``a ~ q`` ``[*B]``.
+
+    Returns:
+        torch.Tensor: estimates ``[*B]``.
+
+    Examples:
+        >>> import torch
+        >>> kl_k2(torch.tensor([0.0, 2.0]))
+        tensor([0., 2.])
+
+    Reference:
+        Schulman, "Approximating KL Divergence", 2020, http://joschu.net/blog/kl-approx.html;
+        Tang and Munos, "On a few pitfalls in KL divergence gradient estimation for RL", 2025,
+        https://arxiv.org/abs/2506.09477 (the gradients).
+    """
+    return 0.5 * log_ratio.square()
+
+
+def kl_k3(log_ratio: torch.Tensor) -> torch.Tensor:
+    r"""Unbiased estimate :math:`(r - 1) - \log r` of low variance; never negative.
+
+    ``r - 1`` is a control variate of mean zero under :math:`q`. It is evaluated as
+    ``expm1(log_ratio)``: near ``r = 1`` the plain difference would cancel to rounding noise.
+
+    Args:
+        log_ratio (torch.Tensor): ``log p(a) - log q(a)`` for ``a ~ q`` ``[*B]``.
+
+    Returns:
+        torch.Tensor: estimates ``[*B]``.
+
+    Examples:
+        >>> import torch
+        >>> kl_k3(torch.tensor([1.0, 2.0]).log())
+        tensor([0.0000, 0.3069])
+
+    Reference:
+        Schulman, "Approximating KL Divergence", 2020, http://joschu.net/blog/kl-approx.html;
+        Shao et al., "DeepSeekMath", 2024, https://arxiv.org/abs/2402.03300 (as a penalty).
+    """
+    return log_ratio.expm1() - log_ratio
 
 
 def _promoted(log_prob: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,17 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["available_bytes", "format_bytes", "parse_bytes", "shareable_bytes", "shared_folder"]
+__all__ = [
+    "available_bytes",
+    "cgroup_folders",
+    "format_bytes",
+    "parse_bytes",
+    "shareable_bytes",
+    "shared_folder",
+]
 
 _UNITS = {"b": 0, "kb": 1, "mb": 2, "gb": 3, "tb": 4, "kib": 1, "mib": 2, "gib": 3, "tib": 4}
 _UNITS |= {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -69,32 +77,46 @@ def _meminfo_available() -> int | None:
 
 
 def _cgroup_available() -> list[int]:
-    try:
-        memberships = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
     found = []
+    for folder in cgroup_folders("memory"):
+        for limit, usage in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            free = _read_int(folder / limit), _read_int(folder / usage)
+            if free[0] is not None and free[1] is not None:
+                found.append(max(0, free[0] - free[1] + _reclaimable(folder)))
+    return found
+
+
+def cgroup_folders(controller: str, root: Path = Path("/")) -> Iterator[Path]:
+    """Folders of the control groups that bind this process, its own first, up to the topmost.
+
+    Args:
+        controller (str): ``"memory"`` or ``"cpu"``: version 1 has a hierarchy for each.
+        root (Path): where ``proc`` and ``sys`` are.
+    """
+    try:
+        memberships = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
     for line in memberships:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, limit, usage = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            root = Path("/sys/fs/cgroup/memory")
-            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+            top = root / "sys/fs/cgroup"
+        elif controller in controllers.split(","):
+            top = root / "sys/fs/cgroup" / controller
         else:
             continue
-        folder = root / path.lstrip("/")
+        folder = top / path.lstrip("/")
         # Inside a container the path in /proc may name a folder of the host: take the root then.
         # A limit may be set on any ancestor, so walk up.
         if not folder.is_dir():
-            folder = root
+            folder = top
         for level in (folder, *folder.parents):
-            free = _read_int(level / limit), _read_int(level / usage)
-            if free[0] is not None and free[1] is not None:
-                found.append(max(0, free[0] - free[1] + _reclaimable(level)))
-            if level == root:
+            yield level
+            if level == top:
                 break
-    return found
 
 
 def _reclaimable(folder: Path) -> int:

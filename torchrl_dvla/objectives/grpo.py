@@ -2,27 +2,23 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""GRPO for policies that act in chunks of discretised actions."""
+"""GRPO loss for policies that act in chunks of discretised actions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModuleBase, dispatch
+from torch import distributions as d
+from torch import nn
+from torchrl.objectives.common import LossModule
 
 from torchrl_dvla import functional as F
 from torchrl_dvla.data import schema
-from torchrl_dvla.objectives._checks import (
-    check_actor,
-    check_choice,
-    check_clip,
-    check_reference,
-    check_shapes,
-)
-from torchrl_dvla.objectives._token_policy import TokenPolicyLoss, masked_log_ratio
 
 __all__ = ["GRPOLoss"]
 
@@ -30,8 +26,23 @@ RatioLevel = Literal["token", "sequence", "sequence_mean"]
 Importance = Literal["behavior", "decoupled"]
 KLEstimator = Literal["k2", "k3", "exact"]
 
+#: Who writes what the loss reads, for the error of an entry that is missing.
+_WRITERS = {
+    "action": "The policy writes it while collecting",
+    "sample_log_prob": (
+        "The policy writes it while collecting if it was built with log_probs_mode='token'"
+    ),
+    "advantage": "Group assembly writes it, see torchrl_dvla.functional.group_advantage",
+    "proximal_log_prob": (
+        "Call loss.write_proximal_log_prob(batch) on every batch before its first optimiser step, "
+        "or use importance='behavior'"
+    ),
+    "ref_log_prob": "Pass reference_network, or write the reference's log-probabilities beforehand",
+    "weight": "It was asked for by set_keys(weight=...); set_keys(weight=None) turns it off",
+}
 
-class GRPOLoss(TokenPolicyLoss):
+
+class GRPOLoss(LossModule):
     r"""Clipped, critic-free policy loss over action tokens.
 
     For executed tokens :math:`a` of a decision with group-relative advantage :math:`A` and
@@ -146,6 +157,13 @@ class GRPOLoss(TokenPolicyLoss):
 
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
+    actor_network: TensorDictModuleBase
+    actor_network_params: TensorDictParams
+    target_actor_network_params: TensorDictParams  # never made; TorchRL warns if not declared
+    reference_network: TensorDictModuleBase | None
+    reference_network_params: TensorDictParams
+    #: The learner's version, for the lag metrics; set it after each publish.
+    version: int | None = None
     _schedulable_buffers = frozenset(
         {"clip_epsilon_low", "clip_epsilon_high", "entropy_coeff", "kl_to_ref_coeff"}
     )
@@ -165,14 +183,23 @@ class GRPOLoss(TokenPolicyLoss):
         kl_estimator: KLEstimator = "k3",
         reference_network: TensorDictModuleBase | None = None,
     ) -> None:
-        check_actor(actor_network)
-        clip_low, clip_high = check_clip(clip_epsilon, dual_clip, behavior_weight_cap)
-        check_choice("ratio_level", ratio_level, get_args(RatioLevel))
-        check_choice("importance", importance, get_args(Importance))
-        check_choice("reduction", reduction, get_args(F.Reduction))
-        check_choice("kl_estimator", kl_estimator, get_args(KLEstimator))
-        check_reference(actor_network, reference_network, kl_to_ref_coeff, kl_estimator)
-        super().__init__(actor_network, reference_network)
+        _check_actor(actor_network)
+        clip_low, clip_high = _check_clip(clip_epsilon, dual_clip, behavior_weight_cap)
+        _check_choice("ratio_level", ratio_level, get_args(RatioLevel))
+        _check_choice("importance", importance, get_args(Importance))
+        _check_choice("reduction", reduction, get_args(F.Reduction))
+        _check_choice("kl_estimator", kl_estimator, get_args(KLEstimator))
+        _check_reference(actor_network, reference_network, kl_to_ref_coeff, kl_estimator)
+        super().__init__()
+        self._in_keys: list[NestedKey] | None = None
+        self._out_keys: list[NestedKey] | None = None
+        self.convert_to_functional(actor_network, "actor_network")
+        # Kept out of _modules, and its weights registered as buffers: an optimiser built on
+        # loss.parameters() must never see them, yet loss.to(device) must move them.
+        self.__dict__["reference_network"] = reference_network
+        if reference_network is not None:
+            params = TensorDict.from_module(reference_network).data
+            self.reference_network_params = TensorDictParams(params, no_convert=True)
         self.dual_clip = dual_clip
         self.ratio_level = ratio_level
         self.importance = importance
@@ -190,25 +217,45 @@ class GRPOLoss(TokenPolicyLoss):
         ):
             self.register_buffer(name, torch.tensor(float(value), device=device))
 
-    def _list_in_keys(self) -> list[NestedKey]:
-        keys = self.tensor_keys
-        wanted = [keys.action, keys.sample_log_prob, keys.advantage, keys.pad_mask]
-        wanted.append(keys.policy_version)
-        if self.importance == "decoupled":
-            wanted.append(keys.proximal_log_prob)
-        if self._use_kl and self.reference_network is None:
-            wanted.append(keys.ref_log_prob)
-        if keys.weight is not None:
-            wanted.append(keys.weight)
-        return [*self.actor_network.in_keys, *wanted]
+    # -- keys ------------------------------------------------------------------------------------
+    def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
+        self._in_keys = None  # set_keys ends here: what it changed must be listed again
 
-    def _list_out_keys(self) -> list[NestedKey]:
-        keys = ["loss_objective"]
-        keys += ["loss_entropy"] if self._use_entropy else []
-        keys += ["loss_kl", "kl_to_ref"] if self._use_kl else []
-        keys += ["behavior_weight"] if self.importance == "decoupled" else []
-        keys += ["kl_approx", "clip_fraction", "entropy", "ESS", "max_ratio"]
-        return [*keys, "advantage_mean", "advantage_std"]
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Entries that are read, optional ones included."""
+        if self._in_keys is None:
+            keys = self.tensor_keys
+            wanted = [keys.action, keys.sample_log_prob, keys.advantage, keys.pad_mask]
+            wanted.append(keys.policy_version)
+            if self.importance == "decoupled":
+                wanted.append(keys.proximal_log_prob)
+            if self._use_kl and self.reference_network is None:
+                wanted.append(keys.ref_log_prob)
+            if keys.weight is not None:
+                wanted.append(keys.weight)
+            self._in_keys = list(dict.fromkeys([*self.actor_network.in_keys, *wanted]))
+        return self._in_keys
+
+    @in_keys.setter
+    def in_keys(self, values: list[NestedKey]) -> None:
+        self._in_keys = values
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """Entries that are always written."""
+        if self._out_keys is None:
+            self._out_keys = ["loss_objective"]
+            self._out_keys += ["loss_entropy"] if self._use_entropy else []
+            self._out_keys += ["loss_kl", "kl_to_ref"] if self._use_kl else []
+            self._out_keys += ["behavior_weight"] if self.importance == "decoupled" else []
+            self._out_keys += ["kl_approx", "clip_fraction", "entropy", "ESS", "max_ratio"]
+            self._out_keys += ["advantage_mean", "advantage_std"]
+        return self._out_keys
+
+    @out_keys.setter
+    def out_keys(self, values: list[NestedKey]) -> None:
+        self._out_keys = values
 
     # -- the loss --------------------------------------------------------------------------------
     @dispatch
@@ -236,12 +283,12 @@ class GRPOLoss(TokenPolicyLoss):
         tokens = self._get(tensordict, "action")
         behavior = self._get(tensordict, "sample_log_prob")
         advantage = self._get(tensordict, "advantage")
-        check_shapes(tokens, behavior, advantage)
+        _check_shapes(tokens, behavior, advantage)
         mask = self._mask(tensordict, tokens)
         dist = self._dist(tensordict, self.actor_network, self.actor_network_params)
         log_prob = dist.log_prob(tokens)
 
-        token_log_ratio = masked_log_ratio(log_prob, behavior, mask)
+        token_log_ratio = _masked_log_ratio(log_prob, behavior, mask)
         behavior_log_ratio = self._to_level(token_log_ratio, mask)
         level_mask = self._level_mask(mask)
         row_weight = self._row_weight(tensordict)
@@ -260,8 +307,8 @@ class GRPOLoss(TokenPolicyLoss):
         trust_log_ratio, weight = behavior_log_ratio, None
         if self.importance == "decoupled":
             proximal = self._get(tensordict, "proximal_log_prob")
-            trust_log_ratio = self._to_level(masked_log_ratio(log_prob, proximal, mask), mask)
-            proximal_log_ratio = self._to_level(masked_log_ratio(proximal, behavior, mask), mask)
+            trust_log_ratio = self._to_level(_masked_log_ratio(log_prob, proximal, mask), mask)
+            proximal_log_ratio = self._to_level(_masked_log_ratio(proximal, behavior, mask), mask)
             weight = F.behavior_weight(proximal_log_ratio, cap=self.behavior_weight_cap)
             out["behavior_weight"] = F.masked_mean(weight, level_mask)
         gain = F.clipped_surrogate(
@@ -330,3 +377,232 @@ class GRPOLoss(TokenPolicyLoss):
         if self.ratio_level == "token":
             return values
         return F.masked_mean(values, mask, dim=(-2, -1))[..., None, None]
+
+    # -- reading a batch -------------------------------------------------------------------------
+    def _get(self, tensordict: TensorDictBase, name: str) -> torch.Tensor:
+        key = getattr(self.tensor_keys, name)
+        value = tensordict.get(key, None)
+        if value is None:
+            raise KeyError(
+                f"the batch must hold {name} under {key!r}, got {_leaves(tensordict)}. "
+                f"{_WRITERS[name]}."
+            )
+        return value
+
+    def _mask(self, tensordict: TensorDictBase, tokens: torch.Tensor) -> torch.Tensor:
+        """Boolean ``[*B, chunk, A]``, ``True`` = the token was executed and counts."""
+        pad = tensordict.get(self.tensor_keys.pad_mask, None)
+        if pad is None:
+            mask = torch.ones_like(tokens, dtype=torch.bool)
+        else:
+            if pad.shape != tokens.shape[:-1]:
+                raise ValueError(
+                    f"{self.tensor_keys.pad_mask!r} must have shape {list(tokens.shape[:-1])} "
+                    f"(one flag per env step of the chunk), got {list(pad.shape)}. Is the "
+                    "environment's chunk size that of the policy?"
+                )
+            mask = F.executed_mask(pad, tokens.shape[-1])
+        # Padding that TorchRL's own samplers leave behind, see LossModule.loss_mask_key.
+        for key in self._loss_mask_keys():
+            valid = tensordict.get(key, None)
+            if valid is not None:
+                valid = valid.reshape(*tokens.shape[:-2], 1, 1)
+                mask = mask & valid
+        return mask
+
+    def _row_weight(self, tensordict: TensorDictBase) -> torch.Tensor | None:
+        if self.tensor_keys.weight is None:
+            return None
+        return self._get(tensordict, "weight").unsqueeze(-1)
+
+    def _policy_lag(self, tensordict: TensorDictBase) -> dict[str, torch.Tensor]:
+        stamped = tensordict.get(self.tensor_keys.policy_version, None)
+        if self.version is None or stamped is None:
+            return {}
+        lag = (self.version - stamped).float()
+        return {"policy_lag_mean": lag.mean(), "policy_lag_max": lag.max()}
+
+    # -- running a policy ------------------------------------------------------------------------
+    def _dist(
+        self,
+        tensordict: TensorDictBase,
+        network: TensorDictModuleBase,
+        params: TensorDictParams,
+    ) -> d.Distribution:
+        """Distribution of the single tokens ``[*B, chunk, A]``, from one forward of *network*."""
+        # Only what the policy declares to read, and its token mask. Logits that were stored while
+        # collecting must not get through: get_dist would take them for its own, and the loss would
+        # have no gradient.
+        keys = list(network.in_keys)
+        mask_key = getattr(getattr(network, "tensor_keys", None), "action_mask", None)
+        if mask_key is not None and tensordict.get(mask_key, None) is not None:
+            keys.append(mask_key)
+        try:
+            inputs = tensordict.select(*keys)
+        except KeyError as error:
+            raise KeyError(
+                f"the batch must hold the policy's inputs {network.in_keys}, got "
+                f"{_leaves(tensordict)}. Environment workers write observations; sampling the "
+                "buffer rebuilds the instruction from its id."
+            ) from error
+        with params.to_module(network, preserve_module_state=False):
+            dist = network.get_dist(inputs)
+        while isinstance(dist, d.Independent):  # log_probs_mode="sequence" sums over the chunk
+            dist = dist.base_dist
+        return dist
+
+    @torch.no_grad()
+    def write_proximal_log_prob(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Make the present policy the proximal one for these decisions (``"decoupled"``).
+
+        Call it before the first optimiser step on the data, once for all of its epochs.
+
+        Args:
+            tensordict (TensorDictBase): decisions ``[*B]``.
+
+        Returns:
+            TensorDictBase: *tensordict*, with ``proximal_log_prob`` ``[*B, chunk, A]``.
+        """
+        dist = self._dist(tensordict, self.actor_network, self.actor_network_params)
+        log_prob = dist.log_prob(self._get(tensordict, "action"))
+        return tensordict.set(self.tensor_keys.proximal_log_prob, log_prob)
+
+    def _kl_to_ref(
+        self,
+        tensordict: TensorDictBase,
+        dist: d.Distribution,
+        log_prob: torch.Tensor,
+        tokens: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Divergence of the learner's policy from the reference ``[*B, chunk, A]``."""
+        if self.reference_network is None:
+            ref_log_prob = self._get(tensordict, "ref_log_prob")
+        else:
+            with torch.no_grad():
+                ref_dist = self._dist(
+                    tensordict, self.reference_network, self.reference_network_params
+                )
+            if self.kl_estimator == "exact":
+                return d.kl_divergence(dist, ref_dist)
+            ref_log_prob = ref_dist.log_prob(tokens)
+        # The estimators want log p - log q for tokens drawn from q, the learner's policy.
+        log_ratio = -_masked_log_ratio(log_prob, ref_log_prob, mask)
+        return F.kl_k2(log_ratio) if self.kl_estimator == "k2" else F.kl_k3(log_ratio)
+
+
+def _leaves(tensordict: TensorDictBase) -> list[NestedKey]:
+    return list(tensordict.keys(include_nested=True, leaves_only=True))
+
+
+def _masked_log_ratio(
+    log_prob: torch.Tensor, other: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Log-ratios ``[*B, chunk, A]``; zero where masked, whatever the padding holds."""
+    return F.log_ratio(log_prob.masked_fill(~mask, 0.0), other.masked_fill(~mask, 0.0))
+
+
+# -- refusals, so that a bad argument ends a run before it starts ----------------------------------
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse a *value* that is none of the *choices*."""
+    if value not in choices:
+        raise ValueError(
+            f"{name} must be one of {list(choices)}, got {value!r}. Leave it out for the default."
+        )
+
+
+def _check_actor(actor_network: nn.Module) -> None:
+    """Refuse a policy that has no distribution over action tokens."""
+    if not callable(getattr(actor_network, "get_dist", None)):
+        raise ValueError(
+            "actor_network must have a get_dist method that returns a distribution over action "
+            f"tokens, got {type(actor_network).__name__}. Pass a torchrl VLAWrapperBase with "
+            "action_head='tokens'."
+        )
+    head = getattr(actor_network, "action_head", "tokens")
+    if head != "tokens":
+        raise ValueError(
+            f"actor_network must have action_head='tokens', got {head!r}. A {head} head has no "
+            "log-probabilities to form ratios of."
+        )
+
+
+def _check_clip(
+    clip_epsilon: float | Sequence[float], dual_clip: float | None, cap: float | None
+) -> tuple[float, float]:
+    """Return ``(low, high)``, or refuse a clip range, dual clip or cap without meaning."""
+    if isinstance(clip_epsilon, Sequence):
+        if len(clip_epsilon) != 2:
+            raise ValueError(
+                f"clip_epsilon must be a number or a pair, got {clip_epsilon!r}. "
+                "Pass (low, high), for instance (0.2, 0.28)."
+            )
+        low, high = (float(value) for value in clip_epsilon)
+    else:
+        low = high = float(clip_epsilon)
+    if not 0 <= low < 1 or not high >= 0:
+        raise ValueError(
+            f"clip_epsilon must satisfy 0 <= low < 1 and high >= 0, got ({low}, {high}). Ratios "
+            "are clipped to [1 - low, 1 + high] and are never negative."
+        )
+    if dual_clip is not None and not dual_clip > 1 + high:
+        raise ValueError(
+            f"dual_clip must be greater than 1 + high = {1 + high}, got {dual_clip}. A bound "
+            "inside of the clip range would silence fresh samples; 3.0 is usual."
+        )
+    if cap is not None and not cap >= 1:
+        raise ValueError(
+            f"behavior_weight_cap must be at least 1, got {cap}. A lower cap would scale fresh "
+            "samples down; None removes it."
+        )
+    return low, high
+
+
+def _check_reference(
+    actor_network: nn.Module,
+    reference_network: nn.Module | None,
+    kl_to_ref_coeff: float | None,
+    kl_estimator: str,
+) -> None:
+    """Refuse a reference that is unused, missing, or the trained policy itself."""
+    if kl_to_ref_coeff is not None and not kl_to_ref_coeff >= 0:
+        raise ValueError(
+            f"kl_to_ref_coeff must not be negative, got {kl_to_ref_coeff}. A negative weight would "
+            "drive the policy away from its reference."
+        )
+    if reference_network is None:
+        if kl_to_ref_coeff is not None and kl_estimator == "exact":
+            raise ValueError(
+                "kl_estimator must be 'k2' or 'k3' without a reference_network, got 'exact'. The "
+                "log-probabilities of the sampled tokens do not hold the whole distribution."
+            )
+        return
+    if kl_to_ref_coeff is None:
+        raise ValueError(
+            "reference_network must come with kl_to_ref_coeff, got None. Without a weight the "
+            "reference would be run for nothing."
+        )
+    _check_actor(reference_network)
+    trained = {p.data_ptr() for p in actor_network.parameters() if p.numel()}
+    if any(p.data_ptr() in trained for p in reference_network.parameters() if p.numel()):
+        raise ValueError(
+            "reference_network must not share parameters with actor_network, got shared storage. "
+            "It would follow the training and the divergence would stay zero: pass "
+            "copy.deepcopy(policy)."
+        )
+
+
+def _check_shapes(tokens: torch.Tensor, log_prob: torch.Tensor, advantage: torch.Tensor) -> None:
+    """Refuse tokens ``[*B, chunk, A]`` with log-probabilities or advantages of another shape."""
+    if tokens.ndim < 2 or log_prob.shape != tokens.shape:
+        raise ValueError(
+            "sample_log_prob must have the shape of the tokens [*B, chunk, A], got "
+            f"{list(log_prob.shape)} for tokens {list(tokens.shape)}. Build the policy with "
+            "log_probs_mode='token': a sum over the chunk cannot leave unexecuted steps out."
+        )
+    if advantage.shape != (*tokens.shape[:-2], 1):
+        raise ValueError(
+            f"advantage must have shape {[*tokens.shape[:-2], 1]}, one value per decision, got "
+            f"{list(advantage.shape)}. A missing last dimension would pair every decision with "
+            "every advantage: use advantage.unsqueeze(-1)."
+        )

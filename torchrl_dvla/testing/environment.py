@@ -139,7 +139,7 @@ class CountingChunkEnv(EnvBase):
         self._make_specs()
         # Wrapped once: a tensordict takes 40 us to wrap a bare string, most of a decision's cost.
         self._instruction = NonTensorData(instruction)
-        # All masks a decision can end with, so that a step only has to look its own up.
+        # All masks a decision can end with, so that a step only picks one.
         steps = torch.arange(chunk_size)
         self._pads = [steps >= executed for executed in range(chunk_size + 1)]
         self._flags = (torch.zeros(1, dtype=torch.bool), torch.ones(1, dtype=torch.bool))

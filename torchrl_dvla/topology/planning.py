@@ -2,16 +2,120 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""From a cluster to a placement."""
+"""Plan of a run: its machines, and how many workers each of them carries."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+import socket
+from dataclasses import dataclass, replace
 
-from torchrl_dvla.collectors import InferenceConfig, NodePlacement, Placement, WorkerConfig
-from torchrl_dvla.topology.cluster import ClusterSpec
+import torch
 
-__all__ = ["plan_placement"]
+from torchrl_dvla.collectors import InferenceConfig, WorkerConfig
+
+__all__ = ["ClusterSpec", "NodePlacement", "NodeSpec", "Placement", "plan_placement"]
+
+
+@dataclass(frozen=True)
+class NodeSpec:
+    """One machine.
+
+    Args:
+        host (str): its name.
+        num_cores (int): cores that this process may use.
+        memory_bytes (int): main memory.
+        num_gpus (int): CUDA devices.
+    """
+
+    host: str
+    num_cores: int
+    memory_bytes: int
+    num_gpus: int = 0
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """The machines of a run; the first one learns.
+
+    Args:
+        nodes (tuple of NodeSpec): at least one.
+
+    Examples:
+        >>> cluster = ClusterSpec.local()
+        >>> len(cluster.nodes), cluster.nodes[0].num_cores >= 1
+        (1, True)
+    """
+
+    nodes: tuple[NodeSpec, ...]
+
+    def __post_init__(self) -> None:
+        if not self.nodes:
+            raise ValueError(
+                "nodes must hold at least one NodeSpec, got none. Use ClusterSpec.local()."
+            )
+
+    @classmethod
+    def local(cls) -> ClusterSpec:
+        """This machine."""
+        try:
+            num_cores = len(os.sched_getaffinity(0))
+        except AttributeError:  # not on macOS
+            num_cores = os.cpu_count() or 1
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return cls((NodeSpec(socket.gethostname(), num_cores, memory_bytes, num_gpus),))
+
+
+@dataclass(frozen=True)
+class NodePlacement:
+    """The closed sampling-inference loop of one node.
+
+    Args:
+        host (str): the node.
+        workers (WorkerConfig): its sampling lane.
+        inference (InferenceConfig): its inference lane.
+        learner (bool): whether the learner runs here.
+    """
+
+    host: str
+    workers: WorkerConfig
+    inference: InferenceConfig
+    learner: bool = False
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One loop a node, and one node with the learner.
+
+    Args:
+        nodes (tuple of NodePlacement): the nodes.
+
+    Examples:
+        >>> node = NodePlacement("localhost", WorkerConfig(), InferenceConfig(), learner=True)
+        >>> Placement((node,)).learner.host
+        'localhost'
+        >>> Placement(())
+        Traceback (most recent call last):
+        ...
+        ValueError: nodes must hold exactly one node with learner=True, got 0. Mark the node that
+        learns.
+    """
+
+    nodes: tuple[NodePlacement, ...]
+
+    def __post_init__(self) -> None:
+        num_learners = sum(node.learner for node in self.nodes)
+        if num_learners != 1:
+            raise ValueError(
+                f"nodes must hold exactly one node with learner=True, got {num_learners}. Mark the "
+                "node that learns."
+            )
+
+    @property
+    def learner(self) -> NodePlacement:
+        """The node with the learner."""
+        return next(node for node in self.nodes if node.learner)
 
 
 def plan_placement(

@@ -6,12 +6,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
+from types import SimpleNamespace
 
 import numpy as np
-import pytest
 
-from torchrl_dvla.envs.libero_meshes import cluster_faces, with_coarse_meshes
+from torchrl_dvla.envs.libero_render import cluster_faces, with_coarse_meshes
 
 
 def grid_mesh(num: int) -> tuple[np.ndarray, np.ndarray]:
@@ -25,48 +25,35 @@ def grid_mesh(num: int) -> tuple[np.ndarray, np.ndarray]:
     return vertices, faces
 
 
-def test_a_fine_grid_keeps_every_face() -> None:
+def test_a_fine_grid_keeps_every_face():
     vertices, faces = grid_mesh(3)
-    kept, places = cluster_faces(vertices, faces, 64)
-    np.testing.assert_array_equal(places, np.arange(18))
+    kept, indices = cluster_faces(vertices, faces, 64)
+    np.testing.assert_array_equal(indices, np.arange(18))
     np.testing.assert_array_equal(kept, faces)
 
 
-def test_merged_vertices() -> None:
+def test_merged_vertices():
     # 1 and 2 share a cell, and 1 is as near to its mean as 2: the first one stays
     vertices = np.array([[0.0, 0, 0], [0.95, 0, 0], [1.0, 0, 0], [0, 1.0, 0]])
     faces = np.array([[0, 1, 3], [1, 2, 3], [0, 2, 3]])
-    kept, places = cluster_faces(vertices, faces, 4)
+    kept, indices = cluster_faces(vertices, faces, 4)
     # the second face has lost a corner, the third has become the first
-    np.testing.assert_array_equal(places, [0])
+    np.testing.assert_array_equal(indices, [0])
     np.testing.assert_array_equal(kept, [[0, 1, 3]])
 
 
-@dataclasses.dataclass
-class Model:
-    """The mesh part of an mjModel: one large mesh, then a small one."""
-
-    nmesh: int
-    mesh_vertadr: np.ndarray
-    mesh_vertnum: np.ndarray
-    mesh_vert: np.ndarray
-    mesh_faceadr: np.ndarray
-    mesh_facenum: np.ndarray
-    mesh_face: np.ndarray
-    mesh_facenormal: np.ndarray
-    mesh_facetexcoord: np.ndarray
+class Model(SimpleNamespace):
+    """The mesh part of an mjModel, copied with its arrays as an mjModel is."""
 
     def __copy__(self) -> Model:
-        arrays = {f.name: np.copy(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        return Model(**{**arrays, "nmesh": self.nmesh})
+        return copy.deepcopy(self)
 
 
-@pytest.fixture
-def model() -> Model:
+def test_only_large_meshes_of_the_copy_change():
     (large, large_faces), (small, small_faces) = grid_mesh(40), grid_mesh(2)
     faces = np.concatenate([large_faces, small_faces])
     corners = np.arange(faces.size).reshape(-1, 3)
-    return Model(
+    model = Model(
         nmesh=2,
         mesh_vertadr=np.array([0, len(large)]),
         mesh_vertnum=np.array([len(large), len(small)]),
@@ -77,9 +64,6 @@ def model() -> Model:
         mesh_facenormal=corners,
         mesh_facetexcoord=corners.copy(),
     )
-
-
-def test_only_large_meshes_of_the_copy_change(model: Model) -> None:
     coarse = with_coarse_meshes(model, 200)
     assert 50 <= coarse.mesh_facenum[0] <= 200
     assert coarse.mesh_facenum[1] == 8

@@ -2,11 +2,10 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Recording the scripted expert through the environment that policies are trained in."""
+"""Demonstrations of the scripted expert in the environment that policies are trained in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,43 +20,11 @@ from torchrl_dvla.data.schema import (
     INIT_STATE_ID_KEY,
     STATE_KEY,
 )
-from torchrl_dvla.envs.expert import ExpertConfig, PickPlaceExpert
-from torchrl_dvla.envs.expert_geometry import FloatArray
-from torchrl_dvla.envs.expert_scene import ExpertScene
+from torchrl_dvla.envs.expert import ExpertConfig, ExpertScene, PickPlaceExpert
+from torchrl_dvla.envs.expert_grasp import FloatArray
 from torchrl_dvla.envs.libero_env import LiberoChunkEnv
 
-__all__ = ["ActionNoise", "LiberoExpertEnv", "chunk_labels", "record_demonstration"]
-
-
-class LiberoExpertEnv(LiberoChunkEnv):
-    """:class:`LiberoChunkEnv` that also lets a controller decide at every env step.
-
-    A scripted expert closes its loop on the simulator's state at each env step, a policy only at
-    each decision. Here the expert drives the env steps between two observations, so demonstrations
-    show the very frames a policy will see, and as few of them are rendered.
-    """
-
-    def step_with(self, controller: Callable[[], FloatArray]) -> TensorDictBase:
-        """Execute one decision, asking *controller* for the action of each env step.
-
-        Args:
-            controller (callable): returns an action ``[A]``; called ``replan_interval`` times, or
-                less where the episode ends.
-
-        Returns:
-            What :meth:`step` would write under ``"next"``.
-        """
-        success = truncated = False
-        num_executed = 0
-        while num_executed < self.replan_interval and not (success or truncated):
-            success = self._physics.env_step(np.asarray(controller(), dtype=np.float64))
-            num_executed += 1
-            self._elapsed += 1
-            truncated = self._elapsed >= (self.max_episode_steps or self._elapsed + 1)
-        pad = torch.arange(self.chunk_size) >= num_executed
-        out = self._observation(success=success, pad=pad)
-        out["done"] = torch.tensor([success or truncated])
-        return out
+__all__ = ["ActionNoise", "chunk_labels", "record_demonstration"]
 
 
 @dataclass(frozen=True)
@@ -132,7 +99,7 @@ def chunk_labels(
 
 
 def record_demonstration(
-    env: LiberoExpertEnv,
+    env: LiberoChunkEnv,
     *,
     seed: int,
     noise: ActionNoise | None = None,
@@ -145,7 +112,7 @@ def record_demonstration(
     more decisions to learn from, at the price of more frames.
 
     Args:
-        env (LiberoExpertEnv): the environment.
+        env (LiberoChunkEnv): the environment.
 
     Keyword Args:
         seed (int): decides scene, noise and the expert's second tries.
