@@ -107,7 +107,7 @@ def test_images_of_another_size_are_resized(name: str):
 def test_freezing(name: str):
     policy = small_vla(name, freeze_vision=True, freeze_language=True)
     policy.action_logits(observation()).sum().backward()
-    for module in (*policy.backbone.vision_modules, *policy.backbone.language_modules):
+    for module in (policy.backbone.vision_model, policy.backbone.language_model):
         assert all(parameter.grad is None for parameter in module.parameters())
     assert policy.query_head.queries.grad is not None
 
@@ -186,9 +186,9 @@ def test_unknown_family_lists_the_known():
 
 
 def test_a_family_can_be_added(monkeypatch: pytest.MonkeyPatch):
-    from torchrl_dvla.modules.backbones import SmolVLMBackbone, registry
+    from torchrl_dvla.modules.backbones import SmolVLMBackbone, base
 
-    monkeypatch.setattr(registry, "_BACKBONES", dict(registry._BACKBONES))
+    monkeypatch.setattr(base, "_BACKBONES", dict(base._BACKBONES))
 
     @register_backbone
     class OtherBackbone(SmolVLMBackbone):

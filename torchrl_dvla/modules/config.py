@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Everything that makes one policy differ from another, as data."""
+"""Architecture of a policy as plain data: its config and its action tokenizer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torchrl.data.vla import (
+    ActionTokenizerBase,
+    UniformActionTokenizer,
+    VocabTailActionTokenizer,
+)
 
 from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle
+from torchrl_dvla.validation import differences
 
-__all__ = ["TransformersVLAConfig"]
+__all__ = ["TransformersVLAConfig", "action_tokenizer_from_dict", "action_tokenizer_to_dict"]
 
+_NO_ARCHITECTURE = ("freeze_vision", "freeze_language", "backbone.transformers_version")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -149,7 +156,7 @@ class TransformersVLAConfig:
         return cls(**data)
 
     def differences(self, other: TransformersVLAConfig) -> list[str]:
-        """List the fields in which another config differs, as ``"name: mine != other's"``.
+        """Fields in which another config differs, see :func:`torchrl_dvla.validation.differences`.
 
         Freezing is no part of the architecture and does not count.
 
@@ -159,13 +166,7 @@ class TransformersVLAConfig:
         Returns:
             One line a difference; nested fields have dotted names.
         """
-        mine, others = _flatten(self.to_dict()), _flatten(other.to_dict())
-        ignored = ("freeze_vision", "freeze_language", "backbone.transformers_version")
-        return [
-            f"{name}: {mine.get(name)!r} != {others.get(name)!r}"
-            for name in sorted(mine.keys() | others.keys())
-            if name not in ignored and mine.get(name) != others.get(name)
-        ]
+        return differences(_flatten(self.to_dict()), _flatten(other.to_dict()))
 
 
 def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -173,7 +174,85 @@ def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in data.items():
         if isinstance(value, dict):
             flat.update(_flatten(value, f"{prefix}{name}."))
-        else:
+        elif value is not None and prefix + name not in _NO_ARCHITECTURE:
             # JSON has no tuples.
             flat[prefix + name] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def action_tokenizer_to_dict(tokenizer: ActionTokenizerBase) -> dict[str, Any]:
+    """Describe an action tokenizer in plain JSON types.
+
+    Args:
+        tokenizer (ActionTokenizerBase): a ``UniformActionTokenizer`` or
+            ``VocabTailActionTokenizer``.
+
+    Returns:
+        A dict for :func:`action_tokenizer_from_dict`.
+
+    Raises:
+        ValueError: if the class is another one.
+
+    Examples:
+        >>> from torchrl.data.vla import UniformActionTokenizer
+        >>> from torchrl_dvla.modules import action_tokenizer_to_dict
+        >>> action_tokenizer_to_dict(UniformActionTokenizer(64, low=-1.0, high=1.0))
+        {'kind': 'uniform', 'num_bins': 64, 'low': -1.0, 'high': 1.0}
+    """
+    if type(tokenizer) is UniformActionTokenizer:
+        return {
+            "kind": "uniform",
+            "num_bins": tokenizer.num_bins,
+            "low": tokenizer.low.tolist(),
+            "high": tokenizer.high.tolist(),
+        }
+    if type(tokenizer) is VocabTailActionTokenizer:
+        stats = (tokenizer.norm_low, tokenizer.norm_high, tokenizer.norm_mask)
+        low, high, mask = (None if value is None else value.tolist() for value in stats)
+        return {
+            "kind": "vocab_tail",
+            "num_bins": tokenizer.num_bins,
+            "full_vocab_size": tokenizer.full_vocab_size,
+            "norm_low": low,
+            "norm_high": high,
+            "norm_mask": mask,
+            "gripper_binarize": tokenizer.gripper_binarize,
+            "gripper_binarize_threshold": tokenizer.gripper_binarize_threshold,
+            "gripper_invert": tokenizer.gripper_invert,
+        }
+    raise ValueError(
+        "action_tokenizer must be a UniformActionTokenizer or a VocabTailActionTokenizer, got "
+        f"{type(tokenizer).__name__}. Other tokenizers cannot be stored in a checkpoint yet."
+    )
+
+
+def action_tokenizer_from_dict(data: dict[str, Any]) -> ActionTokenizerBase:
+    """Rebuild what :func:`action_tokenizer_to_dict` described.
+
+    Args:
+        data (dict): the description.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: if the kind is unknown.
+    """
+    data = dict(data)
+    kind = data.pop("kind", None)
+    if kind == "uniform":
+        low, high = torch.tensor(data["low"]), torch.tensor(data["high"])
+        return UniformActionTokenizer(int(data["num_bins"]), low=low, high=high)
+    if kind == "vocab_tail":
+        for name, dtype in (
+            ("norm_low", torch.float64),
+            ("norm_high", torch.float64),
+            ("norm_mask", torch.bool),
+        ):
+            if data.get(name) is not None:
+                data[name] = torch.tensor(data[name], dtype=dtype)
+        return VocabTailActionTokenizer(**data)
+    raise ValueError(
+        f"kind must be 'uniform' or 'vocab_tail', got {kind!r}. The checkpoint was written by "
+        "another version of torchrl_dvla."
+    )

@@ -18,27 +18,28 @@ from torch import distributions as torch_dist
 from torchrl.data.vla import ActionTokenizerBase, UniformActionTokenizer
 from torchrl.modules.vla import VLAWrapperBase
 
-from torchrl_dvla.modules.action_head import ActionQueryHead
-from torchrl_dvla.modules.action_tokenizer import (
+from torchrl_dvla.modules.action_head import ActionQueryHead, inverse_cdf_sample
+from torchrl_dvla.modules.backbones import backbone_class
+from torchrl_dvla.modules.config import (
+    TransformersVLAConfig,
     action_tokenizer_from_dict,
     action_tokenizer_to_dict,
 )
-from torchrl_dvla.modules.backbones import backbone_class
-from torchrl_dvla.modules.compatibility import CompatibilityMixin
-from torchrl_dvla.modules.config import TransformersVLAConfig
-from torchrl_dvla.modules.observation import read_images, read_instructions, read_state
-from torchrl_dvla.modules.persistence import PretrainedMixin
-from torchrl_dvla.modules.pixels import PixelNormalizer
+from torchrl_dvla.modules.policy_inputs import (
+    PixelNormalizer,
+    StateProjector,
+    read_images,
+    read_instructions,
+    read_state,
+)
 from torchrl_dvla.modules.pretrained import (
+    PretrainedMixin,
     backbone_from_dict,
     backbone_to_dict,
     resolve_backbone,
 )
-from torchrl_dvla.modules.prompt import PromptBuilder
-from torchrl_dvla.modules.sampling import inverse_cdf_sample
-from torchrl_dvla.modules.state import StateProjector
+from torchrl_dvla.modules.prompt import PromptBuilder, word_tokenizer
 from torchrl_dvla.modules.tiny import TinyBackboneConfig, initialize_tiny_
-from torchrl_dvla.modules.words import word_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["TransformersVLA"]
 
 
-class TransformersVLA(PretrainedMixin, CompatibilityMixin, VLAWrapperBase):
+class TransformersVLA(PretrainedMixin, VLAWrapperBase):
     """Vision-language-action policy with parallel decoding of a whole action chunk.
 
     Camera image(s) ``[*B, 3, h, w]``, proprioception ``[*B, S]`` and an instruction enter a

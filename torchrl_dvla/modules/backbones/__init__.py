@@ -4,15 +4,19 @@
 # LICENSE file in the root directory of this source tree.
 """Adapters that turn transformers image-text models into policy backbones."""
 
-from torchrl_dvla.modules.backbones.base import PixelStyle, PromptStyle, VLABackbone
-from torchrl_dvla.modules.backbones.paligemma import PaliGemmaBackbone
-from torchrl_dvla.modules.backbones.qwen2_5_vl import Qwen25VLBackbone
-from torchrl_dvla.modules.backbones.registry import (
+from torchrl_dvla.modules.backbones.base import (
+    PixelStyle,
+    PromptStyle,
+    VLABackbone,
     backbone_class,
     known_model_types,
     register_backbone,
 )
-from torchrl_dvla.modules.backbones.smolvlm import SmolVLMBackbone
+from torchrl_dvla.modules.backbones.families import (
+    PaliGemmaBackbone,
+    Qwen25VLBackbone,
+    SmolVLMBackbone,
+)
 
 __all__ = [
     "PaliGemmaBackbone",

@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""What a vision-language backbone must offer to become a policy."""
+"""Vision-language backbones of policies: base class, styles and registry by model type."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["PixelStyle", "PromptStyle", "VLABackbone"]
+__all__ = [
+    "PixelStyle",
+    "PromptStyle",
+    "VLABackbone",
+    "backbone_class",
+    "known_model_types",
+    "register_backbone",
+]
 
 
 @dataclass(frozen=True)
@@ -91,8 +98,7 @@ class VLABackbone(nn.Module):
     An adapter hides that: :meth:`embed_images`, :meth:`embed_tokens` and :meth:`decode` are all a
     policy needs, and everything else (prompt, padding, queries, heads) is shared.
 
-    A new family is one subclass in a file of its own, entered in the registry of
-    :mod:`torchrl_dvla.modules.backbones`.
+    A new family is one subclass, decorated with :func:`register_backbone`.
 
     Args:
         model (PreTrainedModel): the base model, without a language-modelling head.
@@ -107,6 +113,11 @@ class VLABackbone(nn.Module):
     bidirectional_prompt: ClassVar[bool] = False
     prompt_style: ClassVar[PromptStyle] = PromptStyle()
     pixel_style: ClassVar[PixelStyle] = PixelStyle()
+    #: Names of the vision tower and of the decoder in the transformers model.
+    vision_name: ClassVar[str] = "vision_tower"
+    language_name: ClassVar[str] = "language_model"
+    #: Position of the first token of the stream.
+    first_position: ClassVar[int] = 0
     #: Rows of the position ids: 1, or 3 where rotary positions have time, height and width.
     num_position_axes: ClassVar[int] = 1
 
@@ -153,24 +164,27 @@ class VLABackbone(nn.Module):
         """Number of stream tokens one image becomes."""
 
     @property
-    @abstractmethod
-    def vision_modules(self) -> list[nn.Module]:
-        """What ``freeze_vision`` freezes."""
+    def vision_model(self) -> nn.Module:
+        """The vision tower, which ``freeze_vision`` freezes."""
+        return getattr(self.model, self.vision_name)
 
     @property
-    @abstractmethod
-    def language_modules(self) -> list[nn.Module]:
-        """What ``freeze_language`` freezes."""
+    def language_model(self) -> nn.Module:
+        """The decoder, which ``freeze_language`` freezes."""
+        return getattr(self.model, self.language_name)
 
     @abstractmethod
     def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """Turn normalised pixels ``[N, 3, height, width]`` into stream tokens ``[N, T, D]``."""
 
-    @abstractmethod
     def embed_tokens(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Look up text tokens ``[B, L]`` as stream tokens ``[B, L, D]``."""
+        """Look up text tokens ``[B, L]`` as stream tokens ``[B, L, D]``.
 
-    @abstractmethod
+        A family that scales its embeddings (Gemma) does so inside the table; image features are not
+        scaled.
+        """
+        return self.language_model.embed_tokens(token_ids)
+
     def decode(
         self,
         embeddings: torch.Tensor,
@@ -179,6 +193,9 @@ class VLABackbone(nn.Module):
         num_queries: int,
     ) -> torch.Tensor:
         """Run the language model over a whole sequence at once.
+
+        The layers are called one by one, without cache, recording or mask creation:
+        ``LanguageModel.forward`` spends more time on these than a small model on arithmetic.
 
         Args:
             embeddings (torch.Tensor): the stream, ``[B, S, D]``.
@@ -190,43 +207,85 @@ class VLABackbone(nn.Module):
         Returns:
             The last ``num_queries`` hidden states after the final norm, ``[B, num_queries, D]``.
         """
+        text = self.language_model
+        positions = position_ids if self.num_position_axes > 1 else position_ids[0]
+        rotary = text.rotary_emb(embeddings, positions)
+        hidden = embeddings
+        for layer in text.layers:
+            hidden = layer(
+                hidden, attention_mask=attention_bias, position_embeddings=rotary, use_cache=False
+            )
+        return text.norm(hidden[:, -num_queries:])
 
     def image_positions(self, start: int) -> tuple[torch.Tensor, int]:
         """Return positions ``[axes, T]`` of one image from ``start`` on, and the next free one."""
         stop = start + self.num_image_tokens
         return torch.arange(start, stop).expand(self.num_position_axes, -1), stop
 
-    #: Position of the first token of the stream.
-    first_position: ClassVar[int] = 0
-
     def freeze(self, *, vision: bool = False, language: bool = False) -> None:
         """Exclude parts from training.
 
         Keyword Args:
-            vision (bool): freeze :attr:`vision_modules`.
-            language (bool): freeze :attr:`language_modules`.
+            vision (bool): freeze :attr:`vision_model`.
+            language (bool): freeze :attr:`language_model`.
         """
-        for modules, frozen in ((self.vision_modules, vision), (self.language_modules, language)):
-            if frozen:
-                for module in modules:
-                    module.requires_grad_(False)
+        if vision:
+            self.vision_model.requires_grad_(False)
+        if language:
+            self.language_model.requires_grad_(False)
 
 
-def run_decoder_layers(
-    layers: nn.ModuleList,
-    hidden: torch.Tensor,
-    attention_bias: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-) -> torch.Tensor:
-    """Run transformers decoder layers without cache, recording or mask creation.
+_BACKBONES: dict[str, type[VLABackbone]] = {}
 
-    ``LanguageModel.forward`` spends more time on these than a small model spends on arithmetic.
+
+def register_backbone(backbone: type[VLABackbone]) -> type[VLABackbone]:
+    """Enter an adapter under its ``model_types``; usable as a class decorator.
+
+    Args:
+        backbone (type): a :class:`VLABackbone` subclass.
+
+    Returns:
+        The class, unchanged.
+
+    Raises:
+        ValueError: if it names no model type.
     """
-    for layer in layers:
-        hidden = layer(
-            hidden,
-            attention_mask=attention_bias,
-            position_embeddings=position_embeddings,
-            use_cache=False,
+    if not backbone.model_types:
+        raise ValueError(
+            f"model_types must name at least one transformers model type, got () on "
+            f"{backbone.__name__}. Set the class attribute."
         )
-    return hidden
+    for model_type in backbone.model_types:
+        _BACKBONES[model_type] = backbone
+    return backbone
+
+
+def known_model_types() -> list[str]:
+    """Return the transformers model types that have an adapter, sorted.
+
+    Examples:
+        >>> from torchrl_dvla.modules.backbones import known_model_types
+        >>> known_model_types()
+        ['idefics3', 'paligemma', 'qwen2_5_vl', 'smolvlm']
+    """
+    return sorted(_BACKBONES)
+
+
+def backbone_class(model_type: str) -> type[VLABackbone]:
+    """Return the adapter of a transformers model type.
+
+    Args:
+        model_type (str): ``config.model_type`` of the backbone.
+
+    Returns:
+        The adapter class.
+
+    Raises:
+        ValueError: if no adapter is registered for it.
+    """
+    if model_type not in _BACKBONES:
+        raise ValueError(
+            f"model_type must be one of {known_model_types()}, got {model_type!r}. Write a "
+            "VLABackbone subclass for this family and pass it to register_backbone."
+        )
+    return _BACKBONES[model_type]
