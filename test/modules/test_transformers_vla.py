@@ -298,7 +298,7 @@ class TestBadInput:
             make_policy(temperature=temperature)
 
     def test_tokens_per_step(self, make_policy: Make):
-        with pytest.raises(ValueError, match="must divide action_dim=6, got 4"):
+        with pytest.raises(ValueError, match="must be a divisor of action_dim=6, got 4"):
             make_policy(tokens_per_step=4)
 
     def test_diverged_weights_are_not_sampled_from(

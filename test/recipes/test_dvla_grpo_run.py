@@ -91,14 +91,15 @@ class Run:
 
     def left_over(self):
         """Processes, temporary files and shared memory of the run that outlived it."""
-        alive = [f"/dev/shm/{name}" for name in _unused(self.named_before)]
+        alive = []
         for environ in Path("/proc").glob("[0-9]*/environ"):
             try:
                 if self.mark.encode() in environ.read_bytes().split(b"\0"):
                     alive.append((environ.parent / "cmdline").read_bytes().replace(b"\0", b" "))
             except OSError:
                 continue  # gone, or another user's
-        return alive + [str(path) for path in self.tmp.rglob("*") if path.is_file()]
+        alive += [str(path) for path in self.tmp.rglob("*") if path.is_file()]
+        return alive + [f"/dev/shm/{name}" for name in _unused(self.named_before)]
 
 
 def _state(checkpoint, component):
@@ -109,6 +110,15 @@ def _state(checkpoint, component):
 
 def _unused(known):
     """Named shared memory, beside what is known, that no process maps: nobody will free it."""
+    deadline_s = time.monotonic() + 10  # other programs of this machine make and remove names too
+    while names := _unmapped(known):
+        if time.monotonic() > deadline_s:
+            break
+        time.sleep(0.2)
+    return names
+
+
+def _unmapped(known):
     names = set(os.listdir("/dev/shm")) - known
     for maps in Path("/proc").glob("[0-9]*/maps") if names else ():
         try:

@@ -13,6 +13,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from torchrl_dvla.modules.backbones import PixelStyle
 
@@ -36,17 +37,8 @@ def read_images(
         KeyError: if one is missing.
         ValueError: if one has another size.
     """
-    expected = (3, *image_size)
-    images = []
-    for key in keys:
-        image = _required(tensordict, key)
-        if tuple(image.shape[-3:]) != expected:
-            raise ValueError(
-                f"{key} must have shape [*B, {', '.join(map(str, expected))}], got "
-                f"{tuple(image.shape)}. Render at this size (camera_height, camera_width)."
-            )
-        images.append(image)
-    return images
+    remedy = "Render at this size (camera_height, camera_width)."
+    return [_read(tensordict, key, (3, *image_size), remedy) for key in keys]
 
 
 def read_state(tensordict: TensorDictBase, key: NestedKey, state_dim: int) -> torch.Tensor:
@@ -64,13 +56,8 @@ def read_state(tensordict: TensorDictBase, key: NestedKey, state_dim: int) -> to
         KeyError: if it is missing.
         ValueError: if it has another size.
     """
-    state = _required(tensordict, key)
-    if state.shape[-1] != state_dim:
-        raise ValueError(
-            f"{key} must have shape [*B, {state_dim}], got {tuple(state.shape)}. Use the "
-            "proprioception keys the policy was trained with."
-        )
-    return state
+    remedy = "Use the proprioception keys the policy was trained with."
+    return _read(tensordict, key, (state_dim,), remedy)
 
 
 def read_instructions(tensordict: TensorDictBase, key: NestedKey, num_rows: int) -> list[str]:
@@ -88,11 +75,11 @@ def read_instructions(tensordict: TensorDictBase, key: NestedKey, num_rows: int)
         KeyError: if they are missing.
         ValueError: if there are too few or too many.
     """
-    data = _required(tensordict, key)
+    data = _read(tensordict, key)
     data = data.tolist() if hasattr(data, "tolist") else data
     if isinstance(data, str):
         return [data] * num_rows
-    instructions = _flatten(data)
+    instructions = tree_leaves(data)
     if len(instructions) != num_rows:
         raise ValueError(
             f"{key} must hold {num_rows} instructions as there are images, got "
@@ -101,20 +88,21 @@ def read_instructions(tensordict: TensorDictBase, key: NestedKey, num_rows: int)
     return instructions
 
 
-def _required(tensordict: TensorDictBase, key: NestedKey) -> Any:
+def _read(
+    tensordict: TensorDictBase, key: NestedKey, shape: tuple[int, ...] = (), remedy: str = ""
+) -> Any:
     value = tensordict.get(key, None)
     if value is None:
         raise KeyError(
             f"{key} is missing: an environment that speaks the VLA schema writes it, and a batch "
             f"from a replay buffer has it too. Found {sorted(map(str, tensordict.keys(True)))}."
         )
+    if shape and tuple(value.shape[-len(shape) :]) != shape:
+        raise ValueError(
+            f"{key} must have shape [*B, {', '.join(map(str, shape))}], got {tuple(value.shape)}. "
+            f"{remedy}"
+        )
     return value
-
-
-def _flatten(data: Any) -> list[str]:
-    if isinstance(data, str):
-        return [data]
-    return [string for item in data for string in _flatten(item)]
 
 
 class PixelNormalizer(nn.Module):

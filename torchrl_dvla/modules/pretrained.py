@@ -19,14 +19,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle, backbone_class
@@ -39,13 +40,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = [
-    "BackboneParts",
-    "PretrainedMixin",
-    "backbone_from_dict",
-    "backbone_to_dict",
-    "resolve_backbone",
-]
+__all__ = ["PretrainedMixin", "backbone_from_dict", "backbone_to_dict", "resolve_backbone"]
 
 _CONFIG = "config.json"
 _TOKENIZER = "tokenizer"
@@ -71,51 +66,45 @@ class PretrainedMixin(nn.Module):
         Raises:
             RuntimeError: if the folder cannot be written.
         """
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-        except OSError as error:
-            raise RuntimeError(
-                f"folder must be writable, got {str(folder)!r} ({error.strerror}). Choose another "
-                "output folder or mend its permissions."
-            ) from error
-        try:
-            draft = scratch / "weights"
-            # Parameters may be views on shared memory, or tied: the file must own its bytes.
-            tensors = {
-                name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-                for name, tensor in self.state_dict().items()
-            }
-            save_file(tensors, str(draft), metadata={"format": "pt"})
-            checksum = _checksum(draft)
-            name = f"weights-{checksum}.safetensors"
-            data = {
-                "architecture": type(self).__name__,
-                "format_version": _FORMAT_VERSION,
-                "config": self.config.to_dict(),
-                "weights": {"file": name, "num_bytes": draft.stat().st_size, "crc32": checksum},
-            }
-            (scratch / _CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-            self.tokenizer.save_pretrained(str(scratch / _TOKENIZER))
-
-            (folder / _TOKENIZER).mkdir(exist_ok=True)
-            for file in sorted((scratch / _TOKENIZER).iterdir()):
-                _move(file, folder / _TOKENIZER / file.name)
-            _move(draft, folder / name)
-            _move(scratch / _CONFIG, folder / _CONFIG)
-            for old in folder.glob("weights-*.safetensors"):
-                if old.name != name:
-                    old.unlink(missing_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
+                self._write(folder, Path(scratch))
         except OSError as error:
             raise RuntimeError(
                 f"the checkpoint could not be written to {str(folder)!r} ({error}). Free some disk "
-                "space or choose another folder; the previous checkpoint there is untouched."
+                "space, mend the folder's permissions or choose another one; a previous checkpoint "
+                "there is untouched."
             ) from error
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _write(self, folder: Path, scratch: Path) -> None:
+        draft = scratch / "weights"
+        # Parameters may be views on shared memory, or tied: the file must own its bytes.
+        tensors = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in self.state_dict().items()
+        }
+        save_file(tensors, str(draft), metadata={"format": "pt"})
+        checksum = _checksum(draft)
+        weights = f"weights-{checksum}.safetensors"
+        data = {
+            "architecture": type(self).__name__,
+            "format_version": _FORMAT_VERSION,
+            "config": self.config.to_dict(),
+            "weights": {"file": weights, "num_bytes": draft.stat().st_size, "crc32": checksum},
+        }
+        (scratch / _CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        self.tokenizer.save_pretrained(str(scratch / _TOKENIZER))
+
+        (folder / _TOKENIZER).mkdir(exist_ok=True)
+        for file in sorted((scratch / _TOKENIZER).iterdir()):
+            _move(file, folder / _TOKENIZER / file.name)
+        _move(draft, folder / weights)
+        _move(scratch / _CONFIG, folder / _CONFIG)
+        for old in folder.glob("weights-*.safetensors"):
+            if old.name != weights:
+                old.unlink(missing_ok=True)
 
     @classmethod
     def from_pretrained(
@@ -149,12 +138,12 @@ class PretrainedMixin(nn.Module):
         from transformers.initialization import no_init_weights
 
         config, weights = _read_folder(Path(folder), cls.__name__)
-        overrides = {
-            "freeze_vision": freeze_vision,
-            "freeze_language": freeze_language,
-            "dtype": dtype,
-        }
-        given = {name: value for name, value in overrides.items() if value is not None}
+        overrides = (
+            ("freeze_vision", freeze_vision),
+            ("freeze_language", freeze_language),
+            ("dtype", dtype),
+        )
+        given = {name: value for name, value in overrides if value is not None}
         _require_file(folder, f"{_TOKENIZER}/tokenizer_config.json")
         tokenizer = AutoTokenizer.from_pretrained(
             str(Path(folder) / _TOKENIZER), local_files_only=True, trust_remote_code=False
@@ -203,9 +192,6 @@ def _read_folder(
     folder: Path, architecture: str
 ) -> tuple[TransformersVLAConfig, dict[str, torch.Tensor]]:
     """Config, and weights by name after comparing them with their checksum."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     data = _read_config(folder, architecture)
     entry = data["weights"]
     path = _require_file(folder, entry["file"])
@@ -232,10 +218,6 @@ def _read_folder(
 
 
 def _read_config(folder: Path, architecture: str) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"folder must be an existing checkpoint folder, got {str(folder)!r}. Check the path."
-        )
     path = _require_file(folder, _CONFIG)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -243,10 +225,11 @@ def _read_config(folder: Path, architecture: str) -> dict[str, Any]:
         raise ValueError(
             f"{path} must be valid JSON, got an error: {error}. The file is damaged: {_COPY_AGAIN}."
         ) from error
-    found = data.get("architecture") if isinstance(data, dict) else None
+    data = data if isinstance(data, dict) else {}
+    found = data.get("architecture")
     if found != architecture:
         remedy = f"Load it with {found}.from_pretrained."
-        if found is None and isinstance(data, dict) and "model_type" in data:
+        if "model_type" in data:
             remedy = (
                 f"It is a transformers checkpoint of type {data['model_type']!r}: pass it to "
                 f"{architecture}.from_backbone."
@@ -268,9 +251,10 @@ def _read_config(folder: Path, architecture: str) -> dict[str, Any]:
 def _require_file(folder: str | os.PathLike[str], name: str) -> Path:
     path = Path(folder) / name
     if not path.is_file():
-        found = sorted(entry.name for entry in Path(folder).iterdir())[:8]
+        found = sorted(entry.name for entry in Path(folder).glob("*"))[:8]
         raise FileNotFoundError(
-            f"folder must contain {name}, got {str(folder)!r} with {found}: {_COPY_AGAIN}."
+            f"folder must contain {name}, got {str(folder)!r} with {found or 'nothing'}. Check the "
+            f"path, or {_COPY_AGAIN}."
         )
     return path
 
@@ -343,26 +327,14 @@ def backbone_from_dict(data: dict[str, Any], *, dtype: torch.dtype) -> PreTraine
     return AutoModel.from_config(config, dtype=dtype, attn_implementation=_attention(config))
 
 
-class BackboneParts(NamedTuple):
-    """What a source of backbones settles."""
-
-    config: PreTrainedConfig
-    #: None where the weights are still to be drawn.
-    model: PreTrainedModel | None
-    tokenizer: PreTrainedTokenizerBase
-    prompt_style: PromptStyle
-    pixel_style: PixelStyle
-    bidirectional_prompt: bool
-
-
 def resolve_backbone(
     source: str | os.PathLike[str] | PreTrainedConfig | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     instructions: Iterable[str] | None,
     dtype: torch.dtype,
     hub_kwargs: dict[str, Any],
-) -> BackboneParts:
-    """Find config, weights, tokenizer and habits of a backbone.
+) -> tuple[PreTrainedConfig, PreTrainedModel | None, PreTrainedTokenizerBase, dict[str, Any]]:
+    """Config, weights, tokenizer and input style of a backbone.
 
     Args:
         source (str, path, PreTrainedConfig or PreTrainedModel): a hub id or local folder for
@@ -374,27 +346,25 @@ def resolve_backbone(
         hub_kwargs (dict): passed on to transformers, e.g. ``revision``.
 
     Returns:
-        The parts.
+        The transformers config, the model (``None`` where the weights are still to be drawn), the
+        tokenizer, and ``prompt_style``, ``pixel_style`` and ``bidirectional_prompt`` of
+        :class:`TransformersVLAConfig`.
 
     Raises:
         ValueError: if there is no adapter for the model type, or no tokenizer.
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-    model: PreTrainedModel | None = None
-    if isinstance(source, PreTrainedConfig):
-        config = source
-        pixel_style = backbone_class(config.model_type).pixel_style
-    elif isinstance(source, PreTrainedModel):
-        model, config = source, source.config
-        pixel_style = backbone_class(config.model_type).pixel_style
-    else:
+    model = source if isinstance(source, PreTrainedModel) else None
+    is_path = model is None and not isinstance(source, PreTrainedConfig)
+    if is_path:
         config = AutoConfig.from_pretrained(source, **hub_kwargs)
-        pixel_style = _pixel_style(
-            source, backbone_class(config.model_type).pixel_style, **hub_kwargs
-        )
-        if tokenizer is None and instructions is None:
-            tokenizer = AutoTokenizer.from_pretrained(source, **hub_kwargs)
+    else:
+        config = source if model is None else model.config
+    family = backbone_class(config.model_type)
+    pixel_style, prompt_style = family.pixel_style, family.prompt_style
+    if is_path:
+        pixel_style = _pixel_style(source, pixel_style, **hub_kwargs)
         model = AutoModel.from_pretrained(
             source,
             config=config,
@@ -402,18 +372,21 @@ def resolve_backbone(
             attn_implementation=_attention(config),
             **hub_kwargs,
         )
-    family = backbone_class(config.model_type)
-    prompt_style = family.prompt_style
     if instructions is not None:
         tokenizer, prompt_style = word_tokenizer(instructions), PromptStyle()
+    elif tokenizer is None and is_path:
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub_kwargs)
     if tokenizer is None:
         raise ValueError(
             "tokenizer must be given where source is a config or a model, got None. Pass "
             "tokenizer=AutoTokenizer.from_pretrained(...) or instructions=[...]."
         )
-    return BackboneParts(
-        config, model, tokenizer, prompt_style, pixel_style, family.bidirectional_prompt
-    )
+    style = {
+        "prompt_style": prompt_style,
+        "pixel_style": pixel_style,
+        "bidirectional_prompt": family.bidirectional_prompt,
+    }
+    return config, model, tokenizer, style
 
 
 def _attention(config: PreTrainedConfig) -> str:

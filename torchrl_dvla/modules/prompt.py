@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Prompt", "PromptBuilder", "word_tokenizer"]
 
-PAD_TOKEN = "<pad>"
-UNKNOWN_TOKEN = "<unk>"
+_PAD, _UNKNOWN = "<pad>", "<unk>"
 
 #: Attention biases of more elements than this are built anew at each call.
 _MAX_CACHED_BIAS = 2**16
@@ -251,15 +250,15 @@ def word_tokenizer(instructions: Iterable[str]) -> PreTrainedTokenizerFast:
             "instructions must contain at least one word, got none. Pass the task descriptions "
             "the policy will be asked to follow."
         )
-    vocabulary = {PAD_TOKEN: 0, UNKNOWN_TOKEN: 1}
+    vocabulary = {_PAD: 0, _UNKNOWN: 1}
     for word in sorted(words):
         vocabulary[word] = len(vocabulary)
-    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=UNKNOWN_TOKEN))
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=_UNKNOWN))
     tokenizer.normalizer = lowercase
     tokenizer.pre_tokenizer = split
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token=PAD_TOKEN,
-        unk_token=UNKNOWN_TOKEN,
+        pad_token=_PAD,
+        unk_token=_UNKNOWN,
         model_input_names=["input_ids", "attention_mask"],
     )
