@@ -56,7 +56,7 @@ def _load(path, **components):
 
 
 def _updates(folder):
-    return [int(path.name.rpartition("-")[2]) for path in RunCheckpoints(folder).checkpoints()]
+    return sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("update-*"))
 
 
 def _visible(folder):
@@ -187,12 +187,13 @@ def _save_until(folder, update, point):
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize("before", [[10], [9], [9, 12]], ids=str)
-def test_a_save_killed_at_any_point_leaves_a_whole_checkpoint(tmp_path, before):
+@pytest.mark.parametrize("before", [[10], [9, 12]], ids=str)
+def test_a_save_killed_at_any_point_leaves_a_whole_checkpoint(tmp_path, monkeypatch, before):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power cut here
+    for update in before:
+        _save(tmp_path / "before", update, "old")
     for point in range(500):
-        folder = tmp_path / str(point)
-        for update in before:
-            _save(folder, update, "old")
+        folder = shutil.copytree(tmp_path / "before", tmp_path / str(point))
         was_killed = _save_until(folder, 10, point)
         assert _load(RunCheckpoints(folder).latest()) in ("old", "new")
         if not was_killed:
@@ -273,13 +274,6 @@ def test_another_architecture_is_refused_and_nothing_is_copied(checkpoint):
     assert torch.equal(wider[1].bias, before)
     with pytest.raises(CheckpointError, match=r"'weight' is missing; .*'0\.weight' is unknown"):
         _load(checkpoint, policy=nn.Linear(2, 1))
-
-
-def test_a_lazy_policy_takes_the_saved_shapes(tmp_path):
-    path = RunCheckpoints(tmp_path, policy=nn.Linear(3, 2)).save(1)
-    policy = nn.LazyLinear(2)
-    _load(path, policy=policy)
-    assert policy.weight.shape == (2, 3)
 
 
 def test_keep_last_must_be_positive(tmp_path):

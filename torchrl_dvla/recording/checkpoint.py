@@ -82,10 +82,6 @@ class RunCheckpoints:
         adapter = _PretrainedFolder if is_pretrained else _StateFile
         self._checkpoint.register(name, component, adapter=adapter(self._digests))
 
-    def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        return list(self._rotation.checkpoints())
-
     def latest(self) -> Path | None:
         """The complete checkpoint of the most updates, or ``None``."""
         return self._rotation.latest()
@@ -260,16 +256,10 @@ class _StateFile(_DigestedAdapter):
 
 def _require_same_shapes(module: torch.nn.Module, state: Mapping[str, Any]) -> None:
     """Raise before anything is copied; ``load_state_dict`` would have copied what fits."""
-
-    def shapes(tensors: Mapping[str, Any]) -> dict[str, str]:
-        # A lazy parameter takes any shape.
-        return {
-            name: "lazy" if torch.nn.parameter.is_lazy(value) else str(list(value.shape))
-            for name, value in tensors.items()
-        }
-
-    own = shapes(module.state_dict())
-    saved = {name: "lazy" if own.get(name) == "lazy" else s for name, s in shapes(state).items()}
+    own, saved = (
+        {name: list(tensor.shape) for name, tensor in tensors.items()}
+        for tensors in (module.state_dict(), state)
+    )
     problems = differences(own, saved)
     if problems:
         raise ValueError(
