@@ -383,8 +383,10 @@ def test_a_resumed_collector_begins_unfinished_groups_anew(make_collector):
     first.start()
     for _ in first.replay_buffer:
         pass
-    first.shutdown()
     state = first.state_dict()
+    first.shutdown()
+    with pytest.raises(RuntimeError, match=r"state_dict\(\) must be called before shutdown"):
+        first.state_dict()
     reopened = list(state["queue"]["reopened"])
     second = make_collector()
     second.load_state_dict(state)

@@ -397,7 +397,15 @@ class DVLACollector(BaseCollector):
         All of it is of one instant, although collection goes on: each group is either stored in the
         buffer or among those that a resumed run begins anew. The learner calls it, between two
         minibatches; see ``replay_buffer.state_dict()``.
+
+        Raises:
+            RuntimeError: after :meth:`shutdown`, which freed the stored rows.
         """
+        if self._closed:
+            raise RuntimeError(
+                "state_dict() must be called before shutdown(), which frees the stored rows. Save "
+                "the checkpoint first."
+            )
         self._updater.finish()  # raises: weights that were refused are not worth keeping
         with self._queue.consistent:
             return OrderedDict(

@@ -157,12 +157,12 @@ class VLABackbone(nn.Module):
         """Number of stream tokens one image becomes."""
 
     @property
-    def vision_model(self) -> nn.Module:
+    def vision_model(self) -> PreTrainedModel:
         """The vision tower, which ``freeze_vision`` freezes."""
         return getattr(self.model, self.vision_name)
 
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> PreTrainedModel:
         """The decoder, which ``freeze_language`` freezes."""
         return getattr(self.model, self.language_name)
 

@@ -138,12 +138,9 @@ class PretrainedMixin(nn.Module):
         from transformers.initialization import no_init_weights
 
         config, weights = _read_folder(Path(folder), cls.__name__)
-        overrides = (
-            ("freeze_vision", freeze_vision),
-            ("freeze_language", freeze_language),
-            ("dtype", dtype),
-        )
-        given = {name: value for name, value in overrides if value is not None}
+        given: dict[str, Any] = {"freeze_vision": freeze_vision, "freeze_language": freeze_language}
+        given["dtype"] = dtype
+        given = {name: value for name, value in given.items() if value is not None}
         _require_file(folder, f"{_TOKENIZER}/tokenizer_config.json")
         tokenizer = AutoTokenizer.from_pretrained(
             str(Path(folder) / _TOKENIZER), local_files_only=True, trust_remote_code=False
