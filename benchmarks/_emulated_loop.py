@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from _small_policy import make_small_policy
 from tensordict import TensorDictBase
 from torchrl.modules.vla import TinyVLA
 
@@ -31,6 +30,7 @@ from torchrl_dvla.collectors import (
     WorkerConfig,
 )
 from torchrl_dvla.data import PooledReplayBuffer
+from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.testing import CountingChunkEnv, Latency, emulate_latency
 
 __all__ = ["Loop", "Mix", "Repeat", "running"]
@@ -144,7 +144,7 @@ def make_env(mix: Mix, draws: Draws) -> Any:
 
 
 def make_policy(mix: Mix) -> TinyVLA:
-    policy = make_small_policy()
+    policy = tiny_token_policy(2, 4, vocab_size=8, hidden_dim=16)
     if mix.infer_s:
         emulate_latency(policy, Latency(mix.infer_s, per_row_s=mix.infer_row_s))
     return policy

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from tensordict import NonTensorStack, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torchrl.data.vla import UniformActionTokenizer
 from torchrl.envs import (
     Compose,
     EnvBase,
@@ -32,6 +31,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules.vla import TinyVLA
 
 from torchrl_dvla.envs import ToyChunkEnv
+from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.objectives import GRPOLoss
 
 ACTION_DIM, CHUNK_SIZE, IMAGE_SIZE, MAX_DECISIONS = 2, 4, 16, 6
@@ -119,17 +119,7 @@ def make_rival_env(
 def make_policy() -> TinyVLA:
     """A policy whose lazy layers are there; it samples where the context asks for it."""
     torch.manual_seed(0)
-    policy = TinyVLA(
-        action_dim=ACTION_DIM,
-        chunk_size=CHUNK_SIZE,
-        action_head="tokens",
-        vocab_size=64,
-        hidden_dim=128,
-        output_mode="both",
-        log_probs_mode="token",
-        return_vla_action_container=False,
-        action_tokenizer=UniformActionTokenizer(64, low=-1.0, high=1.0),
-    )
+    policy = tiny_token_policy(ACTION_DIM, CHUNK_SIZE, vocab_size=64, hidden_dim=128)
     with torch.no_grad():
         policy(observations(1))
     return policy

@@ -43,11 +43,11 @@ from typing import Any
 import numpy as np
 import torch
 from _machine import machine, paired_ratio, spread
-from _small_policy import make_small_policy
 from tensordict import TensorDictBase
 
 from torchrl_dvla.collectors import DVLACollector, GroupConfig, WorkerConfig
 from torchrl_dvla.data import PooledReplayBuffer
+from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.testing import CountingChunkEnv
 
 NUM_WORKERS, STEP_S, STEP_TIMEOUT_S = 4, 0.05, 1.5
@@ -153,7 +153,7 @@ def main() -> None:
     args = parser.parse_args()
     num_repeats, phase_s = (2, 10.0) if args.quick else (5, 25.0)
     torch.manual_seed(0)
-    policy = make_small_policy()
+    policy = tiny_token_policy(2, 4, vocab_size=8, hidden_dim=16)
     with tempfile.TemporaryDirectory() as folder:
         make_env = make_env_factory(folder)
         start_s = time.monotonic()

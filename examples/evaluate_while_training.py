@@ -12,11 +12,10 @@ from __future__ import annotations
 import functools
 
 import torch
-from torchrl.data.vla import UniformActionTokenizer
-from torchrl.modules.vla import TinyVLA
 
 from torchrl_dvla import DVLACollector, GRPOLoss, PooledReplayBuffer
 from torchrl_dvla.collectors import EpisodeSpec, GroupConfig, WorkerConfig
+from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.testing import CountingChunkEnv
 
 NUM_UPDATES = 12
@@ -24,16 +23,7 @@ NUM_UPDATES = 12
 
 def main() -> None:
     torch.manual_seed(0)
-    policy = TinyVLA(
-        action_dim=2,
-        chunk_size=4,
-        action_head="tokens",
-        vocab_size=8,
-        output_mode="both",
-        log_probs_mode="token",
-        return_vla_action_container=False,
-        action_tokenizer=UniformActionTokenizer(8, low=-1.0, high=1.0),
-    )
+    policy = tiny_token_policy(2, 4, vocab_size=8)
     collector = DVLACollector(
         functools.partial(CountingChunkEnv, chunk_size=4, max_env_steps=12),
         policy,

@@ -20,11 +20,10 @@ import time
 from pathlib import Path
 
 from torch import nn
-from torchrl.data.vla import UniformActionTokenizer
-from torchrl.modules.vla import TinyVLA
 
 from torchrl_dvla import AsyncWeightUpdater, DVLACollector, PooledReplayBuffer
 from torchrl_dvla.collectors import GroupConfig, WorkerConfig
+from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.swimlane import draw_timeline, read_chrome_trace
 from torchrl_dvla.testing import CountingChunkEnv, emulate_latency
 from torchrl_dvla.weight_update import WeightRelay
@@ -40,17 +39,7 @@ def follow(address: str, policy: nn.Module) -> None:
 
 
 def main(path: str = "timeline.json") -> None:
-    policy = TinyVLA(
-        action_dim=2,
-        chunk_size=4,
-        action_head="tokens",
-        vocab_size=8,
-        hidden_dim=1536,
-        output_mode="both",
-        log_probs_mode="token",
-        return_vla_action_container=False,
-        action_tokenizer=UniformActionTokenizer(8, low=-1.0, high=1.0),
-    )
+    policy = tiny_token_policy(2, 4, vocab_size=8, hidden_dim=1536)
     updater = AsyncWeightUpdater(num_slots=4)
     collector = DVLACollector(
         functools.partial(

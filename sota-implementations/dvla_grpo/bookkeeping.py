@@ -9,20 +9,21 @@ from __future__ import annotations
 import math
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from tensordict import TensorDictBase
+from tqdm import tqdm
 
 from torchrl_dvla.collectors import DVLACollector, EvaluationResult
 from torchrl_dvla.data import GroupRecord, PooledReplayBuffer
 from torchrl_dvla.recording import (
     GracefulStop,
-    ProgressBar,
     RunReport,
     SuccessRate,
     TensorBoardRecorder,
@@ -37,8 +38,9 @@ _LOGGED = re.compile(
 
 
 def say(text: str) -> None:
-    """Write to standard output at once, also into a pipe."""
-    print(text, flush=True)
+    """Write to standard output at once, also into a pipe, above the progress bar."""
+    tqdm.write(text)
+    sys.stdout.flush()
 
 
 @dataclass
@@ -66,6 +68,14 @@ class RunState:
             shares.append(self.training_s / (60.0 * cfg.train.max_minutes))
         return min(1.0, max(shares))
 
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as plain data."""
+        return asdict(self)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken."""
+        vars(self).update(vars(RunState(**state_dict)))
+
 
 class Meter:
     """Counts updates and time against their budgets, and draws the progress bar."""
@@ -77,7 +87,7 @@ class Meter:
         minutes = cfg.train.max_minutes
         self._max_s = math.inf if minutes is None else 60.0 * minutes
         self._started_s = self._last_update_s = 0.0
-        self._bar: ProgressBar | None = None
+        self._bar: tqdm | None = None
 
     def start(self) -> None:
         """Training begins, or goes on after a resume."""
@@ -88,12 +98,13 @@ class Meter:
         stats = self._collector.stats()
         self._before = {name: stats.get(name, 0) for name in self._COUNTS}
         self._next_evaluation_s = self._time_s() + 60.0 * self._cfg.eval.every_minutes
-        self._bar = ProgressBar(
-            num_updates=self._cfg.train.num_updates,
-            max_s=None if math.isinf(self._max_s) else self._max_s,
-            start_update=state.num_updates,
-            start_s=state.training_s,
-            line_every_s=self._cfg.log.line_every_s,
+        self._bar = tqdm(
+            desc="training",
+            unit="update",
+            total=self._cfg.train.num_updates,
+            initial=state.num_updates,
+            mininterval=0.1 if sys.stderr.isatty() else self._cfg.log.line_every_s,
+            miniters=1,
         )
 
     def budget_is_left(self) -> bool:
@@ -146,11 +157,13 @@ class Meter:
         out |= {"train/update_s": self._last_update_s, "train/rows_per_update": num_rows}
         if self._bar is not None:
             shown = {
+                "budget": f"{100 * state.progress(self._cfg):.0f} %",
                 "env steps/s": stats.get("collector/env_steps_per_s", math.nan),
                 "policy lag": metrics.get("staleness/policy_lag_mean", math.nan),
                 "success": stats.get("collector/success_rate", math.nan),
             }
-            self._bar.update(state.num_updates, shown)
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update()
         return out
 
     def stop(self) -> None:

@@ -15,7 +15,6 @@ from torchrl_dvla.collectors.matching import match_policy
 from torchrl_dvla.data.schema import IMAGE_KEY, STATE_KEY
 from torchrl_dvla.envs import validate_libero
 from torchrl_dvla.memory import EnvironmentPool, SharedArena, format_bytes
-from torchrl_dvla.modules.compatibility import require_compatible
 from torchrl_dvla.recording import check_writable
 from torchrl_dvla.swimlane.messages import EnvSpecs
 
@@ -71,12 +70,6 @@ def check_settings(cfg: DictConfig) -> None:
 
 def _check_policy_kind(cfg: DictConfig) -> None:
     kind = cfg.policy.kind
-    if kind == "flow_matching":
-        raise ValueError(
-            "policy.kind must be an action-token policy, got 'flow_matching'. GRPO needs the "
-            "log-probability of an action, and that of a flow-matching head (pi0, pi0.5) is not in "
-            f"this version. Use one of {_KINDS}."
-        )
     if kind == "checkpoint" and OmegaConf.is_missing(cfg.policy, "checkpoint"):
         raise ValueError(
             "policy.checkpoint must be given, got nothing. Make one with the dvla_sft recipe and "
@@ -131,18 +124,23 @@ def check_policy(cfg: DictConfig, policy: VLAWrapperBase) -> None:
         height = width = env.image_size
         action_dim, state_dim, num_cameras = env.action_dim, 2 * env.action_dim, 1
     config = getattr(policy, "config", None)
-    require_compatible(
-        policy={
-            "chunk_size": policy.chunk_size,
-            "action_dim": policy.action_dim,
-            "image_shape": (3, *config.image_size) if config else (3, height, width),
-            "state_dim": config.state_dim if config else state_dim,
-        },
-        chunk_size=env.chunk_size,
-        action_dim=action_dim,
-        image_shape=(3, height, width),
-        state_dim=state_dim,
-    )
+    # What this environment has, what the policy was made for, and what to do about it.
+    sizes = {
+        "chunk_size": (env.chunk_size, policy.chunk_size, "Train a policy for it."),
+        "action_dim": (action_dim, policy.action_dim, "It is for another robot or action space."),
+    }
+    if config:
+        shape = (3, *config.image_size)
+        sizes["image_shape"] = ((3, height, width), shape, "Render at the policy's size.")
+        if config.state_dim:
+            sizes["state_dim"] = (state_dim, config.state_dim, "Use its proprioception keys.")
+    problems = [
+        f"{name} must be {wanted} as the policy's, got {found}. {remedy}"
+        for name, (found, wanted, remedy) in sizes.items()
+        if found != wanted
+    ]
+    if problems:
+        raise ValueError(" ".join(problems))
     wanted = config.num_cameras if config else 1
     if num_cameras != wanted:
         raise ValueError(

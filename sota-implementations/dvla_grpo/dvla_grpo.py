@@ -18,7 +18,6 @@ import gc
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import hydra
 import utils
@@ -39,16 +38,15 @@ from tensordict import TensorDictBase
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchrl.checkpoint import GlobalRNGState
 
 from torchrl_dvla.collectors import DVLACollector, EpisodeSpec, EvaluationResult
 from torchrl_dvla.objectives import GRPOLoss
 from torchrl_dvla.recording import (
-    CheckpointDirectory,
     GracefulStop,
+    RunCheckpoints,
     StopRequested,
     TensorBoardRecorder,
-    rng_state,
-    set_rng_state,
 )
 
 
@@ -69,21 +67,25 @@ def train(cfg: DictConfig, stop: GracefulStop) -> None:
     # -- build: whatever is wrong with the settings ends the run here, before a process starts ----
     check_settings(cfg)
     utils.make_deterministic(cfg)
-    resumed = utils.make_resumed_checkpoint(cfg)
+    resumed = utils.find_resumed_checkpoint(cfg)
     policy = utils.make_policy(cfg)
     check_policy(cfg, policy)
     loss = utils.make_loss(cfg, policy)
     state = RunState()
     optimizer, scheduler = utils.make_optimizer(cfg, loss, lambda: state.progress(cfg))
     held_out, subset = utils.make_evaluation_episodes(cfg)
-    if resumed is not None:
-        resumed.load_policy(policy)
-        optimizer.load_state_dict(resumed.state["optimizer"])
-        scheduler.load_state_dict(resumed.state["scheduler"])
-        set_rng_state(resumed.state["rng"])
-        state = RunState(**resumed.state["run"])
     run_folder = utils.make_run_folder(cfg, resumed)
-    checkpoints = CheckpointDirectory(run_folder / "checkpoints", keep=cfg.checkpoint.keep)
+    checkpoints = RunCheckpoints(
+        run_folder / "checkpoints",
+        keep_last=cfg.checkpoint.keep,
+        policy=policy,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        rng=GlobalRNGState(),
+        run=state,
+    )
+    if resumed is not None:
+        checkpoints.load(resumed)
 
     with contextlib.ExitStack() as stack:
         recorder = stack.enter_context(
@@ -95,23 +97,16 @@ def train(cfg: DictConfig, stop: GracefulStop) -> None:
             collector = utils.make_collector(cfg, policy, first_version=state.num_updates)
         stack.callback(collector.shutdown)
         buffer = collector.replay_buffer
+        checkpoints.register("collector", collector)
         if resumed is not None:
-            collector.load_state_dict(resumed.state["collector"])
+            checkpoints.load(resumed, ["collector"])
         meter = stack.enter_context(Meter(cfg, state, collector))
         # A learner that waits for groups does not see a signal: this wakes it.
         stop.on_request(lambda: buffer.close(reason="the run was asked to stop"))
 
         def save() -> None:
-            parts = {
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),
-                "collector": collector.state_dict(),
-                "rng": rng_state(),
-                "run": asdict(state),
-            }
             settings = OmegaConf.to_container(cfg, resolve=True)
-            path = checkpoints.save(state.num_updates, policy, parts, config=settings)
-            state.checkpoint = str(path)
+            state.checkpoint = str(checkpoints.save(state.num_updates, config=settings))
 
         # -- loop: the other lanes work by themselves; learn from what is ready, and publish ------
         try:
@@ -202,7 +197,8 @@ def learn(
                 losses = loss(part, normaliser=normaliser)
                 sum(value for key, value in losses.items() if key.startswith("loss_")).backward()
                 parts.append((len(part), losses.detach().cpu()))
-            norms.append(float(clip_grad_norm_(parameters, cfg.optim.max_grad_norm)))
+            norm = clip_grad_norm_(parameters, cfg.optim.max_grad_norm, error_if_nonfinite=True)
+            norms.append(float(norm))
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl.data.vla import UniformActionTokenizer
 from torchrl.envs import EnvBase
-from torchrl.modules.vla import TinyVLA, VLAWrapperBase
+from torchrl.modules.vla import VLAWrapperBase
 
 from torchrl_dvla.collectors import (
     DVLACollector,
@@ -31,9 +31,9 @@ from torchrl_dvla.collectors import (
 )
 from torchrl_dvla.data import PooledReplayBuffer
 from torchrl_dvla.envs import LiberoChunkEnv, ToyChunkEnv, libero_tasks
-from torchrl_dvla.modules import TinyBackboneConfig, TransformersVLA
+from torchrl_dvla.modules import TinyBackboneConfig, TransformersVLA, tiny_token_policy
 from torchrl_dvla.objectives import GRPOLoss
-from torchrl_dvla.recording import Checkpoint, check_writable
+from torchrl_dvla.recording import RunCheckpoints, check_writable, find_latest_checkpoint
 from torchrl_dvla.weight_update import AsyncWeightUpdater
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -147,16 +147,11 @@ def make_policy(cfg: DictConfig, device: str | None = None) -> VLAWrapperBase:
             std = torch.tensor(settings.state_std)
             policy.state_projector.set_statistics(torch.zeros_like(std), std)
     else:
-        policy = TinyVLA(
-            action_dim=settings.action_dim,
-            chunk_size=cfg.env.chunk_size,
-            action_head="tokens",
+        policy = tiny_token_policy(
+            settings.action_dim,
+            cfg.env.chunk_size,
             vocab_size=settings.vocab_size,
             hidden_dim=settings.hidden_dim,
-            action_tokenizer=UniformActionTokenizer(settings.vocab_size, low=-1.0, high=1.0),
-            output_mode="both",
-            log_probs_mode="token",
-            return_vla_action_container=False,
         )
     return policy.to(device or cfg.device)
 
@@ -256,24 +251,37 @@ def make_collector(
 # -- what a run leaves behind ---------------------------------------------------------------------
 
 
-def make_resumed_checkpoint(cfg: DictConfig) -> Checkpoint | None:
-    """The checkpoint to go on from, read and found whole, or ``None`` for a new run."""
+def find_resumed_checkpoint(cfg: DictConfig) -> Path | None:
+    """The checkpoint to go on from, or ``None`` for a new run.
+
+    Raises:
+        FileNotFoundError: if ``checkpoint.resume`` names a folder without one.
+    """
     resume = cfg.checkpoint.resume
     if resume is None:
         return None
-    if resume != "auto":
-        path = make_path(resume)
-        inside = sorted(path.glob("checkpoints/update_*"))
-        return Checkpoint.load(inside[-1] if inside else path)
-    runs = make_path(cfg.log.dir) / cfg.name
-    found = sorted(runs.glob("*/checkpoints/update_*"), key=lambda path: path.stat().st_mtime)
-    return Checkpoint.load(found[-1]) if found else None
+    if resume == "auto":
+        runs = make_path(cfg.log.dir) / cfg.name
+        found = find_latest_checkpoint(runs)
+        if found is None:
+            print(f"checkpoint.resume=auto: no checkpoint in {runs}, so this is a new run")
+        return found
+    given = make_path(resume)
+    path = RunCheckpoints(given / "checkpoints").latest() or given
+    if not (path / "manifest.json").is_file():
+        raise FileNotFoundError(
+            f"checkpoint.resume must be the folder of a training checkpoint, got {str(given)!r} "
+            "without a complete one. Pass a run or a folder update-* of one, 'auto' for the newest "
+            "run, or null to start anew; a folder with nothing but a policy belongs into "
+            "policy.checkpoint."
+        )
+    return path
 
 
-def make_run_folder(cfg: DictConfig, resumed: Checkpoint | None) -> Path:
+def make_run_folder(cfg: DictConfig, resumed: Path | None) -> Path:
     """The folder of this run: that of the resumed one, or a new one named after the time."""
     if resumed is not None:
-        return check_writable(resumed.path.parents[1])
+        return check_writable(resumed.parents[1])
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     stem = make_path(cfg.log.dir) / cfg.name / f"{now}_seed{cfg.seed}"
     folder, number = stem, 1

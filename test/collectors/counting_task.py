@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from tensordict.nn import InteractionType
-from torchrl.data.vla import UniformActionTokenizer
 from torchrl.modules.vla import TinyVLA
 
+from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.testing import CountingChunkEnv
 
 ENV_KWARGS: dict[str, Any] = {
@@ -25,16 +25,11 @@ ENV_KWARGS: dict[str, Any] = {
 
 def make_policy(action_dim: int = 2, chunk_size: int = 4) -> TinyVLA:
     torch.manual_seed(0)
-    return TinyVLA(
-        action_dim=action_dim,
-        chunk_size=chunk_size,
-        action_head="tokens",
+    return tiny_token_policy(
+        action_dim,
+        chunk_size,
         vocab_size=8,
         hidden_dim=16,
-        output_mode="both",
-        log_probs_mode="token",
-        return_vla_action_container=False,
-        action_tokenizer=UniformActionTokenizer(8, low=-1.0, high=1.0),
         default_interaction_type=InteractionType.RANDOM,
     )
 

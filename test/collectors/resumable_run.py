@@ -14,11 +14,12 @@ import json
 import sys
 
 import torch
+from torchrl.checkpoint import GlobalRNGState
 
 from torchrl_dvla.collectors import DVLACollector, GroupConfig, InitStateSchedule, WorkerConfig
 from torchrl_dvla.data import PooledReplayBuffer
 from torchrl_dvla.objectives import GRPOLoss
-from torchrl_dvla.recording import Checkpoint, CheckpointDirectory, rng_state, set_rng_state
+from torchrl_dvla.recording import RunCheckpoints
 from torchrl_dvla.testing import CountingChunkEnv
 from torchrl_dvla.weight_update import AsyncWeightUpdater
 
@@ -37,10 +38,11 @@ def main(folder: str, num_updates: int) -> None:
     make_env = functools.partial(CountingChunkEnv, **ENV_KWARGS)
     loss = GRPOLoss(policy, entropy_coeff=0.03)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-    checkpoints = CheckpointDirectory(folder)
-    latest = checkpoints.latest()
-    resumed = None if latest is None else Checkpoint.load(latest)
-    update = 0 if resumed is None else resumed.update
+    generators = GlobalRNGState()
+    checkpoints = RunCheckpoints(folder, policy=policy, optimizer=optimizer, rng=generators)
+    resumed, update = checkpoints.latest(), 0
+    if resumed is not None:
+        update = checkpoints.load(resumed)["update"]
     collector = DVLACollector(
         {"left": make_env, "right": make_env},
         policy,
@@ -51,11 +53,9 @@ def main(folder: str, num_updates: int) -> None:
         schedule=InitStateSchedule(("left", "right"), seed=3),
         seed=3,
     )
+    checkpoints.register("collector", collector)
     if resumed is not None:
-        resumed.load_policy(policy)
-        optimizer.load_state_dict(resumed.state["optimizer"])
-        set_rng_state(resumed.state["rng"])
-        collector.load_state_dict(resumed.state["collector"])
+        checkpoints.load(resumed, ["rng", "collector"])
         tell(resumed=update, queue=collector.state_dict()["queue"], random=torch.rand(2).tolist())
     collector.start()
     while update < num_updates:
@@ -73,13 +73,13 @@ def main(folder: str, num_updates: int) -> None:
         update += 1
         tell(update=update, ids=sorted(ids), scenes=scenes, lag=lag)
         if update % SAVE_EVERY == 0:
-            state = collector.state_dict()
-            generators = rng_state()
-            parts = {"optimizer": optimizer.state_dict(), "collector": state, "rng": generators}
-            checkpoints.save(update, policy, parts)
+            rng_state = generators.state_dict()
+            path = checkpoints.save(update)
+            (file,) = path.glob("components/*-collector/state.pt")
+            state = torch.load(file, weights_only=True)
             stored = [[g["task"], g["seed"]] for g in state["buffer"]["_groups"]["queue"]["groups"]]
             random = torch.rand(2).tolist()
-            set_rng_state(generators)
+            generators.load_state_dict(rng_state)
             tell(saved=update, queue=state["queue"], stored=stored, random=random)
     collector.shutdown()
     tell(ended=update)

@@ -11,10 +11,9 @@ import torch
 from torch.nn import functional as F
 
 from torchrl_dvla.modules import TinyBackboneConfig, word_tokenizer
+from torchrl_dvla.modules.action_head import inverse_cdf_sample
 from torchrl_dvla.modules.backbones import PixelStyle
-from torchrl_dvla.modules.pixels import PixelNormalizer
-from torchrl_dvla.modules.sampling import inverse_cdf_sample
-from torchrl_dvla.modules.state import StateProjector
+from torchrl_dvla.modules.policy_inputs import PixelNormalizer, StateProjector
 from torchrl_dvla.modules.tiny import _sine_table
 
 

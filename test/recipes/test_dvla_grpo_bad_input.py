@@ -8,12 +8,12 @@ import json
 import shutil
 
 import pytest
-import torch
 from omegaconf.errors import ConfigAttributeError
+from torchrl.checkpoint import CheckpointError, GlobalRNGState
 from torchrl.data.vla import UniformActionTokenizer
 
 from torchrl_dvla.modules import TransformersVLA
-from torchrl_dvla.recording import CheckpointDirectory, GracefulStop
+from torchrl_dvla.recording import GracefulStop, RunCheckpoints
 
 
 @pytest.fixture
@@ -88,10 +88,6 @@ def test_no_shared_memory_left(settings, ends_early):
     ends_early(cfg, RuntimeError, r"The environment pool needs .* Lower group\.group_size")
 
 
-def test_a_flow_matching_policy_is_refused_not_pretended(settings, ends_early):
-    ends_early(settings("libero_pi0"), ValueError, "action-token policy, got 'flow_matching'")
-
-
 def test_a_checkpoint_that_has_to_be_made_first(settings, ends_early):
     ends_early(settings("libero_openvla_oft"), ValueError, "policy.checkpoint must be given")
 
@@ -99,31 +95,51 @@ def test_a_checkpoint_that_has_to_be_made_first(settings, ends_early):
 # -- checkpoints ----------------------------------------------------------------------------------
 
 
-def _training_checkpoint(tmp_path, policy):
-    state = {
-        "optimizer": {},
-        "scheduler": {},
-        "collector": {},
-        "buffer": {},
-        "rng": {},
-        "run": {},
-    }
-    return CheckpointDirectory(tmp_path / "run" / "checkpoints").save(3, policy, state)
+@pytest.fixture
+def training_checkpoint(settings, recipe, tmp_path):
+    """A checkpoint of a run of the toy task, without what a collector adds."""
+    cfg = settings("toy")
+    policy = recipe.utils.make_policy(cfg)
+    loss = recipe.utils.make_loss(cfg, policy)
+    optimizer, scheduler = recipe.utils.make_optimizer(cfg, loss, lambda: 0.0)
+    state = recipe.bookkeeping.RunState(num_updates=3)
+    folder = tmp_path / "runs" / "toy" / "2026-01-01_seed0" / "checkpoints"
+    parts = {"policy": policy, "optimizer": optimizer, "scheduler": scheduler, "run": state}
+    return RunCheckpoints(folder, rng=GlobalRNGState(), **parts).save(3)
 
 
-def test_resuming_with_another_architecture(settings, ends_early, recipe, tmp_path):
-    path = _training_checkpoint(tmp_path, recipe.utils.make_policy(settings("toy")))
-    cfg = settings("toy", f"checkpoint.resume={path}", "policy.backbone.text_layers=1")
-    ends_early(cfg, ValueError, "must have this policy's architecture, got differences")
+def test_resuming_with_another_architecture(settings, ends_early, training_checkpoint):
+    cfg = settings("toy", "checkpoint.resume=auto", "policy.backbone.text_layers=1")
+    ends_early(cfg, CheckpointError, "must have this policy's architecture, got differences")
 
 
-@pytest.mark.parametrize("name", ["training.pt", "checkpoint.json"])
-def test_resuming_from_a_truncated_checkpoint(settings, ends_early, tmp_path, name):
-    path = _training_checkpoint(tmp_path, torch.nn.Linear(2, 2))
-    file = path / name
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("components/*-optimizer/state.pt", ValueError, "optimizer/state.pt' is .*: truncated, or"),
+        ("manifest.json", CheckpointError, "Invalid checkpoint manifest"),
+    ],
+)
+def test_resuming_from_a_truncated_checkpoint(
+    settings, ends_early, training_checkpoint, name, error, message
+):
+    (file,) = training_checkpoint.glob(name)
     file.write_bytes(file.read_bytes()[:-9])
-    cfg = settings("toy", f"checkpoint.resume={path.parents[1]}")
-    ends_early(cfg, ValueError, "truncated|must be whole")
+    ends_early(settings("toy", f"checkpoint.resume={training_checkpoint}"), error, message)
+
+
+@pytest.mark.parametrize("part", ["runs/toy/2026-01-01_seed0", "", "auto"])
+def test_what_may_be_resumed(settings, recipe, training_checkpoint, tmp_path, capsys, part):
+    resume = part if part == "auto" else tmp_path / part if part else training_checkpoint
+    cfg = settings("toy", f"checkpoint.resume={resume}")
+    assert recipe.utils.find_resumed_checkpoint(cfg) == training_checkpoint
+    (training_checkpoint / "manifest.json").unlink()  # no longer a whole checkpoint
+    if part == "auto":
+        assert recipe.utils.find_resumed_checkpoint(cfg) is None
+        assert "checkpoint.resume=auto: no checkpoint in" in capsys.readouterr().out
+    else:
+        with pytest.raises(FileNotFoundError, match="without a complete one"):
+            recipe.utils.find_resumed_checkpoint(cfg)
 
 
 def test_a_policy_checkpoint_that_is_not_there(settings, ends_early):
@@ -167,7 +183,7 @@ def test_missing_assets(settings, ends_early, monkeypatch, tmp_path):
 @pytest.mark.libero
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [("truncated", "The file is truncated"), ("foreign", "Point to a transformers checkpoint")],
+    [("truncated", "The file is truncated"), ("foreign", "is a transformers checkpoint")],
 )
 def test_a_damaged_policy_checkpoint(
     settings, ends_early, libero_policy, tmp_path, damage, message

@@ -15,7 +15,7 @@ from torchrl_dvla.envs import LiberoChunkEnv, ToyChunkEnv
 from torchrl_dvla.modules import TransformersVLA
 from torchrl_dvla.objectives import GRPOLoss
 
-NAMES = ("toy", "libero", "libero_openvla_oft", "libero_pi0")
+NAMES = ("toy", "libero", "libero_openvla_oft")
 
 
 def _parameters(function):

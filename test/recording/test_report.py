@@ -4,12 +4,11 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
-import io
 import json
 
 import pytest
 
-from torchrl_dvla.recording import ProgressBar, RunReport, SuccessRate, wilson_interval
+from torchrl_dvla.recording import RunReport, SuccessRate, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -66,45 +65,3 @@ def test_the_table_says_what_was_and_was_not_measured(tmp_path):
     assert loaded["before"] == {"num_successes": 1, "num_episodes": 10}
     assert loaded["after"] is None
     assert "| updates | 12 |" in report.to_markdown()
-
-
-class _Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_bar_shows_the_budget_that_runs_out_first():
-    bar = ProgressBar(num_updates=10, max_s=1e9, file=io.StringIO())
-    bar.update(7, {"lag": 1})
-    assert bar.line().startswith("[##############      ]  70 % | update 7/10 | ")
-    assert bar.line().endswith(" | lag 1")
-    late = ProgressBar(num_updates=10, max_s=1000.0, start_s=900.0, file=io.StringIO())
-    assert late.fraction == pytest.approx(0.9, abs=1e-3)
-    assert "15:00 of 16:40" in late.line()
-
-
-def test_a_terminal_line_is_redrawn_in_place(monkeypatch):
-    out = _Terminal()
-    monkeypatch.setenv("COLUMNS", "60")
-    bar = ProgressBar(num_updates=2, file=out)
-    bar.update(1, {"success": 0.5})
-    bar.message("evaluation: 3 of 4")
-    bar.close()
-    redrawn = out.getvalue().split("\r\x1b[K")
-    assert max(map(len, redrawn)) <= 60
-    assert "evaluation: 3 of 4\n" in redrawn
-    assert out.getvalue().endswith("\n")
-
-
-def test_a_file_gets_few_lines():
-    out = io.StringIO()
-    bar = ProgressBar(num_updates=100, file=out, line_every_s=1e9)
-    for update in range(100):
-        bar.update(update, {"success": float("nan")})
-    assert out.getvalue().count("\n") == 1
-    assert "success -" in out.getvalue()
-
-
-def test_a_bar_needs_an_end():
-    with pytest.raises(ValueError, match="num_updates or max_s must be given"):
-        ProgressBar()

@@ -13,11 +13,10 @@ import pytest
 import torch
 from tensordict import NonTensorStack, TensorDict
 from torch import nn
-from torchrl.data.vla import UniformActionTokenizer
-from torchrl.modules.vla import TinyVLA
 
 from torchrl_dvla.data import decision_layout
 from torchrl_dvla.memory import EnvironmentPool
+from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.swimlane import InferenceEngine, InferenceProcess, batch_seed
 from torchrl_dvla.swimlane.inference import run_inference
 from torchrl_dvla.swimlane.messages import Failed, Infer, Inferred, UsePool
@@ -28,17 +27,7 @@ NUM_BINS = 8
 
 def make_policy() -> nn.Module:
     torch.manual_seed(0)
-    policy = TinyVLA(
-        action_dim=2,
-        chunk_size=3,
-        action_head="tokens",
-        vocab_size=NUM_BINS,
-        hidden_dim=8,
-        output_mode="both",
-        log_probs_mode="token",
-        return_vla_action_container=False,
-        action_tokenizer=UniformActionTokenizer(NUM_BINS, low=-1.0, high=1.0),
-    )
+    policy = tiny_token_policy(2, 3, vocab_size=NUM_BINS, hidden_dim=8)
     policy(  # initialises the lazy layers
         TensorDict(
             {

@@ -13,6 +13,7 @@ from torchrl.modules.vla import TinyVLA
 
 from torchrl_dvla.data import schema
 from torchrl_dvla.functional import group_advantage
+from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.objectives import GRPOLoss
 from torchrl_dvla.testing import CountingChunkEnv, CountingOracle, Latency
 
@@ -171,17 +172,7 @@ def collect(envs: list[CountingChunkEnv], policy: TinyVLA) -> tuple[TensorDict, 
 
 def test_a_simple_policy_learns_it_with_grpo():
     chunk_size, action_dim, group_size, num_groups = 4, 1, 8, 8
-    policy = TinyVLA(
-        action_dim=action_dim,
-        chunk_size=chunk_size,
-        action_head="tokens",
-        vocab_size=4,
-        hidden_dim=32,
-        log_probs_mode="token",
-        output_mode="both",
-        return_vla_action_container=False,
-        action_tokenizer=UniformActionTokenizer(4, low=-1, high=1),
-    )
+    policy = tiny_token_policy(action_dim, chunk_size, vocab_size=4, hidden_dim=32)
     envs = [
         CountingChunkEnv(action_dim=action_dim, max_env_steps=8, image_size=(4, 4))
         for _ in range(group_size * num_groups)

@@ -9,11 +9,10 @@ from __future__ import annotations
 import functools
 
 import pytest
-from torchrl.data.vla import UniformActionTokenizer
-from torchrl.modules.vla import TinyVLA
 
 from torchrl_dvla.collectors import WorkerConfig
 from torchrl_dvla.data import PooledReplayBuffer
+from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.testing import CountingChunkEnv
 from torchrl_dvla.topology import (
     ClusterSpec,
@@ -63,16 +62,7 @@ def test_on_one_node_it_is_the_collector_of_that_node():
     )
     collector = TopologyAwareCollector(
         functools.partial(CountingChunkEnv, chunk_size=4, max_env_steps=12),
-        TinyVLA(
-            action_dim=2,
-            chunk_size=4,
-            action_head="tokens",
-            vocab_size=8,
-            output_mode="both",
-            log_probs_mode="token",
-            return_vla_action_container=False,
-            action_tokenizer=UniformActionTokenizer(8, low=-1.0, high=1.0),
-        ),
+        tiny_token_policy(2, 4, vocab_size=8),
         placement=placement,
         replay_buffer=functools.partial(PooledReplayBuffer, batch_size=16, timeout_s=60.0),
     )

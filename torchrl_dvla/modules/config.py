@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Everything that makes one policy differ from another, as data."""
+"""Architecture of a policy as plain data: its config and its action tokenizer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torchrl.data.vla import (
+    ActionTokenizerBase,
+    UniformActionTokenizer,
+    VocabTailActionTokenizer,
+)
 
 from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle
+from torchrl_dvla.validation import differences
 
-__all__ = ["TransformersVLAConfig"]
+__all__ = ["TransformersVLAConfig", "action_tokenizer_from_dict", "action_tokenizer_to_dict"]
 
+_NO_ARCHITECTURE = ("freeze_vision", "freeze_language", "backbone.transformers_version")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -67,34 +74,22 @@ class TransformersVLAConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", tuple(int(side) for side in self.image_size))
-        for name in ("action_dim", "chunk_size", "tokens_per_step"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}. Take it from the "
-                    "environment's action spec."
-                )
-        if self.action_dim % self.tokens_per_step:
-            raise ValueError(
-                f"tokens_per_step must divide action_dim={self.action_dim}, got "
-                f"{self.tokens_per_step}. Use 1 or {self.action_dim}."
-            )
-        if len(self.image_size) != 2 or min(self.image_size) < 1:
-            raise ValueError(
-                f"image_size must be (height, width), both positive, got {self.image_size}. Give "
-                "the size of the camera images."
-            )
-        if self.num_cameras not in (1, 2):
-            raise ValueError(
-                f"num_cameras must be 1 or 2, got {self.num_cameras}. The schema has a primary and "
-                "a wrist camera."
-            )
-        if self.state_dim < 0:
-            raise ValueError(
-                f"state_dim must not be negative, got {self.state_dim}. Use 0 for a policy without "
-                "proprioception."
-            )
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {self.dtype!r}.")
+        spec = "Take it from the environment's action spec."
+        divisor = f"a divisor of action_dim={self.action_dim}"
+        divides = self.tokens_per_step >= 1 and self.action_dim % self.tokens_per_step == 0
+        is_size = len(self.image_size) == 2 and min(self.image_size) >= 1
+        rules = {
+            "action_dim": (self.action_dim >= 1, "at least 1", spec),
+            "chunk_size": (self.chunk_size >= 1, "at least 1", spec),
+            "tokens_per_step": (divides, divisor, f"Use 1 or {self.action_dim}."),
+            "image_size": (is_size, "a positive (height, width)", "Give that of the cameras."),
+            "num_cameras": (self.num_cameras in (1, 2), "1 or 2", "The second is a wrist camera."),
+            "state_dim": (self.state_dim >= 0, "at least 0", "Use 0 for no proprioception."),
+            "dtype": (self.dtype in _DTYPES, f"one of {sorted(_DTYPES)}", "Use float32 on CPUs."),
+        }
+        for name, (is_valid, rule, remedy) in rules.items():
+            if not is_valid:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}. {remedy}")
         if "model_type" not in self.backbone:
             raise ValueError(
                 f"backbone must contain 'model_type', got keys {sorted(self.backbone)[:8]}. Pass "
@@ -128,15 +123,12 @@ class TransformersVLAConfig:
         Raises:
             ValueError: if a field is missing or unknown.
         """
-        fields = {entry.name: entry for entry in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - set(fields))
-        missing = sorted(
-            name
-            for name, entry in fields.items()
-            if name not in data
-            and entry.default is dataclasses.MISSING
-            and entry.default_factory is dataclasses.MISSING
-        )
+        names, required = set(), set()
+        for field_ in dataclasses.fields(cls):
+            names.add(field_.name)
+            if field_.default is field_.default_factory is dataclasses.MISSING:
+                required.add(field_.name)
+        unknown, missing = sorted(set(data) - names), sorted(required - set(data))
         if unknown or missing:
             raise ValueError(
                 f"data must hold the fields of {cls.__name__}, got unknown {unknown} and missing "
@@ -149,7 +141,7 @@ class TransformersVLAConfig:
         return cls(**data)
 
     def differences(self, other: TransformersVLAConfig) -> list[str]:
-        """List the fields in which another config differs, as ``"name: mine != other's"``.
+        """Fields in which another config differs, see :func:`torchrl_dvla.validation.differences`.
 
         Freezing is no part of the architecture and does not count.
 
@@ -159,13 +151,7 @@ class TransformersVLAConfig:
         Returns:
             One line a difference; nested fields have dotted names.
         """
-        mine, others = _flatten(self.to_dict()), _flatten(other.to_dict())
-        ignored = ("freeze_vision", "freeze_language", "backbone.transformers_version")
-        return [
-            f"{name}: {mine.get(name)!r} != {others.get(name)!r}"
-            for name in sorted(mine.keys() | others.keys())
-            if name not in ignored and mine.get(name) != others.get(name)
-        ]
+        return differences(_flatten(self.to_dict()), _flatten(other.to_dict()))
 
 
 def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -173,7 +159,80 @@ def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in data.items():
         if isinstance(value, dict):
             flat.update(_flatten(value, f"{prefix}{name}."))
-        else:
+        elif value is not None and prefix + name not in _NO_ARCHITECTURE:
             # JSON has no tuples.
             flat[prefix + name] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+_TOKENIZERS: dict[str, tuple[type[ActionTokenizerBase], tuple[str, ...]]] = {
+    "uniform": (UniformActionTokenizer, ("num_bins", "low", "high")),
+    "vocab_tail": (VocabTailActionTokenizer, (
+        "num_bins", "full_vocab_size", "norm_low", "norm_high", "norm_mask", "gripper_binarize",
+        "gripper_binarize_threshold", "gripper_invert",
+    )),
+}  # fmt: skip
+_TENSOR_DTYPES = {
+    "low": torch.float32,
+    "high": torch.float32,
+    "norm_low": torch.float64,
+    "norm_high": torch.float64,
+    "norm_mask": torch.bool,
+}
+
+
+def action_tokenizer_to_dict(tokenizer: ActionTokenizerBase) -> dict[str, Any]:
+    """Describe an action tokenizer in plain JSON types.
+
+    Args:
+        tokenizer (ActionTokenizerBase): a ``UniformActionTokenizer`` or
+            ``VocabTailActionTokenizer``.
+
+    Returns:
+        A dict for :func:`action_tokenizer_from_dict`.
+
+    Raises:
+        ValueError: if the class is another one.
+
+    Examples:
+        >>> from torchrl.data.vla import UniformActionTokenizer
+        >>> from torchrl_dvla.modules.config import action_tokenizer_to_dict
+        >>> action_tokenizer_to_dict(UniformActionTokenizer(64, low=-1.0, high=1.0))
+        {'kind': 'uniform', 'num_bins': 64, 'low': -1.0, 'high': 1.0}
+    """
+    for kind, (kind_class, names) in _TOKENIZERS.items():
+        if type(tokenizer) is kind_class:
+            values = {name: getattr(tokenizer, name) for name in names}
+            return {"kind": kind} | {
+                name: value.tolist() if isinstance(value, torch.Tensor) else value
+                for name, value in values.items()
+            }
+    raise ValueError(
+        "action_tokenizer must be a UniformActionTokenizer or a VocabTailActionTokenizer, got "
+        f"{type(tokenizer).__name__}. Other tokenizers cannot be stored in a checkpoint yet."
+    )
+
+
+def action_tokenizer_from_dict(data: dict[str, Any]) -> ActionTokenizerBase:
+    """Rebuild what :func:`action_tokenizer_to_dict` described.
+
+    Args:
+        data (dict): the description.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: if the kind is unknown.
+    """
+    arguments = dict(data)
+    kind = arguments.pop("kind", None)
+    if kind not in _TOKENIZERS:
+        raise ValueError(
+            f"kind must be 'uniform' or 'vocab_tail', got {kind!r}. The checkpoint was written by "
+            "another version of torchrl_dvla."
+        )
+    for name, dtype in _TENSOR_DTYPES.items():
+        if arguments.get(name) is not None:
+            arguments[name] = torch.tensor(arguments[name], dtype=dtype)
+    return _TOKENIZERS[kind][0](**arguments)

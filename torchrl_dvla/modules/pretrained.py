@@ -2,24 +2,276 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Backbones from a transformers config, a local folder or the hub."""
+"""Pretrained weights: folders of whole policies, and backbones from a config, a folder or the hub.
+
+The folder of a policy holds::
+
+    config.json                 architecture; name, size and checksum of the weights
+    weights-<crc32>.safetensors parameters and buffers
+    tokenizer/                  the instruction tokenizer's own files
+
+``config.json`` names the weights and is replaced last, by one atomic rename. Whenever a writer
+dies, and whenever a reader comes, the folder therefore holds the old policy or the new one.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import tempfile
+import zlib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle, backbone_class
-from torchrl_dvla.modules.words import word_tokenizer
+from torchrl_dvla.modules.config import TransformersVLAConfig
+from torchrl_dvla.modules.prompt import word_tokenizer
+from torchrl_dvla.validation import differences, join_some
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["BackboneParts", "backbone_from_dict", "backbone_to_dict", "resolve_backbone"]
+__all__ = ["PretrainedMixin", "backbone_from_dict", "backbone_to_dict", "resolve_backbone"]
+
+_CONFIG = "config.json"
+_TOKENIZER = "tokenizer"
+_FORMAT_VERSION = 1
+_COPY_AGAIN = "copy the checkpoint again, with all its files"
+
+
+class PretrainedMixin(nn.Module):
+    """Gives a policy ``save_pretrained``, ``from_pretrained`` and ``load_weights``.
+
+    The class it is mixed into takes ``(config, *, tokenizer, **kwargs)``.
+    """
+
+    config: TransformersVLAConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write weights, config and instruction tokenizer; replaces what is there as one.
+
+        Args:
+            folder (path): the checkpoint folder; made if missing.
+
+        Raises:
+            RuntimeError: if the folder cannot be written.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
+                self._write(folder, Path(scratch))
+        except OSError as error:
+            raise RuntimeError(
+                f"the checkpoint could not be written to {str(folder)!r} ({error}). Free some disk "
+                "space, mend the folder's permissions or choose another one; a previous checkpoint "
+                "there is untouched."
+            ) from error
+
+    def _write(self, folder: Path, scratch: Path) -> None:
+        draft = scratch / "weights"
+        # Parameters may be views on shared memory, or tied: the file must own its bytes.
+        tensors = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in self.state_dict().items()
+        }
+        save_file(tensors, str(draft), metadata={"format": "pt"})
+        checksum = _checksum(draft)
+        weights = f"weights-{checksum}.safetensors"
+        data = {
+            "architecture": type(self).__name__,
+            "format_version": _FORMAT_VERSION,
+            "config": self.config.to_dict(),
+            "weights": {"file": weights, "num_bytes": draft.stat().st_size, "crc32": checksum},
+        }
+        (scratch / _CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        self.tokenizer.save_pretrained(str(scratch / _TOKENIZER))
+
+        (folder / _TOKENIZER).mkdir(exist_ok=True)
+        for file in sorted((scratch / _TOKENIZER).iterdir()):
+            _move(file, folder / _TOKENIZER / file.name)
+        _move(draft, folder / weights)
+        _move(scratch / _CONFIG, folder / _CONFIG)
+        for old in folder.glob("weights-*.safetensors"):
+            if old.name != weights:
+                old.unlink(missing_ok=True)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        freeze_vision: bool | None = None,
+        freeze_language: bool | None = None,
+        dtype: str | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a policy that :meth:`save_pretrained` wrote.
+
+        Args:
+            folder (path): the checkpoint folder.
+
+        Keyword Args:
+            freeze_vision (bool, optional): defaults to what the config says.
+            freeze_language (bool, optional): defaults to what the config says.
+            dtype (str, optional): dtype of the backbone; defaults to what the config says.
+            **kwargs: passed on to the constructor, e.g. ``temperature``.
+
+        Returns:
+            The policy.
+
+        Raises:
+            FileNotFoundError: if the folder or one of its files is missing.
+            ValueError: if a file is truncated or corrupt, or holds another architecture.
+        """
+        from transformers import AutoTokenizer
+        from transformers.initialization import no_init_weights
+
+        config, weights = _read_folder(Path(folder), cls.__name__)
+        given: dict[str, Any] = {"freeze_vision": freeze_vision, "freeze_language": freeze_language}
+        given["dtype"] = dtype
+        given = {name: value for name, value in given.items() if value is not None}
+        _require_file(folder, f"{_TOKENIZER}/tokenizer_config.json")
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(Path(folder) / _TOKENIZER), local_files_only=True, trust_remote_code=False
+        )
+        with torch.random.fork_rng(devices=[]), no_init_weights():
+            policy = cls(dataclasses.replace(config, **given), tokenizer=tokenizer, **kwargs)
+        policy._load(weights, source=folder)
+        return policy
+
+    def load_weights(self, folder: str | os.PathLike[str]) -> None:
+        """Load a checkpoint's weights into this policy, in place.
+
+        Args:
+            folder (path): the checkpoint folder.
+
+        Raises:
+            FileNotFoundError: if the folder or one of its files is missing.
+            ValueError: if a file is damaged or the architecture differs; names what differs.
+        """
+        config, weights = _read_folder(Path(folder), type(self).__name__)
+        problems = self.config.differences(config)
+        if problems:
+            raise ValueError(
+                f"the checkpoint in {str(folder)!r} must have this policy's architecture, got "
+                f"differences: {join_some(problems, limit=12)}. Use "
+                f"{type(self).__name__}.from_pretrained to build the policy it was saved from."
+            )
+        self._load(weights, source=folder)
+
+    def _load(self, weights: dict[str, torch.Tensor], source: str | os.PathLike[str]) -> None:
+        own, saved = (
+            {name: list(tensor.shape) for name, tensor in tensors.items()}
+            for tensors in (self.state_dict(), weights)
+        )
+        problems = differences(own, saved)
+        if problems:
+            raise ValueError(
+                f"the weights in {str(source)!r} must be those of the architecture in its "
+                f"config.json, got {len(problems)} difference(s): {join_some(problems)}. The "
+                "checkpoint was put together from two, or written by another version."
+            )
+        self.load_state_dict(weights)
+
+
+def _read_folder(
+    folder: Path, architecture: str
+) -> tuple[TransformersVLAConfig, dict[str, torch.Tensor]]:
+    """Config, and weights by name after comparing them with their checksum."""
+    data = _read_config(folder, architecture)
+    entry = data["weights"]
+    path = _require_file(folder, entry["file"])
+    num_bytes = path.stat().st_size
+    if num_bytes != entry["num_bytes"]:
+        kind = "truncated" if num_bytes < entry["num_bytes"] else "damaged"
+        raise ValueError(
+            f"{path} must have {entry['num_bytes']} bytes, got {num_bytes}. The file is {kind} (or "
+            f"a Git LFS pointer): {_COPY_AGAIN}."
+        )
+    if (found := _checksum(path)) != entry["crc32"]:
+        raise ValueError(
+            f"{path} must have checksum {entry['crc32']}, got {found}. The file is corrupt: "
+            f"{_COPY_AGAIN}."
+        )
+    try:
+        weights = load_file(str(path))
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} must be a safetensors file, got an error: {error}. The file is corrupt: "
+            f"{_COPY_AGAIN}."
+        ) from error
+    return TransformersVLAConfig.from_dict(data["config"]), weights
+
+
+def _read_config(folder: Path, architecture: str) -> dict[str, Any]:
+    path = _require_file(folder, _CONFIG)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} must be valid JSON, got an error: {error}. The file is damaged: {_COPY_AGAIN}."
+        ) from error
+    data = data if isinstance(data, dict) else {}
+    found = data.get("architecture")
+    if found != architecture:
+        remedy = f"Load it with {found}.from_pretrained."
+        if "model_type" in data:
+            remedy = (
+                f"It is a transformers checkpoint of type {data['model_type']!r}: pass it to "
+                f"{architecture}.from_backbone."
+            )
+        elif found is None:
+            remedy = "Point to a torchrl_dvla checkpoint."
+        raise ValueError(
+            f"the architecture in {path} must be {architecture!r}, got {found!r}. {remedy}"
+        )
+    version = data.get("format_version")
+    if version != _FORMAT_VERSION:
+        raise ValueError(
+            f"format_version in {path} must be {_FORMAT_VERSION}, got {version!r}. Use the version "
+            "of torchrl_dvla that wrote the checkpoint."
+        )
+    return data
+
+
+def _require_file(folder: str | os.PathLike[str], name: str) -> Path:
+    path = Path(folder) / name
+    if not path.is_file():
+        found = sorted(entry.name for entry in Path(folder).glob("*"))[:8]
+        raise FileNotFoundError(
+            f"folder must contain {name}, got {str(folder)!r} with {found or 'nothing'}. Check the "
+            f"path, or {_COPY_AGAIN}."
+        )
+    return path
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename once the bytes are on disk: a power cut must leave no empty file of that name."""
+    with source.open("rb") as file:
+        os.fsync(file.fileno())
+    source.replace(target)
+
+
+def _checksum(path: Path) -> str:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+# -- backbones ------------------------------------------------------------------------------------
 
 #: Fields of a transformers config that say where it came from, not what it is.
 _PROVENANCE = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
@@ -72,26 +324,14 @@ def backbone_from_dict(data: dict[str, Any], *, dtype: torch.dtype) -> PreTraine
     return AutoModel.from_config(config, dtype=dtype, attn_implementation=_attention(config))
 
 
-class BackboneParts(NamedTuple):
-    """What a source of backbones settles."""
-
-    config: PreTrainedConfig
-    #: None where the weights are still to be drawn.
-    model: PreTrainedModel | None
-    tokenizer: PreTrainedTokenizerBase
-    prompt_style: PromptStyle
-    pixel_style: PixelStyle
-    bidirectional_prompt: bool
-
-
 def resolve_backbone(
     source: str | os.PathLike[str] | PreTrainedConfig | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     instructions: Iterable[str] | None,
     dtype: torch.dtype,
     hub_kwargs: dict[str, Any],
-) -> BackboneParts:
-    """Find config, weights, tokenizer and habits of a backbone.
+) -> tuple[PreTrainedConfig, PreTrainedModel | None, PreTrainedTokenizerBase, dict[str, Any]]:
+    """Config, weights, tokenizer and input style of a backbone.
 
     Args:
         source (str, path, PreTrainedConfig or PreTrainedModel): a hub id or local folder for
@@ -103,27 +343,25 @@ def resolve_backbone(
         hub_kwargs (dict): passed on to transformers, e.g. ``revision``.
 
     Returns:
-        The parts.
+        The transformers config, the model (``None`` where the weights are still to be drawn), the
+        tokenizer, and ``prompt_style``, ``pixel_style`` and ``bidirectional_prompt`` of
+        :class:`TransformersVLAConfig`.
 
     Raises:
         ValueError: if there is no adapter for the model type, or no tokenizer.
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-    model: PreTrainedModel | None = None
-    if isinstance(source, PreTrainedConfig):
-        config = source
-        pixel_style = backbone_class(config.model_type).pixel_style
-    elif isinstance(source, PreTrainedModel):
-        model, config = source, source.config
-        pixel_style = backbone_class(config.model_type).pixel_style
-    else:
+    model = source if isinstance(source, PreTrainedModel) else None
+    is_path = model is None and not isinstance(source, PreTrainedConfig)
+    if is_path:
         config = AutoConfig.from_pretrained(source, **hub_kwargs)
-        pixel_style = _pixel_style(
-            source, backbone_class(config.model_type).pixel_style, **hub_kwargs
-        )
-        if tokenizer is None and instructions is None:
-            tokenizer = AutoTokenizer.from_pretrained(source, **hub_kwargs)
+    else:
+        config = source if model is None else model.config
+    family = backbone_class(config.model_type)
+    pixel_style, prompt_style = family.pixel_style, family.prompt_style
+    if is_path:
+        pixel_style = _pixel_style(source, pixel_style, **hub_kwargs)
         model = AutoModel.from_pretrained(
             source,
             config=config,
@@ -131,18 +369,21 @@ def resolve_backbone(
             attn_implementation=_attention(config),
             **hub_kwargs,
         )
-    family = backbone_class(config.model_type)
-    prompt_style = family.prompt_style
     if instructions is not None:
         tokenizer, prompt_style = word_tokenizer(instructions), PromptStyle()
+    elif tokenizer is None and is_path:
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub_kwargs)
     if tokenizer is None:
         raise ValueError(
             "tokenizer must be given where source is a config or a model, got None. Pass "
             "tokenizer=AutoTokenizer.from_pretrained(...) or instructions=[...]."
         )
-    return BackboneParts(
-        config, model, tokenizer, prompt_style, pixel_style, family.bidirectional_prompt
-    )
+    style = {
+        "prompt_style": prompt_style,
+        "pixel_style": pixel_style,
+        "bidirectional_prompt": family.bidirectional_prompt,
+    }
+    return config, model, tokenizer, style
 
 
 def _attention(config: PreTrainedConfig) -> str:

@@ -2,21 +2,24 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""From a batch of instructions to token ids, positions and attention."""
+"""Prompt of a batch of instructions: token ids, positions and attention."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     from torchrl_dvla.modules.backbones import PromptStyle, VLABackbone
 
-__all__ = ["Prompt", "PromptBuilder"]
+__all__ = ["Prompt", "PromptBuilder", "word_tokenizer"]
+
+_PAD, _UNKNOWN = "<pad>", "<unk>"
 
 #: Attention biases of more elements than this are built anew at each call.
 _MAX_CACHED_BIAS = 2**16
@@ -206,3 +209,56 @@ class PromptBuilder:
             visible = visible & ~padding[:, None, None, :]
         bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
         return Prompt(token_ids, position_ids, bias)
+
+
+def word_tokenizer(instructions: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Build a tokenizer whose vocabulary is the words of some instructions.
+
+    Words are lower-cased and split at white space and punctuation. Padding has id 0, unknown words
+    have id 1, and known words follow in alphabetical order, so that the same set of instructions
+    gives the same ids whatever its order.
+
+    Args:
+        instructions (iterable of str): the sentences to take words from.
+
+    Returns:
+        A ``transformers`` fast tokenizer that can be saved with a checkpoint.
+
+    Raises:
+        ValueError: if there is no word at all.
+
+    Examples:
+        >>> from torchrl_dvla.modules import word_tokenizer
+        >>> tokenizer = word_tokenizer(["pick up the bowl", "Open the drawer"])
+        >>> sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+        ['<pad>', '<unk>', 'bowl', 'drawer', 'open', 'pick', 'the', 'up']
+        >>> tokenizer("pick up the mug")["input_ids"]
+        [5, 7, 6, 1]
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    lowercase = normalizers.Lowercase()
+    split = pre_tokenizers.Whitespace()
+    words = {
+        word
+        for instruction in instructions
+        for word, _ in split.pre_tokenize_str(lowercase.normalize_str(instruction))
+    }
+    if not words:
+        raise ValueError(
+            "instructions must contain at least one word, got none. Pass the task descriptions "
+            "the policy will be asked to follow."
+        )
+    vocabulary = {_PAD: 0, _UNKNOWN: 1}
+    for word in sorted(words):
+        vocabulary[word] = len(vocabulary)
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=_UNKNOWN))
+    tokenizer.normalizer = lowercase
+    tokenizer.pre_tokenizer = split
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=_PAD,
+        unk_token=_UNKNOWN,
+        model_input_names=["input_ids", "attention_mask"],
+    )

@@ -2,20 +2,72 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""A random SmolVLM of a few megabytes: the CPU default."""
+"""Small policies: TorchRL's TinyVLA with action tokens, and the SmolVLM of the CPU default."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torchrl.data.vla import UniformActionTokenizer
+from torchrl.modules.vla import TinyVLA
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, SmolVLMConfig
 
-__all__ = ["TinyBackboneConfig", "initialize_tiny_"]
+__all__ = ["TinyBackboneConfig", "initialize_tiny_", "tiny_token_policy"]
+
+
+def tiny_token_policy(
+    action_dim: int, chunk_size: int, *, vocab_size: int = 16, **kwargs: Any
+) -> TinyVLA:
+    """TorchRL's :class:`~torchrl.modules.vla.TinyVLA` as an action-token policy for GRPO.
+
+    It samples one of ``vocab_size`` tokens for each action dimension, uniform bins over [-1, 1],
+    and writes tokens, their log-probabilities and the action chunk ``[*B, chunk_size, action_dim]``
+    below ``"vla_action"``. Its lazy layers are made by the first call.
+
+    Args:
+        action_dim (int): action dimension ``A``.
+        chunk_size (int): env steps per decision.
+
+    Keyword Args:
+        vocab_size (int): action tokens per dimension. Defaults to ``16``.
+        **kwargs: further arguments of ``TinyVLA``, e.g. ``hidden_dim``.
+
+    Returns:
+        The policy.
+
+    Examples:
+        >>> from tensordict import NonTensorStack, TensorDict
+        >>> from torchrl_dvla.modules import tiny_token_policy
+        >>> policy = tiny_token_policy(2, 4)
+        >>> td = TensorDict(
+        ...     {
+        ...         "observation": {
+        ...             "image": torch.zeros(3, 3, 16, 16, dtype=torch.uint8),
+        ...             "state": torch.zeros(3, 5),
+        ...         },
+        ...         "language_instruction": NonTensorStack("push", "pull", "push"),
+        ...     },
+        ...     batch_size=[3],
+        ... )
+        >>> action = policy(td)["vla_action"]
+        >>> action["tokens"].shape, action["log_probs"].shape, action["chunk"].shape
+        (torch.Size([3, 4, 2]), torch.Size([3, 4, 2]), torch.Size([3, 4, 2]))
+    """
+    settings: dict[str, Any] = {
+        "action_head": "tokens",
+        "action_tokenizer": UniformActionTokenizer(vocab_size, low=-1.0, high=1.0),
+        "output_mode": "both",
+        "log_probs_mode": "token",
+        "return_vla_action_container": False,
+    }
+    return TinyVLA(
+        action_dim=action_dim, chunk_size=chunk_size, vocab_size=vocab_size, **settings | kwargs
+    )
 
 
 @dataclass(frozen=True)

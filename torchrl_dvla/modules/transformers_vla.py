@@ -18,27 +18,28 @@ from torch import distributions as torch_dist
 from torchrl.data.vla import ActionTokenizerBase, UniformActionTokenizer
 from torchrl.modules.vla import VLAWrapperBase
 
-from torchrl_dvla.modules.action_head import ActionQueryHead
-from torchrl_dvla.modules.action_tokenizer import (
+from torchrl_dvla.modules.action_head import ActionQueryHead, inverse_cdf_sample
+from torchrl_dvla.modules.backbones import backbone_class
+from torchrl_dvla.modules.config import (
+    TransformersVLAConfig,
     action_tokenizer_from_dict,
     action_tokenizer_to_dict,
 )
-from torchrl_dvla.modules.backbones import backbone_class
-from torchrl_dvla.modules.compatibility import CompatibilityMixin
-from torchrl_dvla.modules.config import TransformersVLAConfig
-from torchrl_dvla.modules.observation import read_images, read_instructions, read_state
-from torchrl_dvla.modules.persistence import PretrainedMixin
-from torchrl_dvla.modules.pixels import PixelNormalizer
+from torchrl_dvla.modules.policy_inputs import (
+    PixelNormalizer,
+    StateProjector,
+    read_images,
+    read_instructions,
+    read_state,
+)
 from torchrl_dvla.modules.pretrained import (
+    PretrainedMixin,
     backbone_from_dict,
     backbone_to_dict,
     resolve_backbone,
 )
-from torchrl_dvla.modules.prompt import PromptBuilder
-from torchrl_dvla.modules.sampling import inverse_cdf_sample
-from torchrl_dvla.modules.state import StateProjector
+from torchrl_dvla.modules.prompt import PromptBuilder, word_tokenizer
 from torchrl_dvla.modules.tiny import TinyBackboneConfig, initialize_tiny_
-from torchrl_dvla.modules.words import word_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["TransformersVLA"]
 
 
-class TransformersVLA(PretrainedMixin, CompatibilityMixin, VLAWrapperBase):
+class TransformersVLA(PretrainedMixin, VLAWrapperBase):
     """Vision-language-action policy with parallel decoding of a whole action chunk.
 
     Camera image(s) ``[*B, 3, h, w]``, proprioception ``[*B, S]`` and an instruction enter a
@@ -76,11 +77,12 @@ class TransformersVLA(PretrainedMixin, CompatibilityMixin, VLAWrapperBase):
         model (PreTrainedModel, optional): the backbone with its weights. Defaults to a random one
             built from ``config.backbone``.
         temperature (float): of the action distribution.
-        default_interaction_type (InteractionType): what to do outside an exploration context.
         output_mode (str): ``"both"``, ``"tokens"`` or ``"chunk"``.
-        return_logits (bool): whether to write ``("vla_action", "logits")`` too.
         log_probs_mode (str): ``"token"``, or ``"sequence"`` for one sum per decision.
         device (torch.device, optional): where to put the policy.
+        **kwargs: further arguments of TorchRL's ``VLAWrapperBase``: ``return_logits`` to write
+            ``("vla_action", "logits")`` too, ``default_interaction_type`` for outside an
+            exploration context.
 
     Raises:
         ValueError: if the backbone's family is unknown or an argument is out of range.
@@ -128,12 +130,16 @@ class TransformersVLA(PretrainedMixin, CompatibilityMixin, VLAWrapperBase):
         tokenizer: PreTrainedTokenizerBase,
         model: PreTrainedModel | None = None,
         temperature: float = 1.0,
-        default_interaction_type: InteractionType = InteractionType.DETERMINISTIC,
         output_mode: Literal["chunk", "tokens", "both"] = "both",
-        return_logits: bool = False,
         log_probs_mode: Literal["sequence", "token"] = "token",
         device: torch.device | str | None = None,
+        **kwargs: Any,
     ) -> None:
+        if not temperature > 0:
+            raise ValueError(
+                f"temperature must be positive, got {temperature}. For greedy actions set the "
+                "exploration type to DETERMINISTIC."
+            )
         action_tokenizer = action_tokenizer_from_dict(config.action_tokenizer)
         super().__init__(
             action_dim=config.action_dim,
@@ -142,20 +148,19 @@ class TransformersVLA(PretrainedMixin, CompatibilityMixin, VLAWrapperBase):
             vocab_size=action_tokenizer.vocab_size,
             action_tokenizer=action_tokenizer,
             output_mode=output_mode,
-            return_logits=return_logits,
             return_vla_action_container=False,
             log_probs_mode=log_probs_mode,
             use_state=config.state_dim > 0,
-            default_interaction_type=default_interaction_type,
             wrist_image_key=("observation", "wrist_image") if config.num_cameras == 2 else None,
             device=device,
+            **kwargs,
         )
         adapter = backbone_class(config.backbone["model_type"])
         if model is None:
             model = backbone_from_dict(config.backbone, dtype=config.torch_dtype)
         image_size = adapter.image_size_of(model.config, config.image_size)
         self.config = config
-        self.temperature = _checked_temperature(temperature)
+        self.temperature = float(temperature)
         self.tokenizer = tokenizer
         self.backbone = adapter(model, image_size=image_size)
         width = self.backbone.hidden_size
@@ -285,21 +290,18 @@ class TransformersVLA(PretrainedMixin, CompatibilityMixin, VLAWrapperBase):
             ValueError: if the family is unknown, or there is no tokenizer to be found.
         """
         dtype = getattr(torch, architecture.get("dtype", "float32"))
-        parts = resolve_backbone(source, tokenizer, instructions, dtype, hub_kwargs or {})
-        architecture.setdefault("prompt_style", parts.prompt_style)
-        architecture.setdefault("pixel_style", parts.pixel_style)
-        architecture.setdefault("bidirectional_prompt", parts.bidirectional_prompt)
-        architecture.setdefault("tokens_per_step", architecture.get("action_dim", 1))
+        backbone, model, tokenizer, style = resolve_backbone(
+            source, tokenizer, instructions, dtype, hub_kwargs or {}
+        )
+        style["tokens_per_step"] = architecture.get("action_dim", 1)
         config = TransformersVLAConfig(
-            backbone=backbone_to_dict(parts.config),
+            backbone=backbone_to_dict(backbone),
             action_tokenizer=_describe(action_tokenizer),
-            **architecture,
+            **style | architecture,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(
-                config, tokenizer=parts.tokenizer, model=parts.model, **(policy_kwargs or {})
-            )
+            return cls(config, tokenizer=tokenizer, model=model, **(policy_kwargs or {}))
 
     # -- the forward pass --------------------------------------------------
     def action_logits(self, tensordict: TensorDictBase) -> torch.Tensor:
@@ -333,9 +335,6 @@ class TransformersVLA(PretrainedMixin, CompatibilityMixin, VLAWrapperBase):
             ... ).requires_grad
             True
         """
-        return self._predict_logits(tensordict)
-
-    def _predict_logits(self, tensordict: TensorDictBase) -> torch.Tensor:
         keys = self.tensor_keys
         image_keys = [keys.image, keys.wrist_image][: self.config.num_cameras]
         cameras = read_images(tensordict, image_keys, self.config.image_size)
@@ -352,18 +351,24 @@ class TransformersVLA(PretrainedMixin, CompatibilityMixin, VLAWrapperBase):
         features = backbone.embed_images(pixels).split(num_rows)
 
         # frame | instruction | padding | queries
-        stream = [self._frame_text(self.prompt.start_ids, num_rows, device)]
+        start, image_start, image_end = (
+            backbone.embed_tokens(ids.to(device)).expand(num_rows, -1, -1)
+            for ids in (
+                self.prompt.start_ids,
+                self.prompt.image_start_ids,
+                self.prompt.image_end_ids,
+            )
+        )
+        stream = [start]
         for image_tokens in features:
-            stream.append(self._frame_text(self.prompt.image_start_ids, num_rows, device))
-            stream.append(image_tokens)
-            stream.append(self._frame_text(self.prompt.image_end_ids, num_rows, device))
+            stream += [image_start, image_tokens, image_end]
         if self.state_projector is not None:
             state = read_state(tensordict, keys.state, self.config.state_dim)
             stream.append(self.state_projector(state.reshape(num_rows, -1)))
         stream.append(backbone.embed_tokens(prompt.token_ids))
         queries = self.query_head.queries
         stream.append(queries.expand(num_rows, -1, -1))
-        embeddings = torch.cat([piece.to(dtype) for piece in stream if piece is not None], 1)
+        embeddings = torch.cat([piece.to(dtype) for piece in stream], 1)
 
         hidden = backbone.decode(
             embeddings, prompt.position_ids, prompt.attention_bias, len(queries)
@@ -371,12 +376,7 @@ class TransformersVLA(PretrainedMixin, CompatibilityMixin, VLAWrapperBase):
         logits = self.query_head(hidden)
         return logits.reshape(*batch_shape, *logits.shape[1:])
 
-    def _frame_text(
-        self, ids: torch.Tensor, num_rows: int, device: torch.device
-    ) -> torch.Tensor | None:
-        if len(ids) == 0:
-            return None
-        return self.backbone.embed_tokens(ids.to(device)).expand(num_rows, -1, -1)
+    _predict_logits = action_logits
 
     def _update_keys(self) -> None:
         super()._update_keys()
@@ -404,12 +404,3 @@ def _describe(action_tokenizer: ActionTokenizerBase | None) -> dict[str, Any]:
     if action_tokenizer is None:
         action_tokenizer = UniformActionTokenizer(256, low=-1.0, high=1.0)
     return action_tokenizer_to_dict(action_tokenizer)
-
-
-def _checked_temperature(temperature: float) -> float:
-    if not temperature > 0:
-        raise ValueError(
-            f"temperature must be positive, got {temperature}. For greedy actions set the "
-            "exploration type to DETERMINISTIC."
-        )
-    return float(temperature)

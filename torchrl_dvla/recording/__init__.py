@@ -2,15 +2,9 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""What a run leaves behind: checkpoints, TensorBoard files, a progress bar, an end table.
+"""Records of a run: checkpoints, TensorBoard files, the final report, an orderly stop."""
 
-Recipes need these, and so may a program that assembles the components by itself.
-"""
-
-from torchrl_dvla.recording.checkpoint import Checkpoint, CheckpointDirectory
-from torchrl_dvla.recording.plain import from_plain, rng_state, set_rng_state, to_plain
-from torchrl_dvla.recording.policy_files import load_policy, save_policy
-from torchrl_dvla.recording.progress import ProgressBar
+from torchrl_dvla.recording.checkpoint import RunCheckpoints, find_latest_checkpoint
 from torchrl_dvla.recording.report import RunReport, SuccessRate, wilson_interval
 from torchrl_dvla.recording.signals import GracefulStop, StopRequested
 from torchrl_dvla.recording.tensorboard import (
@@ -22,21 +16,14 @@ from torchrl_dvla.recording.tensorboard import (
 
 __all__ = [
     "DASHBOARD",
-    "Checkpoint",
-    "CheckpointDirectory",
     "GracefulStop",
-    "ProgressBar",
+    "RunCheckpoints",
     "RunReport",
     "StopRequested",
     "SuccessRate",
     "TensorBoardRecorder",
     "check_writable",
     "encode_gif",
-    "from_plain",
-    "load_policy",
-    "rng_state",
-    "save_policy",
-    "set_rng_state",
-    "to_plain",
+    "find_latest_checkpoint",
     "wilson_interval",
 ]

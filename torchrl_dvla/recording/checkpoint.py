@@ -2,239 +2,304 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Training checkpoints that are whole or absent, and that say so when they are not."""
+"""Checkpoints of a training run: TorchRL's folders, with digests and rotation by update."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
-import json
 import os
+import pickle
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+import tempfile
+from abc import abstractmethod
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
+from torchrl.checkpoint import Checkpoint, CheckpointAdapter, CheckpointRotation
 
 from torchrl_dvla._version import __version__
-from torchrl_dvla.recording.plain import from_plain, to_plain
-from torchrl_dvla.recording.policy_files import load_policy, save_policy
+from torchrl_dvla.validation import differences, join_some
 
-__all__ = ["Checkpoint", "CheckpointDirectory"]
+__all__ = ["RunCheckpoints", "find_latest_checkpoint"]
 
-_FORMAT_VERSION = 1
-_METADATA = "checkpoint.json"
-_STATE = "training.pt"
-_POLICY = "policy"
-_PREFIX = "update_"
-_PARTIAL = ".partial-"
+_PREFIX = "update"
+_STATE = "state.pt"
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint that was read and found whole.
+class RunCheckpoints:
+    """Checkpoints of one run by number of learner updates, the newest ones kept.
 
-    Args:
-        path (Path): its folder.
-        state (dict): what was given to :meth:`CheckpointDirectory.save`.
-        metadata (dict): update count, versions, configuration, time of writing.
-    """
+    A checkpoint is a folder ``update-00000042`` in the format of :mod:`torchrl.checkpoint`::
 
-    path: Path
-    state: dict[str, Any]
-    metadata: dict[str, Any]
+        manifest.json                update, configuration, versions, SHA-256 of each file
+        components/<n>-policy/       the policy by its own save_pretrained, or state.pt
+        components/<n>-<component>/  state.pt, read with weights_only=True
 
-    @property
-    def policy_path(self) -> Path:
-        """Folder with the policy alone, ready for ``from_pretrained``."""
-        return self.path / _POLICY
-
-    @property
-    def update(self) -> int:
-        """Learner updates done when it was written."""
-        return int(self.metadata["update"])
-
-    def load_policy(self, policy: torch.nn.Module) -> None:
-        """Copy the saved parameters into ``policy``; see :func:`load_policy` for the errors."""
-        load_policy(policy, self.policy_path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Checkpoint:
-        """Read a checkpoint after comparing every file with the digest noted at its writing.
-
-        Args:
-            path (str or os.PathLike): a folder ``update_*``.
-
-        Raises:
-            FileNotFoundError: if there is no checkpoint.
-            ValueError: if a file is missing, truncated or changed, or the format is unknown.
-        """
-        path = Path(path)
-        if not (path / _METADATA).is_file():
-            raise FileNotFoundError(
-                f"checkpoint.resume must be the folder of a training checkpoint, got "
-                f"{str(path)!r} without {_METADATA}. Pass a folder {_PREFIX}* of a run, 'auto' for "
-                "the newest one, or null to start anew; a folder with nothing but a policy belongs "
-                "into policy.checkpoint."
-            )
-        remedy = "Resume from another checkpoint of the run, or from its policy alone."
-        try:
-            metadata = json.loads((path / _METADATA).read_text())
-            files, format_version = metadata["files"], metadata["format_version"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path / _METADATA} must be whole, got {error!r}. {remedy}"
-            ) from error
-        if format_version != _FORMAT_VERSION:
-            raise ValueError(
-                f"format_version must be {_FORMAT_VERSION}, got {format_version} in {path}. It was "
-                f"written by torchrl_dvla {metadata.get('torchrl_dvla', '?')}; resume it with that."
-            )
-        for name, expected in files.items():
-            _check_file(path / name, expected, remedy)
-        state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
-        return cls(path, from_plain(state), metadata)
-
-
-class CheckpointDirectory:
-    """The checkpoints of one run, newest kept.
-
-    A checkpoint is a folder ``update_00000042``::
-
-        policy/          the policy by its own save_pretrained, or model.safetensors + config.json
-        training.pt      optimizer, learning-rate schedule, collector, replay buffer, generators
-        checkpoint.json  update, configuration, versions; size and SHA-256 of every other file
-
-    It is written under another name, flushed to disk, and renamed when complete: a process killed
-    at any instant leaves the previous checkpoint and at worst a ``.partial-*`` folder, which the
-    next run over the same directory removes.
+    It is written under another name and renamed when complete: a process killed at any instant
+    leaves every earlier checkpoint, and a hidden partial folder that the next save removes.
 
     Args:
-        path (str or os.PathLike): where the run keeps its checkpoints; made if missing.
+        directory (str or os.PathLike): where the run keeps its checkpoints; made by :meth:`save`.
 
     Keyword Args:
-        keep (int): how many checkpoints stay. Defaults to ``2``.
+        keep_last (int): how many checkpoints stay. Defaults to ``2``.
+        **components: what has ``state_dict`` and ``load_state_dict``: policy, optimizer, learning
+            rate schedule, collector, ``torchrl.checkpoint.GlobalRNGState()``.
 
     Raises:
-        ValueError: if ``keep`` is smaller than 1.
-        OSError: if the directory cannot be made.
+        ValueError: if ``keep_last`` is smaller than 1.
 
     Examples:
         >>> import tempfile
         >>> policy = torch.nn.Linear(2, 1)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     checkpoints = CheckpointDirectory(folder)
-        ...     path = checkpoints.save(7, policy, {"optimizer": {"lr": 0.1}})
-        ...     checkpoint = Checkpoint.load(checkpoints.latest())
-        >>> path.name, checkpoint.update, checkpoint.state["optimizer"]
-        ('update_00000007', 7, {'lr': 0.1})
+        ...     checkpoints = RunCheckpoints(folder, policy=policy)
+        ...     path = checkpoints.save(7)
+        ...     metadata = checkpoints.load(checkpoints.latest())
+        >>> path.name, metadata["update"]
+        ('update-00000007', 7)
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, keep: int = 2) -> None:
-        if keep < 1:
-            raise ValueError(
-                f"keep must be at least 1, got {keep}. Each checkpoint replaces the oldest one."
-            )
-        self.path = Path(path)
-        self.keep = keep
-        self.path.mkdir(parents=True, exist_ok=True)
-        for partial in self.path.glob(_PARTIAL + "*"):
-            shutil.rmtree(partial, ignore_errors=True)
+    def __init__(
+        self, directory: str | os.PathLike[str], *, keep_last: int = 2, **components: Any
+    ) -> None:
+        self.directory = Path(directory)
+        self._rotation = CheckpointRotation(directory, keep_last=keep_last, prefix=_PREFIX)
+        self._checkpoint = Checkpoint()
+        self._digests: dict[str, str] = {}
+        self._verified: Path | None = None
+        for name, component in components.items():
+            self.register(name, component)
 
-    def list(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        return sorted(path for path in self.path.glob(_PREFIX + "*") if (path / _METADATA).exists())
+    def register(self, name: str, component: Any) -> None:
+        """Add a component that is made later than the others, such as the collector."""
+        is_pretrained = hasattr(component, "save_pretrained") and hasattr(component, "load_weights")
+        adapter = _PretrainedFolder if is_pretrained else _StateFile
+        self._checkpoint.register(name, component, adapter=adapter(self._digests))
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, or ``None``."""
-        return next(reversed(self.list()), None)
+        """The complete checkpoint of the most updates, or ``None``."""
+        return self._rotation.latest()
 
-    def save(
-        self,
-        update: int,
-        policy: torch.nn.Module,
-        state: Mapping[str, Any],
-        *,
-        config: Mapping[str, Any] | None = None,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> Path:
-        """Write a checkpoint and forget the oldest.
+    def save(self, update: int, *, config: Mapping[str, Any] | None = None) -> Path:
+        """Write a checkpoint, then remove what it replaces.
+
+        That is: one of the same update, those of more updates (they belong to a run that was
+        abandoned when an older checkpoint was resumed), and all but the newest ``keep_last``.
 
         Args:
-            update (int): learner updates done. A checkpoint of the same update is replaced.
-            policy (torch.nn.Module): saved by its ``save_pretrained`` where it has one.
-            state (Mapping): state dicts of everything else; plain data, see :func:`to_plain`.
+            update (int): learner updates done.
 
         Keyword Args:
             config (Mapping, optional): configuration of the run, as plain data.
-            metadata (Mapping, optional): further entries of ``checkpoint.json``.
 
         Returns:
             The folder written.
 
         Raises:
-            TypeError: if ``state`` holds something else than data.
+            TypeError: if a component's state holds something else than data.
+            ValueError: if a lazy layer of the policy was never initialised.
             OSError: if the disk is full or not writable; no partial folder stays.
         """
-        target = self.path / f"{_PREFIX}{update:08d}"
-        partial = self.path / f"{_PARTIAL}{os.getpid()}-{target.name}"
+        self._digests.clear()
+        metadata = {
+            "update": update,
+            "torchrl_dvla": __version__,
+            "config": dict(config or {}),
+            # Filled in by the adapters: the manifest is written after the components.
+            "sha256": self._digests,
+        }
+        with self._lock():
+            path = self.directory / f"{_PREFIX}-{update:08d}"
+            # TorchRL replaces a folder by two renames, and a process killed between them would
+            # leave none. With one more zero the name is of the same update and replaces nothing.
+            while path.exists():
+                path = path.with_name(path.name.replace("-", "-0"))
+            self._checkpoint.save(path, metadata=metadata)
+            _flush_to_disk(path / "manifest.json")
+            # TorchRL's rotation keeps the highest steps, whichever was written last.
+            for other in self.directory.glob(f"{_PREFIX}-*"):
+                step = other.name.removeprefix(f"{_PREFIX}-")
+                if other != path and step.isdigit() and int(step) >= update:
+                    _remove(other)
+            self._rotation.prune()
+        return path
+
+    def load(
+        self, path: str | os.PathLike[str], components: Collection[str] | None = None
+    ) -> dict[str, Any]:
+        """Load components, in the order of their registration, once every file has its digest.
+
+        Args:
+            path (str or os.PathLike): a folder that :meth:`save` wrote.
+            components (collection of str, optional): names. Defaults to all that are registered.
+
+        Returns:
+            The metadata: ``"update"``, ``"config"``, ``"torchrl_dvla"``, ``"sha256"``.
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint.
+            ValueError: if a file is missing, truncated or changed.
+            torchrl.checkpoint.CheckpointError: if the manifest is damaged, or a component cannot
+                be loaded.
+        """
+        path = Path(path)
+        metadata = Checkpoint.manifest(path)["metadata"]
+        if path != self._verified:
+            _verify(path, metadata.get("sha256", {}))
+            self._verified = path
+        for name in self._checkpoint.components:
+            if components is None or name in components:
+                self._checkpoint.load(path, components=[name], map_location="cpu")
+        return metadata
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        """One save at a time in this folder, over all processes; removes what dead ones left."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:  # a file system without locks: partial folders stay
+                yield
+                return
+            for partial in self.directory.glob(f".{_PREFIX}-*"):
+                shutil.rmtree(partial, ignore_errors=True)
+            yield
+
+
+def find_latest_checkpoint(runs: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint of the most updates in the newest run that has one.
+
+    Args:
+        runs (str or os.PathLike): folder of runs, each ``<time>_*/checkpoints/update-*``. The
+            newest is the last by name: copying a run or setting the clock changes file times.
+
+    Returns:
+        The checkpoint's folder, or ``None``.
+    """
+    for run in sorted(Path(runs).glob("*/"), reverse=True):
+        latest = RunCheckpoints(run / "checkpoints").latest()
+        if latest is not None:
+            return latest
+    return None
+
+
+class _DigestedAdapter(CheckpointAdapter):
+    """Adapter whose files are on disk, with their SHA-256 in ``digests``, when it has saved."""
+
+    def __init__(self, digests: dict[str, str]) -> None:
+        self._digests = digests
+
+    def save(self, component: Any, path: Path, *, args: Any, kwargs: Any) -> None:
+        path.mkdir(parents=True)
+        self._write(component, path)
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                _flush_to_disk(file)
+                self._digests[file.relative_to(path.parents[1]).as_posix()] = _sha256(file)
+
+    @abstractmethod
+    def _write(self, component: Any, path: Path) -> None: ...
+
+
+class _PretrainedFolder(_DigestedAdapter):
+    """A policy by its own ``save_pretrained`` and ``load_weights``."""
+
+    adapter_id = "torchrl_dvla.pretrained"
+
+    def _write(self, component: Any, path: Path) -> None:
+        component.save_pretrained(path)
+
+    def load(self, component: Any, path: Path, **kwargs: Any) -> None:
+        component.load_weights(path)
+
+
+class _StateFile(_DigestedAdapter):
+    """A state dict as one file that is read with ``weights_only=True``.
+
+    TorchRL's own adapter would find out at loading that a state holds objects, would write the
+    whole storage behind a view, and its other format may load pickles.
+    """
+
+    adapter_id = "torchrl_dvla.state_file"
+
+    def _write(self, component: Any, path: Path) -> None:
+        state = component.state_dict()
+        for name, value in state.items():
+            if torch.nn.parameter.is_lazy(value):
+                raise ValueError(
+                    f"{type(component).__name__} must be initialised before it is saved, got a "
+                    f"lazy {name!r}. Call the policy on one batch first."
+                )
+        torch.save(tree_map_only(torch.Tensor, _without_rest, state), path / _STATE)
         try:
-            partial.mkdir(parents=True)
-            save_policy(policy, partial / _POLICY)
-            torch.save(to_plain(dict(state)), partial / _STATE)
-            files = sorted(path for path in partial.rglob("*") if path.is_file())
-            described = {
-                "format_version": _FORMAT_VERSION,
-                "torchrl_dvla": __version__,
-                "torch": torch.__version__,
-                "update": update,
-                "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "config": dict(config or {}),
-                **(metadata or {}),
-                "files": {path.relative_to(partial).as_posix(): _describe(path) for path in files},
-            }
-            (partial / _METADATA).write_text(json.dumps(described, indent=2) + "\n")
-            for path in [*files, partial / _METADATA]:
-                _flush_to_disk(path)
-            if target.exists():
-                shutil.rmtree(target)
-            partial.rename(target)
-            _flush_to_disk(self.path)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        for old in self.list()[: -self.keep]:
-            shutil.rmtree(old)
-        return target
+            torch.load(path / _STATE, weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            cause = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0]
+            raise TypeError(
+                f"{type(component).__name__}.state_dict() must return tensors, numbers, strings "
+                f"and containers of them, got something else: {cause}"
+            ) from error
+
+    def load(self, component: Any, path: Path, *, map_location: Any, **kwargs: Any) -> None:
+        state = torch.load(path / _STATE, map_location=map_location, weights_only=True)
+        if isinstance(component, torch.nn.Module):
+            _require_same_shapes(component, state)
+        component.load_state_dict(state)
 
 
-def _describe(path: Path) -> dict[str, int | str]:
+def _require_same_shapes(module: torch.nn.Module, state: Mapping[str, Any]) -> None:
+    """Raise before anything is copied; ``load_state_dict`` would have copied what fits."""
+    own, saved = (
+        {name: list(tensor.shape) for name, tensor in tensors.items()}
+        for tensors in (module.state_dict(), state)
+    )
+    problems = differences(own, saved)
+    if problems:
+        raise ValueError(
+            f"the checkpoint must hold the parameters of this {type(module).__name__}, got another "
+            f"architecture: {join_some(problems)}. Use the policy settings it was made with."
+        )
+
+
+def _verify(path: Path, digests: Mapping[str, str]) -> None:
+    files = (file for file in (path / "components").rglob("*") if file.is_file())
+    found = {file.relative_to(path).as_posix(): _sha256(file) for file in files}
+    problems = differences(digests, found)
+    if problems:
+        raise ValueError(
+            f"{str(path)!r} must hold the files whose SHA-256 is in its manifest.json, got "
+            f"{join_some(problems)}: truncated, or changed after it was written. Resume from "
+            "another checkpoint of the run, or start anew from its policy alone."
+        )
+
+
+def _without_rest(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy where ``tensor`` is a view: saving one would write the whole storage behind it."""
+    tensor = tensor.detach()
+    is_view = tensor.untyped_storage().nbytes() != tensor.nbytes
+    return tensor.clone() if is_view else tensor
+
+
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    return {"num_bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _check_file(path: Path, expected: Mapping[str, int | str], remedy: str) -> None:
-    if not path.is_file():
-        raise ValueError(f"The checkpoint must hold {path}, got no such file. {remedy}")
-    num_bytes = path.stat().st_size
-    if num_bytes != expected["num_bytes"]:
-        raise ValueError(
-            f"{path} must have {expected['num_bytes']} bytes, got {num_bytes}: it was truncated or "
-            f"replaced. {remedy}"
-        )
-    if _describe(path)["sha256"] != expected["sha256"]:
-        raise ValueError(
-            f"{path} must have the SHA-256 noted in {_METADATA}, got another: its content changed "
-            f"after it was written. {remedy}"
-        )
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    # A power cut after the rename must leave no file of zeros.
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: a process killed meanwhile leaves no half of it under its name.
+    hidden = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}-", dir=path.parent))
+    path.rename(hidden / path.name)
+    shutil.rmtree(hidden, ignore_errors=True)

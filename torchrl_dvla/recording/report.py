@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""What a run ends with: a table of what changed, and how sure one can be of it."""
+"""Final report of a run: success rates with confidence intervals, throughput, policy lag."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 __all__ = ["RunReport", "SuccessRate", "wilson_interval"]
@@ -19,10 +19,8 @@ __all__ = ["RunReport", "SuccessRate", "wilson_interval"]
 _Z_95 = 1.959963984540054
 
 
-def wilson_interval(
-    num_successes: int, num_trials: int, *, z: float = _Z_95
-) -> tuple[float, float]:
-    r"""Wilson score interval of a success probability.
+def wilson_interval(num_successes: int, num_trials: int) -> tuple[float, float]:
+    r"""95 % Wilson score interval of a success probability.
 
     .. math::
         \frac{\hat p + \frac{z^2}{2n} \pm z \sqrt{\frac{\hat p (1 - \hat p)}{n} + \frac{z^2}{4n^2}}}
@@ -34,9 +32,6 @@ def wilson_interval(
     Args:
         num_successes (int): successful trials.
         num_trials (int): trials, at least 1.
-
-    Keyword Args:
-        z (float): quantile of the standard normal distribution. Defaults to that of 95 %.
 
     Returns:
         The lower and the upper bound.
@@ -57,7 +52,7 @@ def wilson_interval(
             "num_successes must lie in [0, num_trials] with num_trials >= 1, got "
             f"{num_successes} of {num_trials}. Pass counts, not rates."
         )
-    rate = num_successes / num_trials
+    rate, z = num_successes / num_trials, _Z_95
     centre = rate + z * z / (2 * num_trials)
     spread = z * math.sqrt(rate * (1 - rate) / num_trials + z * z / (4 * num_trials**2))
     scale = 1 + z * z / num_trials
@@ -66,7 +61,7 @@ def wilson_interval(
 
 @dataclass(frozen=True)
 class SuccessRate:
-    """Successes among evaluation episodes.
+    """Success rate over evaluation episodes, with its confidence interval.
 
     Args:
         num_successes (int): successful episodes.
@@ -105,7 +100,7 @@ class SuccessRate:
 
 @dataclass
 class RunReport:
-    """The end of a run in figures. All of them are measured during the run.
+    """Table of a run's results, all measured during the run.
 
     Args:
         name (str): what was run.
@@ -138,12 +133,11 @@ class RunReport:
     training_s: float
     ended_by: str
     checkpoint: str
-    extra: dict[str, float | int | str] = field(default_factory=dict)
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the table."""
         lanes = ", ".join(f"{lane} {100 * share:.0f} %" for lane, share in self.lane_shares.items())
-        rows = [
+        return [
             ("greedy success before", "not evaluated" if self.before is None else str(self.before)),
             ("greedy success after", "not evaluated" if self.after is None else str(self.after)),
             ("env steps/s", f"{self.env_steps_per_s:.1f} ({self.decisions_per_s:.1f} decisions/s)"),
@@ -154,7 +148,6 @@ class RunReport:
             ("training time", f"{_clock(self.training_s)} (ended by {self.ended_by})"),
             ("checkpoint", self.checkpoint or "none"),
         ]
-        return rows + [(key, str(value)) for key, value in self.extra.items()]
 
     def to_text(self) -> str:
         """The table as aligned plain text."""
@@ -169,13 +162,10 @@ class RunReport:
         lines = [f"| {self.name} | |", "|---|---|"]
         return "\n".join(lines + [f"| {label} | {value} |" for label, value in self.rows()])
 
-    def to_dict(self) -> dict[str, object]:
-        """The figures as plain data."""
-        return asdict(self) | {"lane_shares": dict(self.lane_shares)}
-
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`to_dict` as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        """Write the figures as JSON."""
+        data = asdict(self) | {"lane_shares": dict(self.lane_shares)}
+        Path(path).write_text(json.dumps(data, indent=2) + "\n")
 
 
 def _clock(seconds: float) -> str:

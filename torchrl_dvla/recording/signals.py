@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Ending a run when it is asked to, at a point where its state is whole."""
+"""Orderly stop of a run at SIGINT and SIGTERM, at a point where its state is whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import FrameType, TracebackType
+from types import FrameType
 
 __all__ = ["GracefulStop", "StopRequested"]
 
@@ -26,11 +26,11 @@ class StopRequested(BaseException):
 
 
 class GracefulStop:
-    """Turns SIGINT and SIGTERM into a request that the training loop answers by itself.
+    """Handler of SIGINT and SIGTERM: a flag that the training loop reads, instead of an exception.
 
     A signal may arrive in the middle of an optimizer step or of a write to the replay buffer, when
-    raising an exception would leave half of it behind. So the handler only takes a note. Three
-    kinds of code hear about it:
+    raising an exception would leave half of it behind. So the handler only sets a flag. Three
+    kinds of code learn of it:
 
     - the loop reads :attr:`requested` between updates;
     - a wait that another thread can end (a learner blocked on its replay buffer) is ended by the
@@ -46,9 +46,7 @@ class GracefulStop:
     Only the main thread can install signal handlers; the previous ones come back on exit.
 
     Keyword Args:
-        signals (tuple of signal.Signals): what counts as a request. Defaults to SIGINT and SIGTERM.
         patience_s (float): time after the first signal in which further ones are ignored.
-        clock (Callable): tells the time in seconds.
 
     Raises:
         ValueError: on entry outside the main thread.
@@ -65,17 +63,9 @@ class GracefulStop:
         (True, 'SIGTERM')
     """
 
-    def __init__(
-        self,
-        *,
-        signals: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM),
-        patience_s: float = 2.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, *, patience_s: float = 2.0) -> None:
         self._patience_s = patience_s
-        self._clock = clock
         self._signalled_s = 0.0
-        self._signals = signals
         self._previous: dict[signal.Signals, object] = {}
         # SimpleQueue.put is the one inter-thread primitive documented as safe inside a handler.
         self._inbox: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -93,14 +83,8 @@ class GracefulStop:
 
     @property
     def reason(self) -> str | None:
-        """Name of the signal, or the text given to :meth:`request`; ``None`` while running."""
+        """Name of the signal; ``None`` while running."""
         return self._reason
-
-    def request(self, reason: str) -> None:
-        """Ask for a stop from the program itself (a spent time budget, say)."""
-        if self._reason is None:
-            self._reason = reason
-            self._inbox.put(reason)
 
     def on_request(self, callback: Callable[[], object]) -> None:
         """Call ``callback`` once, from another thread, when a stop is asked for.
@@ -132,16 +116,11 @@ class GracefulStop:
             )
         self._thread = threading.Thread(target=self._watch, name="graceful-stop", daemon=True)
         self._thread.start()
-        for number in self._signals:
+        for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous.clear()
@@ -151,10 +130,10 @@ class GracefulStop:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._reason is not None:
-            if self._clock() - self._signalled_s < self._patience_s:
+            if time.monotonic() - self._signalled_s < self._patience_s:
                 return
             raise KeyboardInterrupt(f"second request to stop ({signal.Signals(number).name})")
-        self._signalled_s = self._clock()
+        self._signalled_s = time.monotonic()
         self._reason = signal.Signals(number).name
         self._inbox.put(self._reason)
         if self._num_interruptible:

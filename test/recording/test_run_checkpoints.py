@@ -1,0 +1,281 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchrl.checkpoint import CheckpointError, GlobalRNGState
+
+from torchrl_dvla.recording import RunCheckpoints, find_latest_checkpoint
+
+
+class Value:
+    """A component that is one value."""
+
+    def __init__(self, value=None):
+        self.value = value
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state_dict):
+        self.value = state_dict["value"]
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
+        self.head.weight = self.table.weight
+
+
+def _policy(width=3, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(2, width), nn.Linear(width, 1))
+
+
+def _save(folder, update, value=None, **kwargs):
+    return RunCheckpoints(folder, policy=_policy(), value=Value(value), **kwargs).save(update)
+
+
+def _load(path, **components):
+    """Load a checkpoint; without components, return the value in it."""
+    value = Value()
+    RunCheckpoints(path.parent, **(components or {"value": value})).load(path)
+    return value.value
+
+
+def _updates(folder):
+    return sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("update-*"))
+
+
+def _visible(folder):
+    return sorted(name for name in os.listdir(folder) if name != ".lock")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return _save(tmp_path / "checkpoints", 5, {"lr": 0.5})
+
+
+def test_round_trip(tmp_path):
+    policy, other = _policy(), _policy(seed=1)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1)
+    policy(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    saved = RunCheckpoints(tmp_path, policy=policy, optimizer=optimizer)
+    saved.register("late", Value((1, [2.5, None], {3: "x"})))
+    saved.save(5, config={"seed": 3})
+    late, other_optimizer = Value(), torch.optim.AdamW(other.parameters(), lr=9.0)
+    loaded = RunCheckpoints(tmp_path, policy=other, optimizer=other_optimizer, late=late)
+    metadata = loaded.load(loaded.latest(), ["policy", "optimizer"])
+    assert (metadata["update"], metadata["config"]) == (5, {"seed": 3})
+    assert torch.equal(other[0].weight, policy[0].weight)
+    assert other_optimizer.param_groups[0]["lr"] == 0.1
+    assert late.value is None
+    loaded.load(loaded.latest(), ["late"])
+    assert late.value == (1, [2.5, None], {3: "x"})
+
+
+def test_random_generators_continue(tmp_path):
+    checkpoints = RunCheckpoints(tmp_path, rng=GlobalRNGState())
+    path = checkpoints.save(1)
+    first = (random.random(), np.random.rand(), torch.rand(1).item())
+    checkpoints.load(path)
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == first
+
+
+def test_tied_weights(tmp_path):
+    policy, other = Tied(), Tied()
+    _load(RunCheckpoints(tmp_path, policy=policy).save(1), policy=other)
+    assert torch.equal(other.head.weight, policy.head.weight)
+    assert other.head.weight is other.table.weight
+
+
+def test_a_view_is_saved_without_the_storage_behind_it(tmp_path):
+    path = _save(tmp_path, 1, torch.zeros(1_000_000)[3:5])
+    assert sum(file.stat().st_size for file in path.rglob("*")) < 20_000
+    assert _load(path).tolist() == [0.0, 0.0]
+
+
+# -- which checkpoints stay, and which is the newest ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("saves", "left"),
+    [
+        ([(1, 2), (2, 2), (10, 2)], [2, 10]),
+        ([(1, 1), (1, 1)], [1]),
+        # 75 proved bad, and the run was resumed from 50: the one just written is the newest.
+        ([(50, 2), (75, 2), (60, 2)], [50, 60]),
+        ([(50, 2), (75, 2), (60, 1)], [60]),
+        ([(25, 3), (50, 3), (75, 3), (30, 2), (30, 2)], [25, 30]),
+    ],
+)
+def test_rotation(tmp_path, saves, left):
+    for value, (update, keep_last) in enumerate(saves):
+        path = _save(tmp_path, update, value, keep_last=keep_last)
+        assert RunCheckpoints(tmp_path).latest() == path
+        assert _load(path) == value
+    assert _updates(tmp_path) == left
+    assert len(_visible(tmp_path)) == len(left)
+
+
+def test_the_clock_may_be_set_back(tmp_path, monkeypatch):
+    path = _save(tmp_path, 1, "old")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["created_at"] = "2999-01-01T00:00:00+00:00"
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    _save(tmp_path, 1, "new")
+    assert _load(RunCheckpoints(tmp_path).latest()) == "new"
+
+
+def test_the_newest_is_that_of_most_updates_in_the_newest_run(tmp_path):
+    assert find_latest_checkpoint(tmp_path) is None
+    newest = _save(tmp_path / "2026-02-01_seed0" / "checkpoints", 20)
+    older = _save(tmp_path / "2026-02-01_seed0" / "checkpoints", 10, keep_last=2)
+    _save(tmp_path / "2026-02-01_seed0" / "checkpoints", 20)
+    _save(tmp_path / "2026-01-01_seed0" / "checkpoints", 90)
+    (tmp_path / "2026-03-01_seed0" / "checkpoints" / "update-00000007").mkdir(parents=True)
+    os.utime(older)  # after a copy, file times mean nothing
+    assert find_latest_checkpoint(tmp_path) == newest
+
+
+# -- a save that fails, or is killed --------------------------------------------------------------
+
+
+def test_a_failed_save_leaves_the_previous_one_and_nothing_else(tmp_path):
+    _save(tmp_path, 1)
+    with pytest.raises(TypeError, match=r"Value\.state_dict\(\) must return .* got something else"):
+        _save(tmp_path, 2, object())
+    assert _visible(tmp_path) == ["update-00000001"]
+
+
+def test_a_lazy_policy_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="must be initialised before it is saved, got a lazy 'wei"):
+        RunCheckpoints(tmp_path, policy=nn.LazyLinear(2)).save(1)
+
+
+def _save_until(folder, update, point):
+    """Save in a process that ends at once at its ``point``-th file operation; whether it did."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    left = [point]
+
+    def end(event, arguments):
+        if event in ("open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "shutil.rmtree"):
+            left[0] -= 1
+            if left[0] < 0:
+                os._exit(9)
+
+    sys.addaudithook(end)
+    try:
+        _save(folder, update, "new", keep_last=1)
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("before", [[10], [9, 12]], ids=str)
+def test_a_save_killed_at_any_point_leaves_a_whole_checkpoint(tmp_path, monkeypatch, before):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power cut here
+    for update in before:
+        _save(tmp_path / "before", update, "old")
+    for point in range(500):
+        folder = shutil.copytree(tmp_path / "before", tmp_path / str(point))
+        was_killed = _save_until(folder, 10, point)
+        assert _load(RunCheckpoints(folder).latest()) in ("old", "new")
+        if not was_killed:
+            break
+        _save(folder, 10, "after", keep_last=1)
+        assert len(_visible(folder)) == 1, "what the killed process left is removed"
+        assert _load(RunCheckpoints(folder).latest()) == "after"
+        shutil.rmtree(folder)
+    assert point > 20 and not was_killed
+    assert _updates(folder) == [10]
+
+
+def test_opening_a_folder_leaves_the_partial_files_of_another_process(tmp_path):
+    class Other(Value):
+        def state_dict(self):
+            (partial,) = tmp_path.glob(".update-*")
+            RunCheckpoints(tmp_path).latest()
+            assert partial.exists()
+            return {}
+
+    RunCheckpoints(tmp_path, value=Other()).save(1)
+    assert _visible(tmp_path) == ["update-00000001"]
+
+
+# -- damage ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("component", ["policy", "value"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[:-7], r"state\.pt' is \w{64} instead of \w{64}: truncated, or"),
+        (
+            lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+            "truncated, or changed .* Resume",
+        ),
+        (None, r"state\.pt' is missing"),
+    ],
+    ids=["truncated", "flipped bit", "missing"],
+)
+def test_a_damaged_file_is_found(checkpoint, component, damage, message):
+    (file,) = checkpoint.glob(f"components/*-{component}/*")
+    content = file.read_bytes()
+    file.unlink()
+    if damage is not None:
+        file.write_bytes(damage(content))
+    with pytest.raises(ValueError, match=message):
+        _load(checkpoint)
+
+
+def test_a_file_that_was_added_is_found(checkpoint):
+    (checkpoint / "components" / "extra.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"'components/extra\.pt' is unknown"):
+        _load(checkpoint)
+
+
+def test_a_damaged_manifest_is_found(checkpoint):
+    manifest = checkpoint / "manifest.json"
+    content = manifest.read_text()
+    manifest.write_text(content[:40])
+    with pytest.raises(CheckpointError, match="Invalid checkpoint manifest"):
+        _load(checkpoint)
+    manifest.write_text(json.dumps(json.loads(content) | {"format_version": 99}))
+    with pytest.raises(CheckpointError, match="Unsupported newer checkpoint format version 99"):
+        _load(checkpoint)
+    manifest.unlink()
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json"):
+        _load(checkpoint)
+    assert RunCheckpoints(checkpoint.parent).latest() is None
+
+
+def test_another_architecture_is_refused_and_nothing_is_copied(checkpoint):
+    wider = _policy(width=4)
+    before = wider[1].bias.clone()
+    message = r"'0\.weight' is \[3, 2\] instead of \[4, 2\].*Use the policy settings"
+    with pytest.raises(CheckpointError, match=message):
+        _load(checkpoint, policy=wider)
+    assert torch.equal(wider[1].bias, before)
+    with pytest.raises(CheckpointError, match=r"'weight' is missing; .*'0\.weight' is unknown"):
+        _load(checkpoint, policy=nn.Linear(2, 1))
+
+
+def test_keep_last_must_be_positive(tmp_path):
+    with pytest.raises(ValueError, match="keep_last must be greater than zero"):
+        RunCheckpoints(tmp_path, keep_last=0)

@@ -1,0 +1,218 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Inputs of a policy: reading an observation, normalising its pixels, projecting its state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from torchrl_dvla.modules.backbones import PixelStyle
+
+__all__ = ["PixelNormalizer", "StateProjector", "read_images", "read_instructions", "read_state"]
+
+
+def read_images(
+    tensordict: TensorDictBase, keys: Sequence[NestedKey], image_size: tuple[int, int]
+) -> list[torch.Tensor]:
+    """Return the images of every camera, each ``[*B, 3, height, width]``.
+
+    Args:
+        tensordict (TensorDictBase): the observation.
+        keys (sequence of NestedKey): one a camera.
+        image_size (tuple of int): height and width.
+
+    Returns:
+        One tensor a camera.
+
+    Raises:
+        KeyError: if one is missing.
+        ValueError: if one has another size.
+    """
+    remedy = "Render at this size (camera_height, camera_width)."
+    return [_read(tensordict, key, (3, *image_size), remedy) for key in keys]
+
+
+def read_state(tensordict: TensorDictBase, key: NestedKey, state_dim: int) -> torch.Tensor:
+    """Return the proprioception ``[*B, S]``.
+
+    Args:
+        tensordict (TensorDictBase): the observation.
+        key (NestedKey): its key.
+        state_dim (int): ``S``.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        KeyError: if it is missing.
+        ValueError: if it has another size.
+    """
+    remedy = "Use the proprioception keys the policy was trained with."
+    return _read(tensordict, key, (state_dim,), remedy)
+
+
+def read_instructions(tensordict: TensorDictBase, key: NestedKey, num_rows: int) -> list[str]:
+    """Return one instruction a row, in row-major order of the batch.
+
+    Args:
+        tensordict (TensorDictBase): the observation.
+        key (NestedKey): its key; a single string stands for all rows.
+        num_rows (int): the number of rows.
+
+    Returns:
+        The strings.
+
+    Raises:
+        KeyError: if they are missing.
+        ValueError: if there are too few or too many.
+    """
+    data = _read(tensordict, key)
+    data = data.tolist() if hasattr(data, "tolist") else data
+    if isinstance(data, str):
+        return [data] * num_rows
+    instructions = tree_leaves(data)
+    if len(instructions) != num_rows:
+        raise ValueError(
+            f"{key} must hold {num_rows} instructions as there are images, got "
+            f"{len(instructions)}. Stack them with NonTensorStack."
+        )
+    return instructions
+
+
+def _read(
+    tensordict: TensorDictBase, key: NestedKey, shape: tuple[int, ...] = (), remedy: str = ""
+) -> Any:
+    value = tensordict.get(key, None)
+    if value is None:
+        raise KeyError(
+            f"{key} is missing: an environment that speaks the VLA schema writes it, and a batch "
+            f"from a replay buffer has it too. Found {sorted(map(str, tensordict.keys(True)))}."
+        )
+    if shape and tuple(value.shape[-len(shape) :]) != shape:
+        raise ValueError(
+            f"{key} must have shape [*B, {', '.join(map(str, shape))}], got {tuple(value.shape)}. "
+            f"{remedy}"
+        )
+    return value
+
+
+class PixelNormalizer(nn.Module):
+    """Scale, resize and normalise images in three tensor operations.
+
+    Args:
+        style (PixelStyle): mean, standard deviation and interpolation.
+
+    Keyword Args:
+        image_size (tuple of int): height and width wanted.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_dvla.modules.backbones import PixelStyle
+        >>> from torchrl_dvla.modules.policy_inputs import PixelNormalizer
+        >>> normalize = PixelNormalizer(PixelStyle(), image_size=(2, 2))
+        >>> pixels = normalize(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
+        ...     .expand(2, 3, 2, 2))
+        >>> pixels[:, 0, 0, 0]
+        tensor([-1.,  1.])
+    """
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, style: PixelStyle, *, image_size: tuple[int, int]) -> None:
+        super().__init__()
+        self._image_size = image_size
+        self._interpolation = style.interpolation
+        mean = torch.tensor(style.mean).view(3, 1, 1)
+        std = torch.tensor(style.std).view(3, 1, 1)
+        # (x / 255 - mean) / std == x * scale + shift
+        self.register_buffer("scale", 1.0 / (255.0 * std), persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Normalise ``[N, 3, h, w]``.
+
+        Args:
+            images (torch.Tensor): uint8 in [0, 255] or floating point in [0, 1].
+            dtype (torch.dtype): dtype of the result.
+
+        Returns:
+            Normalised pixels ``[N, 3, height, width]``.
+        """
+        # A copy in any case: it is changed in place below.
+        pixels = images.to(torch.float32, copy=True)
+        if images.dtype != torch.uint8:
+            pixels.mul_(255.0)
+        if pixels.shape[-2:] != self._image_size:
+            pixels = F.interpolate(
+                pixels,
+                size=self._image_size,
+                mode=self._interpolation,
+                align_corners=False,
+                antialias=True,
+            ).clamp_(0.0, 255.0)
+        return pixels.mul_(self.scale).add_(self.shift).to(dtype)
+
+
+class StateProjector(nn.Module):
+    """Standardise a proprioception vector and project it into the token stream.
+
+    Mean and standard deviation are buffers: they travel with the weights.
+
+    Args:
+        state_dim (int): size ``S`` of the vector.
+        hidden_size (int): width ``D`` of the token stream.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_dvla.modules.policy_inputs import StateProjector
+        >>> projector = StateProjector(8, 32)
+        >>> projector.set_statistics(torch.zeros(8), torch.full((8,), 2.0))
+        >>> projector(torch.ones(5, 8)).shape
+        torch.Size([5, 1, 32])
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, state_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(state_dim))
+        self.register_buffer("std", torch.ones(state_dim))
+        self.layers = nn.Sequential(
+            nn.Linear(state_dim, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    @torch.no_grad()
+    def set_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Set what states are standardised with, usually from demonstrations.
+
+        Args:
+            mean (torch.Tensor): ``[S]``.
+            std (torch.Tensor): ``[S]``, positive.
+
+        Raises:
+            ValueError: if a shape is wrong, or an entry of ``std`` is not positive.
+        """
+        if mean.shape != self.mean.shape or std.shape != self.std.shape or not (std > 0).all():
+            raise ValueError(
+                f"mean and std must have shape {tuple(self.mean.shape)} and std must be positive, "
+                f"got {tuple(mean.shape)}, {tuple(std.shape)} and a smallest std of "
+                f"{float(std.min()):g}. Clamp the std of entries that never change."
+            )
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        """Map states ``[B, S]`` to tokens ``[B, 1, D]``."""
+        return self.layers((state.to(self.mean.dtype) - self.mean) / self.std).unsqueeze(1)
