@@ -41,8 +41,9 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -57,8 +58,8 @@ SETTLED_WITHIN_S = 30.0
 FAILURES = ("torn_reads", "num_backwards", "num_stale", "num_slow_publishes", "num_bad_ends")
 COUNTS = ("adoptions", "node_kills", "node_stops", "learner_kills", "learner_stops", "epochs")
 
-PIDS: set[int] = set()  # of every process of the run
-SHARED = multiprocessing.get_context("fork")
+PROCESSES: list[BaseProcess] = []  # of the whole run
+FORK = multiprocessing.get_context("fork")
 
 
 class LearnerState(ctypes.Structure):
@@ -91,21 +92,11 @@ class Weights(nn.Module):
         )
 
 
-def forked(body: Callable[[], None]) -> int:
-    """Run ``body`` in a child; its id."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            body()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    PIDS.add(pid)
-    return pid
+def start(target: Callable[..., None], *args: Any) -> BaseProcess:
+    process = FORK.Process(target=target, args=args, daemon=True)
+    process.start()
+    PROCESSES.append(process)
+    return process
 
 
 def no_threads_left() -> bool:
@@ -166,19 +157,19 @@ class Epoch:
         self, generator: random.Random, num_nodes: int, totals: collections.Counter[str]
     ) -> None:
         self.generator, self.totals = generator, totals
-        self.state = SHARED.Value(LearnerState, lock=False)
-        self.states = [SHARED.Value(NodeState, lock=False) for _ in range(num_nodes)]
+        self.state = FORK.Value(LearnerState, lock=False)
+        self.states = [FORK.Value(NodeState, lock=False) for _ in range(num_nodes)]
         self.shape = generator.choice(["chain", "binomial"])
-        self.learner = forked(lambda: learn(self.state, self.shape))
+        self.learner = start(learn, self.state, self.shape)
         wait_until(lambda: self.state.port, "a learner")
-        self.nodes: dict[int, int] = {}
+        self.nodes: dict[int, BaseProcess] = {}
         self.later: list[tuple[float, int, str]] = []  # heap: when, whom (-1: learner), what
         for index in range(num_nodes):
             self.start(index)
 
     def start(self, index: int) -> None:
         self.states[index].version = -1
-        self.nodes[index] = forked(lambda: serve(self.state, self.states[index], index))
+        self.nodes[index] = start(serve, self.state, self.states[index], index)
 
     def disturb(self) -> None:
         """Kill or stop a process, and schedule when that ends."""
@@ -188,15 +179,15 @@ class Epoch:
         kind = self.generator.random()
         if kind < 0.05 and -1 not in busy:
             self.state.num_stops += 1
-            os.kill(self.learner, signal.SIGSTOP)
+            os.kill(self.learner.pid, signal.SIGSTOP)
             self.totals["num_learner_stops"] += 1
             heapq.heappush(self.later, (until_s, -1, "continue"))
         elif index not in busy and kind < 0.55:
-            os.kill(self.nodes[index], signal.SIGSTOP)
+            os.kill(self.nodes[index].pid, signal.SIGSTOP)
             self.totals["num_node_stops"] += 1
             heapq.heappush(self.later, (until_s, index, "continue"))
         elif index not in busy:
-            self.totals["num_bad_ends"] += kill(self.nodes.pop(index)) != -signal.SIGKILL
+            self.totals["num_bad_ends"] += not is_killed(self.nodes.pop(index))
             self.totals["num_node_kills"] += 1
             heapq.heappush(self.later, (until_s, index, "start"))
 
@@ -207,7 +198,7 @@ class Epoch:
             if what == "start":
                 self.start(whom)
             else:
-                os.kill(self.learner if whom == -1 else self.nodes[whom], signal.SIGCONT)
+                os.kill((self.learner if whom == -1 else self.nodes[whom]).pid, signal.SIGCONT)
 
     def settle(self) -> float:
         """The disturbance ends; the time until every node has the last version."""
@@ -229,16 +220,17 @@ class Epoch:
         if self.generator.random() < 0.5:
             self.state.is_last = self.state.last_version = 0  # it publishes again
             time.sleep(self.generator.uniform(0.0, 0.2))
-            self.totals["num_bad_ends"] += kill(self.learner) != -signal.SIGKILL
+            self.totals["num_bad_ends"] += not is_killed(self.learner)
             self.totals["num_learner_kills"] += 1
             # Nodes have found out, or not yet.
             time.sleep(self.generator.choice([0.0, 0.5 * TIMEOUT_S, 1.5 * TIMEOUT_S]))
             self.state.nodes_end = 1
         else:
             self.state.nodes_end = 1
-            self.totals["num_bad_ends"] += end_of(self.learner) != 0
-        for index, pid in self.nodes.items():
-            self.totals["num_bad_ends"] += end_of(pid) != 0 or not self.states[index].is_clean
+            self.totals["num_bad_ends"] += not has_ended(self.learner)
+        for index, node in self.nodes.items():
+            is_clean = has_ended(node) and self.states[index].is_clean
+            self.totals["num_bad_ends"] += not is_clean
         for state in self.states:
             self.totals["num_adoptions"] += state.num_adoptions
             self.totals["torn_reads"] += state.num_torn
@@ -246,22 +238,17 @@ class Epoch:
         self.totals["num_slow_publishes"] += self.state.num_slow
 
 
-def kill(pid: int) -> int:
-    """Its exit code: -9, if it was alive."""
-    os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def is_killed(process: BaseProcess) -> bool:
+    """Kill a process; whether it was alive."""
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
 
 
-def end_of(pid: int) -> int:
-    """Exit code of a process that should end; it is killed if it does not."""
-    deadline = time.monotonic() + 10.0 * TIMEOUT_S
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    kill(pid)
-    return -1
+def has_ended(process: BaseProcess) -> bool:
+    """Wait for a process that should end; it is killed if it does not."""
+    process.join(10.0 * TIMEOUT_S)
+    return not is_killed(process) and process.exitcode == 0
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -300,9 +287,10 @@ def main() -> None:
         publish_s.append(epoch.state.slowest_ns / 1e9)
         totals["num_epochs"] += 1
         log(f"{epoch.shape}: settled in {settle_s[-1]:.2f} s, {dict(totals)}")
-    left = [pid for pid in PIDS if os.path.exists(f"/proc/{pid}")]
+    pids = {process.pid for process in PROCESSES}
+    left = [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
     files = [
-        name for name in os.listdir("/dev/shm") if PIDS & set(map(int, re.findall(r"\d+", name)))
+        name for name in os.listdir("/dev/shm") if pids & set(map(int, re.findall(r"\d+", name)))
     ]
     result = {
         "benchmark": "broadcast_soak",

@@ -34,7 +34,7 @@ class Remote:
         *args: its arguments; what is forked need not be picklable.
 
     Keyword Args:
-        before (callable, optional): called in the child first, to enter another network for example.
+        before (callable, optional): called in the child first, for example to enter a network.
 
     Examples:
         >>> with Remote(list, "abc") as remote:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from torchrl_dvla.weight_update.broadcast.edge import Edge, EdgeError, EdgeStore
 SOON = datetime.timedelta(seconds=30)
 
 
-def lost(node: int, edge: object, key: str, text: str) -> None:
+def lost(**message: Any) -> None:
     """A network that loses everything."""
 
 
@@ -108,13 +109,13 @@ def test_opening_ends_in_time_though_the_other_end_is_stopped(attempt: int) -> N
 
 
 def test_what_comes_early_is_kept_for_the_edge() -> None:
-    sent: list[tuple[int, tuple[int, int, int], str, str]] = []
-    here, there = Rendezvous(lambda *args: sent.append(args)), Rendezvous(lost)
+    sent: list[dict[str, Any]] = []
+    here, there = Rendezvous(lambda **message: sent.append(message)), Rendezvous(lost)
     edge = (4, 0, 7)
     here.open(edge, peer=7).set("0/0", b"\x00\xffaddress")
-    ((node, *rest),) = sent
-    assert node == 7
-    there.receive(*rest)  # before the other end has opened it
+    (message,) = sent
+    assert message.pop("node") == 7
+    there.receive(**message)  # before the other end has opened it
     store = there.open(edge, peer=0)
     store.wait(["0/0"], SOON)
     assert store.get("0/0") == b"\x00\xffaddress"

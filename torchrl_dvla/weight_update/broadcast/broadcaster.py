@@ -322,7 +322,8 @@ class WeightBroadcast:
                     result = RoundResult.from_json(message["result"])
                     self._handle_result(peer.node, message["round"], result)
                 elif kind == "address":
-                    self._route_address(*(message[key] for key in ("node", "edge", "key", "text")))
+                    del message["kind"]
+                    self._route_address(**message)
                 elif kind == "refuse":
                     self._telemetry.counts["nodes_refused"] += 1
                 elif kind != "heartbeat":

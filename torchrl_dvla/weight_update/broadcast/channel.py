@@ -21,14 +21,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import wait
 from typing import Any
 
-__all__ = [
-    "HEARTBEATS_PER_TIMEOUT",
-    "Channel",
-    "ChannelError",
-    "Peers",
-    "format_address",
-    "parse_address",
-]
+__all__ = ["Channel", "ChannelError", "Peers", "format_address", "parse_address"]
 
 _log = logging.getLogger("torchrl_dvla")
 #: Heartbeats that each side sends within the time-out after which a silent one is dropped.

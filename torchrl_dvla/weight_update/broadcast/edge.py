@@ -186,18 +186,18 @@ class Rendezvous:
     """The stores of one node's edges.
 
     Args:
-        send (callable): ``send(node, edge, key, text)`` has :meth:`receive` called with the last
-            three at another node. An edge is ``(epoch, parent, child)``.
+        send (callable): ``send(node=, edge=, key=, text=)`` has :meth:`receive` called with the
+            last three at another node. An edge is ``(epoch, parent, child)``.
 
     Examples:
-        >>> here = Rendezvous(lambda node, *rest: there.receive(*rest))
-        >>> there = Rendezvous(lambda node, *rest: here.receive(*rest))
+        >>> here = Rendezvous(lambda node, **rest: there.receive(**rest))
+        >>> there = Rendezvous(lambda node, **rest: here.receive(**rest))
         >>> here.open((1, 0, 7), peer=7).set("address", b"10.0.0.1")
         >>> there.open((1, 0, 7), peer=0).get("address")
         b'10.0.0.1'
     """
 
-    def __init__(self, send: Callable[[int, Sequence[int], str, str], None]) -> None:
+    def __init__(self, send: Callable[..., None]) -> None:
         self._send = send
         self._lock = threading.Lock()
         self._stores: dict[tuple[int, ...], EdgeStore] = {}
@@ -207,7 +207,9 @@ class Rendezvous:
     def open(self, edge: Sequence[int], peer: int) -> EdgeStore:
         """The store of an edge to ``peer``; its values may have come already."""
         store = self._store(edge)
-        store.send = lambda key, value: self._send(peer, edge, key, value.decode("latin-1"))
+        store.send = lambda key, value: self._send(
+            node=peer, edge=edge, key=key, text=value.decode("latin-1")
+        )
         with self._lock:
             store.peer = peer
             is_gone = peer in self._departed

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import logging
 import socket
 import threading
@@ -178,9 +179,22 @@ class WeightRelay:
             f"({problem}). Start WeightBroadcast there first, or check the address."
         )
 
-    def _serve(self, channel: Channel, welcome: dict[str, Any]) -> None:
+    def _serve(self, channel: Channel | None, welcome: dict[str, Any]) -> None:
         try:
-            while True:
+            while not self._ending.is_set():
+                if channel is None:
+                    try:
+                        channel, welcome = self._connect(_ATTEMPT_S)
+                    except TimeoutError:
+                        self._ending.wait(_RETRY_S)
+                        continue
+                    if welcome["run"] != self._run:
+                        raise RuntimeError(
+                            f"Another learner answers at {self.address} than the one this relay "
+                            "followed; its versions may be older than those of this node. Start a "
+                            "new relay."
+                        )
+                    self._set_lost(None)
                 session = _Session(self, channel, welcome)
                 try:
                     session.follow()
@@ -188,12 +202,7 @@ class WeightRelay:
                     self._set_lost(str(error))
                 finally:
                     session.close()
-                if self._ending.is_set():
-                    return
-                channel, welcome = self._reconnect()
-                self._set_lost(None)
-        except _Closed:
-            pass
+                    channel = None
         except BaseException as error:
             self._failure = error
             _log.error(
@@ -203,23 +212,9 @@ class WeightRelay:
                 exc_info=error,
             )
         finally:
-            self._notify()
-
-    def _reconnect(self) -> tuple[Channel, dict[str, Any]]:
-        while True:
-            try:
-                channel, welcome = self._connect(_ATTEMPT_S)
-            except TimeoutError as error:
-                if self._ending.wait(_RETRY_S):
-                    raise _Closed from error
-                continue
-            if welcome["run"] != self._run:
+            if channel is not None:
                 channel.close()
-                raise RuntimeError(
-                    f"Another learner answers at {self.address} than the one this relay followed; "
-                    "its versions may be older than those of this node. Start a new relay."
-                )
-            return channel, welcome
+            self._notify()
 
     def _notify(self) -> None:
         with self._changed:
@@ -228,10 +223,6 @@ class WeightRelay:
     def _set_lost(self, lost: str | None) -> None:
         self._lost = lost
         self._notify()
-
-
-class _Closed(Exception):
-    """The relay is being closed."""
 
 
 class _Session:
@@ -243,11 +234,7 @@ class _Session:
         self._timeout_s: float = welcome["timeout_s"]
         self._failure: BaseException | None = None
         self._is_over = False
-        self._rendezvous = Rendezvous(
-            lambda node, edge, key, text: channel.send(
-                "address", node=node, edge=edge, key=key, text=text
-            )
-        )
+        self._rendezvous = Rendezvous(functools.partial(channel.send, "address"))
         self._transfer = NodeTransfer(
             self._rendezvous,
             host=channel.local_host,

@@ -40,14 +40,7 @@ from torchrl_dvla.weight_update.lora import LoraUpdate
 from torchrl_dvla.weight_update.reader import PinnedSlot
 from torchrl_dvla.weight_update.store import WeightStore
 
-__all__ = [
-    "NodeTransfer",
-    "PinnedSource",
-    "StoreTarget",
-    "VersionSource",
-    "describe_layout",
-    "restore_layout",
-]
+__all__ = ["NodeTransfer", "PinnedSource", "StoreTarget", "describe_layout", "restore_layout"]
 
 _log = logging.getLogger("torchrl_dvla")
 

@@ -53,16 +53,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-__all__ = [
-    "LinkModel",
-    "Tree",
-    "TreePlan",
-    "binomial",
-    "bucket_bounds",
-    "chain",
-    "choose_tree",
-    "transfer_s",
-]
+__all__ = ["LinkModel", "Tree", "TreePlan", "bucket_bounds", "choose_tree"]
 
 #: All receives of a round are posted at once; this bounds their number.
 MAX_BUCKETS = 1024
