@@ -18,12 +18,7 @@ from torch import nn
 
 from torchrl_dvla.testing import Remote
 from torchrl_dvla.weight_update import WeightBroadcast, WeightReader, WeightRelay, WeightStore
-from torchrl_dvla.weight_update.broadcast.channel import (
-    Channel,
-    ChannelError,
-    Peers,
-    parse_address,
-)
+from torchrl_dvla.weight_update.broadcast.channel import Channel, ChannelError, Peers, parse_address
 
 
 @pytest.fixture

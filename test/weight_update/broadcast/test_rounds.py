@@ -208,9 +208,7 @@ class World:
     ),
 )
 def test_whatever_happens_all_that_live_get_the_newest(
-    shape: str,
-    num_nodes: int,
-    script: list[tuple[bool, bool, set[int], set[int]]],
+    shape: str, num_nodes: int, script: list[tuple[bool, bool, set[int], set[int]]]
 ) -> None:
     world, version = World(shape), 0
     for _ in range(num_nodes):

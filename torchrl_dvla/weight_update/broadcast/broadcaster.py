@@ -217,10 +217,7 @@ class WeightBroadcast:
         self._peers.notify()  # a version may be there already
         self._rendezvous = Rendezvous(self._route_address)
         self._transfer = NodeTransfer(
-            self._rendezvous,
-            host=host,
-            timeout_s=timeout_s,
-            is_ending=self._ending.is_set,
+            self._rendezvous, host=host, timeout_s=timeout_s, is_ending=self._ending.is_set
         )
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "dvla-weight-sender")
         self._own_result: concurrent.futures.Future[RoundResult] | None = None

@@ -23,11 +23,7 @@ from torchrl_dvla.weight_update.broadcast.channel import (
 )
 from torchrl_dvla.weight_update.broadcast.edge import Rendezvous
 from torchrl_dvla.weight_update.broadcast.rounds import RoundPlan
-from torchrl_dvla.weight_update.broadcast.transfer import (
-    NodeTransfer,
-    StoreTarget,
-    restore_layout,
-)
+from torchrl_dvla.weight_update.broadcast.transfer import NodeTransfer, StoreTarget, restore_layout
 from torchrl_dvla.weight_update.layout import WeightSource
 from torchrl_dvla.weight_update.store import WeightStore
 

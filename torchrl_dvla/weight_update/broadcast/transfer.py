@@ -137,12 +137,7 @@ class NodeTransfer:
     """
 
     def __init__(
-        self,
-        rendezvous: Rendezvous,
-        *,
-        host: str,
-        timeout_s: float,
-        is_ending: Callable[[], bool],
+        self, rendezvous: Rendezvous, *, host: str, timeout_s: float, is_ending: Callable[[], bool]
     ) -> None:
         self._rendezvous = rendezvous
         self._host = host
