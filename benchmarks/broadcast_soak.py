@@ -11,10 +11,10 @@ their own. At random moments nodes are killed (SIGKILL) and replaced a little la
 the learner are stopped (SIGSTOP) for a time around the broadcast's time-out and go on. Then the
 disturbance ends, and every node has to get the version that was published last; or the learner
 itself is killed, in the middle of a transfer, and every node has to keep a whole version. All of it
-repeats, as a chain or a binomial tree, with and without checksums. The last line of stdout is one
-JSON object, and the exit code is 0 if every figure that should be 0 is:
+repeats, as a chain or a binomial tree. The last line of stdout is one JSON object, and the exit
+code is 0 if every figure that should be 0 is:
 
-torn_reads         adoptions that mixed two versions, or two places of one; each is read twice
+torn_reads         adoptions that mixed two versions; each is read twice
 num_backwards      adoptions of an older version than the one before
 num_stale          nodes that did not get the last version within 30 s of the last disturbance
 num_slow_publishes publishes that took more than half of the time-out: the learner waited for a node
@@ -29,8 +29,11 @@ num_adoptions, num_node_kills, num_node_stops, num_learner_kills, num_learner_st
 from __future__ import annotations
 
 import argparse
+import collections
+import ctypes
 import heapq
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -38,8 +41,9 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -51,11 +55,25 @@ from torchrl_dvla.weight_update import WeightBroadcast, WeightRelay, WeightStore
 
 TIMEOUT_S = 1.0
 SETTLED_WITHIN_S = 30.0
-ADOPTIONS, TORN, BACKWARDS, VERSION, IS_CLEAN, NUM_COLUMNS = range(6)
-#: Words of the learner: where it listens, what it should do, and what it found.
-PORT, IS_LAST, LAST_VERSION, NUM_STOPS, NUM_SLOW, SLOWEST_NS, NODES_END, NUM_WORDS = range(8)
+FAILURES = ("torn_reads", "num_backwards", "num_stale", "num_slow_publishes", "num_bad_ends")
+COUNTS = ("adoptions", "node_kills", "node_stops", "learner_kills", "learner_stops", "epochs")
 
-PIDS: set[int] = set()  # of every process of the run
+PROCESSES: list[BaseProcess] = []  # of the whole run
+FORK = multiprocessing.get_context("fork")
+
+
+class LearnerState(ctypes.Structure):
+    """What the learner shares: where it listens, what it should do, and what it found."""
+
+    NAMES = "port is_last last_version num_stops num_slow slowest_ns nodes_end"
+    _fields_ = [(name, ctypes.c_int64) for name in NAMES.split()]
+
+
+class NodeState(ctypes.Structure):
+    """What a node shares, through all its processes; the version is -1 before the first."""
+
+    NAMES = "num_adoptions num_torn num_backwards version is_clean"
+    _fields_ = [(name, ctypes.c_int64) for name in NAMES.split()]
 
 
 class Weights(nn.Module):
@@ -74,138 +92,125 @@ class Weights(nn.Module):
         )
 
 
-def forked(body: Callable[[], None]) -> int:
-    """Run ``body`` in a child; its id."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            body()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    PIDS.add(pid)
-    return pid
+def start(target: Callable[..., None], *args: Any) -> BaseProcess:
+    process = FORK.Process(target=target, args=args, daemon=True)
+    process.start()
+    PROCESSES.append(process)
+    return process
 
 
 def no_threads_left() -> bool:
     return not [t for t in threading.enumerate() if t.name.startswith("dvla")]
 
 
-def learn(words: torch.Tensor, shape: str, checksum: bool) -> None:
+def learn(state: LearnerState, shape: str) -> None:
     """Publish without rest until told which version is the last one."""
-    shared, module = words.numpy(), Weights()
+    module = Weights()
     with WeightStore(module, 4) as store:
-        broadcast = WeightBroadcast(
-            store.reader("broadcast"), shapes=[shape], timeout_s=TIMEOUT_S, checksum=checksum
-        )
-        shared[PORT] = int(broadcast.address.rpartition(":")[2])
-        while not shared[NODES_END]:
-            is_last, num_stops = bool(shared[IS_LAST]), shared[NUM_STOPS]
-            if is_last and shared[LAST_VERSION]:
-                time.sleep(0.002)
+        broadcast = WeightBroadcast(store.reader("broadcast"), shapes=[shape], timeout_s=TIMEOUT_S)
+        state.port = int(broadcast.address.rpartition(":")[2])
+        while not state.nodes_end:
+            time.sleep(0.002)
+            is_last, num_stops = state.is_last, state.num_stops
+            if is_last and state.last_version:
                 continue
             with torch.no_grad():
                 torch._foreach_add_(list(module.parts), 1.0)
             start_ns = time.monotonic_ns()
             version = store.publish()
             taken_ns = time.monotonic_ns() - start_ns
-            if num_stops == shared[NUM_STOPS]:  # else it was this process that stood still
-                shared[SLOWEST_NS] = max(shared[SLOWEST_NS], taken_ns)
-                shared[NUM_SLOW] += taken_ns > TIMEOUT_S / 2 * 1e9
+            if num_stops == state.num_stops:  # else it was this process that stood still
+                state.slowest_ns = max(state.slowest_ns, taken_ns)
+                state.num_slow += taken_ns > TIMEOUT_S / 2 * 1e9
             if is_last:
-                shared[LAST_VERSION] = version
-            time.sleep(0.002)
+                state.last_version = version
         broadcast.close()
     if not no_threads_left():
         raise RuntimeError("the learner has threads left")
 
 
-def serve(words: torch.Tensor, row: torch.Tensor, index: int) -> None:
-    """A node: a relay, and a reader that looks at every weight of every version it meets."""
-    shared, mine = words.numpy(), row.numpy()
+def serve(learner: LearnerState, state: NodeState, index: int) -> None:
+    """A node: a relay, and a reader that checks every weight of every version it meets."""
     with torch.device("meta"):
         source = Weights()
-    relay = WeightRelay(f"127.0.0.1:{shared[PORT]}", source, name=f"node {index}")
+    relay = WeightRelay(f"127.0.0.1:{learner.port}", source, name=f"node {index}")
     reader, module, previous = relay.store.reader("worker"), Weights(), -1
-    while not shared[NODES_END]:
+    while not learner.nodes_end:
         if relay.version >= 0:  # readers can adopt it
             version = reader.adopt_into(module)
             if version != previous:
-                mine[ADOPTIONS] += 1
-                mine[TORN] += not module.is_whole(version)
-                mine[BACKWARDS] += version < previous
-                mine[VERSION] = previous = version
+                state.num_adoptions += 1
+                state.num_torn += not module.is_whole(version)
+                state.num_backwards += version < previous
+                state.version = previous = version
         time.sleep(0.001)
-    mine[TORN] += previous >= 0 and not module.is_whole(reader.adopt_into(module))
+    state.num_torn += previous >= 0 and not module.is_whole(reader.adopt_into(module))
     reader.close()
     relay.close()
-    mine[IS_CLEAN] = no_threads_left()
+    state.is_clean = no_threads_left()
 
 
 class Epoch:
     """One learner from birth to death, and its nodes."""
 
-    def __init__(self, generator: random.Random, num_nodes: int, totals: dict[str, int]) -> None:
+    def __init__(
+        self, generator: random.Random, num_nodes: int, totals: collections.Counter[str]
+    ) -> None:
         self.generator, self.totals = generator, totals
-        self.words = torch.zeros(NUM_WORDS, dtype=torch.int64).share_memory_()
-        self.rows = torch.zeros(num_nodes, NUM_COLUMNS, dtype=torch.int64).share_memory_()
-        shape, checksum = generator.choice(["chain", "binomial"]), generator.random() < 0.5
-        self.way = f"{shape}{', checksums' if checksum else ''}"
-        self.learner = forked(lambda: learn(self.words, shape, checksum))
-        wait_until(lambda: bool(self.words[PORT]), "a learner")
-        self.nodes: dict[int, int] = {}
-        self.later: list[tuple[float, int, str, int]] = []  # heap: when, number, what, to whom
+        self.state = FORK.Value(LearnerState, lock=False)
+        self.states = [FORK.Value(NodeState, lock=False) for _ in range(num_nodes)]
+        self.shape = generator.choice(["chain", "binomial"])
+        self.learner = start(learn, self.state, self.shape)
+        wait_until(lambda: self.state.port, "a learner")
+        self.nodes: dict[int, BaseProcess] = {}
+        self.later: list[tuple[float, int, str]] = []  # heap: when, whom (-1: learner), what
         for index in range(num_nodes):
             self.start(index)
 
     def start(self, index: int) -> None:
-        self.rows[index, VERSION] = -1
-        self.nodes[index] = forked(lambda: serve(self.words, self.rows[index], index))
+        self.states[index].version = -1
+        self.nodes[index] = start(serve, self.state, self.states[index], index)
 
     def disturb(self) -> None:
-        """Kill or stop somebody, and note when that ends."""
-        index = self.generator.randrange(len(self.rows))
-        busy = {whom for _, _, _, whom in self.later}
+        """Kill or stop a process, and schedule when that ends."""
+        index = self.generator.randrange(len(self.states))
+        busy = {whom for _, whom, _ in self.later}
         until_s = time.monotonic() + self.generator.uniform(0.0, 2.0 * TIMEOUT_S)
         kind = self.generator.random()
         if kind < 0.05 and -1 not in busy:
-            self.words[NUM_STOPS] += 1
-            os.kill(self.learner, signal.SIGSTOP)
-            self.count("num_learner_stops")
-            heapq.heappush(self.later, (until_s, len(self.later), "go on", -1))
+            self.state.num_stops += 1
+            os.kill(self.learner.pid, signal.SIGSTOP)
+            self.totals["num_learner_stops"] += 1
+            heapq.heappush(self.later, (until_s, -1, "continue"))
         elif index not in busy and kind < 0.55:
-            os.kill(self.nodes[index], signal.SIGSTOP)
-            self.count("num_node_stops")
-            heapq.heappush(self.later, (until_s, len(self.later), "go on", index))
+            os.kill(self.nodes[index].pid, signal.SIGSTOP)
+            self.totals["num_node_stops"] += 1
+            heapq.heappush(self.later, (until_s, index, "continue"))
         elif index not in busy:
-            self.count("num_bad_ends", kill(self.nodes.pop(index)) != -signal.SIGKILL)
-            self.count("num_node_kills")
-            heapq.heappush(self.later, (until_s, len(self.later), "start", index))
+            self.totals["num_bad_ends"] += not is_killed(self.nodes.pop(index))
+            self.totals["num_node_kills"] += 1
+            heapq.heappush(self.later, (until_s, index, "start"))
 
     def mend(self, *, all_of_it: bool = False) -> None:
-        """Let those go on, and come back, whose time it is."""
+        """Continue and start those whose time it is."""
         while self.later and (all_of_it or self.later[0][0] <= time.monotonic()):
-            _, _, what, whom = heapq.heappop(self.later)
+            _, whom, what = heapq.heappop(self.later)
             if what == "start":
                 self.start(whom)
             else:
-                os.kill(self.learner if whom == -1 else self.nodes[whom], signal.SIGCONT)
+                os.kill((self.learner if whom == -1 else self.nodes[whom]).pid, signal.SIGCONT)
 
     def settle(self) -> float:
         """The disturbance ends; the time until every node has the last version."""
         self.mend(all_of_it=True)
         start_s = time.monotonic()
-        self.words[IS_LAST] = 1
-        wait_until(lambda: bool(self.words[LAST_VERSION]), "the last version")
-        last = int(self.words[LAST_VERSION])
-        while bool((self.rows[:, VERSION] < last).any()):
+        self.state.is_last = 1
+        wait_until(lambda: self.state.last_version, "the last version")
+        last = self.state.last_version
+        while behind := [state.version for state in self.states if state.version < last]:
             if time.monotonic() > start_s + SETTLED_WITHIN_S:
-                self.count("num_stale", int((self.rows[:, VERSION] < last).sum()))
-                log(f"stale ({self.way}): {self.rows[:, VERSION].tolist()} of {last}")
+                self.totals["num_stale"] += len(behind)
+                log(f"stale ({self.shape}): {behind} of {last}")
                 break
             time.sleep(0.005)
         return time.monotonic() - start_s
@@ -213,44 +218,37 @@ class Epoch:
     def end(self) -> None:
         """The learner ends, orderly or in the middle of a transfer; then the nodes do."""
         if self.generator.random() < 0.5:
-            self.words[IS_LAST] = self.words[LAST_VERSION] = 0  # on it goes
+            self.state.is_last = self.state.last_version = 0  # it publishes again
             time.sleep(self.generator.uniform(0.0, 0.2))
-            self.count("num_bad_ends", kill(self.learner) != -signal.SIGKILL)
-            self.count("num_learner_kills")
+            self.totals["num_bad_ends"] += not is_killed(self.learner)
+            self.totals["num_learner_kills"] += 1
             # Nodes have found out, or not yet.
             time.sleep(self.generator.choice([0.0, 0.5 * TIMEOUT_S, 1.5 * TIMEOUT_S]))
-            self.words[NODES_END] = 1
+            self.state.nodes_end = 1
         else:
-            self.words[NODES_END] = 1
-            self.count("num_bad_ends", end_of(self.learner) != 0)
-        for index, pid in self.nodes.items():
-            is_clean = end_of(pid) == 0 and bool(self.rows[index, IS_CLEAN])
-            self.count("num_bad_ends", not is_clean)
-        self.count("num_adoptions", int(self.rows[:, ADOPTIONS].sum()))
-        self.count("torn_reads", int(self.rows[:, TORN].sum()))
-        self.count("num_backwards", int(self.rows[:, BACKWARDS].sum()))
-        self.count("num_slow_publishes", int(self.words[NUM_SLOW]))
-
-    def count(self, key: str, number: int = 1) -> None:
-        self.totals[key] += number
+            self.state.nodes_end = 1
+            self.totals["num_bad_ends"] += not has_ended(self.learner)
+        for index, node in self.nodes.items():
+            is_clean = has_ended(node) and self.states[index].is_clean
+            self.totals["num_bad_ends"] += not is_clean
+        for state in self.states:
+            self.totals["num_adoptions"] += state.num_adoptions
+            self.totals["torn_reads"] += state.num_torn
+            self.totals["num_backwards"] += state.num_backwards
+        self.totals["num_slow_publishes"] += self.state.num_slow
 
 
-def kill(pid: int) -> int:
-    """Its exit code: -9, if it was alive."""
-    os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def is_killed(process: BaseProcess) -> bool:
+    """Kill a process; whether it was alive."""
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
 
 
-def end_of(pid: int) -> int:
-    """Exit code of a process that should end; it is killed if it does not."""
-    deadline = time.monotonic() + 10.0 * TIMEOUT_S
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    kill(pid)
-    return -1
+def has_ended(process: BaseProcess) -> bool:
+    """Wait for a process that should end; it is killed if it does not."""
+    process.join(10.0 * TIMEOUT_S)
+    return not is_killed(process) and process.exitcode == 0
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -274,9 +272,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     seconds = args.seconds or (20.0 if args.quick else 60.0)
-    failures = ("torn_reads", "num_backwards", "num_stale", "num_slow_publishes", "num_bad_ends")
-    counts = ("adoptions", "node_kills", "node_stops", "learner_kills", "learner_stops")
-    totals = dict.fromkeys([*failures, *(f"num_{name}" for name in counts), "num_epochs"], 0)
+    totals = collections.Counter(dict.fromkeys((*FAILURES, *(f"num_{n}" for n in COUNTS)), 0))
     generator, settle_s, publish_s = random.Random(args.seed), list[float](), list[float]()
     start_s = time.monotonic()
     while time.monotonic() < start_s + seconds:
@@ -288,12 +284,13 @@ def main() -> None:
             epoch.disturb()
         settle_s.append(epoch.settle())
         epoch.end()
-        publish_s.append(float(epoch.words[SLOWEST_NS]) / 1e9)
+        publish_s.append(epoch.state.slowest_ns / 1e9)
         totals["num_epochs"] += 1
-        log(f"{epoch.way}: settled in {settle_s[-1]:.2f} s, {totals}")
-    left = [pid for pid in PIDS if os.path.exists(f"/proc/{pid}")]
+        log(f"{epoch.shape}: settled in {settle_s[-1]:.2f} s, {dict(totals)}")
+    pids = {process.pid for process in PROCESSES}
+    left = [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
     files = [
-        name for name in os.listdir("/dev/shm") if PIDS & set(map(int, re.findall(r"\d+", name)))
+        name for name in os.listdir("/dev/shm") if pids & set(map(int, re.findall(r"\d+", name)))
     ]
     result = {
         "benchmark": "broadcast_soak",
@@ -309,7 +306,7 @@ def main() -> None:
         "machine": machine(),
     }
     print(json.dumps(result))
-    if any(result[key] for key in (*failures, "num_left")):
+    if any(result[key] for key in (*FAILURES, "num_left")):
         raise SystemExit(1)
 
 

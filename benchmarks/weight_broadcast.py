@@ -12,19 +12,16 @@ real, but all nodes share this machine's cores, so the bandwidth is set low enou
 network, not the cores, to be the bottleneck. The same is measured over the loopback device, where
 bytes cost nothing but CPU time, of the same cores for all nodes: a tree cannot win there.
 
-In turns and in random order the nodes get a version by ``chain``, by ``binomial``, by ``whole`` (a
-chain without pipelining: one bucket) and two rivals: ``gloo``, one ``torch.distributed.broadcast``
-in a Gloo group of all nodes, of one contiguous tensor (its best case, and it has no settings); and
+In random order the nodes get a version by ``chain``, by ``binomial``, by ``whole`` (a chain without
+pipelining: one bucket) and two rivals: ``gloo``, one ``torch.distributed.broadcast`` in a Gloo
+group of all nodes, of one contiguous tensor (its best case, and it has no settings); and
 ``torchrl``, ``DistributedWeightSyncScheme.send``, of one tensor as well. Its only setting,
 ``sync``, was tried with both values and made no difference beyond the noise. What the cost model
-picks is one of the first two. The last line of stdout is one JSON object; keys at the
-top are those of the emulated network, if there is one:
+picks is one of the first two. The last line of stdout is one JSON object; keys at the top are those
+of the emulated network, if there is one:
 
-learner_cost_8_over_1   CPU seconds of the learner's process per version, with 8 nodes over with 1:
-                        with 1 a version is one message, with more it goes in buckets.
-                        ``_same_buckets``: the same where it goes in as many with 1 node as with 8.
-                        ``_apart``: the same where another process of the learner's host has the
-                        broadcast; ``host_cost_8_over_1_apart``: of both processes together
+learner_cost_8_over_1   CPU seconds of the learner's process per large version, with 8 nodes over
+                        with 1: with 1 it is one message, with more it goes in buckets
 stall_8_over_1          the same of the time that ``publish`` takes
 learner_bytes_8_over_1  the same of the bytes that the learner's node sends
 rival_stall_8_over_1    the same of the time that the learner is held up by each rival
@@ -42,25 +39,30 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import datetime
 import json
 import os
 import random
 import statistics
 import sys
+import time
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # emulated hosts have no names
 
-from typing import Any
-
 import torch
-from _broadcast_hosts import Hosts
+import torch.distributed as dist
 from _machine import machine, paired_ratio, spread
+from torch import nn
+from torchrl.weight_update import DistributedWeightSyncScheme
 
-from torchrl_dvla.testing import EmulatedNetwork
-from torchrl_dvla.weight_update import LinkModel
-from torchrl_dvla.weight_update.broadcast.cost import choose_plan
+from torchrl_dvla.testing import EmulatedNetwork, Remote
+from torchrl_dvla.weight_update import LinkModel, WeightBroadcast, WeightRelay, WeightStore
+from torchrl_dvla.weight_update.broadcast.tree import choose_tree
 
 NUM_NODES = 8
 LINK = LinkModel(latency_s=0.002, bytes_per_s=25e6, overhead_s=200e-6)
@@ -69,112 +71,223 @@ LOOPBACK = LinkModel(latency_s=50e-6, bytes_per_s=2e9, overhead_s=1e-3)
 SHAPES = ("chain", "binomial")
 RIVALS = ("gloo", "torchrl")
 SMALL_BYTES = 65_536
-#: The learner's cost of a turn is the median over so many.
-VERSIONS_PER_TURN = 3
+TIMEOUT = datetime.timedelta(seconds=60)
 
 
-def measure_times(
-    hosts: Hosts, sizes: dict[str, int], nodes: list[int], link: LinkModel, num_repeats: int
-) -> dict[str, dict[str, list[float]]]:
-    """Seconds until the last node has a version, by size and number of nodes, and by way."""
-    generator, out = random.Random(0), {}
-    for size, num_bytes in sizes.items():
-        for num_nodes in nodes:
-            ours = [*SHAPES, *(["whole"] if size == "large" and num_nodes == NUM_NODES else [])]
-            for way in ours:
-                how = (
-                    {"shapes": ["chain"], "num_buckets": 1} if way == "whole" else {"shapes": [way]}
-                )
-                hosts.start(way, num_bytes, num_nodes, link, **how)
-            seconds: dict[str, list[float]] = {way: [] for way in (*ours, *RIVALS)}
-            for repeat in range(num_repeats + 1):
-                for way in generator.sample(list(seconds), len(seconds)):
-                    if way == "gloo":
-                        taken, _, _ = hosts.gloo(num_bytes, num_nodes)
-                    elif way == "torchrl":
-                        taken, _, _ = hosts.torchrl(size, num_nodes)
-                    else:
-                        taken, *_ = hosts.bring(way, num_nodes)
-                    if repeat:  # the first one opens connections
-                        seconds[way].append(taken)
-            for way in ours:
-                hosts.stop(way, num_nodes)
-            out[f"{size}, {num_nodes} nodes"] = seconds
-            medians = {way: round(statistics.median(s), 4) for way, s in seconds.items()}
-            log(f"{size}, {num_nodes} nodes: {medians}")
-    return out
+class Case(NamedTuple):
+    """A version of a size, brought to some nodes in one of the ways."""
+
+    size: str
+    num_nodes: int
+    way: str
 
 
-def measure_cost(
-    hosts: Hosts, num_bytes: int, nodes: list[int], link: LinkModel, num_repeats: int
-) -> dict[str, dict[str, dict[int, list[float]]]]:
-    """What the learner pays for a version.
+class Scheme(DistributedWeightSyncScheme):
+    """TorchRL's scheme; its store would listen where the host's *name* leads: not when emulated."""
 
-    Returns:
-        ``cpu_s``, ``stall_s`` and ``bytes`` by way and number of nodes. The ways of ours are
-        ``ours``, ``cut`` (one node, but in the buckets of the most nodes), ``apart`` (the broadcast
-        in a process of its own) and, of that, ``apart_host`` (both processes together).
-    """
-    generator, ends = random.Random(1), [1, NUM_NODES]
-    num_buckets = choose_plan(NUM_NODES, num_bytes, link).num_buckets
-    turns: list[tuple[str, int, dict[str, Any]]] = [
-        *(("ours", n, {}) for n in nodes),
-        ("cut", 1, {"num_buckets": num_buckets}),
-        *(("apart", n, {"apart": True}) for n in ends),
-    ]
-    rivals = [(rival, n) for rival in RIVALS for n in ends]
-    cost: dict[str, dict[str, dict[int, list[float]]]] = {
-        what: defaultdict(lambda: defaultdict(list)) for what in ("cpu_s", "stall_s", "bytes")
-    }
-    for way, num_nodes, how in turns:
-        hosts.start(f"{way} {num_nodes}", num_bytes, num_nodes, link, **how)
-        hosts.bring(f"{way} {num_nodes}", num_nodes)  # the first one warms up
-    for repeat in range(num_repeats):
-        for way, num_nodes, _ in generator.sample(turns, len(turns)):
-            name, samples = f"{way} {num_nodes}", list[tuple[float, float, float]]()
-            before = hosts.sent_bytes(name)
-            for _ in range(VERSIONS_PER_TURN):
-                _, *sample = hosts.bring(name, num_nodes)
-                samples.append(tuple(sample))
-            stall_s, cpu_s, leader_s = (statistics.median(column) for column in zip(*samples))
-            sent_bytes = (hosts.sent_bytes(name) - before) / VERSIONS_PER_TURN
-            cost["bytes"][way][num_nodes].append(sent_bytes)
-            cost["stall_s"][way][num_nodes].append(stall_s)
-            cost["cpu_s"][way][num_nodes].append(cpu_s)
-            if way == "apart":
-                cost["cpu_s"]["apart_host"][num_nodes].append(cpu_s + leader_s)
-        for rival, num_nodes in generator.sample(rivals, len(rivals)):
-            if rival == "gloo":
-                _, stall_s, cpu_s = hosts.gloo(num_bytes, num_nodes)
-            else:
-                _, stall_s, cpu_s = hosts.torchrl("large", num_nodes)
-            cost["stall_s"][rival][num_nodes].append(stall_s)
-            cost["cpu_s"][rival][num_nodes].append(cpu_s)
-        log(f"learner's cost, repeat {repeat + 1} of {num_repeats}")
-    for way, num_nodes, _ in turns:
-        hosts.stop(f"{way} {num_nodes}", num_nodes)
-    return cost
+    def __init__(self, address: str, port: int) -> None:
+        super().__init__(timeout=60.0)
+        self._store_info = {"host": address, "port": port}
+
+    def _make_store(self, is_master: bool, **kwargs: Any) -> dist.TCPStore:
+        return tcp_store(self._store_info["host"], self._store_info["port"], is_master)
+
+
+@dataclasses.dataclass
+class Context:
+    """What TorchRL's scheme asks for the policy that receives."""
+
+    policy: nn.Module
+
+
+class Host:
+    """The learner's host is number 0. What is timed runs here, by the clock that all share."""
+
+    def __init__(self, number: int, address: str, interface: str) -> None:
+        torch.set_num_threads(1)
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+        self.number, self.address = number, address
+        self.stores: dict[Case, WeightStore] = {}
+        self.ends: dict[Case, Any] = {}  # a WeightBroadcast or a WeightRelay
+        self.schemes: dict[str, tuple[Scheme, Context]] = {}
+
+    def lead(self, case: Case, num_bytes: int, link: LinkModel, shape: str) -> str:
+        store = self.stores[case] = WeightStore(nn.Linear(num_bytes // 4, 1, bias=False), 4)
+        self.ends[case] = WeightBroadcast(
+            store.reader("broadcast"), host=self.address, link=link, shapes=[shape]
+        )
+        return self.ends[case].address
+
+    def follow(self, case: Case, num_bytes: int, address: str) -> None:
+        policy = nn.Linear(num_bytes // 4, 1, bias=False, device="meta")
+        self.ends[case] = WeightRelay(address, policy, name=f"node {self.number}")
+
+    def publish(self, case: Case) -> tuple[int, float, float]:
+        """A version; when the call began, and how long it took."""
+        self.cpu_s, start_s = time.process_time(), time.monotonic()
+        version = self.stores[case].publish()
+        return version, start_s, time.monotonic() - start_s
+
+    def arrival(self, case: Case, version: int) -> float:
+        self.ends[case].wait(version)
+        return time.monotonic()
+
+    def settle(self, case: Case, version: int) -> tuple[float, float]:
+        """CPU seconds since publish and all bytes sent, when nothing is on its way any more."""
+        broadcast = self.ends[case]
+        broadcast.wait(version, num_nodes=case.num_nodes)
+        with broadcast._changed:
+            assert broadcast._changed.wait_for(lambda: broadcast._slot is None, timeout=60.0)
+        sent_bytes = broadcast.stats()["broadcast/learner_sent_bytes"]
+        return time.process_time() - self.cpu_s, sent_bytes
+
+    def close(self) -> None:
+        for part in (*self.ends.values(), *self.stores.values()):
+            part.close()
+
+    def join_groups(self, address: str, port: int, many_nodes: list[int], num_hosts: int) -> None:
+        """One Gloo group of the learner and the first n others, for each n."""
+        store = tcp_store(address, port, self.number == 0)
+        dist.init_process_group(
+            "gloo", store=store, rank=self.number, world_size=num_hosts, timeout=TIMEOUT
+        )
+        self.groups = {n: dist.new_group(list(range(n + 1))) for n in many_nodes}
+
+    def join_scheme(self, size: str, address: str, port: int, num_bytes: int) -> None:
+        """Set TorchRL's scheme up at this end; it sends what the learner has."""
+        scheme, num_workers = Scheme(address, port), dist.get_world_size() - 1
+        model = nn.Linear(num_bytes // 4, 1, bias=False)
+        context = Context(model)
+        if self.number == 0:
+            scheme.init_on_sender(model_id="policy", num_workers=num_workers, model=model)
+        else:
+            scheme._num_workers = num_workers
+            scheme.init_on_receiver(model_id="policy", context=context, worker_idx=self.number)
+        scheme.connect(worker_idx=None if self.number == 0 else self.number)
+        self.schemes[size] = (scheme, context)  # it keeps weak references alone
+
+    def rival(self, case: Case, num_bytes: int) -> tuple[float, float, float]:
+        """Begin, end and CPU seconds of a rival's call; TorchRL's waits for all nodes' answers."""
+        cpu_s, start_s = time.process_time(), time.monotonic()
+        if case.way == "gloo":
+            dist.broadcast(torch.ones(num_bytes // 4), 0, group=self.groups[case.num_nodes])
+        else:
+            scheme, context = self.schemes[case.size]
+            scheme.send(context.policy, worker_ids=list(range(case.num_nodes)))
+        return start_s, time.monotonic(), time.process_time() - cpu_s
+
+
+def tcp_store(address: str, port: int, is_master: bool) -> dist.TCPStore:
+    return dist.TCPStore(
+        address, port, is_master=is_master, wait_for_workers=False, timeout=TIMEOUT
+    )
+
+
+def at_once(hosts: Sequence[Remote], method: str, *args: Any) -> list[Any]:
+    for host in hosts:
+        host.start(method, *args)
+    return [host.result() for host in hosts]
+
+
+class Hosts:
+    """The learner's host and others, over an emulated network or (None) the loopback device."""
+
+    def __init__(self, stack: contextlib.ExitStack, link: LinkModel | None) -> None:
+        network, interface = None, "lo"
+        self.address = "127.0.0.1"
+        if link is not None:
+            network = stack.enter_context(
+                EmulatedNetwork(1 + NUM_NODES, bytes_per_s=link.bytes_per_s, delay_s=link.latency_s)
+            )
+            self.address, interface = network.address(0), "eth0"
+        self.all = []
+        for number in range(1 + NUM_NODES):
+            address = self.address if network is None else network.address(number)
+            enter = None if network is None else lambda host=number: network.enter(host)
+            host = stack.enter_context(Remote(Host, number, address, interface, before=enter))
+            self.all.append(host)
+        self.learner, self.others = self.all[0], self.all[1:]
+        self._sent_bytes: dict[Case, float] = {}
+
+    def join_rivals(self, many_nodes: list[int], sizes: dict[str, int]) -> None:
+        """Gloo groups of each number of nodes, and TorchRL's scheme for every size."""
+        port = 20_000 + os.getpid() % 10_000
+        at_once(self.all, "join_groups", self.address, port, many_nodes, len(self.all))
+        for offset, (size, num_bytes) in enumerate(sizes.items(), start=1):
+            at_once(self.all, "join_scheme", size, self.address, port + offset, num_bytes)
+
+    def start(self, case: Case, num_bytes: int, link: LinkModel) -> None:
+        """Begin a broadcast of ours; every node has its first version."""
+        shape = "chain" if case.way == "whole" else case.way
+        if case.way == "whole":  # where a message costs so much, one bucket is the best
+            link = dataclasses.replace(link, overhead_s=1e6)
+        address = self.learner.call("lead", case, num_bytes, link, shape)
+        at_once(self.others[: case.num_nodes], "follow", case, num_bytes, address)
+        at_once(self.others[: case.num_nodes], "arrival", case, 0)
+
+    def bring(self, case: Case, num_bytes: int) -> dict[str, float]:
+        """A version: seconds until all have it, and the learner's stall, CPU seconds and bytes."""
+        nodes = self.others[: case.num_nodes]
+        if case.way in RIVALS:
+            callers = [self.learner, *(nodes if case.way == "gloo" else [])]
+            calls = at_once(callers, "rival", case, num_bytes)
+            start_s, end_s, cpu_s = calls[0]
+            seconds = max(end for _, end, _ in calls) - start_s
+            return {"seconds": seconds, "stall_s": end_s - start_s, "cpu_s": cpu_s}
+        version, start_s, stall_s = self.learner.call("publish", case)
+        seconds = max(at_once(nodes, "arrival", case, version)) - start_s
+        cpu_s, total_bytes = self.learner.call("settle", case, version)
+        sent_bytes = total_bytes - self._sent_bytes.get(case, 0.0)
+        self._sent_bytes[case] = total_bytes
+        return {"seconds": seconds, "stall_s": stall_s, "cpu_s": cpu_s, "bytes": sent_bytes}
 
 
 def measure(
-    link: LinkModel | None, sizes: dict[str, int], nodes: list[int], num_repeats: int
+    link: LinkModel | None, sizes: dict[str, int], many_nodes: list[int], num_repeats: int
 ) -> dict[str, Any]:
     """Everything over one network."""
     model = LOOPBACK if link is None else link
+    cases = [
+        Case(size, num_nodes, way)
+        for size in sizes
+        for num_nodes in many_nodes
+        for way in (*SHAPES, *RIVALS)
+    ] + [Case("large", NUM_NODES, "whole")]
+    generator = random.Random(0)
+    samples: dict[Case, dict[str, list[float]]] = {case: defaultdict(list) for case in cases}
     with contextlib.ExitStack() as stack:
-        hosts = Hosts(stack, NUM_NODES, link)
-        hosts.join_rivals(nodes, sizes)
-        cost = measure_cost(hosts, sizes["large"], nodes, model, num_repeats)
-        seconds = measure_times(hosts, sizes, nodes, model, num_repeats)
+        hosts = Hosts(stack, link)
+        hosts.join_rivals(many_nodes, sizes)
+        for case in cases:
+            if case.way not in RIVALS:
+                hosts.start(case, sizes[case.size], model)
+        for repeat in range(num_repeats + 1):
+            for case in generator.sample(cases, len(cases)):
+                for what, value in hosts.bring(case, sizes[case.size]).items():
+                    if repeat:  # the first one opens connections
+                        samples[case][what].append(value)
+            log(f"repeat {repeat} of {num_repeats}")
+        at_once(hosts.all, "close")
+    return figures(samples, sizes, many_nodes, model)
+
+
+def figures(
+    samples: dict[Case, dict[str, list[float]]],
+    sizes: dict[str, int],
+    many_nodes: list[int],
+    model: LinkModel,
+) -> dict[str, Any]:
     predicted, pick_over_best = [], []
     for size, num_bytes in sizes.items():
-        for num_nodes in nodes:
-            taken = seconds[f"{size}, {num_nodes} nodes"]
-            medians = {shape: statistics.median(taken[shape]) for shape in SHAPES}
-            pick = choose_plan(num_nodes, num_bytes, model).shape
+        for num_nodes in many_nodes:
+            medians = {
+                shape: statistics.median(samples[Case(size, num_nodes, shape)]["seconds"])
+                for shape in SHAPES
+            }
+            pick = choose_tree(num_nodes, num_bytes, model).shape
             pick_over_best.append(medians[pick] / min(medians.values()))
             for shape in SHAPES:
-                plan = choose_plan(num_nodes, num_bytes, model, [shape])
+                plan = choose_tree(num_nodes, num_bytes, model, [shape])
                 predicted.append(
                     {
                         "size": size,
@@ -186,46 +299,42 @@ def measure(
                         "is_pick": shape == pick,
                     }
                 )
-    large = seconds[f"large, {NUM_NODES} nodes"]
-    pick = choose_plan(NUM_NODES, sizes["large"], model).shape
-    stall_s, cpu_s, ours = cost["stall_s"], cost["cpu_s"], cost["bytes"]["ours"]
-    eight_s = cpu_s["ours"][NUM_NODES]
+
+    def large(way: str, what: str, num_nodes: int = NUM_NODES) -> list[float]:
+        if way == "pick":
+            way = choose_tree(num_nodes, sizes["large"], model).shape
+        return samples[Case("large", num_nodes, way)][what]
+
+    def eight_over_one(way: str, what: str) -> dict[str, float]:
+        return paired_ratio(large(way, what), large(way, what, 1))
+
+    def ratio(way: str, other: str) -> dict[str, float]:
+        return paired_ratio(large(way, "seconds"), large(other, "seconds"))
+
+    def per_case(what: str, among: Iterable[Case]) -> dict[str, dict[str, float]]:
+        return {
+            f"{case.size}, {case.num_nodes} nodes, {case.way}": spread(samples[case][what], 4)
+            for case in among
+        }
+
     return {
-        "learner_cost_8_over_1": paired_ratio(eight_s, cpu_s["ours"][1]),
-        "learner_cost_8_over_1_same_buckets": paired_ratio(eight_s, cpu_s["cut"][1]),
-        "learner_cost_8_over_1_apart": paired_ratio(cpu_s["apart"][NUM_NODES], cpu_s["apart"][1]),
-        "host_cost_8_over_1_apart": paired_ratio(
-            cpu_s["apart_host"][NUM_NODES], cpu_s["apart_host"][1]
-        ),
-        "stall_8_over_1": paired_ratio(stall_s["ours"][NUM_NODES], stall_s["ours"][1]),
-        "learner_bytes_8_over_1": paired_ratio(ours[NUM_NODES], ours[1]),
-        "rival_stall_8_over_1": {
-            way: paired_ratio(stall_s[way][NUM_NODES], stall_s[way][1]) for way in RIVALS
-        },
+        "learner_cost_8_over_1": eight_over_one("pick", "cpu_s"),
+        "stall_8_over_1": eight_over_one("pick", "stall_s"),
+        "learner_bytes_8_over_1": eight_over_one("pick", "bytes"),
+        "rival_stall_8_over_1": {way: eight_over_one(way, "stall_s") for way in RIVALS},
         "stall_over_rival": {
-            way: spread(
-                (a / b for a, b in zip(stall_s["ours"][NUM_NODES], stall_s[way][NUM_NODES])), 4
-            )
+            way: spread((a / b for a, b in zip(large("pick", "stall_s"), large(way, "stall_s"))), 4)
             for way in RIVALS
         },
-        "ratio_vs_gloo_broadcast": paired_ratio(large["gloo"], large[pick]),
-        "ratio_vs_torchrl": paired_ratio(large["torchrl"], large[pick]),
-        "chain_over_binomial": paired_ratio(large["chain"], large["binomial"]),
-        "pipelining_gain": paired_ratio(large["whole"], large["chain"]),
+        "ratio_vs_gloo_broadcast": ratio("gloo", "pick"),
+        "ratio_vs_torchrl": ratio("torchrl", "pick"),
+        "chain_over_binomial": ratio("chain", "binomial"),
+        "pipelining_gain": ratio("whole", "chain"),
         "model_pick_over_best": round(max(pick_over_best), 2),
         "predicted": predicted,
-        "seconds": {
-            case: {way: spread(values, 4) for way, values in taken.items()}
-            for case, taken in seconds.items()
-        },
-        "learner_cpu_s": {
-            way: {n: spread(values, 4) for n, values in by_nodes.items()}
-            for way, by_nodes in cost["cpu_s"].items()
-        },
-        "learner_stall_s": {
-            way: {n: spread(values, 4) for n, values in by_nodes.items()}
-            for way, by_nodes in stall_s.items()
-        },
+        "seconds": per_case("seconds", samples),
+        "learner_cpu_s": per_case("cpu_s", [case for case in samples if case.size == "large"]),
+        "learner_stall_s": per_case("stall_s", [case for case in samples if case.size == "large"]),
     }
 
 
@@ -241,35 +350,32 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     megabytes = args.megabytes or (2 if args.quick else 4)
-    nodes = [1, NUM_NODES] if args.quick else [1, 2, 4, NUM_NODES]
+    many_nodes = [1, NUM_NODES] if args.quick else [1, 2, 4, NUM_NODES]
     sizes = {"large": megabytes << 20, "small": SMALL_BYTES}
     obstacle = EmulatedNetwork.obstacle()
     results = {}
     for network, link in (("emulated", LINK), ("loopback", None)):
         if network == "loopback" or not obstacle:
             log(network)
-            results[network] = measure(link, sizes, nodes, args.repeats)
+            results[network] = measure(link, sizes, many_nodes, args.repeats)
     first = next(iter(results))
-    print(
-        json.dumps(
-            {
-                "benchmark": "weight_broadcast",
-                "network": first,
-                "network_obstacle": obstacle,
-                **results.pop(first),
-                **results,
-                "workload": {
-                    "bytes": sizes,
-                    "nodes": nodes,
-                    "repeats": args.repeats,
-                    "emulated_bytes_per_s": LINK.bytes_per_s,
-                    "emulated_latency_s": LINK.latency_s,
-                },
-                "machine": machine(),
-                "quick": args.quick,
-            }
-        )
-    )
+    result = {
+        "benchmark": "weight_broadcast",
+        "network": first,
+        "network_obstacle": obstacle,
+        **results.pop(first),
+        **results,
+        "workload": {
+            "bytes": sizes,
+            "nodes": many_nodes,
+            "repeats": args.repeats,
+            "emulated_bytes_per_s": LINK.bytes_per_s,
+            "emulated_latency_s": LINK.latency_s,
+        },
+        "machine": machine(),
+        "quick": args.quick,
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

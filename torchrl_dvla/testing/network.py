@@ -2,10 +2,10 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Several hosts on one machine, with limited bandwidth and a delay between them.
+"""Emulated hosts on one machine, with limited bandwidth and a delay between them.
 
 Each host is a network namespace of the Linux kernel with one interface. Its bandwidth is limited by
-the kernel's token bucket (``tc ... tbf``). The delay is made here, by a process that carries
+the kernel's token bucket (``tc ... tbf``). The delay is made here, by a process that forwards
 packets from one interface to another and holds each of them for a while: not every kernel is built
 with ``netem``, which would do it. Figures obtained with it are those of an emulated network and
 must say so; real are the TCP stack, its windows and everything above.
@@ -36,7 +36,7 @@ __all__ = ["EmulatedNetwork"]
 
 _CLONE_NEWNET = 0x40000000
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
-#: Jumbo packets, so that the process in the middle has few of them to carry.
+#: Jumbo packets, so that the process in the middle has few of them to forward.
 _MTU_BYTES = 16_000
 _DESTINATION = 19  # last byte of the destination in an IPv4 header
 _FORK = multiprocessing.get_context("fork")
@@ -50,7 +50,7 @@ class EmulatedNetwork:
 
     Keyword Args:
         bytes_per_s (float): what each host can send.
-        delay_s (float): how long a packet is on its way, one way.
+        delay_s (float): latency of a packet, one way.
 
     Raises:
         RuntimeError: if this machine does not allow it, see :meth:`obstacle`.
@@ -73,12 +73,12 @@ class EmulatedNetwork:
             self.close()
             reason = getattr(error, "stderr", None) or error
             raise RuntimeError(f"No network can be emulated here: {reason}") from error
-        self._wire = _FORK.Process(target=self._carry, args=(os.getpid(), delay_s), daemon=True)
+        self._wire = _FORK.Process(target=self._forward, args=(os.getpid(), delay_s), daemon=True)
         self._wire.start()
 
     @staticmethod
     def obstacle() -> str:
-        """Why it cannot be had on this machine; empty if it can."""
+        """Why this machine cannot emulate a network; empty if it can."""
         for tool in ("ip", "tc"):
             if shutil.which(tool) is None:
                 return f"`{tool}` is missing (Debian: iproute2)"
@@ -103,7 +103,7 @@ class EmulatedNetwork:
         self._is_cut[host] = is_cut
 
     def close(self) -> None:
-        """Stop carrying packets. A host lives on for as long as a process is there."""
+        """Stop forwarding packets. A host lives on for as long as a process is in it."""
         if self._wire is not None:
             self._wire.kill()
             self._wire.join()
@@ -113,7 +113,7 @@ class EmulatedNetwork:
         self._namespaces, self._devices = [], []
 
     def _add(self, host: int, bytes_per_s: float) -> None:
-        with _somewhere_else():
+        with _new_namespace():
             self._namespaces.append(os.open("/proc/thread-self/ns/net", os.O_RDONLY))
             device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
             self._devices.append(device)
@@ -129,8 +129,8 @@ class EmulatedNetwork:
                 *("rate", f"{int(8 * bytes_per_s)}bit", "burst", f"{burst}b", "latency", "500ms"),
             )
 
-    def _carry(self, parent: int, delay_s: float) -> None:
-        """The wire: each packet goes on to its destination ``delay_s`` after it came."""
+    def _forward(self, parent: int, delay_s: float) -> None:
+        """The wire: forwards each packet to its destination ``delay_s`` after it came."""
         die_with_parent(parent)
         poll = select.poll()
         for device in self._devices:
@@ -162,7 +162,7 @@ class EmulatedNetwork:
 
 
 @contextlib.contextmanager
-def _somewhere_else() -> Iterator[None]:
+def _new_namespace() -> Iterator[None]:
     """A new network namespace for the calling thread, until the end of the block."""
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
     try:

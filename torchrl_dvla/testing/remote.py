@@ -17,7 +17,7 @@ from typing import Any
 
 __all__ = ["Remote", "die_with_parent"]
 
-# Forked children start in milliseconds; they inherit what a test has made, gates included.
+# Forked children start in milliseconds; they inherit what a test has made, events included.
 _FORK = multiprocessing.get_context("fork")
 _PR_SET_PDEATHSIG = 1
 
@@ -25,16 +25,16 @@ _PR_SET_PDEATHSIG = 1
 class Remote:
     """``factory(*args)`` in a forked process, and calls of its methods.
 
-    Make it in the main thread, before this process starts threads that hold locks. The other one is
+    Make it in the main thread, before this process starts threads that hold locks. The child is
     killed by :meth:`kill`, at the end of the context, and by the kernel when this one dies, in
     whatever way.
 
     Args:
-        factory (callable): makes the object, over there.
+        factory (callable): makes the object, in the child.
         *args: its arguments; what is forked need not be picklable.
 
     Keyword Args:
-        before (callable, optional): called there first, to enter another network for example.
+        before (callable, optional): called in the child first, for example to enter a network.
 
     Examples:
         >>> with Remote(list, "abc") as remote:
@@ -55,16 +55,16 @@ class Remote:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """Process id of the child."""
         assert self._process.pid is not None
         return self._process.pid
 
     def start(self, method: str, *args: Any) -> None:
-        """Begin a call; :meth:`result` gives what comes of it."""
+        """Begin a call; :meth:`result` returns its result."""
         self._ours.send((method, args))
 
     def result(self, timeout_s: float = 60.0) -> Any:
-        """What the call that was started first returns.
+        """Result of the oldest call that was started.
 
         Raises:
             TimeoutError: if it takes longer than ``timeout_s``.

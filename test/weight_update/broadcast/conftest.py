@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import get_context
-from multiprocessing.synchronize import Event
 from typing import Any
 
 import pytest
@@ -20,9 +19,10 @@ from torch import nn
 
 from torchrl_dvla.testing import EmulatedNetwork, Remote
 from torchrl_dvla.weight_update import Transfer, WeightBroadcast, WeightRelay, WeightStore
+from torchrl_dvla.weight_update.broadcast.transfer import NodeTransfer
 
 
-class Stamped(nn.Module):
+class VersionModule(nn.Module):
     """Weights that all hold their version, beside frozen ones that hold -7."""
 
     def __init__(self, value: float, num_kib: int) -> None:
@@ -35,28 +35,55 @@ class Stamped(nn.Module):
 
 
 class Gate:
-    """A place in a transfer where a node stops until it is let go, if that is ever."""
+    """A bucket of the live weights that a node holds back while this is closed."""
 
-    def __init__(self, step: str) -> None:
-        self.step = step
+    def __init__(self, index: int) -> None:
+        self.index = index
         context = get_context("fork")
-        self.reached: Event = context.Event()
-        self.open: Event = context.Event()
+        self.reached, self._open = context.Event(), context.Event()
+        self.open()
 
-    def __call__(self, step: str) -> None:
-        if step == self.step and not self.open.is_set():
-            self.reached.set()
-            assert self.open.wait(60.0)
+    def open(self) -> None:
+        self._open.set()
+
+    def close(self) -> None:
+        self._open.clear()
+
+    def install(self) -> None:
+        """Hold back what this process forwards."""
+        forward = NodeTransfer._forward
+
+        def gated(transfer: NodeTransfer, kind: str, index: int, *args: Any) -> None:
+            if (kind, index) == ("live", self.index) and not self._open.is_set():
+                self.reached.set()
+                assert self._open.wait(60.0)
+            forward(transfer, kind, index, *args)
+
+        NodeTransfer._forward = gated
 
 
-class LearnerNode:
-    def __init__(self, num_kib: int, gate: Gate | None, options: dict[str, Any]) -> None:
+class Node:
+    """What a learner's and another node have in common: gate, network and end."""
+
+    def __init__(self, gate: Gate | None) -> None:
         torch.set_num_threads(1)
-        self.module = Stamped(0.0, num_kib)
+        if gate is not None:
+            gate.install()
+
+    def close(self) -> list[str]:
+        """Close all of it; names of the threads that are left."""
+        for part in self.parts:
+            part.close()
+        return [t.name for t in threading.enumerate() if t.name.startswith("dvla")]
+
+
+class LearnerNode(Node):
+    def __init__(self, num_kib: int, gate: Gate | None, options: dict[str, Any]) -> None:
+        super().__init__(gate)
+        self.module = VersionModule(0.0, num_kib)
         self.store = WeightStore(self.module, 4, trainable_only=True)
         self.broadcast = WeightBroadcast(self.store.reader("broadcast"), **options)
-        if gate is not None:
-            self.broadcast._gate = gate
+        self.parts = (self.broadcast, self.store)
 
     def address(self) -> str:
         return self.broadcast.address
@@ -70,10 +97,10 @@ class LearnerNode:
         self.broadcast.wait(version, timeout_s, num_nodes=num_nodes)
         return self.broadcast.nodes()
 
-    def wait_for_loss(self, num_left: int) -> dict[str, int]:
+    def wait_for_departures(self, num_left: int) -> dict[str, int]:
         with self.broadcast._changed:
             assert self.broadcast._changed.wait_for(
-                lambda: self.broadcast._telemetry.num_left >= num_left, timeout=60.0
+                lambda: self.broadcast.stats()["broadcast/nodes_left"] >= num_left, timeout=60.0
             )
         return self.broadcast.nodes()
 
@@ -83,8 +110,12 @@ class LearnerNode:
                 lambda: self.broadcast._slot is None, timeout=60.0
             )
 
-    def tell(self) -> tuple[dict[str, float], dict[str, int], tuple[str, int]]:
-        return self.broadcast.stats(), self.broadcast.edge_bytes(), self.broadcast.plan()
+    def stats(self) -> dict[str, float]:
+        return self.broadcast.stats()
+
+    def plan(self) -> tuple[str, int]:
+        plan = self.broadcast._rounds.tree_plan
+        return plan.shape, plan.num_buckets
 
     def transfers(self) -> list[Transfer]:
         return self.broadcast.take_transfers()
@@ -92,22 +123,16 @@ class LearnerNode:
     def payload_bytes(self) -> tuple[int, int]:
         return self.store.layout.slot_bytes, self.store.layout.frozen_bytes
 
-    def close(self) -> list[str]:
-        self.broadcast.close()
-        self.store.close()
-        return [t.name for t in threading.enumerate() if t.name.startswith("dvla")]
 
-
-class RelayNode:
+class RelayNode(Node):
     def __init__(self, address: str, name: str, num_kib: int, gate: Gate | None) -> None:
-        torch.set_num_threads(1)
+        super().__init__(gate)
         with torch.device("meta"):
-            policy = Stamped(0.0, num_kib)
+            policy = VersionModule(0.0, num_kib)
         self.relay = WeightRelay(address, policy, name=name)
-        if gate is not None:
-            self.relay._gate = gate
-        self.served = Stamped(-1.0, num_kib)
+        self.served = VersionModule(-1.0, num_kib)
         self.reader = self.relay.store.reader("worker")
+        self.parts = (self.reader, self.relay)
 
     def wait(self, version: int, timeout_s: float = 60.0) -> int:
         return self.relay.wait(version, timeout_s)
@@ -120,14 +145,9 @@ class RelayNode:
     def is_connected(self) -> bool:
         return self.relay.is_connected
 
-    def wait_for_loss(self) -> None:
+    def wait_for_disconnect(self) -> None:
         with self.relay._changed:
             assert self.relay._changed.wait_for(lambda: not self.relay.is_connected, timeout=60.0)
-
-    def close(self) -> list[str]:
-        self.reader.close()
-        self.relay.close()
-        return [t.name for t in threading.enumerate() if t.name.startswith("dvla")]
 
 
 class Cluster:
@@ -138,23 +158,28 @@ class Cluster:
         self.num_kib = num_kib
         self.network: EmulatedNetwork | None = None
         self.address = ""
+        self.learner: Any = None
 
-    def _on(self, host: int) -> Callable[[], None] | None:
+    def _start(self, host: int, factory: Callable[..., Any], *args: Any) -> Any:
         network = self.network
-        return None if network is None else lambda: network.enter(host)
+        enter = None if network is None else lambda: network.enter(host)
+        return self._stack.enter_context(Remote(factory, *args, before=enter))
 
-    def learner(self, gate: Gate | None = None, **options: Any) -> Remote:
+    def start_learner(self, gate: Gate | None = None, **options: Any) -> Any:
         if self.network is not None:
             options["host"] = self.network.address(0)
-        remote = Remote(LearnerNode, self.num_kib, gate, options, before=self._on(0))
-        self._stack.callback(remote.close)
-        self.address = remote.call("address")
-        return remote
+        self.learner = self._start(0, LearnerNode, self.num_kib, gate, options)
+        self.address = self.learner.call("address")
+        return self.learner
 
-    def relay(self, name: str, gate: Gate | None = None, host: int = 0) -> Remote:
-        remote = Remote(RelayNode, self.address, name, self.num_kib, gate, before=self._on(host))
-        self._stack.callback(remote.close)
-        return remote
+    def start_relays(self, *names: str, gates: Mapping[str, Gate | None] = {}) -> list[Any]:
+        """One after the other, so that this is their order in the tree; on the hosts 1, 2, ..."""
+        relays = []
+        for host, name in enumerate(names, start=1):
+            gate = gates.get(name)
+            relays.append(self._start(host, RelayNode, self.address, name, self.num_kib, gate))
+            relays[-1].call("wait", 0)
+        return relays
 
 
 @pytest.fixture
@@ -164,5 +189,6 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def make_gate() -> type[Gate]:
-    return Gate
+def gate() -> Gate:
+    """In the middle of a transfer."""
+    return Gate(1)

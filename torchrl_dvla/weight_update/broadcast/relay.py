@@ -2,46 +2,44 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""The leader of a node: receives versions from the learner and gives them to the node's readers."""
+"""A node's end of the broadcast: receives versions from the learner for the node's readers."""
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import logging
-import queue
 import socket
 import threading
 import time
-from collections.abc import Callable
 from multiprocessing.connection import wait as wait_for
 from typing import Any
 
-from torchrl_dvla.weight_update.broadcast.carrier import Carrier
 from torchrl_dvla.weight_update.broadcast.channel import (
-    BEATS_PER_TIMEOUT,
+    HEARTBEATS_PER_TIMEOUT,
     Channel,
     ChannelError,
     parse_address,
 )
-from torchrl_dvla.weight_update.broadcast.description import restore_layout
-from torchrl_dvla.weight_update.broadcast.hold import StoreHold
-from torchrl_dvla.weight_update.broadcast.rendezvous import Rendezvous
-from torchrl_dvla.weight_update.broadcast.rounds import Order
-from torchrl_dvla.weight_update.store import WeightStore
+from torchrl_dvla.weight_update.broadcast.edge import Rendezvous
+from torchrl_dvla.weight_update.broadcast.rounds import RoundPlan
+from torchrl_dvla.weight_update.broadcast.transfer import NodeTransfer, StoreTarget, restore_layout
 from torchrl_dvla.weight_update.weight_layout import WeightSource
+from torchrl_dvla.weight_update.store import WeightStore
 
 __all__ = ["WeightRelay"]
 
 _log = logging.getLogger("torchrl_dvla")
 _RETRY_S = 0.2
 _ATTEMPT_S = 2.0  # close() may have to wait for it
-_TICK_S = 0.1
+_POLL_S = 0.1
 
 
 class WeightRelay:
     """A node's end of a :class:`WeightBroadcast`: a store that follows the learner's.
 
-    Readers of this node take their places in :attr:`store` and adopt from it as from the learner's
-    own; it is never half of a version. When the learner's node is lost, the last whole version
+    Readers of this node register in :attr:`store` and adopt from it as from the learner's own; it
+    never shows half of a version. When the learner's node is lost, the last whole version
     stays, and the relay tries to find the learner again until it is closed. It then gets the newest
     version. So does a new relay that takes the place of a dead one.
 
@@ -51,7 +49,7 @@ class WeightRelay:
             meta module will do. Its weights must be those of the learner.
 
     Keyword Args:
-        name (str, optional): what the node is called at the learner. Default: this host's name.
+        name (str, optional): the node's name at the learner. Default: this host's name.
         num_slots (int): see :class:`WeightStore`. Default: 3.
         max_readers (int): see :class:`WeightStore`. Default: 64.
         timeout_s (float): how long to look for the learner's node. Default: 60.
@@ -89,12 +87,11 @@ class WeightRelay:
     ) -> None:
         self.address = address
         self.name = socket.gethostname() if name is None else name
-        self._host, self._port = parse_address(address)
+        self._host_and_port = parse_address(address)
         self._ending = threading.Event()
         self._changed = threading.Condition()
         self._lost: str | None = None
         self._failure: BaseException | None = None
-        self._gate: Callable[[str], None] = _open_gate  # tests stop a transfer here, see Carrier
         channel, welcome = self._connect(timeout_s)
         try:
             self._run = welcome["run"]
@@ -107,7 +104,7 @@ class WeightRelay:
         except BaseException:
             channel.close()
             raise
-        self._hold = StoreHold(self.store, self._tell)
+        self._target = StoreTarget(self.store, self._notify)
         self._thread = threading.Thread(
             target=self._serve, args=(channel, welcome), name="dvla-weight-relay", daemon=True
         )
@@ -164,42 +161,44 @@ class WeightRelay:
         problem: OSError | None = None
         while (left_s := deadline - time.monotonic()) > 0 and not self._ending.is_set():
             try:
-                channel = Channel.connect(self._host, self._port, left_s)
+                channel = Channel.connect(*self._host_and_port, left_s)
                 try:
-                    while (left_s := deadline - time.monotonic()) > 0:
-                        wait_for([channel.socket], left_s)
-                        for message in channel.receive():
-                            if message["kind"] == "welcome":
-                                return channel, message
+                    return channel, channel.wait_for("welcome", deadline)
                 except BaseException:
                     channel.close()
                     raise
-                channel.close()
             except OSError as error:
                 problem = error
                 self._ending.wait(min(_RETRY_S, left_s))
         raise TimeoutError(
             f"The learner's node at {self.address} did not answer within {timeout_s} s "
-            f"({problem or 'connected, but no welcome'}). Start WeightBroadcast there first, or "
-            "check the address."
+            f"({problem}). Start WeightBroadcast there first, or check the address."
         )
 
-    def _serve(self, channel: Channel, welcome: dict[str, Any]) -> None:
+    def _serve(self, channel: Channel | None, welcome: dict[str, Any]) -> None:
         try:
-            while True:
+            while not self._ending.is_set():
+                if channel is None:
+                    try:
+                        channel, welcome = self._connect(_ATTEMPT_S)
+                    except TimeoutError:
+                        self._ending.wait(_RETRY_S)
+                        continue
+                    if welcome["run"] != self._run:
+                        raise RuntimeError(
+                            f"Another learner answers at {self.address} than the one this relay "
+                            "followed; its versions may be older than those of this node. Start a "
+                            "new relay."
+                        )
+                    self._set_lost(None)
                 session = _Session(self, channel, welcome)
                 try:
                     session.follow()
                 except ConnectionError as error:
-                    self._note(lost=str(error))
+                    self._set_lost(str(error))
                 finally:
                     session.close()
-                if self._ending.is_set():
-                    return
-                channel, welcome = self._find_again()
-                self._note(lost=None)
-        except _Ended:
-            pass
+                    channel = None
         except BaseException as error:
             self._failure = error
             _log.error(
@@ -209,89 +208,62 @@ class WeightRelay:
                 exc_info=error,
             )
         finally:
-            self._note(lost=self._lost)
-
-    def _find_again(self) -> tuple[Channel, dict[str, Any]]:
-        while True:
-            try:
-                channel, welcome = self._connect(_ATTEMPT_S)
-            except TimeoutError as error:
-                if self._ending.wait(_RETRY_S):
-                    raise _Ended from error
-                continue
-            if welcome["run"] != self._run:
+            if channel is not None:
                 channel.close()
-                raise RuntimeError(
-                    f"Another learner answers at {self.address} than the one this relay followed; "
-                    "its versions may be older than those of this node. Start a new relay."
-                )
-            return channel, welcome
+            self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
 
-    def _note(self, lost: str | None) -> None:
-        with self._changed:
-            self._lost = lost
-            self._changed.notify_all()
-
-
-class _Ended(Exception):
-    """The relay is being closed."""
+    def _set_lost(self, lost: str | None) -> None:
+        self._lost = lost
+        self._notify()
 
 
 class _Session:
-    """One connection to the learner's node: this thread listens, another one carries."""
+    """A connection to the learner's node: one thread receives messages, another the weights."""
 
     def __init__(self, relay: WeightRelay, channel: Channel, welcome: dict[str, Any]) -> None:
         self._relay = relay
         self._channel = channel
         self._timeout_s: float = welcome["timeout_s"]
-        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._is_over = False
-        self._rendezvous = Rendezvous(
-            lambda node, edge, key, text: channel.send(
-                "address", node=node, edge=edge, key=key, text=text
-            )
-        )
-        self._carrier = Carrier(
+        self._rendezvous = Rendezvous(functools.partial(channel.send, "address"))
+        self._transfer = NodeTransfer(
             self._rendezvous,
             host=channel.local_host,
             timeout_s=self._timeout_s,
-            checksum=welcome["checksum"],
             is_ending=lambda: self._is_over,
-            gate=lambda step: relay._gate(step),
         )
-        self._thread = threading.Thread(target=self._carry, name="dvla-weight-carrier", daemon=True)
-        self._thread.start()
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, "dvla-weight-transfer")
 
     def follow(self) -> None:
-        """Join, and do what is ordered, until the relay is closed.
+        """Join, and pass on the plans that come, until the relay is closed.
 
         Raises:
             ConnectionError: when the learner's node is gone or silent.
         """
-        relay, channel, hold = self._relay, self._channel, self._relay._hold
-        channel.send("join", name=relay.name, version=hold.version, has_frozen=hold.has_frozen)
-        next_beat_s = 0.0
+        relay, channel, target = self._relay, self._channel, self._relay._target
+        channel.send("join", name=relay.name, version=target.version, has_frozen=target.has_frozen)
+        next_heartbeat_s = 0.0
         while not relay._ending.is_set():
-            wait_for([channel.socket], min(_TICK_S, self._timeout_s / BEATS_PER_TIMEOUT))
+            wait_for([channel.socket], min(_POLL_S, self._timeout_s / HEARTBEATS_PER_TIMEOUT))
             for message in channel.receive():
-                if message["kind"] == "order":
-                    self._orders.put(Order.from_json(message["order"]))
+                if message["kind"] == "plan":
+                    self._executor.submit(self._run, RoundPlan.from_json(message["plan"]))
                 elif message["kind"] == "address":
-                    self._rendezvous.hear(message["edge"], message["key"], message["text"])
-                elif message["kind"] == "gone":
-                    self._rendezvous.gone(message["node"])
+                    self._rendezvous.receive(message["edge"], message["key"], message["text"])
+                elif message["kind"] == "departed":
+                    self._rendezvous.fail_peer(message["node"])
             if self._failure is not None:
                 raise self._failure
             if channel.silence_s > self._timeout_s:
-                raise ChannelError(f"nothing was heard of it for {channel.silence_s:.1f} s")
-            if time.monotonic() >= next_beat_s:
-                channel.send("beat")
-                next_beat_s = time.monotonic() + self._timeout_s / BEATS_PER_TIMEOUT
+                raise ChannelError(f"silent for {channel.silence_s:.1f} s")
+            if time.monotonic() >= next_heartbeat_s:
+                channel.send("heartbeat")
+                next_heartbeat_s = time.monotonic() + self._timeout_s / HEARTBEATS_PER_TIMEOUT
             channel.flush()
 
     def close(self) -> None:
@@ -299,22 +271,14 @@ class _Session:
         self._is_over = True
         self._channel.close()
         self._rendezvous.close()
-        self._orders.put(None)
-        self._thread.join()
+        self._executor.shutdown()
+        self._transfer.close()
 
-    def _carry(self) -> None:
-        relay = self._relay
+    def _run(self, plan: RoundPlan) -> None:
         try:
-            while (order := self._orders.get()) is not None:
-                report = self._carrier.carry(order, relay._hold)
-                self._channel.send("report", round=order.round, report=report.to_json())
+            result = self._transfer.transfer(plan, self._relay._target)
+            self._channel.send("result", round=plan.round, result=result.to_json())
         except ConnectionError:
-            pass  # the listening thread finds out by itself
+            pass  # the thread that receives messages finds out by itself
         except BaseException as error:
             self._failure = error
-        finally:
-            self._carrier.close()
-
-
-def _open_gate(step: str) -> None:
-    """In production nobody watches the steps."""

@@ -12,8 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from torchrl_dvla.weight_update import WeightLayout
-from torchrl_dvla.weight_update.broadcast.description import describe_layout, restore_layout
+from torchrl_dvla.weight_update import WeightLayout, WeightStore
+from torchrl_dvla.weight_update.broadcast.transfer import (
+    PinnedSource,
+    StoreTarget,
+    describe_layout,
+    restore_layout,
+)
 
 
 class Mixed(nn.Module):
@@ -37,7 +42,7 @@ class LowRank(nn.Module):
         self.scaling = 0.5
 
 
-def places(layout: WeightLayout) -> list[tuple[Any, ...]]:
+def entries_of(layout: WeightLayout) -> list[tuple[Any, ...]]:
     return [
         (e.names, e.shape, e.stride, e.dtype, e.offset_bytes, e.is_frozen) for e in layout.entries
     ]
@@ -53,9 +58,9 @@ def places(layout: WeightLayout) -> list[tuple[Any, ...]]:
     ],
     ids=["all", "trainable", "narrow", "lora"],
 )
-def test_the_same_bytes_in_the_same_places(layout: WeightLayout) -> None:
+def test_the_same_bytes_in_the_same_entries_of(layout: WeightLayout) -> None:
     copy = restore_layout(json.loads(json.dumps(describe_layout(layout))))
-    assert places(copy) == places(layout)
+    assert entries_of(copy) == entries_of(layout)
     assert (copy.slot_bytes, copy.frozen_bytes) == (layout.slot_bytes, layout.frozen_bytes)
     assert copy.buckets == layout.buckets
     assert copy.index_of == layout.index_of
@@ -74,3 +79,33 @@ def test_another_version_lays_out_differently() -> None:
     description["entries"][1]["offset_bytes"] += 64
     with pytest.raises(RuntimeError, match="lays weights out differently"):
         restore_layout(description)
+
+
+def test_a_target_notifies_when_a_version_is_visible_and_not_of_a_part() -> None:
+    with WeightStore(WeightLayout(nn.Linear(2, 1))) as store:
+        seen: list[int] = []
+        target = StoreTarget(store, lambda: seen.append(store.visible_version))
+        assert target.has_frozen  # there are none to wait for
+
+        def half(memory: torch.Tensor) -> None:
+            memory[:8] = 1
+            raise ConnectionError("the parent is gone")
+
+        with pytest.raises(ConnectionError):
+            target.receive(half, 3)
+        assert (seen, target.version) == ([], -1)
+        with pytest.raises(RuntimeError, match="Version 3 was planned from a node that has -1"):
+            target.live(3)
+        target.receive(lambda memory: memory.fill_(2), 3)
+        assert (seen, target.version) == ([3], 3)
+        assert target.live(3).unique().tolist() == [2]
+
+
+def test_the_learner_receives_nothing() -> None:
+    with WeightStore(nn.Linear(2, 1)) as store, torch.no_grad():
+        reader = store.reader("broadcast")
+        source = PinnedSource(reader.pin_slot())
+        assert (source.version, len(source.live(0))) == (0, store.layout.slot_bytes)
+        with pytest.raises(RuntimeError, match="receives nothing"):
+            source.receive(lambda memory: None, 1)
+        reader.close()
