@@ -2,57 +2,52 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Asynchronous GRPO for vision-language-action policies, as TorchRL components.
+"""Asynchronous GRPO fine-tuning of vision-language-action policies, as TorchRL components.
 
-Five public names, assembled like any other TorchRL pieces:
-
-- :class:`DVLACollector` runs simulation and inference beside the learner, on one machine;
-- :class:`TopologyAwareCollector` is that collector with settings planned from the machine;
-- :class:`PooledReplayBuffer` hands out whole groups of rollouts straight from shared memory;
-- :class:`AsyncWeightUpdater` publishes versioned weights that readers adopt on their own time;
-- :class:`GRPOLoss` is the clipped, group-relative objective.
-
-Everything else lives in its room (``torchrl_dvla.data``, ``torchrl_dvla.envs``, ...) and is
-imported from there. The names load on first use, so that ``import torchrl_dvla`` costs next to
-nothing.
+Five components, each with TorchRL's own contract: :class:`DVLACollector` overlaps simulation,
+inference, learning and weight distribution; :class:`PooledReplayBuffer` hands out whole groups from
+shared memory; :class:`AsyncWeightUpdater` publishes versioned weights without waiting;
+:class:`GRPOLoss` learns from action tokens; :class:`TopologyAwareCollector` takes its settings from
+a plan for one node. Beside them stand the settings that every script names. Everything else is
+imported from its package, such as :mod:`torchrl_dvla.envs`.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torchrl_dvla._version import __version__
 
-if TYPE_CHECKING:
-    from torchrl_dvla.collectors import DVLACollector
-    from torchrl_dvla.data import PooledReplayBuffer
-    from torchrl_dvla.objectives import GRPOLoss
-    from torchrl_dvla.topology import TopologyAwareCollector
-    from torchrl_dvla.weight_update import AsyncWeightUpdater
+#: Public names by the package that holds them: importing one imports only what it needs.
+_PACKAGES = {
+    "AsyncWeightUpdater": "weight_update",
+    "DVLACollector": "collectors",
+    "EpisodeSpec": "data",
+    "GRPOLoss": "objectives",
+    "GroupConfig": "data",
+    "InferenceConfig": "collectors",
+    "PooledReplayBuffer": "data",
+    "TopologyAwareCollector": "topology",
+    "WorkerConfig": "collectors",
+}
 
 __all__ = [
     "AsyncWeightUpdater",
     "DVLACollector",
+    "EpisodeSpec",
     "GRPOLoss",
+    "GroupConfig",
+    "InferenceConfig",
     "PooledReplayBuffer",
     "TopologyAwareCollector",
+    "WorkerConfig",
     "__version__",
 ]
 
-_ROOM_OF = {
-    "AsyncWeightUpdater": "weight_update",
-    "DVLACollector": "collectors",
-    "GRPOLoss": "objectives",
-    "PooledReplayBuffer": "data",
-    "TopologyAwareCollector": "topology",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOM_OF:
+    if name not in _PACKAGES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_PACKAGES[name]}"), name)
     globals()[name] = value  # the next access does not come by here
     return value
 

@@ -335,7 +335,7 @@ def test_a_resumed_collector_begins_unfinished_groups_anew(make_collector):
     first.update_policy_weights_()
     with first.pause():
         state = first.state_dict()
-    running = [spec.seed for spec in map(lambda g: g.spec, first.replay_buffer.groups.running)]
+    running = [group.spec.seed for group in first.replay_buffer.groups.running]
     first.shutdown()
     second = make_collector()
     second.load_state_dict(state)

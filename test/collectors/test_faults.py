@@ -53,9 +53,7 @@ def kill(pid):
 
 @pytest.mark.parametrize("victim", ["dvla-env-0", "dvla-inference", "fork server"])
 def test_a_killed_process_costs_no_group(make_collector, victim):
-    collector = make_collector(
-        workers={"num_workers": 2, "max_failures": 2}
-    )
+    collector = make_collector(workers={"num_workers": 2, "max_failures": 2})
     collector.start()
     learned = learn(collector)
     pid = process(victim).pid if victim != "fork server" else forkserver._forkserver._forkserver_pid
@@ -94,7 +92,7 @@ def test_the_log_shows_where_a_hung_worker_was(make_collector, tmp_path, caplog)
 
 
 class FirstStartLimited:
-    """The limits of a collector, but for the first worker that is started again: it has a second."""
+    """The limits of a collector; the first worker that is started again has one second."""
 
     def __init__(self, config):
         self._config = config
@@ -184,9 +182,7 @@ def test_an_evaluation_never_mixes_two_versions(make_collector, tmp_path):
                 published.read()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    collector = make_collector(
-        policy_factory=policy_that_strikes(6, die_once)
-    )
+    collector = make_collector(policy_factory=policy_that_strikes(6, die_once))
     evaluation = collector.evaluate([EpisodeSpec("default", seed) for seed in range(8)])
     with open(gate, "w"):
         assert evaluation.num_finished > 0

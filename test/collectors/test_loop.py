@@ -245,7 +245,9 @@ async def test_a_lost_batch_is_repeated_with_the_same_seed(bench):
 def test_a_round_is_handled_in_the_order_of_the_environments(order):
     rows = []
 
-    @on_a_bench(hold=True, num_workers=3, num_decisions=1, group_size=3, groups_per_update=2, in_rounds=True)
+    @on_a_bench(
+        hold=True, num_workers=3, num_decisions=1, group_size=3, groups_per_update=2, in_rounds=True
+    )
     async def play(bench):
         for _ in range(4):  # two groups, each a reset and a step
             await bench.until(lambda: len(bench.processes.held) == 3)

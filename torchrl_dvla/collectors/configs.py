@@ -80,8 +80,8 @@ class WorkerConfig:
             )
         if self.start_method not in ("forkserver", "spawn"):
             raise ValueError(
-                f"start_method must be 'forkserver' or 'spawn', got {self.start_method!r}. A forked "
-                "copy of the learner's process would share its threads' locks."
+                f"start_method must be 'forkserver' or 'spawn', got {self.start_method!r}. A "
+                "forked copy of the learner's process would share its threads' locks."
             )
 
 

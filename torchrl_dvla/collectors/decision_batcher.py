@@ -139,7 +139,9 @@ class DecisionBatcher:
         self._failures = failures
         num_envs = workers.num_workers * workers.envs_per_worker
         #: Most rows of one batch.
-        self.max_batch_size = config.max_batch_size or (num_envs if in_rounds else -(-num_envs // 2))
+        self.max_batch_size = config.max_batch_size or (
+            num_envs if in_rounds else -(-num_envs // 2)
+        )
         self._ids = {
             key: pool.rows.get(key).numpy()
             for key in (INSTRUCTION_ID_KEY, GROUP_ID_KEY, ROLLOUT_ID_KEY, DECISION_INDEX_KEY)

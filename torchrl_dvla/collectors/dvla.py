@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torchrl._utils import seed_generator
 from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
-from torchrl._utils import seed_generator
 from torchrl.weight_update import WeightSyncScheme
 
 from torchrl_dvla.collectors.configs import InferenceConfig, WorkerConfig

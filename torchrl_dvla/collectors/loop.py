@@ -169,9 +169,7 @@ class CollectionLoop:
         self._counters.add_episode(success=rollout.success, num_env_steps=rollout.num_env_steps)
         self._groups.finish(rollout)
 
-    async def run_rollout(
-        self, rollout: Rollout, weights: EvaluationWeights | None = None
-    ) -> None:
+    async def run_rollout(self, rollout: Rollout, weights: EvaluationWeights | None = None) -> None:
         """Play a rollout to its end, again from the start whenever its worker is lost."""
         while True:
             try:

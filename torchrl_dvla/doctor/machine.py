@@ -155,7 +155,7 @@ def _size(num_bytes: float) -> str:
 def usable_cores(root: Path = Path("/")) -> float:
     """Cores this process may use: its affinity, or less where a control group grants less."""
     # imports torch, whose absence is to be reported instead of died of
-    from torchrl_dvla.memory.limits import cgroup_folders
+    from torchrl_dvla.memory.available_memory import cgroup_folders
 
     try:
         cores = float(len(os.sched_getaffinity(0)))

@@ -25,8 +25,8 @@ from torchrl_dvla.weight_update.broadcast.transfer import (
     describe_layout,
 )
 from torchrl_dvla.weight_update.broadcast.tree import DEFAULT_LINK, LinkModel, choose_tree
-from torchrl_dvla.weight_update.segment import quantile
 from torchrl_dvla.weight_update.reader import PinnedSlot, WeightReader
+from torchrl_dvla.weight_update.segment import quantile
 
 __all__ = ["Transfer", "WeightBroadcast"]
 

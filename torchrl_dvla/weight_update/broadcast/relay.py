@@ -24,8 +24,8 @@ from torchrl_dvla.weight_update.broadcast.channel import (
 from torchrl_dvla.weight_update.broadcast.edge import Rendezvous
 from torchrl_dvla.weight_update.broadcast.rounds import RoundPlan
 from torchrl_dvla.weight_update.broadcast.transfer import NodeTransfer, StoreTarget, restore_layout
-from torchrl_dvla.weight_update.weight_layout import WeightSource
 from torchrl_dvla.weight_update.store import WeightStore
+from torchrl_dvla.weight_update.weight_layout import WeightSource
 
 __all__ = ["WeightRelay"]
 

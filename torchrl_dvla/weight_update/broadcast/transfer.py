@@ -35,10 +35,10 @@ from torch import nn
 from torchrl_dvla.weight_update.broadcast.edge import Edge, EdgeError, Rendezvous
 from torchrl_dvla.weight_update.broadcast.rounds import RoundPlan, RoundResult
 from torchrl_dvla.weight_update.broadcast.tree import bucket_bounds
-from torchrl_dvla.weight_update.weight_layout import WeightLayout
 from torchrl_dvla.weight_update.lora import LoraUpdate
 from torchrl_dvla.weight_update.reader import PinnedSlot
 from torchrl_dvla.weight_update.store import WeightStore
+from torchrl_dvla.weight_update.weight_layout import WeightLayout
 
 __all__ = ["NodeTransfer", "PinnedSource", "StoreTarget", "describe_layout", "restore_layout"]
 
