@@ -176,7 +176,7 @@ class AdmissionMachine(RuleBasedStateMachine):
         self.done: set[int] = set()
         self.in_hand: list[int] = []
         self.to_reopen: list = []
-        self.count = self.num_learned = self.num_dropped = self.num_lost = 0
+        self.count = self.num_learned = self.num_dropped = self.num_lost = self.num_resumed = 0
 
     def new_plane(self):
         num_pages = 4 * (self.lag + 1) * self.num_groups + PAGES_PER_ROLLOUT
@@ -206,10 +206,11 @@ class AdmissionMachine(RuleBasedStateMachine):
         return self.running.pop(index)
 
     @precondition(lambda self: self.running)
-    @rule(data=st.data())
-    def complete(self, data):
-        group = self.plane.sample(self.pop_running(data), sizes=(1, 1))
-        self.done.add(group.group_id)
+    @rule(data=st.data(), times=st.integers(1, 4))
+    def complete(self, data, times):
+        for _ in range(min(times, len(self.running))):
+            group = self.plane.sample(self.pop_running(data), sizes=(1, 1))
+            self.done.add(group.group_id)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), how=st.sampled_from(["no contrast", "failed", "failed half way"]))
@@ -263,7 +264,7 @@ class AdmissionMachine(RuleBasedStateMachine):
         self.num_learned += len(self.in_hand)
         self.in_hand = []
 
-    @precondition(lambda self: not self.in_hand)
+    @precondition(lambda self: self.admitted_at and not self.in_hand)
     @rule()
     def publish_without_learning(self):
         version = self.version
@@ -272,8 +273,10 @@ class AdmissionMachine(RuleBasedStateMachine):
         except RuntimeError:
             assert self.admitted_at and self.version == version
 
+    @precondition(lambda self: self.done and self.num_resumed < 3)
     @rule()
     def resume_from_a_checkpoint(self):
+        self.num_resumed += 1
         resumed = self.new_plane()
         state = json.loads(json.dumps(self.plane.groups.state_dict()))
         resumed.groups.load_state_dict(state)
