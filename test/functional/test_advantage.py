@@ -111,6 +111,9 @@ def test_has_contrast():
     assert has_contrast(returns, (0.3, 1.0)).tolist() == [False, False, True]
     # bounds are open: a mean on the bound is out
     assert has_contrast(returns, (0.25, 0.75)).tolist() == [False, False, False]
+    close = torch.tensor([[1.0, 1.0 + 2e-6], [4e6, 4e6 + 2], [0.0, 2e-6], [-3.0, 3.0]])
+    assert has_contrast(close).tolist() == [True, True, True, True]
+    assert has_contrast(close, tolerance=1e-5).tolist() == [False, False, False, True]
 
 
 @pytest.mark.parametrize("returns", [torch.tensor(1.0), torch.ones(3, 1)])

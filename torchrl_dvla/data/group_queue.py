@@ -397,10 +397,11 @@ class GroupQueue:
             return None
         self._counts["no_signal_groups"] += 1
         self._counts["groups_kept_without_signal"] += group.kept
-        if self._counts["no_signal_groups"] % self.config.max_no_signal_groups:
+        num_groups = self._counts["no_signal_groups"]
+        if num_groups % self.config.max_no_signal_groups:
             return None
         return (
-            f"{self._counts['no_signal_groups']} groups in a row had nothing to learn from, the last "
+            f"{num_groups} groups in a row had nothing to learn from, the last "
             f"because of {group.drop_reason or 'no contrast'!r}. "
             f"{_WHAT_FOLLOWS[self.config.on_no_signal]} If this stays so, the tasks are too easy "
             "or too hard for the policy: choose others, raise candidate_group_size, widen "
