@@ -513,6 +513,7 @@ class GroupQueue:
         Raises:
             RuntimeError: if a group would become too old. It cannot happen when every publication
                 follows an update.
+            ValueError: if the body gave a version that is not newer; nothing has changed then.
         """
         with self.lock:
             self.require_open()
@@ -538,6 +539,11 @@ class GroupQueue:
             raise
         with self.lock:
             self._publishing = False
+            if done.version <= self.version:
+                raise ValueError(
+                    f"version must grow with each publication, got {done.version} after "
+                    f"{self.version}. Leave it alone, or give the number that was published."
+                )
             self._learned(done.version)
         self._notify()
 

@@ -33,10 +33,10 @@ _CHECKPOINT = "groups.pt"
 
 
 class WorkTrack(Protocol):
-    """Takes note of one thread's work and rest: :class:`torchrl_dvla.swimlane.Track`, say."""
+    """Record of when one thread works: :class:`torchrl_dvla.swimlane.Track`, for instance."""
 
     def waiting(self, reason: str) -> None:
-        """From now on the thread rests because of *reason*."""
+        """From now on the thread is idle, blocked on *reason*."""
 
     def span(self, name: str) -> AbstractContextManager[None]:
         """The ``with`` block is work."""
