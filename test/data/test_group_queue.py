@@ -375,17 +375,6 @@ def test_a_group_waits_for_the_pages_of_all_its_rollouts(plane):
     assert plane.admit().group_id == 1
 
 
-def test_surplus_pages_are_given_back(plane):
-    plane = plane()
-    group = plane.admit()
-    rollout = group.rollouts[0]
-    rollout.pages = [plane.pool.lease(rollout.rollout_id) for _ in range(2)]
-    rollout.num_rows = 2
-    plane.groups.finish(rollout)
-    assert len(rollout.pages) == 1 and rollout.finished
-    assert plane.pool.num_free_pages == 40 - 1 - PAGES_PER_ROLLOUT
-
-
 def test_a_kept_group_has_its_advantages_in_every_row_and_moves_no_tensor(plane):
     plane = plane()
     plane.pool.rows["advantage"].fill_(-9)
@@ -398,14 +387,6 @@ def test_a_kept_group_has_its_advantages_in_every_row_and_moves_no_tensor(plane)
     assert plane.pool.rows["advantage"][:6].flatten().tolist() == [-0.5, -0.5, 0.5, 0.5, 0.5, -9]
     assert {key: plane.pool.rows.get(key).data_ptr() for key in LAYOUT} == pointers
     assert {plane.pool.state(page) for page in group.pages} == {PageState.STORED}
-
-
-def test_pages_of_candidates_that_are_not_kept_are_free(plane):
-    plane = plane(config={"candidate_group_size": 4})
-    group = plane.sample(plane.admit(), sizes=(3, 3, 3, 3), returns=(0.0, 0.0, 1.0, 0.0))
-    assert [rollout.rollout_id for rollout in group.rollouts] == [0, 2]
-    stats = plane.pool.stats()
-    assert (stats["pages_stored"], stats["pages_free"]) == (4, 36)
 
 
 def test_a_dropped_group_frees_what_it_had(plane):

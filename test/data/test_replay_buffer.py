@@ -18,7 +18,6 @@ from torchrl.data import (
     LazyTensorStorage,
     RandomSampler,
     ReplayBuffer,
-    RoundRobinWriter,
     SamplerWithoutReplacement,
     SliceSampler,
     StalenessAwareSampler,
@@ -383,8 +382,8 @@ def test_rows_come_from_the_collector(plane):
         pickle.dumps(buffer.storage)
 
 
-def test_generations_and_statistics_are_torchrls(plane):
-    plane = plane(writer=RoundRobinWriter(compilable=True, track_generations=True))
+def test_statistics_and_shutdown(plane):
+    plane = plane()
     plane.add(2)
     stats = plane.buffer.stats()
     assert (stats["size"], stats["capacity"], stats["groups_stored"]) == (10, 80, 2)
