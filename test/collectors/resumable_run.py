@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from typing import Any
 
 import torch
 from torchrl.checkpoint import GlobalRNGState
@@ -21,13 +22,17 @@ from torchrl_dvla.data import PooledReplayBuffer
 from torchrl_dvla.objectives import GRPOLoss
 from torchrl_dvla.recording import RunCheckpoints
 from torchrl_dvla.testing import CountingChunkEnv
-from torchrl_dvla.weight_update import AsyncWeightUpdater
 
 SAVE_EVERY = 2
 
 
 def tell(**what) -> None:
     print(json.dumps(what), flush=True)
+
+
+def queue_of(state: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of the groups."""
+    return dict(state["buffer"]["_groups"])
 
 
 def main(folder: str, num_updates: int) -> None:
@@ -46,17 +51,21 @@ def main(folder: str, num_updates: int) -> None:
     collector = DVLACollector(
         {"left": make_env, "right": make_env},
         policy,
-        replay_buffer=functools.partial(PooledReplayBuffer, batch_size=16, timeout_s=60.0),
+        replay_buffer=PooledReplayBuffer(batch_size=16, timeout_s=60.0),
         group=GroupConfig(group_size=3, groups_per_update=2, max_policy_lag=2),
         workers=WorkerConfig(num_workers=2, max_decisions=4),
-        weight_sync_schemes={"policy": AsyncWeightUpdater(first_version=update)},
         schedule=InitStateSchedule(("left", "right"), seed=3),
         seed=3,
     )
     checkpoints.register("collector", collector)
     if resumed is not None:
         checkpoints.load(resumed, ["rng", "collector"])
-        tell(resumed=update, queue=collector.state_dict()["queue"], random=torch.rand(2).tolist())
+        tell(
+            resumed=update,
+            queue=queue_of(collector.state_dict()),
+            version=collector.policy_version,
+            random=torch.rand(2).tolist(),
+        )
     collector.start()
     while update < num_updates:
         ids: set[int] = set()
@@ -67,7 +76,7 @@ def main(folder: str, num_updates: int) -> None:
             optimizer.zero_grad()
             ids |= set(batch["rollout_id"].flatten().tolist())
         groups = collector.replay_buffer.cohort
-        scenes = [[group.task, group.seed] for group in groups]
+        scenes = [list(group.spec[:2]) for group in groups]
         lag = collector.policy_version - min(group.first_policy_version for group in groups)
         collector.update_policy_weights_()
         update += 1
@@ -77,10 +86,11 @@ def main(folder: str, num_updates: int) -> None:
             path = checkpoints.save(update)
             (file,) = path.glob("components/*-collector/state.pt")
             state = torch.load(file, weights_only=True)
-            stored = [[g["task"], g["seed"]] for g in state["buffer"]["_groups"]["queue"]["groups"]]
+            queue = queue_of(state)
+            stored = [group["spec"][:2] for group in queue.pop("groups")]
             random = torch.rand(2).tolist()
             generators.load_state_dict(rng_state)
-            tell(saved=update, queue=state["queue"], stored=stored, random=random)
+            tell(saved=update, queue=queue, stored=stored, random=random)
     collector.shutdown()
     tell(ended=update)
 

@@ -19,12 +19,10 @@ from torchrl_dvla.collectors import (
     GroupConfig,
     InferenceConfig,
     InitStateSchedule,
-    SchedulerConfig,
     WorkerConfig,
 )
-from torchrl_dvla.collectors.checks import check_frames
-from torchrl_dvla.data import Admission, PooledReplayBuffer
-from torchrl_dvla.memory import EnvironmentPool, RowLayout
+from torchrl_dvla.collectors.validation import check_episodes
+from torchrl_dvla.memory import DualPool, EnvironmentPool, RowLayout
 from torchrl_dvla.testing import CountingChunkEnv, Fault, FaultyEnvFactory
 
 from .counting_task import ENV_KWARGS, make_policy
@@ -55,40 +53,26 @@ def refuse(make_collector):
 def no_process(monkeypatch):
     """Starting a process is an error."""
     monkeypatch.setattr(
-        "torchrl_dvla.swimlane.sampling.Child", lambda *a, **k: pytest.fail("start")
+        "torchrl_dvla.swimlane.env_processes.ManagedProcess", lambda *a, **k: pytest.fail("start")
     )
 
 
 def test_no_policy(no_process):
     with pytest.raises(ValueError, match="policy or policy_factory must be given, got neither"):
-        DVLACollector(make_env, replay_buffer=PooledReplayBuffer)
+        DVLACollector(make_env)
 
 
 def test_a_factory_of_lazy_policies_alone(no_process):
     with pytest.raises(ValueError, match="policy_factory must build a policy whose .*lazy ones: "):
-        DVLACollector(make_env, policy_factory=make_policy, replay_buffer=PooledReplayBuffer)
+        DVLACollector(make_env, policy_factory=make_policy)
 
 
-def test_a_factory_of_lazy_policies_in_a_thread(refuse):
-    refuse("policy_factory must build a policy whose", policy_factory=make_policy)
-
-
-def test_a_factory_of_lazy_policies_in_a_process(make_collector):
+def test_a_factory_of_lazy_policies_in_the_lane(make_collector):
     policy = make_policy()
-    in_process = InferenceConfig(where="process")
-    collector = make_collector(policy_factory=lambda: policy, inference=in_process)
+    collector = make_collector(policy_factory=lambda: policy)
     with pytest.raises(RuntimeError, match=r"(?s)in the inference lane.*policy_factory must build"):
+        collector.start()
         next(iter(collector.replay_buffer))
-
-
-def test_a_scheduler_that_the_settings_do_not_fit_leaves_no_lane(refuse):
-    # Found when all lanes are there, the inference process too.
-    refuse(
-        "num_epochs",
-        inference=InferenceConfig(where="process"),
-        scheduler=SchedulerConfig(num_epochs=(2, 3)),
-        num_epochs=1,
-    )
 
 
 def test_an_environment_without_chunks(refuse):
@@ -165,9 +149,9 @@ def test_pages_for_the_groups_but_not_for_an_evaluation(refuse, make_collector):
     enough = plan.min_env_bytes + plan.rows_per_page * plan.row_bytes + 4096
     refuse(
         r"env_bytes must hold .* = 2 x 3 \+ 1 = 7 pages, got 6.*would wait for each other",
-        env_bytes=plan.min_env_bytes,
+        memory=DualPool(env_bytes=plan.min_env_bytes),
     )
-    collector = make_collector(env_bytes=enough)
+    collector = make_collector(memory=DualPool(env_bytes=enough))
     collector.start()
     for _ in range(3):
         for _ in collector.replay_buffer:
@@ -175,18 +159,17 @@ def test_pages_for_the_groups_but_not_for_an_evaluation(refuse, make_collector):
         collector.update_policy_weights_()
 
 
-def test_a_buffer_with_an_admission_of_its_own(refuse):
-    def build(pool, admission, instructions):
-        return PooledReplayBuffer(pool=pool, admission=Admission(2, 1), batch_size=4)
-
-    refuse("replay_buffer must build a buffer with the pool and the admission", replay_buffer=build)
+def test_a_buffer_of_another_collector(refuse, make_collector):
+    other = make_collector()
+    with pytest.raises(RuntimeError, match="bound to a collector already"):
+        make_collector(replay_buffer=other.replay_buffer)
 
 
 def test_settings_are_refused_before_a_process_starts(refuse, no_process):
     with pytest.raises(ValueError, match="max_policy_lag must be at least 0"):
         GroupConfig(max_policy_lag=-1)
-    with pytest.raises(ValueError, match="on_drought must be one of"):
-        GroupConfig(on_drought="stop")
+    with pytest.raises(ValueError, match="on_no_signal must be one of"):
+        GroupConfig(on_no_signal="stop")
     for name in ("max_failures", "max_rollout_failures", "max_task_failures", "max_rss_bytes"):
         with pytest.raises(ValueError, match=f"{name} must be positive"):
             WorkerConfig(**{name: 0})
@@ -198,6 +181,6 @@ def test_settings_are_refused_before_a_process_starts(refuse, no_process):
 def test_frames_of_an_environment_without_a_camera():
     layout = RowLayout({("observation", "state"): ((4,), torch.float32)})
     with EnvironmentPool(layout, num_pages=1, rows_per_page=1) as pool:
-        check_frames(0, pool)
+        check_episodes([], {}, set(), 0, pool)
         with pytest.raises(ValueError, match=r"num_frames_episodes must be 0 without .*got 2"):
-            check_frames(2, pool)
+            check_episodes([], {}, set(), 2, pool)

@@ -234,7 +234,7 @@ def test_a_task_that_keeps_failing_is_quarantined_and_the_others_go_on(make_coll
     stats = collector.stats()
     assert stats["faults/tasks_quarantined"] == 1
     assert stats["faults/workers_replaced"] <= 4, "no restart after that"
-    assert collector.replay_buffer.drop_counts()[KEPT_FAILING]["count"] >= 2
+    assert collector.replay_buffer.groups.drop_counts()[KEPT_FAILING]["count"] >= 2
     with pytest.raises(ValueError, match="quarantined"):
         collector.evaluate(episodes)
 
@@ -277,7 +277,7 @@ def test_a_scene_that_keeps_failing_costs_its_group_alone(make_collector):
     learn(collector, 3)
     stats = collector.stats()
     assert stats["faults/groups_dropped"] == 1
-    assert collector.replay_buffer.drop_counts()[KEPT_FAILING]["count"] == 1
+    assert collector.replay_buffer.groups.drop_counts()[KEPT_FAILING]["count"] == 1
     assert "faults/tasks_quarantined" not in stats
 
 

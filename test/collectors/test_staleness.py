@@ -180,7 +180,7 @@ def check_bound_and_fates(collector, learner):
         reason.startswith(("no contrast: all rollouts returned", "mean return outside"))
         for reason in dropped.values()
     )
-    counted = collector.replay_buffer.drop_counts()
+    counted = collector.replay_buffer.groups.drop_counts()
     assert {reason: counts["count"] for reason, counts in counted.items()} == Counter(
         dropped.values()
     )
@@ -274,4 +274,4 @@ def test_a_straggler_is_overtaken_until_its_deadline_and_then_waited_for(make_co
     stamps = sorted(int(stamp) for stamp, _ in pairs)
     assert len(stamps) == 4 and stamps[0] >= 0 and stamps[2:] == [2, 2]
     assert {version for _, version in pairs} == {2}
-    assert buffer.drop_counts() == {}
+    assert buffer.groups.drop_counts() == {}

@@ -128,7 +128,9 @@ class PagesOfGroups(RuleBasedStateMachine):
     @precondition(lambda self: self.open)
     @rule(data=st.data(), times=st.integers(1, 5))
     def write(self, data, times):
-        rollout = data.draw(st.sampled_from(self.open))
+        self.write_rows(data.draw(st.sampled_from(self.open)), times)
+
+    def write_rows(self, rollout, times):
         for _ in range(times):
             row = self.next_row(rollout)
             if row is None:
@@ -144,6 +146,9 @@ class PagesOfGroups(RuleBasedStateMachine):
     @rule(data=st.data(), leased_ahead=st.booleans())
     def finish(self, data, leased_ahead):
         rollout = data.draw(st.sampled_from([r for r in self.open if r.num_rows]))
+        self.finish_rollout(rollout, leased_ahead)
+
+    def finish_rollout(self, rollout, leased_ahead):
         if leased_ahead:  # its next row was prepared when the episode ended
             self.next_row(rollout)
         leased = list(rollout.pages)
@@ -151,6 +156,7 @@ class PagesOfGroups(RuleBasedStateMachine):
         assert rollout.pages == leased[: -(-rollout.num_rows // ROWS)]
         self.over += leased
 
+    @precondition(lambda self: any(r.num_rows for r in self.open))
     @rule(worker=st.sampled_from(WORKERS), mid_write=st.booleans())
     def kill(self, worker, mid_write):
         for rollout in [rollout for rollout in self.open if self.worker(rollout) == worker]:
@@ -181,14 +187,21 @@ class PagesOfGroups(RuleBasedStateMachine):
 
     # -- groups ---------------------------------------------------------------------------------
 
+    @precondition(lambda self: self.open)
+    @rule()
+    def complete_too_early(self):
+        group = next(g for g in self.groups.running if self.open[0] in g.rollouts)
+        with pytest.raises(RuntimeError, match="unfinished"):
+            self.groups.complete(group)
+
     @precondition(lambda self: self.groups.running)
-    @rule(data=st.data(), contrast=st.booleans())
-    def complete(self, data, contrast):
+    @rule(data=st.data(), contrast=st.sampled_from([True, True, True, False]))
+    def play_to_the_end(self, data, contrast):
         group = data.draw(st.sampled_from(self.groups.running))
-        if not all(rollout.finished for rollout in group.rollouts):
-            with pytest.raises(RuntimeError, match="unfinished"):
-                self.groups.complete(group)
-            return
+        for rollout in group.rollouts:
+            if not rollout.finished:
+                self.write_rows(rollout, data.draw(st.integers(1, PAGES_PER_ROLLOUT * ROWS)))
+                self.finish_rollout(rollout, data.draw(st.booleans()))
         for number, rollout in enumerate(group.rollouts):
             rollout.episode_return = float(contrast and number == 1)
         pages = {rollout.rollout_id: list(rollout.pages) for rollout in group.rollouts}
@@ -198,7 +211,7 @@ class PagesOfGroups(RuleBasedStateMachine):
         assert len(kept) == 2 * contrast
         self.over += [page for key, owned in pages.items() if key not in kept for page in owned]
 
-    @precondition(lambda self: self.groups.running)
+    @precondition(lambda self: self.sealed)
     @rule(data=st.data())
     def drop(self, data):
         group = data.draw(st.sampled_from(self.groups.running))
@@ -209,17 +222,17 @@ class PagesOfGroups(RuleBasedStateMachine):
     @rule()
     def learn(self):
         cohort = self.groups.wait_cohort(0.0)
-        batches = [batch["serial"].flatten() for batch in self.buffer]
+        learned = [serial for batch in self.buffer for serial in batch["serial"].flatten().tolist()]
         serials = [
             n for group in cohort for r in group.rollouts for n in self.serials[r.rollout_id]
         ]
-        assert sorted(torch.cat(batches).tolist()) == serials
+        assert sorted(learned) == sorted(serials)
         pages = [page for group in cohort for page in group.pages]
         with self.groups.publishing():
             pass
         self.over += pages
 
-    @precondition(lambda self: not self.groups.running)
+    @precondition(lambda self: self.stored and not self.groups.running)
     @rule()
     def checkpoint(self):
         """Groups come back on other pages with the same rows."""
@@ -285,12 +298,15 @@ class PagesOfGroups(RuleBasedStateMachine):
 
     @invariant()
     def every_row_holds_what_was_written(self):
+        rollouts = self.everyone()
+        serials = [serial for r in rollouts for serial in self.serials[r.rollout_id]]
+        assert sum(rollout.num_rows for rollout in rollouts) == len(serials)
+        index = self.pool.row_index_of([r.pages for r in rollouts], [r.num_rows for r in rollouts])
         for rows in (self.pool.rows, self.view.rows):
-            for rollout in self.everyone():
-                serials = self.serials[rollout.rollout_id]
-                assert rollout.num_rows == len(serials)
-                index = self.pool.row_index(rollout.pages, rollout.num_rows)
-                self.check_rows(rows[index], serials)
+            assert rows["serial"][index].flatten().tolist() == serials
+            assert rows["check"][index].flatten().tolist() == [serial / 2 for serial in serials]
+            image = rows["observation", "image"][index].flatten(1).tolist()
+            assert image == [[serial % 256] * 6 for serial in serials], "torn, or of someone else"
 
     @invariant()
     def positions_are_the_groups_in_order(self):
@@ -301,14 +317,6 @@ class PagesOfGroups(RuleBasedStateMachine):
             backwards = torch.arange(len(serials) - 1, -1, -1)
             assert self.buffer[backwards]["serial"].flatten().tolist() == serials[::-1]
 
-    @staticmethod
-    def check_rows(rows, serials):
-        assert rows["serial"].flatten().tolist() == serials
-        assert rows["check"].flatten().tolist() == [serial / 2 for serial in serials]
-        image = rows["observation", "image"].flatten(1)
-        for pixels, serial in zip(image.tolist(), serials, strict=True):
-            assert pixels == [serial % 256] * 6, "torn, or a row of someone else"
-
 
 TestPagesOfGroups = PagesOfGroups.TestCase
-TestPagesOfGroups.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestPagesOfGroups.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)

@@ -18,7 +18,6 @@ from torchrl.data import (
     LazyTensorStorage,
     RandomSampler,
     ReplayBuffer,
-    RoundRobinWriter,
     SamplerWithoutReplacement,
     SliceSampler,
     StalenessAwareSampler,
@@ -383,8 +382,8 @@ def test_rows_come_from_the_collector(plane):
         pickle.dumps(buffer.storage)
 
 
-def test_generations_and_statistics_are_torchrls(plane):
-    plane = plane(writer=RoundRobinWriter(compilable=True, track_generations=True))
+def test_statistics_and_shutdown(plane):
+    plane = plane()
     plane.add(2)
     stats = plane.buffer.stats()
     assert (stats["size"], stats["capacity"], stats["groups_stored"]) == (10, 80, 2)
@@ -510,6 +509,8 @@ def test_checkpoints_that_do_not_fit_change_nothing(plane):
     with pytest.raises(ValueError, match="groups_per_update must equal the checkpoint's 2, got 3"):
         other.buffer.load_state_dict(state)
     assert xs(other.buffer[:]) == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="batch_size must equal the checkpoint's 4, got 3"):
+        plane(batch_size=3).buffer.load_state_dict(state)
     with pytest.raises(ValueError, match="must come from a buffer that was not bound"):
         PooledReplayBuffer(batch_size=4).load_state_dict(state)
     with pytest.raises(ValueError, match="must come from a buffer that was bound"):

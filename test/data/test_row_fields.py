@@ -52,13 +52,10 @@ def test_only_the_chosen_fields_move(rows):
 
 
 def test_scatter_casts_and_expands(rows):
-    fields = RowFields(rows)
-    fields.scatter_field("half", torch.tensor([4, 1]), torch.tensor([[7.0], [8.0]]).double())
-    assert rows["half"][4].tolist() == [7, 7, 7]
-    assert rows["half"][1].tolist() == [8, 8, 8]
-    fields.scatter_field("flags", torch.tensor([0, 2]), torch.tensor(True))
-    assert rows["flags"][[0, 2]].all()
-    assert fields.gather_field("flags", torch.tensor([2])).tolist() == [[True, True]]
+    fields = RowFields(rows, ["half"])
+    values = TensorDict({"half": torch.tensor([[7.0], [8.0]]).double()}, [2])
+    fields.scatter(torch.tensor([4, 1]), values)
+    assert rows["half"][[4, 1]].tolist() == [[7, 7, 7], [8, 8, 8]]
 
 
 @pytest.mark.parametrize("index", [[6], [-1], [0, 9]])
@@ -67,5 +64,5 @@ def test_rows_that_do_not_exist(rows, index):
     with pytest.raises(IndexError, match="index must be within the 6 rows"):
         fields.gather(torch.tensor(index))
     with pytest.raises(IndexError, match="index must be within the 6 rows"):
-        fields.scatter_field("scalar", torch.tensor(index), torch.tensor(0))
+        fields.scatter(torch.tensor(index), rows[: len(index)])
     assert rows["scalar"].tolist() == [0, 1, 2, 3, 4, 5]

@@ -153,6 +153,9 @@ class DecisionBatcher:
         self._round_is_open = False
         self._free_since_s = 0.0
         self._changed = asyncio.Event()
+        #: What the inference process knows and has done, see :meth:`_connect`.
+        self._num_instructions_sent = 0
+        self._has_answered = False
         self._process = start_process()
         self._connect()
 

@@ -68,11 +68,11 @@ class WorkerLostError(Exception):
 async def readable(connection: Connection) -> None:
     """Wait until ``connection`` has a message, or its other end is gone."""
     loop = asyncio.get_running_loop()
-    ready = loop.create_future()
+    ready = asyncio.Event()
     descriptor = connection.fileno()
-    loop.add_reader(descriptor, lambda: ready.done() or ready.set_result(None))
+    loop.add_reader(descriptor, ready.set)
     try:
-        await ready
+        await ready.wait()
     finally:
         loop.remove_reader(descriptor)
 

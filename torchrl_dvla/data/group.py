@@ -17,7 +17,7 @@ import torch
 
 from torchrl_dvla.data.schedule import EpisodeSpec
 from torchrl_dvla.functional.advantage import group_advantage, has_contrast
-from torchrl_dvla.memory import EnvironmentPool
+from torchrl_dvla.memory import EnvironmentPool, Page
 
 __all__ = ["Group", "GroupConfig", "GroupState", "Rollout", "judge", "max_variance_subset"]
 
@@ -132,7 +132,7 @@ class Rollout:
     spec: EpisodeSpec
     group_id: int
     rollout_id: int
-    pages: list[int] = field(default_factory=list)
+    pages: list[Page] = field(default_factory=list)
     num_rows: int = 0
     episode_return: float = 0.0
     success: bool = False

@@ -397,11 +397,12 @@ class GroupQueue:
             return None
         self._counts["no_signal_groups"] += 1
         self._counts["groups_kept_without_signal"] += group.kept
-        if self._counts["no_signal_groups"] % self.config.max_no_signal_groups:
+        num_groups = self._counts["no_signal_groups"]
+        if num_groups % self.config.max_no_signal_groups:
             return None
         return (
-            f"{self._counts['no_signal_groups']} groups in a row had nothing to learn from, the "
-            f"last because of {group.drop_reason or 'no contrast'!r}. "
+            f"{num_groups} groups in a row had nothing to learn from, the last "
+            f"because of {group.drop_reason or 'no contrast'!r}. "
             f"{_WHAT_FOLLOWS[self.config.on_no_signal]} If this stays so, the tasks are too easy "
             "or too hard for the policy: choose others, raise candidate_group_size, widen "
             "return_bounds, or sample at a higher temperature."
@@ -512,6 +513,7 @@ class GroupQueue:
         Raises:
             RuntimeError: if a group would become too old. It cannot happen when every publication
                 follows an update.
+            ValueError: if the body gave a version that is not newer; nothing has changed then.
         """
         with self.lock:
             self.require_open()
@@ -537,6 +539,11 @@ class GroupQueue:
             raise
         with self.lock:
             self._publishing = False
+            if done.version <= self.version:
+                raise ValueError(
+                    f"version must grow with each publication, got {done.version} after "
+                    f"{self.version}. Leave it alone, or give the number that was published."
+                )
             self._learned(done.version)
         self._notify()
 

@@ -33,10 +33,10 @@ _CHECKPOINT = "groups.pt"
 
 
 class WorkTrack(Protocol):
-    """Takes note of one thread's work and rest: :class:`torchrl_dvla.swimlane.Track`, say."""
+    """Record of when one thread works: :class:`torchrl_dvla.swimlane.Track`, for instance."""
 
     def waiting(self, reason: str) -> None:
-        """From now on the thread rests because of *reason*."""
+        """From now on the thread is idle, blocked on *reason*."""
 
     def span(self, name: str) -> AbstractContextManager[None]:
         """The ``with`` block is work."""
@@ -431,8 +431,8 @@ class PooledReplayBuffer(ReplayBuffer):
         begun anew.
 
         Raises:
-            ValueError: if the checkpoint has other specs or another staleness bound, does not fit,
-                or is one of a buffer that was not bound.
+            ValueError: if the checkpoint has other specs, another staleness bound or another batch
+                size, does not fit, or is one of a buffer that was not bound.
         """
         if self.is_bound != ("_groups" in state_dict):
             raise ValueError(
@@ -443,6 +443,11 @@ class PooledReplayBuffer(ReplayBuffer):
             super().load_state_dict(state_dict)
             return
         self._storage.check_state(state_dict["_storage"])
+        if state_dict["_batch_size"] != self._batch_size:
+            raise ValueError(
+                f"batch_size must equal the checkpoint's {state_dict['_batch_size']}, got "
+                f"{self._batch_size}. An update that was begun goes on with its own minibatches."
+            )
         self.groups.load_state_dict(state_dict["_groups"])
         super().load_state_dict(state_dict)
         plan = state_dict["_plan"]

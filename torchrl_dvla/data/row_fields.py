@@ -34,7 +34,7 @@ class RowFields:
         >>> fields.gather(torch.tensor([3, 1]))["x"]
         tensor([3., 1.])
         >>> fields.scatter(torch.tensor([0]), TensorDict({"x": torch.tensor([9.0])}, [1]))
-        >>> fields.gather_field("x", torch.tensor([0]))
+        >>> fields.gather(torch.tensor([0]))["x"]
         tensor([9.])
     """
 
@@ -63,15 +63,14 @@ class RowFields:
         batch = TensorDict({}, batch_size=[len(numbers)])
         for key in self.keys:
             if out is None:
-                batch.set(key, self._take(key, numbers))
+                tensor = self._tensors[key]
+                taken = torch.empty((len(numbers), *tensor.shape[1:]), dtype=tensor.dtype)
+                _take(self._bytes[key], numbers, _as_bytes(taken))
+                batch.set(key, taken)
             else:
                 _take(self._bytes[key], numbers, out._bytes[key][: len(numbers)])
                 batch.set(key, out._tensors[key][: len(numbers)])
         return batch
-
-    def gather_field(self, key: NestedKey, index: torch.Tensor) -> torch.Tensor:
-        """One field of the rows ``index`` (int64 ``[n]``), in new memory ``[n, *shape]``."""
-        return self._take(key, self._numbers(index))
 
     def scatter(self, index: torch.Tensor, values: TensorDictBase) -> None:
         """Copy rows in.
@@ -87,11 +86,9 @@ class RowFields:
         """
         numbers = self._numbers(index)
         for key in self.keys:
-            self._put(key, numbers, values.get(key))
-
-    def scatter_field(self, key: NestedKey, index: torch.Tensor, value: torch.Tensor) -> None:
-        """Copy ``value`` (``[n, *shape]``) into one field of the rows ``index`` (int64 ``[n]``)."""
-        self._put(key, self._numbers(index), value)
+            tensor = self._tensors[key]
+            value = values.get(key).to(tensor).expand(len(numbers), *tensor.shape[1:])
+            self._bytes[key][numbers] = _as_bytes(value.contiguous())
 
     def _numbers(self, index: torch.Tensor) -> np.ndarray:
         numbers: np.ndarray = index.numpy()
@@ -102,17 +99,6 @@ class RowFields:
                 f"{numbers.max()}. Pass row numbers of this pool."
             )
         return numbers
-
-    def _take(self, key: NestedKey, numbers: np.ndarray) -> torch.Tensor:
-        tensor = self._tensors[key]
-        taken = torch.empty((len(numbers), *tensor.shape[1:]), dtype=tensor.dtype)
-        _take(self._bytes[key], numbers, _as_bytes(taken))
-        return taken
-
-    def _put(self, key: NestedKey, numbers: np.ndarray, value: torch.Tensor) -> None:
-        tensor = self._tensors[key]
-        value = value.to(tensor).expand(len(numbers), *tensor.shape[1:]).contiguous()
-        self._bytes[key][numbers] = _as_bytes(value)
 
 
 def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
