@@ -80,7 +80,7 @@ class RunState:
 
 
 class Meter:
-    """Budgets, totals, rates and the progress bar of a training, which lasts while it is entered."""
+    """Budgets, totals, rates and the progress bar of a training; it lasts while it is entered."""
 
     _COUNTS = ("collector/decisions", "collector/env_steps", "collector/episodes")
 
