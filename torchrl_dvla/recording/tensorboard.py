@@ -32,7 +32,6 @@ DASHBOARD: dict[str, dict[str, list[str]]] = {
         "idle share by reason": [r"lane/[a-z]+_idle_.+"],
         "overlap of the lanes": [r"lane/overlap"],
         "critical lane (0 sampling, 1 inference, 2 gradient, 3 distribution)": [r"lane/critical"],
-        "settings moved by the scheduler": [r"scheduler/.+"],
         "throughput": [r"collector/env_steps_per_s", r"collector/decisions_per_s"],
     },
     "Staleness": {
@@ -41,7 +40,7 @@ DASHBOARD: dict[str, dict[str, list[str]]] = {
         "weights: publish duration": [r"weights/publish_s"],
     },
     "Groups": {
-        "admitted, kept, dropped": [r"collector/groups_.+"],
+        "admitted, kept, dropped": [r"buffer/groups_(admitted|kept|dropped|learned)"],
         "share of kept groups": [r"groups/kept_share"],
         "mean return of learned groups": [r"groups/mean_return"],
     },
@@ -54,7 +53,8 @@ DASHBOARD: dict[str, dict[str, list[str]]] = {
         "learning rate": [r"optim/lr"],
     },
     "Memory and faults": {
-        "pages": [r"memory/pages_.+"],
+        "pages": [r"memory/environment/pages_.+"],
+        "bytes of the two pools": [r"memory/.+/(used|peak|reserved)_bytes"],
         "faults": [r"faults/.+"],
     },
 }
