@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""What the recipe counts, shows and writes down."""
+"""Counters, progress bar, metrics and final report of the recipe."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _LOGGED = re.compile(
 
 
 def say(text: str) -> None:
-    """Write to standard output at once, also into a pipe, above the progress bar."""
+    """Print above the progress bar, and at once, also into a pipe."""
     tqdm.write(text)
     sys.stdout.flush()
 
 
 @dataclass
 class RunState:
-    """What of a run is neither weights nor data; a checkpoint carries it, so resumes add up."""
+    """Progress and results of a run, part of its checkpoints, so that resumed runs add up."""
 
     num_updates: int = 0
     training_s: float = 0.0
@@ -69,7 +69,7 @@ class RunState:
         return min(1.0, max(shares))
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, as plain data."""
+        """The fields, as plain data."""
         return asdict(self)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -78,7 +78,7 @@ class RunState:
 
 
 class Meter:
-    """Counts updates and time against their budgets, and draws the progress bar."""
+    """Budgets of updates and time, and the progress bar."""
 
     _COUNTS = ("collector/decisions", "collector/env_steps", "collector/episodes")
 
@@ -210,7 +210,7 @@ def loss_metrics(parts: Sequence[tuple[int, TensorDictBase]]) -> dict[str, float
 
 
 def group_metrics(buffer: PooledReplayBuffer) -> dict[str, float]:
-    """What the groups of the update were like, and which were left out, by TensorBoard name."""
+    """Returns of the groups of the update, and groups dropped by reason, by TensorBoard name."""
     out: dict[str, float] = {}
     groups = buffer.cohort
     if groups:
@@ -261,7 +261,7 @@ def record(
 
 
 def report_of(cfg: DictConfig, state: RunState) -> RunReport:
-    """The end table."""
+    """Final report."""
     seconds = max(state.training_s, 1e-9)
     return RunReport(
         name=f"{cfg.name}, seed {cfg.seed}",

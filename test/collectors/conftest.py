@@ -41,9 +41,7 @@ def make_collector() -> Iterator[Callable[..., DVLACollector]]:
         **kwargs: Any,
     ) -> DVLACollector:
         group = kwargs.pop("group", None) or GroupConfig(group_size=3, groups_per_update=2)
-        buffer = PooledReplayBuffer(
-            batch_size=batch_size, num_epochs=num_epochs, timeout_s=60.0
-        )
+        buffer = PooledReplayBuffer(batch_size=batch_size, num_epochs=num_epochs, timeout_s=60.0)
         collector = DVLACollector(
             create_env_fn or functools.partial(CountingChunkEnv, **ENV_KWARGS),
             policy or make_policy(),

@@ -133,7 +133,7 @@ class RunCheckpoints:
     def load(
         self, path: str | os.PathLike[str], components: Collection[str] | None = None
     ) -> dict[str, Any]:
-        """Load components, in the order of their registration, once every file has its digest.
+        """Verify the digest of every file, then load components in the order of registration.
 
         Args:
             path (str or os.PathLike): a folder that :meth:`save` wrote.
