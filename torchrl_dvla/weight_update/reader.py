@@ -117,7 +117,7 @@ class ModuleBinding:
     def apply(self, views: Sequence[torch.Tensor]) -> None:
         """Make the module read ``views``, which are in the order of the layout's entries."""
         if not self._is_applied:
-            self._apply_first(views)
+            self._materialise(views)
         for tensor, index in self._pointed:
             tensor.data = views[index]
         with torch.no_grad():
@@ -128,14 +128,8 @@ class ModuleBinding:
         # After what the caller has started there: forward passes still read the old weights.
         wait_for_devices(tensor for tensor, _ in self._copied)
 
-    def _apply_first(self, views: Sequence[torch.Tensor]) -> None:
-        self._materialise(views)
-        for tensor, _ in self._merged:
-            # What the module came with may be the learner's memory, or shared among workers.
-            tensor.data = torch.empty_like(tensor.data)
-        self._is_applied = True
-
     def _materialise(self, views: Sequence[torch.Tensor]) -> None:
+        """Make the parameters that are missing, and private memory for the merged ones."""
         made: dict[tuple[int, bool], torch.Tensor] = {}
         for owner, key, index in self._missing:
             is_parameter = isinstance(owner[key], nn.Parameter)
@@ -146,7 +140,10 @@ class ModuleBinding:
                 group = self._merged if index in self._updates else self._pointed
                 group.append((tensor, index))
             owner[key] = made[index, is_parameter]
-        self._missing = []
+        for tensor, _ in self._merged:
+            # What the module came with may be the learner's memory, or shared among workers.
+            tensor.data = torch.empty_like(tensor.data)
+        self._is_applied = True
 
 
 def _refuse_obstacles(updates: Mapping[str, LoraUpdate]) -> None:

@@ -71,6 +71,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from torch import nn
 
 from torchrl_dvla.weight_update.reader import WeightReader
 from torchrl_dvla.weight_update.segment import (
@@ -282,8 +283,12 @@ class WeightStore:
         try:
             tensors = self.layout.tensors_of(source)
             self._writer.write_frozen(tensors)
-            entries = zip(self.layout.entries, tensors, strict=True)
-            self._frozen = {e.name: tensor for e, tensor in entries if e.is_frozen}
+            # Buffers are left out: a module may make its caches anew.
+            self._frozen = {
+                entry.name: tensor
+                for entry, tensor in zip(self.layout.entries, tensors, strict=True)
+                if entry.is_frozen and isinstance(tensor, nn.Parameter)
+            }
             self.publish(version=first_version)
         except BaseException:
             self.close()
