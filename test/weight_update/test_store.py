@@ -39,7 +39,7 @@ def test_a_reader_skips_versions_and_is_never_queued_for(
     for value in range(1, 8):
         set_constant(learner, value)
         store.publish()
-    assert reader.adopt_into(served) == 7  # late: it gets the newest at once
+    assert reader.adopt_into(served) == 7  # late: it gets the latest at once
     assert value_of(served) == 7.0
     for value in range(8, 11):
         set_constant(learner, value)

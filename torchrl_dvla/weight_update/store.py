@@ -48,7 +48,7 @@ has one left beside the latest; with readers that adopt at every batch, three ar
 enough, for then two different old versions must be in use at the very moment of the publish. If
 they are, the version is *deferred*: copied to memory of the writer (one more copy of the weights,
 allocated at that time), and moved into the first slot that its readers leave, by a thread that
-gives way to the next ``publish`` within one piece of its copy. A newer version replaces a deferred
+is preempted by the next ``publish`` within one piece of its copy. A newer version replaces a deferred
 one: versions coalesce, they never queue.
 
 A worked trace, with three slots and readers P and Q; the star is the latest::
@@ -317,7 +317,7 @@ class WeightStore:
         return self._ledger.latest_version
 
     def publish(self, source: WeightSource | None = None, *, version: int | None = None) -> int:
-        """Copy the weights and make them the newest version. Never waits for a reader.
+        """Copy the weights and make them the latest version. Never waits for a reader.
 
         When it returns the version is visible (or deferred, if every other slot is in use); when it
         raises, nothing has changed. Weights on CUDA are checked there and copied to the slots,
