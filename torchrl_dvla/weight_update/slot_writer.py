@@ -201,13 +201,16 @@ class WeightCopier:
             for piece, part in zip(pieces, parts, strict=True):
                 if part is not None:
                     piece.copy_(part, non_blocking=True)
-                is_good = not check_finite or is_finite(piece)
-                # A piece with an attention mask is not finite as a whole: its entries decide.
-                if not is_good and non_finite_names(self._layout, source, group.indices):
+                if check_finite and not is_finite(piece) and self._is_bad(group, source):
                     return False
                 if should_stop is not None and should_stop():
                     return False
         return True
+
+    def _is_bad(self, group: _Group, source: Sequence[torch.Tensor]) -> bool:
+        """Whether a group that is not finite as a whole has more than, say, an attention mask."""
+        has_buffers = any(self._layout.entries[index].is_buffer for index in group.indices)
+        return not has_buffers or bool(non_finite_names(self._layout, source, group.indices))
 
     def _flat(self, group: _Group, source: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """The group in ``source``, flat; None if it is not dense there, or of several entries."""

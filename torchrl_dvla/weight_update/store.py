@@ -47,8 +47,8 @@ costs one copy. Live readers hold at most one slot each, so ``num_slots = num_re
 has one left beside the latest; with readers that adopt at every batch, three are nearly always
 enough, for then two different old versions must be in use at the very moment of the publish. If
 they are, the version is *deferred*: copied to memory of the writer (one more copy of the weights,
-allocated at that time), and moved into the first slot that its readers leave, by a thread that
-is preempted by the next ``publish`` within one piece of its copy. A newer version replaces a deferred
+allocated at that time), and moved into the first slot that its readers leave, by a thread that is
+preempted by the next ``publish`` within one piece of its copy. A newer version replaces a deferred
 one: versions coalesce, they never queue.
 
 A worked trace, with three slots and readers P and Q; the star is the latest::
