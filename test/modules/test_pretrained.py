@@ -36,6 +36,7 @@ def test_round_trip_is_exact(tmp_path):
     policy = make_policy(seed=7)
     policy.state_projector.set_statistics(torch.arange(6.0), torch.arange(6.0) + 1.0)
     policy.save_pretrained(tmp_path)
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*")) < 1e6
     again = TransformersVLA.from_pretrained(tmp_path, temperature=2.0)
     assert again.config == policy.config
     assert again.temperature == 2.0
@@ -47,12 +48,6 @@ def test_round_trip_is_exact(tmp_path):
         assert torch.equal(one, other), name
     td = make_observation(3, instructions=["lift it", "unknown words", "Open the drawer"])
     assert torch.equal(policy.action_logits(td), again.action_logits(td))
-
-
-def test_default_is_under_ten_megabytes(tmp_path):
-    policy = TransformersVLA.tiny(["lift it"], action_dim=7, chunk_size=8, state_dim=8)
-    policy.save_pretrained(tmp_path)
-    assert sum(file.stat().st_size for file in tmp_path.rglob("*")) < 10e6
 
 
 def test_overwriting_leaves_one_checkpoint(folder):
