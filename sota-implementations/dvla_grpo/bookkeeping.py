@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from omegaconf import DictConfig
 from tensordict import TensorDictBase
 from tqdm import tqdm
 
-from torchrl_dvla.collectors import DVLACollector, EvaluationResult
-from torchrl_dvla.data import GroupRecord, PooledReplayBuffer
+from torchrl_dvla import DVLACollector
+from torchrl_dvla.collectors import EvaluationResult
+from torchrl_dvla.data import Group, GroupQueue
 from torchrl_dvla.recording import (
     GracefulStop,
     RunReport,
@@ -29,11 +31,11 @@ from torchrl_dvla.recording import (
     TensorBoardRecorder,
 )
 
-#: Of all that collector, pool and buffer count, what is worth a chart.
+#: Of all that the collector counts, what is worth a chart.
 _LOGGED = re.compile(
-    r"collector/\w+|lane/\w+|weights/\w+|planes/\w+|faults/\w+"
-    r"|memory/(pages_\w+|used_bytes|peak_bytes|internal_waste|page_wait_s)"
-    r"|buffer/(groups_stored|wait_s)"
+    r"(collector|lane|weights|planes|faults|broadcast)/\w+"
+    r"|memory/\w+/(pages_\w+|\w+_bytes|internal_waste|page_wait_s)"
+    r"|buffer/(groups_\w+|no_signal_groups|wait_s|last_wait_s)"
 )
 
 
@@ -78,7 +80,7 @@ class RunState:
 
 
 class Meter:
-    """Budgets of updates and time, and the progress bar."""
+    """Budgets, totals, rates and the progress bar of a training; it lasts while it is entered."""
 
     _COUNTS = ("collector/decisions", "collector/env_steps", "collector/episodes")
 
@@ -86,18 +88,14 @@ class Meter:
         self._cfg, self._state, self._collector = cfg, state, collector
         minutes = cfg.train.max_minutes
         self._max_s = math.inf if minutes is None else 60.0 * minutes
-        self._started_s = self._last_update_s = 0.0
-        self._bar: tqdm | None = None
+        self._update_s = 0.0
 
-    def start(self) -> None:
-        """Training begins, or goes on after a resume."""
+    def __enter__(self) -> Meter:
         state = self._state
-        self._started_s = time.monotonic()
+        self._start_s = time.monotonic() - state.training_s
         self._resumed_s, self._resumed_updates = state.training_s, state.num_updates
-        self._resumed = dict(state.counts), dict(state.lane_busy_s)
-        stats = self._collector.stats()
-        self._before = {name: stats.get(name, 0) for name in self._COUNTS}
-        self._next_evaluation_s = self._time_s() + 60.0 * self._cfg.eval.every_minutes
+        self._stats, self._usage = self._collector.stats(), self._collector.timeline.usage()
+        self._next_evaluation_s = state.training_s + 60.0 * self._cfg.eval.every_minutes
         self._bar = tqdm(
             desc="training",
             unit="update",
@@ -106,6 +104,11 @@ class Meter:
             mininterval=0.1 if sys.stderr.isatty() else self._cfg.log.line_every_s,
             miniters=1,
         )
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._count()
+        self._bar.close()
 
     def budget_is_left(self) -> bool:
         """Whether another update is allowed; the last one ends inside the time budget."""
@@ -116,7 +119,7 @@ class Meter:
         now_s = self._time_s()
         num_done = state.num_updates - self._resumed_updates
         mean_s = (now_s - self._resumed_s) / num_done if num_done else 0.0
-        if now_s + max(mean_s, self._last_update_s) > self._max_s:
+        if now_s + max(mean_s, self._update_s) > self._max_s:
             state.ended_by = "time budget"
             return False
         return True
@@ -140,59 +143,53 @@ class Meter:
         return True
 
     def after_update(
-        self, metrics: Mapping[str, float], groups: Sequence[GroupRecord]
+        self, metrics: Mapping[str, float], groups: Sequence[Group]
     ) -> dict[str, float]:
         """Count one update; returns everything that is to be logged for it."""
-        state, now_s = self._state, self._time_s()
-        self._last_update_s = now_s - state.training_s
+        state = self._state
+        self._update_s = self._time_s() - state.training_s
         state.num_updates += 1
-        stats = self._tally()
-        num_rows = sum(rollout.num_rows for group in groups for rollout in group.rollouts)
-        state.num_learned += num_rows
-        state.policy_lag_sum += num_rows * metrics.get("staleness/policy_lag_mean", 0.0)
+        stats = self._count()
+        num_rows = sum(group.num_rows for group in groups)
+        lag = metrics.get("staleness/policy_lag_mean", math.nan)
+        if not math.isnan(lag):
+            state.num_learned += num_rows
+            state.policy_lag_sum += num_rows * lag
         lag_max = int(metrics.get("staleness/policy_lag_max", 0))
         state.policy_lag_max = max(state.policy_lag_max, lag_max)
-        out = {name: value for name, value in stats.items() if _LOGGED.fullmatch(name)}
-        out |= metrics
-        out |= {"train/update_s": self._last_update_s, "train/rows_per_update": num_rows}
-        if self._bar is not None:
-            shown = {
-                "budget": f"{100 * state.progress(self._cfg):.0f} %",
-                "env steps/s": stats.get("collector/env_steps_per_s", math.nan),
-                "policy lag": metrics.get("staleness/policy_lag_mean", math.nan),
-                "success": stats.get("collector/success_rate", math.nan),
-            }
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update()
-        return out
-
-    def stop(self) -> None:
-        """Training ends; what comes after is not counted."""
-        if self._bar is not None:
-            self._tally()
-            self._bar.close()
-            self._bar = None
-
-    def __enter__(self) -> Meter:
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        shown = {
+            "budget": f"{100 * state.progress(self._cfg):.0f} %",
+            "env steps/s": stats.get("collector/env_steps_per_s", math.nan),
+            "policy lag": lag,
+            "success": stats.get("collector/success_rate", math.nan),
+        }
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+        logged = {name: value for name, value in stats.items() if _LOGGED.fullmatch(name)}
+        own = {"train/update_s": self._update_s, "train/rows_per_update": num_rows}
+        return logged | own | dict(metrics)
 
     def _time_s(self) -> float:
-        return self._resumed_s + time.monotonic() - self._started_s
+        return time.monotonic() - self._start_s
 
-    def _tally(self) -> dict[str, float]:
-        state, stats = self._state, self._collector.stats()
-        counts, busy_s = self._resumed
-        state.training_s = self._time_s()
-        for name, before in self._before.items():
-            state.counts[name] = counts.get(name, 0) + stats.get(name, 0) - before
-        wall_s = state.training_s - self._resumed_s
-        for lane, share in self._collector.timeline.usage().shares().items():
-            state.lane_busy_s[lane] = busy_s.get(lane, 0.0) + share * wall_s
-        return stats
+    def _count(self) -> dict[str, float]:
+        """Add what happened since the last call to the totals of the run; returns its statistics.
+
+        Rates and shares of the lanes are those of the time since then.
+        """
+        state, stats, usage = self._state, self._collector.stats(), self._collector.timeline.usage()
+        window, window_s = usage.since(self._usage), self._time_s() - state.training_s
+        rates = {}
+        for name in self._COUNTS:
+            count = stats.get(name, 0) - self._stats.get(name, 0)
+            state.counts[name] = state.counts.get(name, 0) + count
+            rates[f"{name}_per_s"] = count / window_s
+        for lane, busy_s in window.busy_s.items():
+            mean_s = busy_s / max(1, window.num_tracks[lane])
+            state.lane_busy_s[lane] = state.lane_busy_s.get(lane, 0.0) + mean_s
+        state.training_s += window_s
+        self._stats, self._usage = stats, usage
+        return stats | rates | window.scalars()
 
 
 def loss_metrics(parts: Sequence[tuple[int, TensorDictBase]]) -> dict[str, float]:
@@ -209,23 +206,19 @@ def loss_metrics(parts: Sequence[tuple[int, TensorDictBase]]) -> dict[str, float
     return out
 
 
-def group_metrics(buffer: PooledReplayBuffer) -> dict[str, float]:
-    """Returns of the groups of the update, and groups dropped by reason, by TensorBoard name."""
-    out: dict[str, float] = {}
-    groups = buffer.cohort
-    if groups:
-        out["groups/mean_return"] = sum(group.mean_return for group in groups) / len(groups)
-        out["groups/success_rate"] = sum(group.success_rate for group in groups) / len(groups)
-        out["groups/episode_env_steps"] = sum(group.mean_length for group in groups) / len(groups)
-    num_dropped = 0.0
-    for reason, counts in buffer.drop_counts().items():
+def group_metrics(groups: GroupQueue) -> dict[str, float]:
+    """What the groups of the update were like, and which were left out, by TensorBoard name."""
+    out = {
+        "groups/mean_return": fmean(group.mean_return for group in groups.cohort),
+        "groups/success_rate": fmean(group.success_rate for group in groups.cohort),
+        "groups/episode_env_steps": fmean(group.mean_length for group in groups.cohort),
+    }
+    for reason, counts in groups.drop_counts().items():
         name = "groups/dropped_" + re.sub(r"\W+", "_", reason)
         out[name], out[name + "_env_steps"] = counts["count"], counts["mean_length"]
-        num_dropped += counts["count"]
-    num_kept = buffer.stats()["groups_kept"]
-    if num_kept + num_dropped:
-        out["groups/kept_share"] = num_kept / (num_kept + num_dropped)
-    return out
+    stats = groups.stats()
+    num_kept = stats["groups_kept"]
+    return out | {"groups/kept_share": num_kept / (num_kept + stats["groups_dropped"])}
 
 
 def record(

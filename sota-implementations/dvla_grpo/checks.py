@@ -11,10 +11,10 @@ import utils
 from omegaconf import DictConfig, OmegaConf
 from torchrl.modules.vla import VLAWrapperBase
 
-from torchrl_dvla.collectors.matching import match_policy
+from torchrl_dvla import AsyncWeightUpdater
+from torchrl_dvla.collectors.validation import match_policy
 from torchrl_dvla.data.schema import IMAGE_KEY, STATE_KEY
 from torchrl_dvla.envs import validate_libero
-from torchrl_dvla.memory import EnvironmentPool, SharedArena, format_bytes
 from torchrl_dvla.recording import check_writable
 from torchrl_dvla.swimlane.messages import EnvSpecs
 
@@ -112,28 +112,29 @@ def check_policy(cfg: DictConfig, policy: VLAWrapperBase) -> None:
     """Refuse a policy that does not fit the environment, and pools that do not fit the memory.
 
     Raises:
-        ValueError: if a size of the policy differs from the environment's, or the memory budget is
-            too small.
-        RuntimeError: if this machine has not that much shared memory.
+        ValueError: if a size of the policy differs from the environment's, a budget is too small,
+            or this machine has not that much memory.
     """
-    env = cfg.env
+    env, config = cfg.env, getattr(policy, "config", None)
     if env.backend == "libero":
-        height, width = env.camera_height, env.camera_width
-        action_dim, state_dim, num_cameras = LIBERO_ACTION_DIM, LIBERO_STATE_DIM, len(env.cameras)
+        height, width, num_cameras = env.camera_height, env.camera_width, len(env.cameras)
+        action_dim, state_dim = LIBERO_ACTION_DIM, LIBERO_STATE_DIM
     else:
-        height = width = env.image_size
-        action_dim, state_dim, num_cameras = env.action_dim, 2 * env.action_dim, 1
-    config = getattr(policy, "config", None)
+        height, width, num_cameras = env.image_size, env.image_size, 1
+        action_dim, state_dim = env.action_dim, 2 * env.action_dim
+    image_shape = (3, height, width)
     # What this environment has, what the policy was made for, and what to do about it.
     sizes = {
         "chunk_size": (env.chunk_size, policy.chunk_size, "Train a policy for it."),
         "action_dim": (action_dim, policy.action_dim, "It is for another robot or action space."),
     }
     if config:
-        shape = (3, *config.image_size)
-        sizes["image_shape"] = ((3, height, width), shape, "Render at the policy's size.")
+        wanted = (3, *config.image_size)
+        sizes["image_shape"] = (image_shape, wanted, "Render at the policy's size.")
         if config.state_dim:
             sizes["state_dim"] = (state_dim, config.state_dim, "Use its proprioception keys.")
+    remedy = "Add robot0_eye_in_hand to env.cameras, or remove it."
+    sizes["number of cameras"] = (num_cameras, config.num_cameras if config else 1, remedy)
     problems = [
         f"{name} must be {wanted} as the policy's, got {found}. {remedy}"
         for name, (found, wanted, remedy) in sizes.items()
@@ -141,33 +142,18 @@ def check_policy(cfg: DictConfig, policy: VLAWrapperBase) -> None:
     ]
     if problems:
         raise ValueError(" ".join(problems))
-    wanted = config.num_cameras if config else 1
-    if num_cameras != wanted:
-        raise ValueError(
-            f"env.cameras must name {wanted} camera(s), as many as the policy reads, got "
-            f"{num_cameras}. Add or remove 'robot0_eye_in_hand'."
-        )
-    observation = [
-        (IMAGE_KEY, (3, height, width), torch.uint8),
-        (STATE_KEY, (state_dim,), torch.float32),
-    ]
-    if num_cameras == 2:
-        observation.append((("observation", "wrist_image"), (3, height, width), torch.uint8))
-    specs = EnvSpecs(tuple(observation), env.chunk_size, action_dim)
-    layout = match_policy(policy, specs)
+    images = [IMAGE_KEY, ("observation", "wrist_image")][:num_cameras]
+    observation = [(key, image_shape, torch.uint8) for key in images]
+    observation.append((STATE_KEY, (state_dim,), torch.float32))
     group, workers = utils.make_group_config(cfg), utils.make_worker_config(cfg)
-    rows_per_page = cfg.memory.rows_per_page
-    pages_per_group = -(-workers.max_decisions // rows_per_page) * group.num_candidates
-    num_groups = (group.max_policy_lag + 1) * group.groups_per_update + 1
-    num_bytes = EnvironmentPool.nbytes_for(layout, num_groups * pages_per_group, rows_per_page)
-    if cfg.memory.env_bytes is not None:
-        num_bytes = min(num_bytes, cfg.memory.env_bytes)
-    try:
-        SharedArena(num_bytes).close()
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"The environment pool needs {format_bytes(num_bytes)} of shared memory "
-            f"({num_groups} groups of {pages_per_group} pages): {error} Lower "
-            "group.group_size, group.groups_per_update, group.max_policy_lag, "
-            "workers.max_decisions or the image size."
-        ) from error
+    utils.make_memory(cfg).plan(
+        layout=match_policy(policy, EnvSpecs(tuple(observation), env.chunk_size, action_dim)),
+        group_size=group.group_size,
+        candidate_group_size=group.candidate_group_size,
+        groups_per_update=group.groups_per_update,
+        max_policy_lag=group.max_policy_lag,
+        max_decisions=workers.max_decisions,
+        rows_per_page=cfg.memory.rows_per_page,
+        weight_bytes=AsyncWeightUpdater().store_bytes(policy),
+        batch_size=cfg.optim.minibatch_size,
+    )

@@ -18,6 +18,7 @@ import gc
 import sys
 import time
 from collections.abc import Sequence
+from statistics import fmean
 
 import hydra
 import utils
@@ -40,8 +41,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchrl.checkpoint import GlobalRNGState
 
-from torchrl_dvla.collectors import DVLACollector, EpisodeSpec, EvaluationResult
-from torchrl_dvla.objectives import GRPOLoss
+from torchrl_dvla import DVLACollector, EpisodeSpec, GRPOLoss
+from torchrl_dvla.collectors import EvaluationResult
 from torchrl_dvla.recording import (
     GracefulStop,
     RunCheckpoints,
@@ -93,74 +94,71 @@ def train(cfg: DictConfig, stop: GracefulStop) -> None:
         )
         recorder.text("settings", f"```yaml\n{OmegaConf.to_yaml(cfg)}```", step=state.num_updates)
         say(f"run folder: {run_folder}\nwatch it:   tensorboard --logdir {run_folder}")
+        buffer = utils.make_replay_buffer(cfg)
         with stop.interruptible():
-            collector = utils.make_collector(cfg, policy, first_version=state.num_updates)
-        stack.callback(collector.shutdown)
-        buffer = collector.replay_buffer
+            collector = utils.make_collector(cfg, policy, buffer)
+        stack.push(collector)  # shuts it down; it starts to collect after the first evaluation
         checkpoints.register("collector", collector)
         if resumed is not None:
             checkpoints.load(resumed, ["collector"])
-        meter = stack.enter_context(Meter(cfg, state, collector))
         # A learner that waits for groups does not see a signal: this wakes it.
-        stop.on_request(lambda: buffer.close(reason="the run was asked to stop"))
+        stop.on_request(buffer.shutdown)
 
         def save() -> None:
             settings = OmegaConf.to_container(cfg, resolve=True)
             state.checkpoint = str(checkpoints.save(state.num_updates, config=settings))
 
+        def evaluate_all() -> list[bool]:
+            with stop.interruptible():
+                result = evaluate(cfg, collector, held_out)
+            record(recorder, "eval", result, step=state.num_updates, fps=cfg.eval.video_fps)
+            return result.successes
+
         # -- loop: the other lanes work by themselves; learn from what is ready, and publish ------
         try:
             if held_out and not state.before:
-                with stop.interruptible():
-                    result = evaluate(cfg, collector, held_out)
-                state.before = result.successes
-                record(recorder, "eval", result, step=state.num_updates, fps=cfg.eval.video_fps)
+                state.before = evaluate_all()
             collector.start()
-            meter.start()
-            evaluation = None
-            while meter.budget_is_left() and not stop.requested:
-                # A task that is solved, or hopeless, yields no group to learn from.
-                buffer.timeout_s = meter.patience_s()
-                try:
-                    metrics = learn(cfg, loss, optimizer, scheduler, collector, stop)
-                except TimeoutError:
-                    if not meter.is_out_of_time():
-                        raise
-                    break
-                if stop.requested and not metrics:
-                    break
-                published_s = time.monotonic()
-                collector.update_policy_weights_()
-                metrics["weights/publish_s"] = time.monotonic() - published_s
-                metrics = meter.after_update(metrics, buffer.cohort)
-                recorder.scalars(metrics, step=state.num_updates)
-                if evaluation is None and subset and meter.evaluation_is_due():
-                    evaluation = collector.evaluate(subset)
-                elif evaluation is not None and evaluation.done():
-                    record(recorder, "eval_subset", evaluation.result(), step=state.num_updates)
-                    evaluation = None
-                if state.num_updates % cfg.checkpoint.every_updates == 0:
-                    save()
-            meter.stop()
+            with Meter(cfg, state, collector) as meter:
+                evaluation = None
+                while meter.budget_is_left() and not stop.requested:
+                    # A task that is solved, or hopeless, yields no group to learn from.
+                    buffer.timeout_s = meter.patience_s()
+                    try:
+                        metrics = learn(cfg, loss, optimizer, scheduler, collector, stop)
+                    except TimeoutError:
+                        if not meter.is_out_of_time():
+                            raise
+                        break
+                    if stop.requested:
+                        break  # the checkpoint goes on with the next minibatch of the same groups
+                    published_s = time.monotonic()
+                    collector.update_policy_weights_()
+                    metrics["weights/publish_s"] = time.monotonic() - published_s
+                    metrics = meter.after_update(metrics, buffer.cohort)
+                    recorder.scalars(metrics, step=state.num_updates)
+                    if evaluation is None and subset and meter.evaluation_is_due():
+                        evaluation = collector.evaluate(subset)
+                    elif evaluation is not None and evaluation.done():
+                        record(recorder, "eval_subset", evaluation.result(), step=state.num_updates)
+                        evaluation = None
+                    if state.num_updates % cfg.checkpoint.every_updates == 0:
+                        save()
             collector.timeline.export_chrome_trace(run_folder / "timeline.json")
             with collector.pause(), stop.interruptible():
                 save()
                 if held_out:
-                    result = evaluate(cfg, collector, held_out)
-                    state.after = result.successes
-                    record(recorder, "eval", result, step=state.num_updates, fps=cfg.eval.video_fps)
+                    state.after = evaluate_all()
         except StopRequested:
-            pass
+            say(f"{stop.reason}: saving a checkpoint")
+            state.ended_by = str(stop.reason)
+            save()
         except Exception as error:
             save_after(error, policy, save)
             raise
-        if stop.requested:
-            say(f"{stop.reason}: saving a checkpoint")
-            meter.stop()
-            state.ended_by = str(stop.reason)
-            save()
         report = report_of(cfg, state)
         recorder.text("report", report.to_markdown(), step=state.num_updates)
+        say(collector.memory.report())
 
     # -- shut down: every lane has ended and every file is closed ---------------------------------
     report.save(run_folder / "report.json")
@@ -175,21 +173,17 @@ def learn(
     collector: DVLACollector,
     stop: GracefulStop,
 ) -> dict[str, float]:
-    """One learner update: every minibatch of the next groups.
+    """One learner update: every minibatch of the next groups, unless the run is asked to stop.
 
     Returns:
-        Its metrics; empty if nothing was left to learn from: the run was asked to stop, or goes on
-        from a checkpoint of an update whose last minibatch had been handed out.
+        Its metrics; empty if a checkpoint was taken after the last of the minibatches.
     """
     loss.version = collector.policy_version
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     parts: list[tuple[int, TensorDictBase]] = []
     norms: list[float] = []
-    # Held in a name, so that an error below leaves the update open: unwinding drops what only the
-    # loop holds, and a cohort whose iterator is dropped counts as learned.
-    minibatches = iter(collector.replay_buffer)
     try:
-        for batch in minibatches:
+        for batch in collector.replay_buffer:
             batch = batch.to(cfg.device)
             normaliser = loss.normaliser(batch)
             # Gradients of micro-batches add up to that of the minibatch.
@@ -209,9 +203,9 @@ def learn(
             raise
     if not parts:
         return {}
-    metrics = loss_metrics(parts) | group_metrics(collector.replay_buffer)
+    metrics = loss_metrics(parts) | group_metrics(collector.replay_buffer.groups)
     metrics["optim/lr"] = scheduler.get_last_lr()[0]
-    metrics["optim/grad_norm"] = sum(norms) / len(norms)
+    metrics["optim/grad_norm"] = fmean(norms)
     return metrics
 
 

@@ -21,20 +21,20 @@ from torchrl.data.vla import UniformActionTokenizer
 from torchrl.envs import EnvBase
 from torchrl.modules.vla import VLAWrapperBase
 
-from torchrl_dvla.collectors import (
+from torchrl_dvla import (
     DVLACollector,
     EpisodeSpec,
     GroupConfig,
+    GRPOLoss,
     InferenceConfig,
-    InitStateSchedule,
+    PooledReplayBuffer,
     WorkerConfig,
 )
-from torchrl_dvla.data import PooledReplayBuffer
+from torchrl_dvla.data import InitStateSchedule
 from torchrl_dvla.envs import LiberoChunkEnv, ToyChunkEnv, libero_tasks
+from torchrl_dvla.memory import DualPool
 from torchrl_dvla.modules import TinyBackboneConfig, TransformersVLA, tiny_token_policy
-from torchrl_dvla.objectives import GRPOLoss
 from torchrl_dvla.recording import RunCheckpoints, check_writable, find_latest_checkpoint
-from torchrl_dvla.weight_update import AsyncWeightUpdater
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOY_INSTRUCTION = "push the T-shaped block onto the target"
@@ -158,21 +158,11 @@ def make_policy(cfg: DictConfig, device: str | None = None) -> VLAWrapperBase:
 
 def make_loss(cfg: DictConfig, policy: VLAWrapperBase) -> GRPOLoss:
     """The objective; with a KL term, the policy as it is now is the reference."""
-    settings = cfg.loss
-    reference = None
-    if settings.kl_to_ref_coeff is not None:
-        reference = copy.deepcopy(policy).requires_grad_(False)
-    return GRPOLoss(
-        policy,
-        clip_epsilon=tuple(settings.clip_epsilon),
-        dual_clip=settings.dual_clip,
-        ratio_level=settings.ratio_level,
-        reduction=settings.reduction,
-        entropy_coeff=settings.entropy_coeff,
-        kl_to_ref_coeff=settings.kl_to_ref_coeff,
-        kl_estimator=settings.kl_estimator,
-        reference_network=reference,
-    )
+    settings = OmegaConf.to_container(cfg.loss, resolve=True)
+    settings["clip_epsilon"] = tuple(settings["clip_epsilon"])
+    if settings["kl_to_ref_coeff"] is not None:
+        settings["reference_network"] = copy.deepcopy(policy).requires_grad_(False)
+    return GRPOLoss(policy, **settings)
 
 
 def make_optimizer(
@@ -214,21 +204,22 @@ def make_worker_config(cfg: DictConfig) -> WorkerConfig:
     return WorkerConfig(**OmegaConf.to_container(cfg.workers, resolve=True))
 
 
-def make_replay_buffer_factory(cfg: DictConfig) -> Callable[..., PooledReplayBuffer]:
-    """The buffer between collection and learning, but for its memory, which the collector adds."""
-    return functools.partial(
-        PooledReplayBuffer,
-        batch_size=cfg.optim.minibatch_size,
-        num_epochs=cfg.optim.num_epochs,
-        timeout_s=cfg.train.timeout_s,
-        seed=cfg.seed,
+def make_memory(cfg: DictConfig) -> DualPool:
+    """Budgets of the two pools; the collector plans and allocates them."""
+    return DualPool(cfg.memory.env_bytes, cfg.memory.model_bytes)
+
+
+def make_replay_buffer(cfg: DictConfig) -> PooledReplayBuffer:
+    """The buffer between collection and learning."""
+    return PooledReplayBuffer(
+        batch_size=cfg.optim.minibatch_size, num_epochs=cfg.optim.num_epochs, seed=cfg.seed
     )
 
 
 def make_collector(
-    cfg: DictConfig, policy: VLAWrapperBase, *, first_version: int = 0
+    cfg: DictConfig, policy: VLAWrapperBase, buffer: PooledReplayBuffer
 ) -> DVLACollector:
-    """The collector with its replay buffer: workers are up, nothing is collected yet."""
+    """The collector, which fills ``buffer``: workers are up, nothing is collected yet."""
     policy_factory = None
     if cfg.inference_device is not None:
         policy_factory = functools.partial(make_policy, cfg, cfg.inference_device)
@@ -236,14 +227,13 @@ def make_collector(
         make_env_factories(cfg),
         policy,
         policy_factory=policy_factory,
-        replay_buffer=make_replay_buffer_factory(cfg),
+        replay_buffer=buffer,
         group=make_group_config(cfg),
         workers=make_worker_config(cfg),
-        inference=InferenceConfig(**OmegaConf.to_container(cfg.inference, resolve=True)),
-        weight_sync_schemes={"policy": AsyncWeightUpdater(first_version=first_version)},
+        inference=InferenceConfig(**cfg.inference),
         schedule=InitStateSchedule(make_task_names(cfg), seed=cfg.seed),
+        memory=make_memory(cfg),
         rows_per_page=cfg.memory.rows_per_page,
-        env_bytes=cfg.memory.env_bytes,
         seed=cfg.seed,
     )
 

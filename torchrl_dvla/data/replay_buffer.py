@@ -211,6 +211,7 @@ class PooledReplayBuffer(ReplayBuffer):
         self.shuffle = shuffle
         self.num_staging = num_staging
         self._plan: CohortPlan | None = None
+        self._ended_plan: CohortPlan | None = None
         self._staging: list[RowFields] = []
         self._num_staged = 0
         self._iterating = False
@@ -343,6 +344,7 @@ class PooledReplayBuffer(ReplayBuffer):
                 plan.position += 1
                 with self._track.span("learn"):  # until the learner asks for more
                     yield batch
+            self._ended_plan = plan
         finally:
             self._track.waiting("elsewhere")
             self._iterating = False
@@ -351,7 +353,8 @@ class PooledReplayBuffer(ReplayBuffer):
         """The update that was left, or one over the next cohort."""
         groups.require_open()
         if self._plan is not None and self._plan.update == groups.num_updates:
-            if self._plan.is_over:
+            # Left, or saved, at its last minibatch: what remains of it is an empty pass.
+            if self._plan is self._ended_plan:
                 raise RuntimeError(
                     "The update has handed out its last minibatch and is not published. No group "
                     "may begin before the last update is published: call "
