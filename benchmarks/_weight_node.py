@@ -242,7 +242,7 @@ class Node:
 
     @contextmanager
     def ordered(self, order: str, num_readers: int | None = None) -> Iterator[list[int]]:
-        """The readers do as told meanwhile; the list then holds their reads and torn reads."""
+        """The readers follow the order meanwhile; the list then has their reads and torn reads."""
         pipes = self._pipes[:num_readers]
         counts: list[int] = []
         for pipe in pipes:
@@ -320,8 +320,8 @@ def ask(connection: Connection, clients: list[Any]) -> None:
 class ServerNode:
     """A ``ProcessInferenceServer`` for each reader, updated by its own ``update_model_weights``.
 
-    All servers are told at once, from a thread each, which is faster than one after the other. One
-    more process asks them without rest. A version counts as used when the last update returns.
+    All servers are updated at once, from a thread each, which is faster than one after the other.
+    One more process asks them all the time. A version counts as used when the last update returns.
     """
 
     name = "process_server"

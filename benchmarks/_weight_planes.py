@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Both planes at once: processes that move observations without rest, beside a weight store."""
+"""Both planes at once: processes that move observations all the time, beside a weight store."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def move_rows(connection: Connection, words: torch.Tensor) -> None:
 
 
 class DataPlane:
-    """Processes that move rows without rest, and how much they moved."""
+    """Processes that move rows all the time, and how much they moved."""
 
     def __init__(self, num_processes: int) -> None:
         context = fork_server()
@@ -99,7 +99,7 @@ def measure_planes(rounds: int, publishes: int) -> dict[str, object]:
 
     The reader's decisions are emulated, so beside one process of the data plane there is a core for
     the learner, and what is measured is the planes and not the want of cores. The same with no core
-    left (a data-plane process for each of two) is told beside it.
+    left (a data-plane process for each of two) is reported beside it.
 
     The loads take turns, some publishes at a time. Each publish is timed in its two parts, until
     the version is visible and from there until it is adopted, and has a plain copy of as many bytes

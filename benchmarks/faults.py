@@ -27,7 +27,6 @@ The last line of stdout is one JSON object.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import multiprocessing
 import os
@@ -45,8 +44,7 @@ import torch
 from _machine import machine, paired_ratio, spread
 from tensordict import TensorDictBase
 
-from torchrl_dvla.collectors import DVLACollector, GroupConfig, WorkerConfig
-from torchrl_dvla.data import PooledReplayBuffer
+from torchrl_dvla import DVLACollector, GroupConfig, PooledReplayBuffer, WorkerConfig
 from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.testing import CountingChunkEnv
 
@@ -148,8 +146,8 @@ def recoveries(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two short pairs of phases")
     args = parser.parse_args()
     num_repeats, phase_s = (2, 10.0) if args.quick else (5, 25.0)
     torch.manual_seed(0)
@@ -162,7 +160,7 @@ def main() -> None:
         collector = DVLACollector(
             make_env,
             policy,
-            replay_buffer=functools.partial(PooledReplayBuffer, batch_size=256),
+            replay_buffer=PooledReplayBuffer(batch_size=256),
             group=GroupConfig(group_size=4, groups_per_update=2, max_policy_lag=2),
             workers=WorkerConfig(
                 num_workers=NUM_WORKERS, max_decisions=8, step_timeout_s=STEP_TIMEOUT_S
@@ -184,15 +182,13 @@ def main() -> None:
         learner.stopping.set()
         learner.join(60.0)
         with collector.pause():
-            state = collector.state_dict()
+            # All of one instant, for collection goes on meanwhile.
+            state = collector.state_dict()["buffer"]["_groups"]
             stats = collector.stats()
-            num_open = len(state["queue"]["reopened"])
-            num_admitted = state["queue"]["num_groups_admitted"]
-            num_stored = len(state["buffer"]["_groups"]["queue"]["groups"])
-        lost = stats.get("faults/groups_abandoned", 0)
-        # All of one instant, for collection goes on meanwhile.
-        drops = state["buffer"]["_groups"]["queue"]["drops"]
-        dropped = int(sum(count for count, _ in drops.values()))
+        num_admitted = state["num_admitted"]
+        lost = stats.get("faults/groups_dropped", 0)
+        dropped = int(sum(count for count, _ in state["drops"].values()))
+        num_stored, num_open = len(state["groups"]), len(state["reopened"])
         unaccounted = num_admitted - learner.num_groups - dropped - num_stored - num_open
         hangs = []
         for note in sorted(Path(folder).glob("hang-*")):

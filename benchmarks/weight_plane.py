@@ -41,7 +41,7 @@ How the rivals were set up. TorchRL's schemes, given a model on the CPU, hand re
 own parameters: training shows through before anything is sent, and there is no publish to time. So
 ``shared`` got a buffer of its own and ``multiprocess`` one for each worker. Both wait for
 acknowledgements (``sync``), which does not count: the clock stops when the readers act. Servers are
-updated all at once from threads, and asked without rest; eight that rest take 0.04 s for 10 MB.
+updated all at once from threads, and asked all the time; eight that are idle take 0.04 s for 10 MB.
 
 Models above 512 MB are served emulated only, and compared with schemes that send whole versions
 only where memory holds the copies of both. Schemes take turns within each round; ratios are medians
@@ -154,7 +154,7 @@ def measure_contended_stall(node: Node, rounds: int, repeats: int) -> dict[str, 
 
 
 def measure_adoption(nodes: list[AnyNode], order: str, rounds: int, repeats: int) -> dict[str, Any]:
-    """Median adoption times of each round, scheme by scheme; the readers of the others rest."""
+    """Median adoption times of each round, scheme by scheme; the readers of the others are idle."""
     times: dict[str, list[float]] = {node.name: [] for node in nodes}
     for number in range(rounds):
         random.shuffle(nodes)

@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""What the recipe counts, shows and writes down."""
+"""Counters, progress bar, metrics and final report of the recipe."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ _LOGGED = re.compile(
 
 
 def say(text: str) -> None:
-    """Write to standard output at once, also into a pipe, above the progress bar."""
+    """Print above the progress bar, and at once, also into a pipe."""
     tqdm.write(text)
     sys.stdout.flush()
 
 
 @dataclass
 class RunState:
-    """What of a run is neither weights nor data; a checkpoint carries it, so resumes add up."""
+    """Progress and results of a run, part of its checkpoints, so that resumed runs add up."""
 
     num_updates: int = 0
     training_s: float = 0.0
@@ -71,7 +71,7 @@ class RunState:
         return min(1.0, max(shares))
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, as plain data."""
+        """The fields, as plain data."""
         return asdict(self)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -254,7 +254,7 @@ def record(
 
 
 def report_of(cfg: DictConfig, state: RunState) -> RunReport:
-    """The end table."""
+    """Final report."""
     seconds = max(state.training_s, 1e-9)
     return RunReport(
         name=f"{cfg.name}, seed {cfg.seed}",

@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""What can be found wrong before a process is started, is."""
+"""Validation of the settings before a process is started."""
 
 from __future__ import annotations
 

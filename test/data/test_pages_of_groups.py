@@ -83,7 +83,6 @@ class PagesOfGroups(RuleBasedStateMachine):
         self.pool.free([page for group in self.groups.stored for page in group.pages])
         assert self.pool.num_free_pages == NUM_PAGES, "no page is lost"
         self.pool.check()
-        self.view.close()
         self.pool.close()
 
     # -- rollouts -------------------------------------------------------------------------------
@@ -264,7 +263,7 @@ class PagesOfGroups(RuleBasedStateMachine):
             with pytest.raises(RuntimeError, match="another pool"):
                 pool.free(stranger)
         elif move == "free" and self.over:
-            with pytest.raises(RuntimeError, match=r"new life|is sealed and|is stored and|differ"):
+            with pytest.raises(RuntimeError, match=r"freed since its lease|is sealed and|is stored and|differ"):
                 stale = [page for page in self.over if not self.is_alive(page)]
                 pool.free([*pages, *(stale or [pages[0]])])
         elif move == "seal" and rollout.finished:

@@ -8,30 +8,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tensordict import TensorDict
 
-from torchrl_dvla.modules import TransformersVLA
-from torchrl_dvla.modules.backbones import (
-    VLABackbone,
-    backbone_class,
-    register_backbone,
-)
+from torchrl_dvla.modules import TransformersVLA, backbones, word_tokenizer
+from torchrl_dvla.modules.backbones import VLABackbone, backbone_class, register_backbone
 from torchrl_dvla.modules.pretrained import backbone_from_dict, backbone_to_dict
 
-from .families import FAMILIES, IMAGE_TOKEN, VOCABULARY, reference_hidden
+from .policies import FAMILIES, IMAGE_TOKEN, make_observation, reference_hidden
 
 family = pytest.mark.parametrize("name", FAMILIES)
 
 
-def build(name: str, size: int = 32) -> VLABackbone:
+def build(name):
     config = FAMILIES[name]()
     torch.manual_seed(0)
     model = backbone_from_dict(backbone_to_dict(config), dtype=torch.float32).eval()
     adapter = backbone_class(config.model_type)
-    return adapter(model, image_size=adapter.image_size_of(config, (size, size)))
+    return adapter(model, image_size=adapter.image_size_of(config, (32, 32)))
 
 
-def small_vla(name: str, **kwargs: object) -> TransformersVLA:
+def small_vla(name, **kwargs):
     kwargs = {"action_dim": 3, "chunk_size": 2, "image_size": (32, 32), "state_dim": 4, **kwargs}
     policy = TransformersVLA.from_backbone(
         FAMILIES[name](), instructions=["lift the cup", "open it"], **kwargs
@@ -41,22 +36,9 @@ def small_vla(name: str, **kwargs: object) -> TransformersVLA:
     return policy
 
 
-def observation(size: int = 32) -> TensorDict:
-    return TensorDict(
-        {
-            "observation": {
-                "image": torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8),
-                "state": torch.randn(2, 4),
-            },
-            "language_instruction": "lift the cup",
-        },
-        batch_size=[2],
-    )
-
-
 @family
 @torch.no_grad()
-def test_prompt_is_read_as_the_family_reads_it(name: str):
+def test_prompt_is_read_as_the_family_reads_it(name):
     """Without queries, hidden states equal those of the transformers model itself."""
     backbone = build(name)
     num_image = backbone.num_image_tokens
@@ -82,9 +64,9 @@ def test_prompt_is_read_as_the_family_reads_it(name: str):
 
 @family
 @torch.no_grad()
-def test_policy_on_every_family(name: str):
+def test_policy_on_every_family(name):
     policy = small_vla(name)
-    td = observation()
+    td = make_observation(2, state_dim=4)
     logits = policy.action_logits(td)
     assert logits.shape == (2, 2, 3, 256)
     assert torch.isfinite(logits).all()
@@ -93,19 +75,15 @@ def test_policy_on_every_family(name: str):
     td["observation", "image"][0] = 0
     difference = (policy.action_logits(td) - logits).abs().amax((-3, -2, -1))
     assert difference[0] > 1e-4 and difference[1] < 1e-5
-
-
-@family
-@torch.no_grad()
-def test_images_of_another_size_are_resized(name: str):
+    # Images of another size are resized.
     policy = small_vla(name, image_size=(48, 48))
-    assert policy.action_logits(observation(48)).shape == (2, 2, 3, 256)
+    assert policy.action_logits(make_observation(2, state_dim=4, size=48)).shape == logits.shape
 
 
 @family
-def test_freezing(name: str):
+def test_freezing(name):
     policy = small_vla(name, freeze_vision=True, freeze_language=True)
-    policy.action_logits(observation()).sum().backward()
+    policy.action_logits(make_observation(2, state_dim=4)).sum().backward()
     for module in (policy.backbone.vision_model, policy.backbone.language_model):
         assert all(parameter.grad is None for parameter in module.parameters())
     assert policy.query_head.queries.grad is not None
@@ -113,20 +91,18 @@ def test_freezing(name: str):
 
 @family
 @torch.no_grad()
-def test_checkpoint_of_every_family(name: str, tmp_path):
+def test_checkpoint_of_every_family(name, tmp_path):
     policy = small_vla(name)
     policy.save_pretrained(tmp_path)
     again = TransformersVLA.from_pretrained(tmp_path)
-    td = observation()
+    td = make_observation(2, state_dim=4)
     assert torch.equal(policy.action_logits(td), again.action_logits(td))
 
 
 @family
 @torch.no_grad()
-def test_pretrained_folder(name: str, tmp_path):
+def test_pretrained_folder(name, tmp_path):
     """A transformers checkpoint folder gives weights, tokenizer and pixel statistics."""
-    from torchrl_dvla.modules import word_tokenizer
-
     backbone = build(name)
     backbone.model.save_pretrained(tmp_path)
     word_tokenizer(["lift the cup", "open it"]).save_pretrained(tmp_path)
@@ -144,7 +120,7 @@ def test_pretrained_folder(name: str, tmp_path):
     assert style.interpolation == "bilinear"
     # The family's own prompt, in the checkpoint's own words.
     assert policy.config.prompt_style == policy.backbone.prompt_style
-    assert policy.action_logits(observation()).shape == (2, 2, 3, 256)
+    assert policy.action_logits(make_observation(2, state_dim=4)).shape == (2, 2, 3, 256)
 
 
 @torch.no_grad()
@@ -152,7 +128,7 @@ def test_bfloat16_backbone_float32_logits():
     policy = small_vla("smolvlm", dtype="bfloat16")
     assert policy.backbone.dtype == torch.bfloat16
     assert policy.query_head.projection.weight.dtype == torch.float32
-    logits = policy.action_logits(observation())
+    logits = policy.action_logits(make_observation(2, state_dim=4))
     assert logits.dtype == torch.float32 and torch.isfinite(logits).all()
 
 
@@ -184,14 +160,11 @@ def test_unknown_family_lists_the_known():
         )
 
 
-def test_a_family_can_be_added(monkeypatch: pytest.MonkeyPatch):
-    from torchrl_dvla.modules import backbones
-    from torchrl_dvla.modules.backbones import SmolVLMBackbone
-
+def test_a_family_can_be_added(monkeypatch):
     monkeypatch.setattr(backbones, "_BACKBONES", dict(backbones._BACKBONES))
 
     @register_backbone
-    class OtherBackbone(SmolVLMBackbone):
+    class OtherBackbone(backbones.SmolVLMBackbone):
         model_types = ("other_vlm",)
 
     assert backbone_class("other_vlm") is OtherBackbone
@@ -206,7 +179,7 @@ def test_stream_longer_than_the_window():
     policy = TransformersVLA.from_backbone(
         config, instructions=["x"], action_dim=8, chunk_size=16, image_size=(32, 32)
     )
-    td = observation().exclude(("observation", "state"))
+    td = make_observation(2, state_dim=4).exclude(("observation", "state"))
     td["language_instruction"] = "x"
     # 16 image tokens + 1 word + 128 queries in a window of 128.
     with pytest.raises(ValueError, match=r"must not exceed the 128 tokens .* got 145"):
@@ -218,8 +191,3 @@ def test_source_without_tokenizer():
         TransformersVLA.from_backbone(
             FAMILIES["smolvlm"](), action_dim=1, chunk_size=1, image_size=(32, 32)
         )
-
-
-def test_vocabulary_is_that_of_the_tests():
-    # Ids drawn above must exist in every family.
-    assert all(config().get_text_config().vocab_size == VOCABULARY for config in FAMILIES.values())

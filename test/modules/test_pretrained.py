@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from tensordict import TensorDict
 from torchrl.data.vla import UniformActionTokenizer, VocabTailActionTokenizer
 
 from torchrl_dvla.modules import TransformersVLA, TransformersVLAConfig, pretrained
 from torchrl_dvla.modules.config import action_tokenizer_from_dict, action_tokenizer_to_dict
 
-Make = Callable[..., TransformersVLA]
-Observe = Callable[..., TensorDict]
+from .policies import make_observation, make_policy
 
 
 @pytest.fixture
@@ -35,10 +32,11 @@ def weights_of(folder: Path) -> Path:
 
 
 @torch.no_grad()
-def test_round_trip_is_exact(make_policy: Make, make_observation: Observe, tmp_path: Path):
+def test_round_trip_is_exact(tmp_path):
     policy = make_policy(seed=7)
     policy.state_projector.set_statistics(torch.arange(6.0), torch.arange(6.0) + 1.0)
     policy.save_pretrained(tmp_path)
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*")) < 1e6
     again = TransformersVLA.from_pretrained(tmp_path, temperature=2.0)
     assert again.config == policy.config
     assert again.temperature == 2.0
@@ -52,13 +50,7 @@ def test_round_trip_is_exact(make_policy: Make, make_observation: Observe, tmp_p
     assert torch.equal(policy.action_logits(td), again.action_logits(td))
 
 
-def test_default_is_under_ten_megabytes(tmp_path: Path):
-    policy = TransformersVLA.tiny(["lift it"], action_dim=7, chunk_size=8, state_dim=8)
-    policy.save_pretrained(tmp_path)
-    assert sum(file.stat().st_size for file in tmp_path.rglob("*")) < 10e6
-
-
-def test_overwriting_leaves_one_checkpoint(make_policy: Make, folder: Path):
+def test_overwriting_leaves_one_checkpoint(folder):
     before = weights_of(folder)
     other = make_policy(seed=1)
     other.save_pretrained(folder)
@@ -71,9 +63,7 @@ def test_overwriting_leaves_one_checkpoint(make_policy: Make, folder: Path):
 
 
 @pytest.mark.parametrize("dies_at", ["weights", "config.json"])
-def test_a_writer_that_dies_leaves_the_old_checkpoint(
-    make_policy: Make, folder: Path, monkeypatch: pytest.MonkeyPatch, dies_at: str
-):
+def test_a_writer_that_dies_leaves_the_old_checkpoint(folder, monkeypatch, dies_at):
     move = pretrained._move
 
     def failing(source: Path, target: Path) -> None:
@@ -89,13 +79,13 @@ def test_a_writer_that_dies_leaves_the_old_checkpoint(
     assert not list(folder.glob(".writing-*"))
 
 
-def test_folder_that_cannot_be_written(policy: TransformersVLA, tmp_path: Path):
+def test_folder_that_cannot_be_written(policy, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RuntimeError, match="could not be written to"):
         policy.save_pretrained(tmp_path / "file" / "inside")
 
 
-def test_load_weights_in_place(make_policy: Make, folder: Path):
+def test_load_weights_in_place(folder):
     policy = make_policy(seed=1)
     queries = policy.query_head.queries
     policy.load_weights(folder)
@@ -103,7 +93,7 @@ def test_load_weights_in_place(make_policy: Make, folder: Path):
     assert torch.equal(queries, make_policy(seed=0).query_head.queries)
 
 
-def test_load_weights_of_another_architecture_names_what_differs(make_policy: Make, folder: Path):
+def test_load_weights_of_another_architecture_names_what_differs(folder):
     other = make_policy(
         tokens_per_step=2, action_tokenizer=UniformActionTokenizer(32, low=-1.0, high=1.0)
     )
@@ -114,113 +104,107 @@ def test_load_weights_of_another_architecture_names_what_differs(make_policy: Ma
     assert "backbone" not in str(info.value).split("Use ")[0]
 
 
-class TestDamage:
-    def test_truncated(self, folder: Path):
+def _edit_weights(change):
+    def damage(folder):
         path = weights_of(folder)
-        path.write_bytes(path.read_bytes()[:-1000])
-        with pytest.raises(ValueError, match=r"must have \d+ bytes, got \d+.*truncated"):
-            TransformersVLA.from_pretrained(folder)
+        path.write_bytes(change(path.read_bytes()))
 
-    def test_one_flipped_byte(self, folder: Path):
-        path = weights_of(folder)
-        data = bytearray(path.read_bytes())
-        data[-10] ^= 1
-        path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"must have checksum .*corrupt"):
-            TransformersVLA.from_pretrained(folder)
+    return damage
 
-    def test_not_safetensors_at_all(self, folder: Path):
-        path = weights_of(folder)
-        path.write_bytes(b"\0" * path.stat().st_size)
+
+def _edit_config(**changes):
+    def damage(folder):
         data = json.loads((folder / "config.json").read_text())
-        data["weights"]["crc32"] = f"{zlib.crc32(path.read_bytes()):08x}"
+        for name, value in changes.items():
+            (data["config"] if name in ("chunk_size", "new_field") else data)[name] = value
         (folder / "config.json").write_text(json.dumps(data))
-        with pytest.raises(ValueError, match="must be a safetensors file"):
-            TransformersVLA.from_pretrained(folder)
 
-    @pytest.mark.parametrize(
-        ("missing", "named"),
-        [
-            ("weights-*.safetensors", "weights-"),
-            ("config.json", "config.json"),
-            ("tokenizer/tokenizer_config.json", "tokenizer/tokenizer_config.json"),
-        ],
-    )
-    def test_missing_file_is_named(self, folder: Path, missing: str, named: str):
-        next(folder.glob(missing)).unlink()
-        with pytest.raises(FileNotFoundError, match=f"must contain .*{named}"):
-            TransformersVLA.from_pretrained(folder)
-
-    def test_missing_folder(self, tmp_path: Path):
-        with pytest.raises(
-            FileNotFoundError, match=r"must contain config\.json, got .*nowhere. with nothing"
-        ):
-            TransformersVLA.from_pretrained(tmp_path / "nowhere")
-
-    def test_config_that_is_no_json(self, folder: Path):
-        (folder / "config.json").write_text("{")
-        with pytest.raises(ValueError, match="must be valid JSON"):
-            TransformersVLA.from_pretrained(folder)
-
-    @pytest.mark.parametrize(
-        ("content", "message"),
-        [
-            ({"model_type": "smolvlm"}, "is a transformers checkpoint .*from_backbone"),
-            ({"architecture": "FlowVLA"}, "must be 'TransformersVLA', got 'FlowVLA'.*FlowVLA.from"),
-            ({}, "Point to a torchrl_dvla checkpoint"),
-        ],
-    )
-    def test_another_kind_of_checkpoint(self, folder: Path, content: dict, message: str):
-        (folder / "config.json").write_text(json.dumps(content))
-        with pytest.raises(ValueError, match=message):
-            TransformersVLA.from_pretrained(folder)
-
-    def test_another_version(self, folder: Path):
-        data = json.loads((folder / "config.json").read_text())
-        data["format_version"] = 99
-        (folder / "config.json").write_text(json.dumps(data))
-        with pytest.raises(ValueError, match=r"format_version .* must be 1, got 99"):
-            TransformersVLA.from_pretrained(folder)
-        data["format_version"] = 1
-        data["config"]["new_field"] = 1
-        (folder / "config.json").write_text(json.dumps(data))
-        with pytest.raises(ValueError, match=r"unknown \['new_field'\] and missing \[\]"):
-            TransformersVLA.from_pretrained(folder)
-
-    def test_weights_and_config_of_two_checkpoints(self, folder: Path):
-        data = json.loads((folder / "config.json").read_text())
-        data["config"]["chunk_size"] = 5
-        (folder / "config.json").write_text(json.dumps(data))
-        with pytest.raises(ValueError, match=r"queries' is \[4, 32\] instead of \[5, 32\]"):
-            TransformersVLA.from_pretrained(folder)
+    return damage
 
 
-class TestConfig:
-    def test_json_round_trip(self, policy: TransformersVLA):
-        data = json.loads(json.dumps(policy.config.to_dict()))
-        again = TransformersVLAConfig.from_dict(data)
-        assert again == policy.config
-        assert again.differences(policy.config) == []
+def _replace_config(text):
+    return lambda folder: (folder / "config.json").write_text(text)
 
-    @pytest.mark.parametrize(
-        ("field", "value", "message"),
-        [
-            ("action_dim", 0, "action_dim must be at least 1, got 0"),
-            ("chunk_size", 0, "chunk_size must be at least 1"),
-            (
-                "image_size",
-                (0, 32),
-                r"image_size must be a positive \(height, width\), got \(0, 32\)",
-            ),
-            ("num_cameras", 3, "num_cameras must be 1 or 2, got 3"),
-            ("state_dim", -1, "state_dim must be at least 0, got -1"),
-            ("dtype", "int8", "dtype must be one of"),
-            ("backbone", {}, "must contain 'model_type'"),
-        ],
-    )
-    def test_out_of_range(self, policy: TransformersVLA, field: str, value: object, message: str):
-        with pytest.raises(ValueError, match=message):
-            TransformersVLAConfig.from_dict({**policy.config.to_dict(), field: value})
+
+def _zero_weights(folder):
+    path = weights_of(folder)
+    path.write_bytes(b"\0" * path.stat().st_size)
+    entry = json.loads((folder / "config.json").read_text())["weights"]
+    _edit_config(weights=entry | {"crc32": f"{zlib.crc32(path.read_bytes()):08x}"})(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_edit_weights(lambda data: data[:-1000]), r"must have \d+ bytes, got \d+.*truncated"),
+        (
+            _edit_weights(lambda data: data[:-10] + bytes([data[-10] ^ 1]) + data[-9:]),
+            r"must have checksum .*corrupt",
+        ),
+        (_zero_weights, "must be a safetensors file"),
+        (_replace_config("{"), "must be valid JSON"),
+        (_replace_config("{}"), "Point to a torchrl_dvla checkpoint"),
+        (
+            _replace_config('{"model_type": "smolvlm"}'),
+            "is a transformers checkpoint .*from_backbone",
+        ),
+        (
+            _edit_config(architecture="FlowVLA"),
+            "must be 'TransformersVLA', got 'FlowVLA'.*FlowVLA.from",
+        ),
+        (_edit_config(format_version=99), r"format_version .* must be 1, got 99"),
+        (_edit_config(new_field=1), r"unknown \['new_field'\] and missing \[\]"),
+        (_edit_config(chunk_size=5), r"queries' is \[4, 32\] instead of \[5, 32\]"),
+    ],
+)
+def test_a_damaged_or_foreign_folder_is_refused(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        TransformersVLA.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("missing", "named"),
+    [
+        ("weights-*.safetensors", "weights-"),
+        ("config.json", "config.json"),
+        ("tokenizer/tokenizer_config.json", "tokenizer/tokenizer_config.json"),
+    ],
+)
+def test_missing_file_is_named(folder, missing, named):
+    next(folder.glob(missing)).unlink()
+    with pytest.raises(FileNotFoundError, match=f"must contain .*{named}"):
+        TransformersVLA.from_pretrained(folder)
+    with pytest.raises(FileNotFoundError, match=r"config\.json, got .*nowhere. with nothing"):
+        TransformersVLA.from_pretrained(folder / "nowhere")
+
+
+def test_config_survives_json(policy):
+    data = json.loads(json.dumps(policy.config.to_dict()))
+    again = TransformersVLAConfig.from_dict(data)
+    assert again == policy.config
+    assert again.differences(policy.config) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("action_dim", 0, "action_dim must be at least 1, got 0"),
+        ("chunk_size", 0, "chunk_size must be at least 1"),
+        (
+            "image_size",
+            (0, 32),
+            r"image_size must be a positive \(height, width\), got \(0, 32\)",
+        ),
+        ("num_cameras", 3, "num_cameras must be 1 or 2, got 3"),
+        ("state_dim", -1, "state_dim must be at least 0, got -1"),
+        ("dtype", "int8", "dtype must be one of"),
+        ("backbone", {}, "must contain 'model_type'"),
+    ],
+)
+def test_config_out_of_range(policy, field, value, message):
+    with pytest.raises(ValueError, match=message):
+        TransformersVLAConfig.from_dict({**policy.config.to_dict(), field: value})
 
 
 @pytest.mark.parametrize(
@@ -238,7 +222,7 @@ class TestConfig:
         ),
     ],
 )
-def test_action_tokenizers_survive_json(tokenizer: torch.nn.Module):
+def test_action_tokenizers_survive_json(tokenizer):
     data = json.loads(json.dumps(action_tokenizer_to_dict(tokenizer)))
     again = action_tokenizer_from_dict(data)
     assert again.vocab_size == tokenizer.vocab_size

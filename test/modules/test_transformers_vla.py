@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from tensordict import NonTensorStack, TensorDict
@@ -18,13 +16,13 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_dvla.modules import TransformersVLA
 
-Make = Callable[..., TransformersVLA]
-Observe = Callable[..., TensorDict]
+from .policies import make_observation, make_policy
+
 TOKENS, LOG_PROBS, CHUNK = (("vla_action", name) for name in ("tokens", "log_probs", "chunk"))
 
 
 @torch.no_grad()
-def test_writes_tokens_log_probs_and_chunk(policy: TransformersVLA, make_observation: Observe):
+def test_writes_tokens_log_probs_and_chunk(policy):
     td = policy(make_observation(3))
     assert td[TOKENS].shape == td[LOG_PROBS].shape == td[CHUNK].shape == (3, 4, 6)
     assert td[TOKENS].dtype == torch.int64
@@ -34,7 +32,7 @@ def test_writes_tokens_log_probs_and_chunk(policy: TransformersVLA, make_observa
 
 @pytest.mark.parametrize("batch", [(), (1,), (5,), (2, 3), (2, 1, 2)])
 @torch.no_grad()
-def test_any_leading_batch_shape(policy: TransformersVLA, make_observation: Observe, batch):
+def test_any_leading_batch_shape(policy, batch):
     td = make_observation(*batch)
     logits = policy.action_logits(td)
     assert logits.shape == (*batch, 4, 6, 16)
@@ -43,7 +41,7 @@ def test_any_leading_batch_shape(policy: TransformersVLA, make_observation: Obse
 
 
 @torch.no_grad()
-def test_greedy_takes_the_largest_logit(policy: TransformersVLA, make_observation: Observe):
+def test_greedy_takes_the_largest_logit(policy):
     td = make_observation(4)
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         policy(td)
@@ -52,9 +50,7 @@ def test_greedy_takes_the_largest_logit(policy: TransformersVLA, make_observatio
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 @torch.no_grad()
-def test_log_probs_are_those_of_the_sampled_distribution(
-    make_policy: Make, make_observation: Observe, temperature: float
-):
+def test_log_probs_are_those_of_the_sampled_distribution(temperature):
     policy = make_policy(temperature=temperature)
     td = make_observation(4)
     with set_exploration_type(ExplorationType.RANDOM):
@@ -69,7 +65,7 @@ def test_log_probs_are_those_of_the_sampled_distribution(
 
 
 @torch.no_grad()
-def test_stored_logits_are_before_the_temperature(make_policy: Make, make_observation: Observe):
+def test_stored_logits_are_before_the_temperature():
     policy = make_policy(temperature=2.0, return_logits=True)
     td = policy(make_observation(2))
     logits = td["vla_action", "logits"]
@@ -79,16 +75,15 @@ def test_stored_logits_are_before_the_temperature(make_policy: Make, make_observ
 
 
 @torch.no_grad()
-def test_logits_only_for_supervised_training(policy: TransformersVLA, make_observation: Observe):
+def test_logits_only_for_supervised_training(policy):
     out = policy(make_observation(2), logits_only=True, tensordict_out=TensorDict())
     assert set(out.keys(True, True)) == {("vla_action", "logits")}
-    torch.testing.assert_close(
-        out["vla_action", "logits"], policy.action_logits(make_observation(2))
-    )
+    logits = policy.action_logits(make_observation(2))
+    torch.testing.assert_close(out["vla_action", "logits"], logits)
 
 
 @torch.no_grad()
-def test_sequence_log_prob_is_the_sum_over_tokens(make_policy: Make, make_observation: Observe):
+def test_sequence_log_prob_is_the_sum_over_tokens():
     by_token, by_sequence = make_policy(), make_policy(log_probs_mode="sequence")
     one, other = by_token(make_observation(3)), by_sequence(make_observation(3))
     assert other[LOG_PROBS].shape == (3,)
@@ -96,7 +91,7 @@ def test_sequence_log_prob_is_the_sum_over_tokens(make_policy: Make, make_observ
 
 
 @torch.no_grad()
-def test_a_row_does_not_depend_on_its_batch(policy: TransformersVLA, make_observation: Observe):
+def test_a_row_does_not_depend_on_its_batch(policy):
     # The rows' instructions have different lengths: alone, each is padded to another length.
     td = make_observation(3)
     together = policy.action_logits(td)
@@ -105,7 +100,7 @@ def test_a_row_does_not_depend_on_its_batch(policy: TransformersVLA, make_observ
 
 
 @torch.no_grad()
-def test_every_input_matters(policy: TransformersVLA, make_observation: Observe):
+def test_every_input_matters(policy):
     td = make_observation(2)
     logits = policy.action_logits(td)
 
@@ -125,7 +120,7 @@ def test_every_input_matters(policy: TransformersVLA, make_observation: Observe)
 
 
 @torch.no_grad()
-def test_location_of_a_patch_matters(policy: TransformersVLA):
+def test_location_of_a_patch_matters(policy):
     """Two images with the same patches in different places are different images."""
     patch = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
@@ -144,7 +139,7 @@ def test_location_of_a_patch_matters(policy: TransformersVLA):
 
 @pytest.mark.parametrize("tokens_per_step", [1, 2, 6])
 @torch.no_grad()
-def test_queries_per_env_step(make_policy: Make, make_observation: Observe, tokens_per_step: int):
+def test_queries_per_env_step(tokens_per_step):
     policy = make_policy(tokens_per_step=tokens_per_step)
     head = policy.query_head
     assert head.queries.shape == (4 * tokens_per_step, 32)
@@ -161,7 +156,7 @@ def test_queries_per_env_step(make_policy: Make, make_observation: Observe, toke
 
 
 @torch.no_grad()
-def test_wrist_camera_is_read(make_policy: Make, make_observation: Observe):
+def test_wrist_camera_is_read():
     policy = make_policy(num_cameras=2)
     assert ("observation", "wrist_image") in policy.in_keys
     td = make_observation(2, wrist=True)
@@ -174,7 +169,7 @@ def test_wrist_camera_is_read(make_policy: Make, make_observation: Observe):
 
 
 @torch.no_grad()
-def test_weights_may_live_elsewhere(make_policy: Make, make_observation: Observe):
+def test_weights_may_live_elsewhere():
     """Parameters pointed at foreign memory, or swapped for a call, are the ones that count."""
     policy, other = make_policy(), make_policy(seed=1)
     td = make_observation(2)
@@ -192,7 +187,7 @@ def test_weights_may_live_elsewhere(make_policy: Make, make_observation: Observe
     assert torch.equal(policy.action_logits(td), wanted)
 
 
-def test_every_parameter_gets_a_gradient(policy: TransformersVLA, make_observation: Observe):
+def test_every_parameter_gets_a_gradient(policy):
     loss = F.cross_entropy(
         policy.action_logits(make_observation(3)).flatten(0, -2), torch.arange(72) % 16
     )
@@ -204,7 +199,7 @@ def test_every_parameter_gets_a_gradient(policy: TransformersVLA, make_observati
     assert all(name.endswith("k_proj.bias") for name in zero)
 
 
-def test_frozen_parts_stay(make_policy: Make, make_observation: Observe, tmp_path):
+def test_frozen_parts_stay(tmp_path):
     make_policy().save_pretrained(tmp_path)
     policy = TransformersVLA.from_pretrained(tmp_path, freeze_vision=True, freeze_language=True)
     policy.action_logits(make_observation(2)).sum().backward()
@@ -216,7 +211,7 @@ def test_frozen_parts_stay(make_policy: Make, make_observation: Observe, tmp_pat
     }
 
 
-def test_same_seed_same_weights_and_global_generator_untouched(make_policy: Make):
+def test_same_seed_same_weights_and_global_generator_untouched():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -227,12 +222,12 @@ def test_same_seed_same_weights_and_global_generator_untouched(make_policy: Make
     assert not torch.equal(one.query_head.queries, other.query_head.queries)
 
 
-def test_scale_of_the_initial_queries(make_policy: Make):
+def test_scale_of_the_initial_queries():
     one, small = make_policy(), make_policy(query_std=0.02)
     torch.testing.assert_close(small.query_head.queries, 0.02 * one.query_head.queries)
 
 
-def test_learns_where_the_block_is(make_policy: Make):
+def test_learns_where_the_block_is():
     """Behaviour cloning finds a block's column in a few seconds: location reaches the head."""
     policy = make_policy(
         state_dim=0, action_tokenizer=UniformActionTokenizer(4, low=-1.0, high=1.0)
@@ -257,7 +252,7 @@ def test_learns_where_the_block_is(make_policy: Make):
         assert torch.equal(policy(td)[TOKENS].flatten(), target)
 
 
-def test_drives_a_chunked_environment(make_policy: Make):
+def test_drives_a_chunked_environment():
     env = TransformedEnv(
         ToyVLAEnv(action_dim=6, state_dim=6, image_shape=(3, 32, 32)),
         MultiAction.from_vla(stack_rewards=False),
@@ -267,44 +262,46 @@ def test_drives_a_chunked_environment(make_policy: Make):
     assert rollout[CHUNK].shape == (2, 4, 6)
 
 
-class TestBadInput:
-    def test_wrong_image_size(self, policy: TransformersVLA, make_observation: Observe):
-        with pytest.raises(ValueError, match=r"\[\*B, 3, 32, 32\], got \(2, 3, 64, 64\).*Render"):
-            policy(make_observation(2, size=64))
+@pytest.mark.parametrize(
+    ("td", "error", "message"),
+    [
+        (make_observation(2, size=64), ValueError, r"\[\*B, 3, 32, 32\], got .*64\).*Render"),
+        (make_observation(2, state_dim=9), ValueError, r"must have shape \[\*B, 6\], got \(2, 9\)"),
+        (make_observation(2).exclude(("observation", "image")), KeyError, "image"),
+        (make_observation(2).exclude(("observation", "state")), KeyError, "state"),
+        (make_observation(2).exclude("language_instruction"), KeyError, "language_instruction"),
+        (make_observation(1, instructions=[""]), ValueError, "at least one token"),
+    ],
+)
+def test_bad_observations(policy, td, error, message):
+    with pytest.raises(error, match=message):
+        policy(td)
 
-    def test_wrong_state(self, policy: TransformersVLA, make_observation: Observe):
-        with pytest.raises(ValueError, match=r"state.* must have shape \[\*B, 6\], got \(2, 9\)"):
-            policy(make_observation(2, state_dim=9))
 
-    def test_missing_key_is_named(self, policy: TransformersVLA, make_observation: Observe):
-        for key in (("observation", "image"), ("observation", "state"), "language_instruction"):
-            with pytest.raises(KeyError, match=key if isinstance(key, str) else key[1]):
-                policy(make_observation(2).exclude(key))
+def test_number_of_instructions(policy):
+    td = make_observation(2)
+    td.batch_size = []
+    td["language_instruction"] = NonTensorStack("lift it", "lift it", "lift it")
+    with pytest.raises(ValueError, match="must hold 2 instructions"):
+        policy.action_logits(td)
 
-    def test_number_of_instructions(self, policy: TransformersVLA, make_observation: Observe):
-        td = make_observation(2)
-        td.batch_size = []
-        td["language_instruction"] = NonTensorStack("lift it", "lift it", "lift it")
-        with pytest.raises(ValueError, match="must hold 2 instructions"):
-            policy.action_logits(td)
 
-    def test_empty_instruction(self, policy: TransformersVLA, make_observation: Observe):
-        with pytest.raises(ValueError, match="at least one token"):
-            policy(make_observation(1, instructions=[""]))
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": -1.0}, "temperature must be positive"),
+        ({"temperature": float("nan")}, "temperature must be positive"),
+        ({"tokens_per_step": 4}, "must be a divisor of action_dim=6, got 4"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_policy(**settings)
 
-    @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
-    def test_temperature(self, make_policy: Make, temperature: float):
-        with pytest.raises(ValueError, match="temperature must be positive"):
-            make_policy(temperature=temperature)
 
-    def test_tokens_per_step(self, make_policy: Make):
-        with pytest.raises(ValueError, match="must be a divisor of action_dim=6, got 4"):
-            make_policy(tokens_per_step=4)
-
-    def test_diverged_weights_are_not_sampled_from(
-        self, policy: TransformersVLA, make_observation: Observe
-    ):
-        policy.query_head.projection.weight.data.fill_(torch.nan)
-        with set_exploration_type(ExplorationType.RANDOM), torch.no_grad():
-            with pytest.raises(ValueError, match="must be finite"):
-                policy(make_observation(1))
+def test_diverged_weights_are_not_sampled_from(policy):
+    policy.query_head.projection.weight.data.fill_(torch.nan)
+    with set_exploration_type(ExplorationType.RANDOM), torch.no_grad():
+        with pytest.raises(ValueError, match="must be finite"):
+            policy(make_observation(1))

@@ -8,7 +8,6 @@ import dataclasses
 import inspect
 
 import pytest
-from omegaconf import OmegaConf
 
 from torchrl_dvla.collectors import GroupConfig, InferenceConfig, WorkerConfig
 from torchrl_dvla.envs import LiberoChunkEnv, ToyChunkEnv
@@ -108,12 +107,5 @@ def test_libero_is_evaluated_on_the_benchmark_and_trained_on_sampled_scenes(sett
     held_out, _ = recipe.utils.make_evaluation_episodes(cfg)
     assert sorted(e.init_state_id for e in held_out if e.task == "libero_object/3") == [*range(50)]
     assert {e.task for e in held_out} == {"libero_object/0", "libero_object/3"}
-
-
-def test_two_seeds_of_a_run_evaluate_the_same_scenes(settings, recipe):
-    first = recipe.utils.make_evaluation_episodes(settings("libero", "seed=1"))
-    assert first == recipe.utils.make_evaluation_episodes(settings("libero", "seed=2"))
-
-
-def test_settings_survive_a_round_trip_through_a_checkpoint(settings):
-    assert OmegaConf.to_container(settings("toy"), resolve=True)["seed"] == 0
+    cfg.seed += 1  # two seeds of a run evaluate the same scenes
+    assert recipe.utils.make_evaluation_episodes(cfg)[0] == held_out

@@ -135,7 +135,7 @@ def test_a_reader_on_an_old_slot_keeps_its_adapters_while_new_ones_are_published
             torch.testing.assert_close(old(INPUTS), before, rtol=0, atol=0)
         assert (store.visible_version, store.stats().num_deferred) == (5, 0)
         plain = Model().requires_grad_(False).eval()
-        assert late.adopt_into(plain) == 5  # merges from the newest slot beside the held one
+        assert late.adopt_into(plain) == 5  # merges from the latest slot beside the held one
         torch.testing.assert_close(plain(INPUTS), learner(INPUTS), rtol=1e-5, atol=1e-5)
         assert holder.adopt_into(old) == 5
         torch.testing.assert_close(old(INPUTS), learner(INPUTS), rtol=0, atol=0)

@@ -66,7 +66,7 @@ def receive(connection: Connection) -> Any:
     return connection.recv()
 
 
-def read_without_rest(connection: Connection, reader: WeightReader) -> None:
+def read_all_the_time(connection: Connection, reader: WeightReader) -> None:
     module = Constant(-1.0)
     num_adoptions = num_torn = num_backwards = 0
     previous = -1
@@ -80,11 +80,11 @@ def read_without_rest(connection: Connection, reader: WeightReader) -> None:
     connection.send((num_adoptions, num_torn, num_backwards))
 
 
-def test_no_torn_reads_under_a_writer_that_never_rests() -> None:
+def test_no_torn_reads_under_a_writer_that_never_pauses() -> None:
     learner = Constant(0.0)
     with WeightStore(learner) as store, contextlib.ExitStack() as stack:
         children = [
-            stack.enter_context(running(read_without_rest, store.reader(index)))
+            stack.enter_context(running(read_all_the_time, store.reader(index)))
             for index in range(2)
         ]
         for _, connection in children:
@@ -102,17 +102,17 @@ def test_no_torn_reads_under_a_writer_that_never_rests() -> None:
             assert (num_torn, num_backwards) == (0, 0)
 
 
-def pin_and_rest(connection: Connection, reader: WeightReader) -> None:
+def pin_and_idle(connection: Connection, reader: WeightReader) -> None:
     connection.send(reader.pin()[0])
     signal.pause()
 
 
 def test_a_killed_reader_frees_its_pin() -> None:
     with WeightStore(Constant(0.0, num_kib=1)) as store:
-        with running(pin_and_rest, store.reader("a")) as (first, first_connection):
+        with running(pin_and_idle, store.reader("a")) as (first, first_connection):
             assert receive(first_connection) == 0
             store.publish()
-            with running(pin_and_rest, store.reader("b")) as (_, second_connection):
+            with running(pin_and_idle, store.reader("b")) as (_, second_connection):
                 assert receive(second_connection) == 1
                 store.publish(), store.publish()
                 assert (store.version, store.visible_version) == (3, 2)  # both pins are in the way
@@ -133,7 +133,7 @@ def test_readers_killed_anywhere_leave_nothing_behind() -> None:
     learner = Constant(0.0, num_kib=20)
     with WeightStore(learner) as store:
         for index in range(12):
-            with running(read_without_rest, store.reader(index)) as (process, connection):
+            with running(read_all_the_time, store.reader(index)) as (process, connection):
                 assert receive(connection) == "ready"
                 for _ in range(generator.randrange(1, 200)):
                     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_readers_killed_anywhere_leave_nothing_behind() -> None:
         assert store.adopted_versions() == {}
 
 
-def write_without_rest(connection: Connection, reports: Connection) -> None:
+def write_all_the_time(connection: Connection, reports: Connection) -> None:
     learner = Constant(0.0)
     store = WeightStore(learner)
     reader = store.reader("orphan")
@@ -191,7 +191,7 @@ def report_versions(reports: Connection, reader: WeightReader, late: WeightReade
 def test_a_killed_writer_leaves_the_last_whole_version(seed: int) -> None:
     ours, theirs = _FORK.Pipe()
     try:
-        with running(write_without_rest, theirs) as (writer, connection):
+        with running(write_all_the_time, theirs) as (writer, connection):
             theirs.close()
             assert receive(connection) == "ready"
             orphan_pid = receive(ours)

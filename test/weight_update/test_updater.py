@@ -225,8 +225,8 @@ def test_a_receiver_adopts_before_each_call_and_counts_its_lag() -> None:
     assert act(served) == 5.0
     assert (receiver.version, updater.store.adopted_versions()) == (1, {"worker 0": 1})
     assert receiver.receive() is None
-    updater.publish()
-    weights = receiver.receive(timeout=0.0)
+    updater.create_transport().send_weights(trained)
+    weights = receiver.create_transport().receive_weights(timeout=0.0)
     assert weights is not None
     assert weights["module", "bias"].tolist() == [5.0, 5.0]
     # The runner of a collector may have moved the policy to a copy of its own: it is followed.

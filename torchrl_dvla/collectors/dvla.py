@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 from collections import OrderedDict
@@ -217,6 +218,8 @@ class DVLACollector(BaseCollector):
                 on_error=self._on_error,
             )
             undo.pop_all()  # from here on shutdown() ends it all
+        # A script that raises, or forgets shutdown(), ends in order all the same.
+        atexit.register(self.shutdown)
         self._loop.start()
 
     def _start_inference(self) -> InferenceProcess:
@@ -287,6 +290,7 @@ class DVLACollector(BaseCollector):
         if self._closed:
             return
         self._closed = True
+        atexit.unregister(self.shutdown)
         self._loop.stop(timeout)
         self._groups.end("the collector was shut down")
         self._groups.close("the collector was shut down")

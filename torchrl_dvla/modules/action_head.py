@@ -13,7 +13,7 @@ __all__ = ["ActionQueryHead", "inverse_cdf_sample"]
 
 
 class ActionQueryHead(nn.Module):
-    """Learned placeholders for the actions of a chunk, and a linear read-out of them.
+    """Action queries (learned embeddings, one or more per env step) and their linear read-out.
 
     Query ``q`` stands for env step ``q // tokens_per_step`` of the chunk and predicts
     ``action_dim / tokens_per_step`` consecutive action dimensions.
@@ -60,13 +60,13 @@ class ActionQueryHead(nn.Module):
             nn.init.zeros_(self.projection.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Map hidden states ``[B, queries, D]`` to logits ``[B, chunk, A, V]``."""
+        """Logits of hidden states ``[B, queries, D]``: ``[B, chunk, A, V]``."""
         logits = self.projection(hidden.to(self.projection.weight.dtype))
         return logits.view(hidden.shape[0], *self._shape)
 
 
 def inverse_cdf_sample(probs: torch.Tensor) -> torch.Tensor:
-    """Sample from categorical distributions with one uniform number a row.
+    """Samples of categorical distributions, from one uniform number a row.
 
     ``torch.multinomial`` draws ``V`` exponentials a row on a CPU, which for a chunk of 8 x 7 tokens
     takes as long as a good part of a small backbone.

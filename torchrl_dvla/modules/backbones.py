@@ -21,7 +21,7 @@ __all__ = ["PixelStyle", "PromptStyle", "VLABackbone", "backbone_class", "regist
 
 @dataclass(frozen=True)
 class PromptStyle:
-    """The strings a family puts around images and instruction.
+    """Prompt template of a family: the strings around images and instruction.
 
     A prompt reads ``start``, then for every camera ``image_start``, the image features and
     ``image_end``, then the proprioception token, then ``instruction`` with the task filled in.
@@ -56,7 +56,7 @@ class PromptStyle:
 
 @dataclass(frozen=True)
 class PixelStyle:
-    """How uint8 pixels become what a vision tower was trained on.
+    """Pixel normalisation and resizing that a vision tower was trained with.
 
     Args:
         mean (tuple of float): per-channel mean of pixels in [0, 1].
@@ -85,7 +85,7 @@ class PixelStyle:
 
 
 class VLABackbone(nn.Module):
-    """A transformers image-text model, seen as three functions.
+    """Adapter of a transformers image-text model: embed images, embed tokens, decode.
 
     Families differ in how image features enter the token stream, in position ids and in masks.
     An adapter hides that: :meth:`embed_images`, :meth:`embed_tokens` and :meth:`decode` are all a
@@ -123,7 +123,7 @@ class VLABackbone(nn.Module):
     def image_size_of(
         cls, config: PreTrainedConfig, camera_size: tuple[int, int]
     ) -> tuple[int, int]:
-        """Return the height and width the vision tower wants for cameras of ``camera_size``."""
+        """Height and width the vision tower wants for cameras of ``camera_size``."""
         size = config.vision_config.image_size
         return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
@@ -168,10 +168,10 @@ class VLABackbone(nn.Module):
 
     @abstractmethod
     def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Turn normalised pixels ``[N, 3, height, width]`` into stream tokens ``[N, T, D]``."""
+        """Stream tokens ``[N, T, D]`` of normalised pixels ``[N, 3, height, width]``."""
 
     def embed_tokens(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Look up text tokens ``[B, L]`` as stream tokens ``[B, L, D]``.
+        """Stream tokens ``[B, L, D]`` of text tokens ``[B, L]``.
 
         A family that scales its embeddings (Gemma) does so inside the table; image features are not
         scaled.
@@ -185,7 +185,7 @@ class VLABackbone(nn.Module):
         attention_bias: torch.Tensor,
         num_queries: int,
     ) -> torch.Tensor:
-        """Run the language model over a whole sequence at once.
+        """Forward pass of the language model over a whole sequence.
 
         The layers are called one by one, without cache, recording or mask creation:
         ``LanguageModel.forward`` spends more time on these than a small model on arithmetic.
@@ -211,7 +211,7 @@ class VLABackbone(nn.Module):
         return text.norm(hidden[:, -num_queries:])
 
     def image_positions(self, start: int) -> tuple[torch.Tensor, int]:
-        """Return positions ``[axes, T]`` of one image from ``start`` on, and the next free one."""
+        """Positions ``[axes, T]`` of one image from ``start`` on, and the next free one."""
         stop = start + self.num_image_tokens
         return torch.arange(start, stop).expand(self.num_position_axes, -1), stop
 
@@ -232,7 +232,7 @@ _BACKBONES: dict[str, type[VLABackbone]] = {}
 
 
 def register_backbone(backbone: type[VLABackbone]) -> type[VLABackbone]:
-    """Enter an adapter under its ``model_types``; usable as a class decorator.
+    """Class decorator that registers an adapter under its ``model_types``.
 
     Args:
         backbone (type): a :class:`VLABackbone` subclass.
@@ -254,7 +254,7 @@ def register_backbone(backbone: type[VLABackbone]) -> type[VLABackbone]:
 
 
 def backbone_class(model_type: str) -> type[VLABackbone]:
-    """Return the adapter of a transformers model type.
+    """Adapter class of a transformers model type.
 
     Args:
         model_type (str): ``config.model_type`` of the backbone.

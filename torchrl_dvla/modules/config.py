@@ -107,12 +107,12 @@ class TransformersVLAConfig:
         return _DTYPES[self.dtype]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a dict of plain JSON types."""
+        """Fields as plain JSON types."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TransformersVLAConfig:
-        """Rebuild what :meth:`to_dict` wrote.
+        """Config from the fields that :meth:`to_dict` wrote.
 
         Args:
             data (dict): the fields.
@@ -182,7 +182,7 @@ _TENSOR_DTYPES = {
 
 
 def action_tokenizer_to_dict(tokenizer: ActionTokenizerBase) -> dict[str, Any]:
-    """Describe an action tokenizer in plain JSON types.
+    """Plain JSON description of an action tokenizer.
 
     Args:
         tokenizer (ActionTokenizerBase): a ``UniformActionTokenizer`` or
@@ -214,7 +214,7 @@ def action_tokenizer_to_dict(tokenizer: ActionTokenizerBase) -> dict[str, Any]:
 
 
 def action_tokenizer_from_dict(data: dict[str, Any]) -> ActionTokenizerBase:
-    """Rebuild what :func:`action_tokenizer_to_dict` described.
+    """Action tokenizer from its description by :func:`action_tokenizer_to_dict`.
 
     Args:
         data (dict): the description.

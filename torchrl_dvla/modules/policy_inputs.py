@@ -23,7 +23,7 @@ __all__ = ["PixelNormalizer", "StateProjector", "read_images", "read_instruction
 def read_images(
     tensordict: TensorDictBase, keys: Sequence[NestedKey], image_size: tuple[int, int]
 ) -> list[torch.Tensor]:
-    """Return the images of every camera, each ``[*B, 3, height, width]``.
+    """Images of every camera, each ``[*B, 3, height, width]``.
 
     Args:
         tensordict (TensorDictBase): the observation.
@@ -42,7 +42,7 @@ def read_images(
 
 
 def read_state(tensordict: TensorDictBase, key: NestedKey, state_dim: int) -> torch.Tensor:
-    """Return the proprioception ``[*B, S]``.
+    """Proprioception ``[*B, S]``.
 
     Args:
         tensordict (TensorDictBase): the observation.
@@ -61,7 +61,7 @@ def read_state(tensordict: TensorDictBase, key: NestedKey, state_dim: int) -> to
 
 
 def read_instructions(tensordict: TensorDictBase, key: NestedKey, num_rows: int) -> list[str]:
-    """Return one instruction a row, in row-major order of the batch.
+    """One instruction a row, in row-major order of the batch.
 
     Args:
         tensordict (TensorDictBase): the observation.
@@ -106,7 +106,7 @@ def _read(
 
 
 class PixelNormalizer(nn.Module):
-    """Scale, resize and normalise images in three tensor operations.
+    """Scaling, resizing and normalisation of images in three tensor operations.
 
     Args:
         style (PixelStyle): mean, standard deviation and interpolation.
@@ -140,7 +140,7 @@ class PixelNormalizer(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Normalise ``[N, 3, h, w]``.
+        """Normalised pixels of images ``[N, 3, h, w]``.
 
         Args:
             images (torch.Tensor): uint8 in [0, 255] or floating point in [0, 1].
@@ -165,7 +165,7 @@ class PixelNormalizer(nn.Module):
 
 
 class StateProjector(nn.Module):
-    """Standardise a proprioception vector and project it into the token stream.
+    """Standardisation of a proprioception vector and its projection into the token stream.
 
     Mean and standard deviation are buffers: they travel with the weights.
 
@@ -195,7 +195,7 @@ class StateProjector(nn.Module):
 
     @torch.no_grad()
     def set_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Set what states are standardised with, usually from demonstrations.
+        """Set mean and standard deviation of states, usually those of demonstrations.
 
         Args:
             mean (torch.Tensor): ``[S]``.
@@ -214,5 +214,5 @@ class StateProjector(nn.Module):
         self.std.copy_(std)
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
-        """Map states ``[B, S]`` to tokens ``[B, 1, D]``."""
+        """Tokens ``[B, 1, D]`` of states ``[B, S]``."""
         return self.layers((state.to(self.mean.dtype) - self.mean) / self.std).unsqueeze(1)

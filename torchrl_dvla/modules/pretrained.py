@@ -49,7 +49,7 @@ _COPY_AGAIN = "copy the checkpoint again, with all its files"
 
 
 class PretrainedMixin(nn.Module):
-    """Gives a policy ``save_pretrained``, ``from_pretrained`` and ``load_weights``.
+    """Mixin with ``save_pretrained``, ``from_pretrained`` and ``load_weights``.
 
     The class it is mixed into takes ``(config, *, tokenizer, **kwargs)``.
     """
@@ -58,7 +58,7 @@ class PretrainedMixin(nn.Module):
     tokenizer: PreTrainedTokenizerBase
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write weights, config and instruction tokenizer; replaces what is there as one.
+        """Write weights, config and instruction tokenizer, replacing a previous checkpoint.
 
         Args:
             folder (path): the checkpoint folder; made if missing.
@@ -116,7 +116,7 @@ class PretrainedMixin(nn.Module):
         dtype: str | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Load a policy that :meth:`save_pretrained` wrote.
+        """Policy from a folder that :meth:`save_pretrained` wrote.
 
         Args:
             folder (path): the checkpoint folder.
@@ -280,7 +280,7 @@ _BICUBIC = 3  # PIL's number
 
 
 def backbone_to_dict(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return a transformers config as plain JSON types, without provenance.
+    """Transformers config as plain JSON types, without provenance.
 
     Args:
         config (PreTrainedConfig): the config.
@@ -302,7 +302,7 @@ def backbone_to_dict(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def backbone_from_dict(data: dict[str, Any], *, dtype: torch.dtype) -> PreTrainedModel:
-    """Build a backbone with random weights.
+    """Backbone with random weights.
 
     Args:
         data (dict): see :func:`backbone_to_dict`.

@@ -26,7 +26,7 @@ _MAX_CACHED_BIAS = 2**16
 
 
 class Prompt(NamedTuple):
-    """What a batch of instructions makes of the token stream.
+    """Token ids, positions and attention bias of a batch of instructions.
 
     The stream is ``frame | instruction | padding | queries``. The *frame* (text around images,
     image features, proprioception) has one layout for all rows; the instruction is padded on the
@@ -42,13 +42,13 @@ class Prompt(NamedTuple):
 
 
 class PromptBuilder:
-    """Tokenises instructions, lays out the stream and remembers both.
+    """Builder of the :class:`Prompt` of a batch, with a cache.
 
-    Who sees whom:
+    Who attends to whom:
 
     - a prompt token sees the prompt up to itself, or all of it if ``bidirectional``;
     - a query sees the whole prompt and every query: action tokens are decoded in parallel;
-    - nobody sees padding, and the prompt does not see the queries.
+    - no token sees padding, and the prompt does not see the queries.
 
     The positions of queries count from the end of their own instruction, so that a row does not
     depend on how long the others of its batch are.
@@ -66,7 +66,7 @@ class PromptBuilder:
         use_state (bool): whether the frame ends in a proprioception token.
         num_queries (int): action queries at the end of the stream.
         bidirectional (bool): whether prompt tokens see later prompt tokens.
-        cache_size (int): number of distinct batches, and of distinct instructions, remembered.
+        cache_size (int): number of distinct batches, and of distinct instructions, cached.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class PromptBuilder:
         return torch.tensor(ids, dtype=torch.int64)
 
     def instruction_ids(self, instruction: str) -> torch.Tensor:
-        """Return the token ids ``[L]`` of one instruction inside its template."""
+        """Token ids ``[L]`` of one instruction inside its template."""
         ids = self._ids.get(instruction)
         if ids is None:
             ids = self._encode(self._template.format(instruction=instruction))
@@ -143,7 +143,7 @@ class PromptBuilder:
     def __call__(
         self, instructions: list[str], *, device: torch.device, dtype: torch.dtype
     ) -> Prompt:
-        """Lay out a batch.
+        """The prompt of a batch.
 
         Args:
             instructions (list of str): ``B`` instructions.
@@ -212,7 +212,7 @@ class PromptBuilder:
 
 
 def word_tokenizer(instructions: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Build a tokenizer whose vocabulary is the words of some instructions.
+    """Word-level tokenizer whose vocabulary is the words of some instructions.
 
     Words are lower-cased and split at white space and punctuation. Padding has id 0, unknown words
     have id 1, and known words follow in alphabetical order, so that the same set of instructions

@@ -122,7 +122,7 @@ class TinyBackboneConfig:
             )
 
     def to_transformers(self, num_words: int) -> SmolVLMConfig:
-        """Return the transformers config.
+        """Transformers config of these sizes.
 
         Args:
             num_words (int): size of the instruction vocabulary.
@@ -165,7 +165,7 @@ class TinyBackboneConfig:
 
 @torch.no_grad()
 def initialize_tiny_(model: PreTrainedModel) -> None:
-    """Initialise a tiny SmolVLM for training from nothing.
+    """Initialisation of a tiny SmolVLM for training from scratch.
 
     The family's own initialisation (normal, 0.02 everywhere) suits models that are a hundred times
     wider: here it would drown position and word identity in the first residual sums. So: linear

@@ -203,7 +203,7 @@ class TransformersVLA(PretrainedMixin, VLAWrapperBase):
         seed: int = 0,
         **kwargs: Any,
     ) -> TransformersVLA:
-        """Build a random policy that trains and serves on two CPU cores.
+        """Random policy of a size that trains and serves on two CPU cores.
 
         Args:
             instructions (iterable of str): the tasks; their words are the vocabulary.
@@ -264,7 +264,7 @@ class TransformersVLA(PretrainedMixin, VLAWrapperBase):
         seed: int = 0,
         **architecture: Any,
     ) -> TransformersVLA:
-        """Build a policy on a backbone; action queries, head and proprioception start random.
+        """Policy on a backbone; action queries, head and proprioception start random.
 
         Args:
             source (str, path, PreTrainedConfig or PreTrainedModel): a hub id or local folder for
@@ -305,7 +305,7 @@ class TransformersVLA(PretrainedMixin, VLAWrapperBase):
 
     # -- the forward pass --------------------------------------------------
     def action_logits(self, tensordict: TensorDictBase) -> torch.Tensor:
-        """Compute logits and write nothing.
+        """Logits of a batch; nothing is written.
 
         Args:
             tensordict (TensorDictBase): observations of any batch shape ``[*B]``.

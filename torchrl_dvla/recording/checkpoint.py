@@ -41,7 +41,8 @@ class RunCheckpoints:
         components/<n>-<component>/  state.pt, read with weights_only=True
 
     It is written under another name and renamed when complete: a process killed at any instant
-    leaves every earlier checkpoint, and a hidden partial folder that the next save removes.
+    leaves every earlier checkpoint, and at worst a hidden partial folder, which the next save
+    removes.
 
     Args:
         directory (str or os.PathLike): where the run keeps its checkpoints; made by :meth:`save`.
@@ -121,7 +122,8 @@ class RunCheckpoints:
             while path.exists():
                 path = path.with_name(path.name.replace("-", "-0"))
             self._checkpoint.save(path, metadata=metadata)
-            _flush_to_disk(path / "manifest.json")
+            for written in (path / "manifest.json", path, self.directory):
+                _flush_to_disk(written)
             # TorchRL's rotation keeps the highest steps, whichever was written last.
             for other in self.directory.glob(f"{_PREFIX}-*"):
                 step = other.name.removeprefix(f"{_PREFIX}-")
@@ -133,7 +135,7 @@ class RunCheckpoints:
     def load(
         self, path: str | os.PathLike[str], components: Collection[str] | None = None
     ) -> dict[str, Any]:
-        """Load components, in the order of their registration, once every file has its digest.
+        """Verify the digest of every file, then load components in the order of registration.
 
         Args:
             path (str or os.PathLike): a folder that :meth:`save` wrote.
@@ -160,16 +162,13 @@ class RunCheckpoints:
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        """One save at a time in this folder, over all processes; removes what dead ones left."""
+        """One save at a time in this folder, over all processes; removes partial folders."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with (self.directory / ".lock").open("w") as file:
-            try:
+            with contextlib.suppress(OSError):  # a file system without locks: partial folders stay
                 fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:  # a file system without locks: partial folders stay
-                yield
-                return
-            for partial in self.directory.glob(f".{_PREFIX}-*"):
-                shutil.rmtree(partial, ignore_errors=True)
+                for partial in self.directory.glob(f".{_PREFIX}-*"):
+                    shutil.rmtree(partial, ignore_errors=True)
             yield
 
 
@@ -294,8 +293,11 @@ def _sha256(path: Path) -> str:
 
 def _flush_to_disk(path: Path) -> None:
     # A power cut after the rename must leave no file of zeros.
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -18,7 +18,7 @@ __all__ = ["GracefulStop", "StopRequested"]
 
 
 class StopRequested(BaseException):
-    """Raised inside :meth:`GracefulStop.interruptible` when the run was asked to stop.
+    """Exception inside :meth:`GracefulStop.interruptible` when the run was asked to stop.
 
     Like :class:`KeyboardInterrupt` it derives from :class:`BaseException`, so that no
     ``except Exception`` on the way takes it for a failure.

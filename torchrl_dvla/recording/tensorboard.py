@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""A run in TensorBoard: scalars under documented names, rollout videos, an arranged dashboard."""
+"""TensorBoard files of a run: scalars under documented names, rollout videos, a dashboard."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ DASHBOARD: dict[str, dict[str, list[str]]] = {
 
 
 def check_writable(path: str | os.PathLike[str], *, name: str = "log.dir") -> Path:
-    """Make the folder ``path`` and prove that a file can be written into it.
+    """Create the folder ``path`` and check that a file can be written into it.
 
     Args:
         path (str or os.PathLike): the folder.
@@ -90,7 +90,7 @@ def check_writable(path: str | os.PathLike[str], *, name: str = "log.dir") -> Pa
 
 
 def encode_gif(frames: torch.Tensor, *, fps: float = 10.0) -> bytes:
-    """Encode images as an animated GIF, the video format that TensorBoard plays.
+    """Animated GIF of images, the video format that TensorBoard plays.
 
     Args:
         frames (torch.Tensor): ``uint8`` images ``[T, 3, H, W]``.
@@ -133,7 +133,7 @@ def encode_gif(frames: torch.Tensor, *, fps: float = 10.0) -> bytes:
 
 
 class TensorBoardRecorder:
-    """Writes a run's event files through TorchRL's TensorBoard logger.
+    """Writer of a run's event files, through TorchRL's TensorBoard logger.
 
     On top of the logger it arranges the dashboard (:data:`DASHBOARD`, tab "Custom Scalars"), and
     writes videos itself: ``SummaryWriter.add_video`` needs ``moviepy.editor``, which current
@@ -177,7 +177,7 @@ class TensorBoardRecorder:
         return self.logger.experiment
 
     def scalars(self, values: Mapping[str, float], *, step: int) -> None:
-        """Write figures under their names; what is not finite is left out.
+        """Write scalars by name; those that are not finite are left out.
 
         Every name has a line in the guide's page on metrics.
         """
@@ -208,7 +208,7 @@ class TensorBoardRecorder:
         self._writer.add_text(name, text, global_step=step)
 
     def flush(self) -> None:
-        """Bring everything written so far to disk."""
+        """Flush the event file to disk."""
         self._writer.flush()
 
     def close(self) -> None:

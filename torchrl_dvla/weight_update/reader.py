@@ -117,7 +117,7 @@ class ModuleBinding:
     def apply(self, views: Sequence[torch.Tensor]) -> None:
         """Make the module read ``views``, which are in the order of the layout's entries."""
         if not self._is_applied:
-            self._apply_first(views)
+            self._materialise(views)
         for tensor, index in self._pointed:
             tensor.data = views[index]
         with torch.no_grad():
@@ -128,14 +128,8 @@ class ModuleBinding:
         # After what the caller has started there: forward passes still read the old weights.
         wait_for_devices(tensor for tensor, _ in self._copied)
 
-    def _apply_first(self, views: Sequence[torch.Tensor]) -> None:
-        self._materialise(views)
-        for tensor, _ in self._merged:
-            # What the module came with may be the learner's memory, or shared among workers.
-            tensor.data = torch.empty_like(tensor.data)
-        self._is_applied = True
-
     def _materialise(self, views: Sequence[torch.Tensor]) -> None:
+        """Make the parameters that are missing, and private memory for the merged ones."""
         made: dict[tuple[int, bool], torch.Tensor] = {}
         for owner, key, index in self._missing:
             is_parameter = isinstance(owner[key], nn.Parameter)
@@ -146,7 +140,10 @@ class ModuleBinding:
                 group = self._merged if index in self._updates else self._pointed
                 group.append((tensor, index))
             owner[key] = made[index, is_parameter]
-        self._missing = []
+        for tensor, _ in self._merged:
+            # What the module came with may be the learner's memory, or shared among workers.
+            tensor.data = torch.empty_like(tensor.data)
+        self._is_applied = True
 
 
 def _refuse_obstacles(updates: Mapping[str, LoraUpdate]) -> None:
@@ -264,7 +261,7 @@ class WeightReader:
         return True
 
     def adopt_into(self, module: nn.Module, *, copy: bool = False) -> int:
-        """Let ``module`` read the newest version from now on.
+        """Let ``module`` read the latest version from now on.
 
         Nothing happens, at the price of one read of shared memory, if it does already.
 
@@ -295,7 +292,7 @@ class WeightReader:
         return self._version
 
     def pin(self) -> tuple[int, TensorDict]:
-        """Pin the newest version; it stays whole until :meth:`unpin` or the next adoption.
+        """Pin the latest version; it stays whole until :meth:`unpin` or the next adoption.
 
         Returns:
             the version, and its weights as a nested tensordict of views on the slot.
@@ -329,7 +326,7 @@ class WeightReader:
         self._seen = _NOTHING
 
     def wait(self, version: int, timeout_s: float) -> int:
-        """Wait until ``version`` or a newer one can be adopted; returns the newest.
+        """Wait until ``version`` or a newer one can be adopted; returns the latest.
 
         Raises:
             TimeoutError: after ``timeout_s``, saying whether the writer is still there.
@@ -404,9 +401,9 @@ class WeightReader:
         return self._slot
 
     def _advance(self, ledger: Ledger) -> None:
-        """Pin the newest version and move every bound module to it."""
+        """Pin the latest version and move every bound module to it."""
         start_ns = time.monotonic_ns()
-        slot, version = self._pin_newest(ledger)
+        slot, version = self._pin_latest(ledger)
         if slot not in self._views:
             self._views[slot] = self._segment.views(slot)
         latest, is_new = version * MAX_SLOTS + slot, version != self._version
@@ -425,7 +422,7 @@ class WeightReader:
                 end_ns=time.monotonic_ns(),
             )
 
-    def _pin_newest(self, ledger: Ledger) -> tuple[int, int]:
+    def _pin_latest(self, ledger: Ledger) -> tuple[int, int]:
         assert self._locks is not None
         if ledger.latest < 0:
             raise RuntimeError(

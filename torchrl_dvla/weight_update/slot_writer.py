@@ -45,7 +45,7 @@ class PublishStats:
         num_coalesced (int): versions that a newer one replaced before any reader could see them.
         num_refused (int): publishes refused since weights were not finite.
         bytes_total (int): bytes of weights copied by all publishes.
-        stall_last_s, stall_max_s, stall_total_s (float): time the learner spent in ``publish``.
+        stall_last_s, stall_max_s (float): time the learner spent in ``publish``.
     """
 
     num_publishes: int = 0
@@ -55,7 +55,6 @@ class PublishStats:
     bytes_total: int = 0
     stall_last_s: float = 0.0
     stall_max_s: float = 0.0
-    stall_total_s: float = 0.0
 
 
 # -- finite check ----------------------------------------------------------------------------------
@@ -117,18 +116,13 @@ def non_finite_names(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Piece:
-    """Elements ``start:stop`` of a dtype's run: whole entries, or a part of a large one.
-
-    Args:
-        start_in_entry (int): where in its entry the part begins.
-    """
+class _Group:
+    """Elements ``start:stop`` of a dtype's run: some small entries, or a large one."""
 
     dtype: torch.dtype
     start: int
     stop: int
     indices: tuple[int, ...]
-    start_in_entry: int = 0
 
 
 class WeightCopier:
@@ -143,39 +137,32 @@ class WeightCopier:
 
     def __init__(self, layout: WeightLayout, *, piece_bytes: int = _PIECE_BYTES) -> None:
         self._layout = layout
-        self._pieces: list[_Piece] = []
+        self._piece_bytes = piece_bytes
+        self._groups: list[_Group] = []
         for bucket in layout.buckets:
-            self._add_pieces(bucket, piece_bytes)
+            self._add_groups(bucket)
 
-    def _add_pieces(self, bucket: Bucket, piece_bytes: int) -> None:
-        entries = self._layout.entries
-        small: list[int] = []
-        itemsize = bucket.dtype.itemsize
-
-        def begin_of(index: int) -> int:
-            return (entries[index].offset_bytes - bucket.offset_bytes) // itemsize
+    def _add_groups(self, bucket: Bucket) -> None:
+        entries, itemsize = self._layout.entries, bucket.dtype.itemsize
+        indices: list[int] = []
+        start = stop = 0
 
         def flush() -> None:
-            if small:
-                stop = begin_of(small[-1]) + entries[small[-1]].numel
-                piece = _Piece(bucket.dtype, begin_of(small[0]), stop, tuple(small))
-                self._pieces.append(piece)
-                small.clear()
+            if indices:
+                self._groups.append(_Group(bucket.dtype, start, stop, tuple(indices)))
+                indices.clear()
 
         for index, entry in enumerate(entries):
             if entry.is_frozen or entry.dtype != bucket.dtype or not entry.numel:
                 continue
-            begin = begin_of(index)
+            begin = (entry.offset_bytes - bucket.offset_bytes) // itemsize
             end = begin + entry.numel
-            if small and (end - begin_of(small[0])) * itemsize > piece_bytes:
+            if (end - start) * itemsize > self._piece_bytes:
                 flush()
-            if entry.numel * itemsize <= piece_bytes:
-                small.append(index)
-                continue
-            step = max(1, piece_bytes // itemsize)
-            for start in range(0, entry.numel, step):
-                stop = min(begin + start + step, end)
-                self._pieces.append(_Piece(bucket.dtype, begin + start, stop, (index,), start))
+            if not indices:
+                start = begin
+            indices.append(index)
+            stop = end
         flush()
 
     @torch.no_grad()
@@ -202,32 +189,36 @@ class WeightCopier:
         Returns:
             True if everything was copied and, where that is checked, is finite.
         """
-        for piece in self._pieces:
-            written = destination.runs[piece.dtype][piece.start : piece.stop]
-            flat = self._flat(piece, source)
-            if flat is not None:
-                written.copy_(flat, non_blocking=True)
-            elif piece.start_in_entry == 0:
-                # An entry that is not dense has no flat parts: its first piece carries it all.
-                entries = [destination.entries[index] for index in piece.indices]
-                parts = [source[index] for index in piece.indices]
-                torch._foreach_copy_(entries, parts, non_blocking=True)
-            is_good = not check_finite or is_finite(written)
-            # The sum of a piece with an attention mask is infinite: then its entries decide.
-            if not is_good and non_finite_names(self._layout, source, piece.indices):
-                return False
-            if should_stop is not None and should_stop():
-                return False
+        for group in self._groups:
+            numel = max(1, self._piece_bytes // group.dtype.itemsize)
+            pieces = destination.runs[group.dtype][group.start : group.stop].split(numel)
+            flat = self._flat(group, source)
+            if flat is None:
+                entries = [destination.entries[index] for index in group.indices]
+                tensors = [source[index] for index in group.indices]
+                torch._foreach_copy_(entries, tensors, non_blocking=True)
+            parts = [None] * len(pieces) if flat is None else flat.split(numel)
+            for piece, part in zip(pieces, parts, strict=True):
+                if part is not None:
+                    piece.copy_(part, non_blocking=True)
+                if check_finite and not is_finite(piece) and self._is_bad(group, source):
+                    return False
+                if should_stop is not None and should_stop():
+                    return False
         return True
 
-    def _flat(self, piece: _Piece, source: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """The piece in ``source``, flat; None if it is not dense there, or of several entries."""
-        index = piece.indices[0]
+    def _is_bad(self, group: _Group, source: Sequence[torch.Tensor]) -> bool:
+        """Whether a group that is not finite as a whole has more than, say, an attention mask."""
+        has_buffers = any(self._layout.entries[index].is_buffer for index in group.indices)
+        return not has_buffers or bool(non_finite_names(self._layout, source, group.indices))
+
+    def _flat(self, group: _Group, source: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """The group in ``source``, flat; None if it is not dense there, or of several entries."""
+        index = group.indices[0]
         tensor = source[index].detach()
-        if len(piece.indices) > 1 or tensor.stride() != self._layout.entries[index].stride:
+        if len(group.indices) > 1 or tensor.stride() != self._layout.entries[index].stride:
             return None
-        offset = tensor.storage_offset() + piece.start_in_entry
-        return tensor.as_strided((piece.stop - piece.start,), (1,), offset)
+        return tensor.as_strided((tensor.numel(),), (1,))
 
 
 # -- protocol --------------------------------------------------------------------------------------
@@ -313,7 +304,6 @@ class SlotWriter:
                 self.stats,
                 stall_last_s=stall_s,
                 stall_max_s=max(self.stats.stall_max_s, stall_s),
-                stall_total_s=self.stats.stall_total_s + stall_s,
             )
         finally:
             self._turn.release()

@@ -47,8 +47,8 @@ costs one copy. Live readers hold at most one slot each, so ``num_slots = num_re
 has one left beside the latest; with readers that adopt at every batch, three are nearly always
 enough, for then two different old versions must be in use at the very moment of the publish. If
 they are, the version is *deferred*: copied to memory of the writer (one more copy of the weights,
-allocated at that time), and moved into the first slot that its readers leave, by a thread that
-gives way to the next ``publish`` within one piece of its copy. A newer version replaces a deferred
+allocated at that time), and moved into the first slot that its readers leave, by a thread that is
+preempted by the next ``publish`` within one piece of its copy. A newer version replaces a deferred
 one: versions coalesce, they never queue.
 
 A worked trace, with three slots and readers P and Q; the star is the latest::
@@ -71,6 +71,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from torch import nn
 
 from torchrl_dvla.weight_update.reader import WeightReader
 from torchrl_dvla.weight_update.segment import (
@@ -282,8 +283,12 @@ class WeightStore:
         try:
             tensors = self.layout.tensors_of(source)
             self._writer.write_frozen(tensors)
-            entries = zip(self.layout.entries, tensors, strict=True)
-            self._frozen = {e.name: tensor for e, tensor in entries if e.is_frozen}
+            # Buffers are left out: a module may make its caches anew.
+            self._frozen = {
+                entry.name: tensor
+                for entry, tensor in zip(self.layout.entries, tensors, strict=True)
+                if entry.is_frozen and isinstance(tensor, nn.Parameter)
+            }
             self.publish(version=first_version)
         except BaseException:
             self.close()
@@ -312,7 +317,7 @@ class WeightStore:
         return self._ledger.latest_version
 
     def publish(self, source: WeightSource | None = None, *, version: int | None = None) -> int:
-        """Copy the weights and make them the newest version. Never waits for a reader.
+        """Copy the weights and make them the latest version. Never waits for a reader.
 
         When it returns the version is visible (or deferred, if every other slot is in use); when it
         raises, nothing has changed. Weights on CUDA are checked there and copied to the slots,

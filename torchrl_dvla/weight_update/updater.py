@@ -36,7 +36,7 @@ class AsyncWeightUpdater(WeightSyncScheme):
     """Weight-sync scheme over a :class:`WeightStore`: nobody waits for anybody.
 
     ``send`` (which a collector's ``update_policy_weights_()`` calls) is :meth:`publish`: one copy
-    into shared memory, visible when it returns. A receiver adopts the newest version just before
+    into shared memory, visible when it returns. A receiver adopts the latest version just before
     its policy is called, so a version changes between two calls and never within one; all readers
     of a node share the slots' memory.
 
@@ -309,7 +309,7 @@ class AsyncWeightUpdater(WeightSyncScheme):
             self._follow(model)
 
     def receive(self, timeout: float | None = None) -> TensorDictBase | None:
-        """Adopt the newest version, if it is new; never waits.
+        """Adopt the latest version, if it is new; never waits.
 
         Args:
             timeout (optional): not used.
@@ -335,7 +335,7 @@ class AsyncWeightUpdater(WeightSyncScheme):
             self._store.close()
 
     def _follow(self, model: nn.Module) -> None:
-        """Keep ``model`` at the newest version from now on."""
+        """Keep ``model`` at the latest version from now on."""
         self._adopt()
         if hasattr(self.context, "_poll_weight_update"):
             return  # a server: it calls receive() by itself between two batches
@@ -396,7 +396,7 @@ class StoreTransport:
         self._updater.publish(weights)
 
     def receive_weights(self, timeout: float | None = None, **kwargs: Any) -> TensorDictBase | None:
-        """Adopt the newest version; its weights, or None if there was nothing new."""
+        """Adopt the latest version; its weights, or None if there was nothing new."""
         return self._updater.receive(timeout)
 
 

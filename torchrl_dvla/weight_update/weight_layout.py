@@ -228,21 +228,15 @@ class WeightLayout:
             ValueError: listing every difference, if the source does not fit the layout.
         """
         weights = named_weights(source)
-        try:
-            tensors = [weights[entry.names[0]] for entry in self.entries]
-        except KeyError:
-            raise self.mismatch("source", source) from None
-        fits = len(weights) == len(self.index_of)
+        if self.differences(weights):
+            raise self.mismatch("source", weights)
+        tensors = [weights[entry.name] for entry in self.entries]
         for entry, tensor in zip(self.entries, tensors, strict=True):
-            fits = fits and tensor.shape == entry.shape and tensor.dtype == entry.source_dtype
-            fits = fits and (len(entry.names) == 1 or _is_tied(entry, weights))
             if entry.is_frozen and tensor.requires_grad:
                 raise ValueError(
                     f"source must keep {entry.name!r} frozen, got requires_grad=True: frozen "
                     "weights were published once, when the store was made. Unfreeze it before that."
                 )
-        if not fits:
-            raise self.mismatch("source", source)
         return tensors
 
     def differences(self, source: WeightSource, *, as_reader: bool = False) -> list[str]:
@@ -274,7 +268,7 @@ class WeightLayout:
             lines += [
                 f"{', '.join(entry.names)}: one tensor in the store, several here"
                 for entry in self.entries
-                if not _is_tied(entry, weights)
+                if len(entry.names) > 1 and not _is_tied(entry, weights)
             ]
         return lines
 

@@ -1,0 +1,205 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Pixels, states, words and samples; the token stream: ids, positions, and who sees whom."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from torchrl_dvla.modules import TinyBackboneConfig, word_tokenizer
+from torchrl_dvla.modules.action_head import inverse_cdf_sample
+from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle
+from torchrl_dvla.modules.policy_inputs import PixelNormalizer, StateProjector
+from torchrl_dvla.modules.prompt import PromptBuilder
+from torchrl_dvla.modules.tiny import _sine_table
+
+from .policies import make_observation
+
+
+def test_normalises_by_channel():
+    style = PixelStyle(mean=(0.0, 0.5, 1.0), std=(1.0, 0.5, 0.25))
+    image = torch.full((1, 3, 2, 2), 51, dtype=torch.uint8)  # 51 / 255 = 0.2
+    pixels = PixelNormalizer(style, image_size=(2, 2))(image)
+    expected = torch.tensor([0.2, -0.6, -3.2])
+    torch.testing.assert_close(pixels[0, :, 0, 0], expected)
+
+
+def test_float_images_mean_the_same_and_are_left_alone():
+    normalize = PixelNormalizer(PixelStyle(), image_size=(4, 4))
+    image = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    scaled = image.float() / 255
+    kept = scaled.clone()
+    torch.testing.assert_close(normalize(scaled), normalize(image))
+    assert torch.equal(scaled, kept)
+
+
+def test_resizes_with_antialiasing():
+    # A one-pixel chessboard is grey from afar.
+    board = (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 255
+    image = board.to(torch.uint8).expand(1, 3, 8, 8)
+    style = PixelStyle(interpolation="bilinear")
+    pixels = PixelNormalizer(style, image_size=(2, 2))(image)
+    torch.testing.assert_close(pixels, torch.zeros(1, 3, 2, 2), atol=0.05, rtol=0)
+
+
+def test_standardises():
+    projector = StateProjector(2, 8)
+    projector.set_statistics(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 4.0]))
+    state = torch.tensor([[3.0, 10.0]])
+    expected = projector.layers(torch.tensor([[1.0, 2.0]]))
+    torch.testing.assert_close(projector(state), expected[:, None])
+
+
+def test_order_of_instructions_does_not_matter():
+    one = word_tokenizer(["open the drawer", "lift it"])
+    two = word_tokenizer(["lift it", "open the drawer"])
+    assert one.get_vocab() == two.get_vocab()
+    assert one.pad_token_id == 0 and one.unk_token_id == 1
+
+
+def test_frequencies():
+    probs = torch.tensor([0.1, 0.0, 0.6, 0.3])
+    counts = torch.bincount(inverse_cdf_sample(probs.expand(20000, 4)), minlength=4)
+    # Three standard deviations of a binomial are at most 3 * sqrt(0.25 / 20000) = 0.011.
+    torch.testing.assert_close(counts / 20000, probs, atol=0.011, rtol=0)
+    assert counts[1] == 0
+
+
+@pytest.mark.parametrize("draw", [0.0, 1.0 - 2.0**-24])
+def test_impossible_tokens_at_the_ends(monkeypatch: pytest.MonkeyPatch, draw: float):
+    monkeypatch.setattr(torch, "rand_like", lambda tensor: torch.full_like(tensor, draw))
+    logits = torch.tensor([-torch.inf, 0.3, -0.2, 1.1, -torch.inf])
+    token = inverse_cdf_sample(F.softmax(logits, -1)[None])
+    assert token.item() == (1 if draw == 0.0 else 3)
+
+
+def test_sine_table_tells_cells_apart():
+    table = _sine_table(8, 32)
+    assert table.shape == (64, 32)
+    distance = torch.cdist(table, table) + torch.eye(64) * 100
+    assert distance.min() > 0.5
+    # Row and column are each half of the table.
+    assert torch.equal(table[3 * 8 + 5, :16], table[3 * 8 + 2, :16])
+    assert torch.equal(table[3 * 8 + 5, 16:], table[1 * 8 + 5, 16:])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PromptStyle(instruction="do it"), r"must contain '{instruction}', got 'do it'"),
+        (lambda: PixelStyle(mean=(0.5,)), "three entries"),
+        (lambda: PixelStyle(interpolation="nearest"), "'bilinear' or 'bicubic', got 'nearest'"),
+        (
+            lambda: StateProjector(2, 8).set_statistics(torch.zeros(2), torch.tensor([1.0, 0.0])),
+            r"must be positive.*smallest std of 0",
+        ),
+        (lambda: word_tokenizer(["", "  "]), "at least one word"),
+        (lambda: inverse_cdf_sample(torch.tensor([[0.5, torch.nan]])), "must be finite"),
+        (lambda: TinyBackboneConfig(vision_size=100), "vision_size must be a multiple of head_siz"),
+        (
+            lambda: TinyBackboneConfig(image_size=100),
+            r"image_size must be a multiple .*, got 100",
+        ),
+    ],
+)
+def test_bad_input(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# -- the token stream -----------------------------------------------------------------------------
+
+
+def builder(policy, **kwargs):
+    defaults = {
+        "style": PromptStyle(), "num_cameras": 1, "use_state": True, "num_queries": 2,
+        "bidirectional": False,
+    }  # fmt: skip
+    return PromptBuilder(policy.backbone, policy.tokenizer, **{**defaults, **kwargs})
+
+
+def lay_out(prompt, *instructions):
+    return prompt(list(instructions), device=torch.device("cpu"), dtype=torch.float32)
+
+
+def test_ids_and_positions_of_a_padded_batch(policy):
+    prompt = lay_out(builder(policy), "lift it", "open the drawer")
+    vocabulary = policy.tokenizer.get_vocab()
+    expected = [[vocabulary[w] for w in ("lift", "it")] + [0]]
+    expected += [[vocabulary[w] for w in ("open", "the", "drawer")]]
+    assert prompt.token_ids.tolist() == expected
+    # 32 x 32 image, patch 8, shuffle 2: 4 image tokens; then one state token. Queries count
+    # from the end of their own instruction, and the padding's own position is of no account.
+    rows = [[0, 1, 2, 3, 4, 5, 6, 7, 7, 8], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]]
+    assert prompt.position_ids.tolist() == [rows]
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_who_sees_whom(policy, bidirectional):
+    prompt = lay_out(builder(policy, bidirectional=bidirectional), "lift it", "open the drawer")
+    seen = prompt.attention_bias == 0
+    assert seen.shape == (2, 1, 10, 10)
+    assert ((prompt.attention_bias == 0) | (prompt.attention_bias == -torch.inf)).all()
+    for row, padding in enumerate(([7], [])):
+        for query in range(10):
+            for key in range(10):
+                if key in padding:
+                    wanted = False
+                elif query >= 8:
+                    wanted = True  # queries see the prompt and each other, both ways
+                elif key >= 8:
+                    wanted = False
+                else:
+                    wanted = bidirectional or key <= query
+                assert seen[row, 0, query, key] == wanted, (row, query, key)
+    # One mask serves all rows where nothing is padded.
+    assert lay_out(builder(policy), "lift it", "lift it").attention_bias.shape[0] == 1
+
+
+def test_frame_of_two_cameras_with_text(policy):
+    style = PromptStyle("pick", "up the", "it", "{instruction} it")
+    prompt = builder(policy, style=style, num_cameras=2)
+    # pick | up the | 4 image | it | up the | 4 image | it | state
+    assert prompt.frame_length == 1 + 2 * (2 + 4 + 1) + 1
+    ids = (prompt.start_ids, prompt.image_start_ids, prompt.image_end_ids)
+    assert [len(tokens) for tokens in ids] == [1, 2, 1]
+    assert len(prompt.instruction_ids("lift")) == 2
+
+
+def test_small_batches_are_remembered(policy):
+    prompt = builder(policy, cache_size=2)
+    first = lay_out(prompt, "lift it")
+    assert lay_out(prompt, "lift it") is first
+    assert lay_out(prompt, "open it") is not first
+    lay_out(prompt, "pick it")
+    assert lay_out(prompt, "lift it") is not first  # only two are kept
+
+
+@torch.no_grad()
+def test_queries_see_each_other_but_not_backwards(policy):
+    """Changing the last action query changes the first action, and nothing in the prompt."""
+    td = make_observation(2)
+    states: list[torch.Tensor] = []
+    last = policy.backbone.model.text_model.layers[-1]
+    handle = last.register_forward_hook(lambda module, args, output: states.append(output))
+    before = policy.action_logits(td)
+    policy.query_head.queries.data[-1] += 1.0
+    after = policy.action_logits(td)
+    handle.remove()
+    assert (before[:, 0] - after[:, 0]).abs().max() > 1e-3
+    num_queries = len(policy.query_head.queries)
+    assert torch.equal(states[0][:, :-num_queries], states[1][:, :-num_queries])
+    assert not torch.equal(states[0][:, -num_queries:], states[1][:, -num_queries:])
+
+
+@torch.no_grad()
+def test_padding_changes_nothing(policy):
+    """Whatever the padding embeds to, logits stay."""
+    td = make_observation(2, instructions=["lift it", "pick up the black bowl"])
+    before = policy.action_logits(td)
+    policy.backbone.model.text_model.embed_tokens.weight.data[0] = 123.0
+    assert torch.equal(policy.action_logits(td), before)
