@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,6 @@ from torchrl_dvla import DVLACollector
 from torchrl_dvla.collectors import EvaluationResult
 from torchrl_dvla.data import Group, GroupQueue
 from torchrl_dvla.recording import (
-    GracefulStop,
     RunReport,
     SuccessRate,
     TensorBoardRecorder,
@@ -93,7 +91,6 @@ class Meter:
     def __enter__(self) -> Meter:
         state = self._state
         self._start_s = time.monotonic() - state.training_s
-        self._resumed_s, self._resumed_updates = state.training_s, state.num_updates
         self._stats, self._usage = self._collector.stats(), self._collector.timeline.usage()
         self._next_evaluation_s = state.training_s + 60.0 * self._cfg.eval.every_minutes
         self._bar = tqdm(
@@ -116,10 +113,8 @@ class Meter:
         if state.num_updates >= self._cfg.train.num_updates:
             state.ended_by = "update budget"
             return False
-        now_s = self._time_s()
-        num_done = state.num_updates - self._resumed_updates
-        mean_s = (now_s - self._resumed_s) / num_done if num_done else 0.0
-        if now_s + max(mean_s, self._update_s) > self._max_s:
+        mean_s = state.training_s / max(1, state.num_updates)
+        if self._time_s() + max(mean_s, self._update_s) > self._max_s:
             state.ended_by = "time budget"
             return False
         return True
@@ -284,10 +279,3 @@ def save_after(error: Exception, policy: torch.nn.Module, save: Callable[[], Non
         save()
     except Exception as second:  # a full disk, perhaps: the first error is the one to show
         say(f"it could not be saved: {second!r}")
-
-
-def exit_code(stop: GracefulStop) -> int:
-    """0, or what a shell expects of a program that a signal ended."""
-    if stop.reason in signal.Signals.__members__:
-        return 128 + signal.Signals[stop.reason]
-    return 0

@@ -123,11 +123,9 @@ def check_policy(cfg: DictConfig, policy: VLAWrapperBase) -> None:
         height, width, num_cameras = env.image_size, env.image_size, 1
         action_dim, state_dim = env.action_dim, 2 * env.action_dim
     image_shape = (3, height, width)
-    # What this environment has, what the policy was made for, and what to do about it.
-    sizes = {
-        "chunk_size": (env.chunk_size, policy.chunk_size, "Train a policy for it."),
-        "action_dim": (action_dim, policy.action_dim, "It is for another robot or action space."),
-    }
+    # What this environment has, what the policy was made for, and what to do about it; its actions
+    # are looked at below.
+    sizes = {}
     if config:
         wanted = (3, *config.image_size)
         sizes["image_shape"] = (image_shape, wanted, "Render at the policy's size.")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -25,7 +26,6 @@ import utils
 from bookkeeping import (
     Meter,
     RunState,
-    exit_code,
     group_metrics,
     loss_metrics,
     record,
@@ -61,7 +61,8 @@ def main(cfg: DictConfig) -> None:
     # Seconds on a busy machine: the interpreter's last collections walk half a million objects, all
     # of which the kernel is about to take back anyway.
     gc.freeze()
-    sys.exit(exit_code(stop))
+    # 128 + the signal is what a shell expects of a program that one ended.
+    sys.exit(128 + signal.Signals[stop.reason] if stop.requested else 0)
 
 
 def train(cfg: DictConfig, stop: GracefulStop) -> None:

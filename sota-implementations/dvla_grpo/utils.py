@@ -30,7 +30,6 @@ from torchrl_dvla import (
     PooledReplayBuffer,
     WorkerConfig,
 )
-from torchrl_dvla.data import InitStateSchedule
 from torchrl_dvla.envs import LiberoChunkEnv, ToyChunkEnv, libero_tasks
 from torchrl_dvla.memory import DualPool
 from torchrl_dvla.modules import TinyBackboneConfig, TransformersVLA, tiny_token_policy
@@ -60,13 +59,6 @@ def make_path(path: str) -> Path:
 # -- environments ---------------------------------------------------------------------------------
 
 
-def make_task_names(cfg: DictConfig) -> list[str]:
-    """Names of the tasks, which are also the keys of the environment factories."""
-    if cfg.env.backend == "toy":
-        return ["toy"]
-    return [f"{cfg.env.task_suite}/{task_id}" for task_id in cfg.env.task_ids]
-
-
 def make_instructions(cfg: DictConfig) -> list[str]:
     """What the policy will be told."""
     if cfg.env.backend == "toy":
@@ -76,16 +68,14 @@ def make_instructions(cfg: DictConfig) -> list[str]:
 
 
 def make_env_factories(cfg: DictConfig) -> dict[str, Callable[[], EnvBase]]:
-    """An environment factory for each task."""
+    """An environment factory for each task, by its name."""
     kwargs = OmegaConf.to_container(cfg.env, resolve=True)
-    backend = kwargs.pop("backend")
-    if backend == "toy":
+    if kwargs.pop("backend") == "toy":
         return {"toy": functools.partial(ToyChunkEnv, **kwargs)}
     suite, task_ids = kwargs.pop("task_suite"), kwargs.pop("task_ids")
-    names = make_task_names(cfg)
     return {
-        name: functools.partial(LiberoChunkEnv, suite, task_id, **kwargs)
-        for name, task_id in zip(names, task_ids, strict=True)
+        f"{suite}/{task_id}": functools.partial(LiberoChunkEnv, suite, task_id, **kwargs)
+        for task_id in task_ids
     }
 
 
@@ -95,7 +85,7 @@ def make_evaluation_episodes(cfg: DictConfig) -> tuple[list[EpisodeSpec], list[E
     LIBERO's are its benchmark init states, on which training never starts; the toy task's are
     seeds.
     """
-    names, count = make_task_names(cfg), cfg.eval.num_episodes
+    names, count = list(make_env_factories(cfg)), cfg.eval.num_episodes
     is_libero = cfg.env.backend == "libero"
     episodes = [
         EpisodeSpec(names[k % len(names)], LAST_SEED - k, k // len(names) if is_libero else -1)
@@ -193,10 +183,7 @@ def make_optimizer(
 
 def make_group_config(cfg: DictConfig) -> GroupConfig:
     """Groups, and how stale they may be."""
-    settings = OmegaConf.to_container(cfg.group, resolve=True)
-    if settings["return_bounds"] is not None:
-        settings["return_bounds"] = tuple(settings["return_bounds"])
-    return GroupConfig(**settings)
+    return GroupConfig(**OmegaConf.to_container(cfg.group, resolve=True))
 
 
 def make_worker_config(cfg: DictConfig) -> WorkerConfig:
@@ -231,7 +218,6 @@ def make_collector(
         group=make_group_config(cfg),
         workers=make_worker_config(cfg),
         inference=InferenceConfig(**cfg.inference),
-        schedule=InitStateSchedule(make_task_names(cfg), seed=cfg.seed),
         memory=make_memory(cfg),
         rows_per_page=cfg.memory.rows_per_page,
         seed=cfg.seed,

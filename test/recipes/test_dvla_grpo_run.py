@@ -42,7 +42,9 @@ SMALL = [
     "train.max_minutes=null",
 ]
 #: Metrics of settings that the run does not use, or of what need not happen in it.
-_OCCASIONAL = r"broadcast/|faults/|weights/cast_error|loss/(loss_entropy|loss_kl|kl_to_ref)|groups/dropped_"
+_OCCASIONAL = (
+    r"broadcast/|faults/|weights/cast_error|loss/(loss_entropy|loss_kl|kl_to_ref)|groups/dropped_"
+)
 
 
 class Run:
@@ -112,7 +114,7 @@ def _state(checkpoint, component):
 
 def _unused(known):
     """Named shared memory, beside what is known, that no process maps: nobody will free it."""
-    deadline_s = time.monotonic() + 10  # other programs of this machine make and remove names too
+    deadline_s = time.monotonic() + 60  # other programs of this machine make and remove names too
     while names := _unmapped(known):
         if time.monotonic() > deadline_s:
             break
