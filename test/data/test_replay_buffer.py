@@ -465,11 +465,9 @@ def test_a_resumed_run_sees_every_minibatch_once(plane, tmp_path, on_disk, taken
         new.buffer.loads(tmp_path / "buffer")
     else:
         new.buffer.load_state_dict(state)
-    if rest:
-        assert new.update() == rest
-    else:
-        with pytest.raises(RuntimeError, match="call update_policy_weights_"):
-            new.update()
+    assert new.update() == rest  # after the last one nothing is left, and the update is published
+    with pytest.raises(RuntimeError, match="call update_policy_weights_"):
+        new.update()
     assert len(seen) + len(rest) == 6
     for run in (old, new):
         assert run.publish() == 1

@@ -17,8 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_dvla.data.group import Group, GroupConfig, GroupState, Rollout, judge
-from torchrl_dvla.data.schedule import EpisodeSpec, InitStateSchedule
+from torchrl_dvla.data.group import (
+    EpisodeSpec,
+    Group,
+    GroupConfig,
+    GroupState,
+    InitStateSchedule,
+    Rollout,
+    judge,
+)
 from torchrl_dvla.data.schema import ADVANTAGE_KEY
 from torchrl_dvla.memory import EnvironmentPool
 
