@@ -21,8 +21,13 @@ from pathlib import Path
 
 from torch import nn
 
-from torchrl_dvla import AsyncWeightUpdater, DVLACollector, PooledReplayBuffer
-from torchrl_dvla.collectors import GroupConfig, WorkerConfig
+from torchrl_dvla import (
+    AsyncWeightUpdater,
+    DVLACollector,
+    GroupConfig,
+    PooledReplayBuffer,
+    WorkerConfig,
+)
 from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.swimlane import draw_timeline, read_chrome_trace
 from torchrl_dvla.testing import CountingChunkEnv, emulate_latency
@@ -41,12 +46,13 @@ def follow(address: str, policy: nn.Module) -> None:
 def main(path: str = "timeline.json") -> None:
     policy = tiny_token_policy(2, 4, vocab_size=8, hidden_dim=1536)
     updater = AsyncWeightUpdater(num_slots=4)
+    buffer = PooledReplayBuffer(batch_size=8)
     collector = DVLACollector(
         functools.partial(
             CountingChunkEnv, max_env_steps=16, required_fraction=0.5, step_latency_s=STEP_S
         ),
         emulate_latency(policy, DECIDE_S),
-        replay_buffer=functools.partial(PooledReplayBuffer, batch_size=8),
+        replay_buffer=buffer,
         group=GroupConfig(group_size=4, groups_per_update=2, max_policy_lag=1),
         workers=WorkerConfig(num_workers=2, envs_per_worker=2, max_decisions=4),
         weight_sync_schemes={"policy": updater},
@@ -55,12 +61,12 @@ def main(path: str = "timeline.json") -> None:
     spawn = multiprocessing.get_context("spawn")
     spawn.Process(target=follow, args=(broadcast.address, policy), daemon=True).start()
     broadcast.wait(0, 60.0, num_nodes=1)
-    collector.start()
-    for _ in range(10):
-        for _batch in collector.replay_buffer:
-            time.sleep(LEARN_S)  # a learner on a device: the core is free
-        collector.update_policy_weights_()
-    usage = collector.timeline.usage()
+    with collector:
+        for _ in range(10):
+            for _batch in buffer:
+                time.sleep(LEARN_S)  # a learner on a device: the core is free
+            collector.update_policy_weights_()
+        usage = collector.timeline.usage()
     idle = usage.idle_shares()
     for lane, share in usage.shares().items():
         reasons = [f"{reason} {idle[of, reason]:.0%}" for of, reason in idle if of == lane]
@@ -70,7 +76,6 @@ def main(path: str = "timeline.json") -> None:
     collector.timeline.export_chrome_trace(path)
     picture = draw_timeline(read_chrome_trace(path), start_s=1.0, end_s=2.0)
     Path(path).with_suffix(".svg").write_text(picture)
-    collector.shutdown()
 
 
 if __name__ == "__main__":

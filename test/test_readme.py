@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-MAX_LINES = 40
+MAX_LINES = 28
 
 
 def snippet() -> str:

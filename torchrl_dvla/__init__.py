@@ -13,9 +13,16 @@ imported from its package, such as :mod:`torchrl_dvla.envs`.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchrl_dvla._version import __version__
+
+if TYPE_CHECKING:
+    from torchrl_dvla.collectors import DVLACollector, InferenceConfig, WorkerConfig
+    from torchrl_dvla.data import EpisodeSpec, GroupConfig, PooledReplayBuffer
+    from torchrl_dvla.objectives import GRPOLoss
+    from torchrl_dvla.topology import TopologyAwareCollector
+    from torchrl_dvla.weight_update import AsyncWeightUpdater
 
 #: Public names by the package that holds them: importing one imports only what it needs.
 _PACKAGES = {

@@ -143,6 +143,19 @@ def test_an_update_that_was_left_goes_on_with_its_next_minibatch(plane):
     assert plane.update() == [[10, 11, 12, 13], [14, 15, 16, 17], [18, 19]]
 
 
+def test_an_update_that_was_left_at_its_last_minibatch_ends_at_once(plane):
+    plane = plane(shuffle=False)
+    plane.add(2)
+    for batch in plane.buffer:
+        if xs(batch) == [8, 9]:
+            break
+    gc.collect()
+    assert plane.update() == []
+    with pytest.raises(RuntimeError, match=r"call update_policy_weights_\(\) after each update"):
+        plane.update()
+    plane.publish()
+
+
 def test_an_update_that_was_left_may_be_published(plane):
     plane = plane(shuffle=False)
     plane.add(4)
@@ -465,9 +478,7 @@ def test_a_resumed_run_sees_every_minibatch_once(plane, tmp_path, on_disk, taken
         new.buffer.loads(tmp_path / "buffer")
     else:
         new.buffer.load_state_dict(state)
-    assert new.update() == rest  # after the last one nothing is left, and the update is published
-    with pytest.raises(RuntimeError, match="call update_policy_weights_"):
-        new.update()
+    assert new.update() == rest
     assert len(seen) + len(rest) == 6
     for run in (old, new):
         assert run.publish() == 1

@@ -40,7 +40,7 @@ DASHBOARD: dict[str, dict[str, list[str]]] = {
         "weights: publish duration": [r"weights/publish_s"],
     },
     "Groups": {
-        "admitted, kept, dropped": [r"collector/groups_.+"],
+        "admitted, kept, dropped": [r"buffer/groups_(admitted|kept|dropped|learned)"],
         "share of kept groups": [r"groups/kept_share"],
         "mean return of learned groups": [r"groups/mean_return"],
     },
@@ -53,7 +53,8 @@ DASHBOARD: dict[str, dict[str, list[str]]] = {
         "learning rate": [r"optim/lr"],
     },
     "Memory and faults": {
-        "pages": [r"memory/pages_.+"],
+        "pages": [r"memory/environment/pages_.+"],
+        "bytes of the two pools": [r"memory/.+/(used|peak|reserved)_bytes"],
         "faults": [r"faults/.+"],
     },
 }
