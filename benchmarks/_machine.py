@@ -46,6 +46,18 @@ def paired_ratio(ours: Iterable[float], theirs: Iterable[float]) -> dict[str, fl
     return spread(a / b for a, b in zip(ours, theirs, strict=True))
 
 
+def memory_bytes(field: str, mapping: str = "") -> int:
+    """A field of this process's memory map, summed over the mappings of that name."""
+    total, is_wanted = 0, False
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            if not line.split()[0].endswith(":"):  # the head of a mapping
+                is_wanted = mapping in line
+            elif is_wanted and line.startswith(f"{field}:"):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
 def in_processes(target: Any, many_args: list[tuple[Any, ...]]) -> list[Any]:
     """Call ``target(connection, *args)`` in a fresh process for each ``args``, all at once."""
     context = multiprocessing.get_context("spawn")

@@ -79,9 +79,8 @@ from torchrl_dvla.data import (
     InitStateSchedule,
     PooledReplayBuffer,
     decision_layout,
-    row_fields,
 )
-from torchrl_dvla.memory import EnvironmentPool, RowWriter, WorkerView
+from torchrl_dvla.memory import EnvironmentPool, RowWriter, WorkerView, row_access
 from torchrl_dvla.swimlane import ManagedProcess
 from torchrl_dvla.swimlane.messages import Stop
 
@@ -230,7 +229,7 @@ class Dvla:
         ]
         self.gathered, self.written = Copied(), dict.fromkeys(range(len(self.workers)), 0)
         if count:
-            self.gathered.wrap(row_fields, "_take", lambda source, numbers, out: out.nbytes)
+            self.gathered.wrap(row_access, "_take", lambda source, numbers, out: out.nbytes)
         self.woken, self.waker = Pipe(duplex=False)
         self.groups.add_listener(lambda: self.waker.send_bytes(b"."))
         self.is_open = True

@@ -6,7 +6,7 @@
 
     python benchmarks/pool_soak.py [--quick] [--trajectories 20000] [--workers 4] [--seed 0]
 
-One process owns the pool, as the coordinator does. Worker processes write trajectories into pages
+One process owns the pool, as a collector does. Worker processes write trajectories into pages
 that they are given one by one; lengths follow a Pareto law (mean about 26 decisions, cut at 400).
 Finished trajectories are adopted by a ``PooledStorage`` in groups of four, and groups are evicted
 in random order. At random moments a random worker is killed with SIGKILL, mostly in the middle of a

@@ -7,11 +7,10 @@
     python benchmarks/toy_throughput.py [--quick] [--stock-env]
 
 Every arrangement plays the same task with the same policy (``TinyVLA``), collecting alone and then
-collecting and learning with the same gradient step for every minibatch (``_toy_task.py``). Every
+collecting and learning with the same gradient step for every minibatch. Every
 other round learns first, so that no mode has the start-up of an arrangement always before it:
 
-ours        ``DVLACollector``: two workers on a core each, the policy in a process, pages,
-            admission, lag 2.
+ours        ``DVLACollector``: two workers, the policy in a process, pages, admission, lag 2.
 recipe      the arrangement of TorchRL's VLA recipe: process ``Collector`` on ``ParallelEnv``, one
             shared ``ProcessInferenceServer``, ``MCAdvantage`` replay, pause, update, sync.
 async       ``AsyncBatchedCollector``.
@@ -31,11 +30,10 @@ ratio_vs_best_torchrl    ours over the best of ``async_chunk`` and ``sync_chunk`
 *_stock_env              with ``--stock-env``, which doubles the time: the same ratios against
                          TorchRL's arrangements on its own environment, as a user of the recipe
                          sees it, with the environment's share in it, and ``ratio_vs_vectorised``.
-fraction_of_cpu_bound    our decisions/s over ``cores / (env_s + policy_s + update_s)``: CPU time
-                         that ``env.step`` and ``reset``, the forward at our mean batch size
-                         and the update at our share of learned decisions take when called directly,
-                         on all cores at once, in the same run. 1 would be a collector that costs
-                         nothing on cores that never rest.
+
+The sizes are those of TorchRL's own toy configuration of its VLA recipe: 16x16 images, chunks of 4,
+at most 6 decisions an episode, a success after two env steps in a row within 0.35 of the target, 64
+bins, a hidden size of 128, groups of 4, 8 groups an update, minibatches of 64.
 
 How the settings of the rivals were found: ``--search recipe`` (or ``async``, ``sync``) measures the
 alternatives in ``SEARCH`` and prints them; ``SETTINGS`` holds the best.
@@ -58,6 +56,37 @@ from typing import Any
 
 import torch
 from _machine import in_processes, machine, paired_ratio, spread
+from _recipe import Recipe, weights
+from tensordict import NonTensorStack, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.collectors import AsyncBatchedCollector, Collector
+from torchrl.envs import (
+    Compose,
+    EnvBase,
+    ExcludeTransform,
+    MultiAction,
+    ParallelEnv,
+    SerialEnv,
+    StepCounter,
+    SuccessReward,
+    ToyVLAEnv,
+    TransformedEnv,
+)
+from torchrl.envs.utils import ExplorationType
+from torchrl.modules.vla import TinyVLA
+
+from torchrl_dvla import DVLACollector, GroupConfig, PooledReplayBuffer, WorkerConfig
+from torchrl_dvla.envs import ToyChunkEnv
+from torchrl_dvla.modules import tiny_token_policy
+from torchrl_dvla.objectives import GRPOLoss
+
+ACTION_DIM, CHUNK_SIZE, IMAGE_SIZE, MAX_DECISIONS = 2, 4, 16, 6
+GROUP_SIZE, GROUPS_PER_UPDATE, MINIBATCH = 4, 8, 64
+#: Share of the collected decisions that a uniform policy's groups with contrast hold, measured in
+#: this task. Arrangements without groups learn from this share of what they collect.
+LEARNED_SHARE = 0.6
+#: Decisions of one update.
+UPDATE_DECISIONS = GROUP_SIZE * GROUPS_PER_UPDATE * MAX_DECISIONS // 2
 
 Settings = dict[str, Any]
 SETTINGS: dict[str, tuple[str, str, Settings]] = {
@@ -99,40 +128,198 @@ SEARCH: list[tuple[str, str, Settings]] = [
 ]
 
 
-class Ours:
-    """``DVLACollector`` with the interface of the rivals."""
+# -- the task --------------------------------------------------------------------------------------
+
+
+class GroupedToyChunkEnv(ToyChunkEnv):
+    """``ToyChunkEnv`` with the group ids that TorchRL's arrangement reads off the data.
+
+    ``DVLACollector`` seeds every reset and knows its groups by itself; ``ToyVLAEnv`` replays a
+    target ``group_repeats`` times and says which group it is, and so does this one.
+    """
+
+    def __init__(self, *, group_repeats: int, group_id_offset: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.group_repeats, self.group_id_offset = group_repeats, group_id_offset
+        spec = ToyVLAEnv(
+            action_dim=2, state_dim=4, success_steps=2, group_repeats=1
+        ).observation_spec["group_id"]
+        self.observation_spec["group_id"] = spec
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
+        out = super()._reset(tensordict, **kwargs)
+        return out.set("group_id", self._group_id.clone())
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        return super()._step(tensordict).set("group_id", self._group_id.clone())
+
+
+def make_chunk_env() -> ToyChunkEnv:
+    """What ``DVLACollector`` runs."""
+    return ToyChunkEnv(action_dim=ACTION_DIM, chunk_size=CHUNK_SIZE, image_size=IMAGE_SIZE)
+
+
+def make_rival_env(
+    kind: str, worker_idx: int = 0, batch_size: tuple[int, ...] = (), *, text: bool = True
+) -> EnvBase:
+    """The environment of TorchRL's arrangements.
+
+    Args:
+        kind (str): ``"stock"``: ``ToyVLAEnv`` with ``MultiAction``, as the recipe builds it;
+            ``"chunk"``: ``ToyChunkEnv``; ``"vectorised"``: the first with a batch dimension.
+        worker_idx (int): sets the seed and the group ids apart.
+        batch_size (tuple of int): of ``"vectorised"``.
+
+    Keyword Args:
+        text (bool): whether the instruction stays in the data. ``AsyncBatchedCollector`` takes its
+            fast ways only where all leaves are tensors; :class:`TextlessPolicy` puts the string
+            back.
+    """
+    dropped = () if text else (ExcludeTransform("language_instruction"),)
+    group = {"group_repeats": GROUP_SIZE, "group_id_offset": worker_idx * 10**6}
+    if kind == "chunk":
+        env = GroupedToyChunkEnv(
+            action_dim=ACTION_DIM,
+            chunk_size=CHUNK_SIZE,
+            image_size=IMAGE_SIZE,
+            seed=worker_idx,
+            **group,
+        )
+        return TransformedEnv(env, Compose(StepCounter(max_steps=MAX_DECISIONS), *dropped))
+    stock = ToyVLAEnv(
+        action_dim=ACTION_DIM,
+        state_dim=2 * ACTION_DIM,
+        image_shape=(3, IMAGE_SIZE, IMAGE_SIZE),
+        success_steps=2,
+        success_tol=0.35,
+        seed=worker_idx,
+        batch_size=torch.Size(batch_size),
+        device="cpu",  # ParallelEnv's; else its first partial reset fails
+        **({} if kind == "vectorised" else group),
+    )
+    transforms = (
+        MultiAction.from_vla(stack_rewards=False),
+        SuccessReward(),
+        StepCounter(max_steps=MAX_DECISIONS),
+        *dropped,
+    )
+    return TransformedEnv(stock, Compose(*transforms))
+
+
+def make_policy() -> TinyVLA:
+    """A policy whose lazy layers are there; it samples where the context asks for it."""
+    torch.manual_seed(0)
+    policy = tiny_token_policy(ACTION_DIM, CHUNK_SIZE, vocab_size=64, hidden_dim=128)
+    with torch.no_grad():
+        policy(observations(1))
+    return policy
+
+
+class TextlessPolicy(TensorDictModuleBase):
+    """The same policy for data without strings: it adds the one instruction of the task itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy = make_policy()
+        self.in_keys = [key for key in self.policy.in_keys if key != "language_instruction"]
+        self.out_keys = list(self.policy.out_keys)
+        self._texts: dict[int, NonTensorStack] = {}
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        size = tensordict.batch_size[0]
+        if size not in self._texts:
+            self._texts[size] = observations(size)["language_instruction"]
+        tensordict.set("language_instruction", self._texts[size])
+        return self.policy(tensordict).exclude("language_instruction")
+
+
+def observations(batch_size: int) -> TensorDict:
+    """A batch of what the policy reads."""
+    texts = NonTensorStack(*["push the T-shaped block onto the target"] * batch_size)
+    return TensorDict(
+        {
+            "observation": {
+                "image": torch.zeros(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8),
+                "state": torch.zeros(batch_size, 2 * ACTION_DIM),
+            },
+            "language_instruction": texts,
+        },
+        batch_size=[batch_size],
+    )
+
+
+class Update:
+    """The gradient step that every arrangement takes for each minibatch.
+
+    The learning rate is so small that the policy stays uniform: all arrangements play episodes of
+    the same lengths throughout.
+    """
+
+    def __init__(self, policy: TinyVLA) -> None:
+        self._loss = GRPOLoss(policy)
+        self._optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-7)
+
+    def __call__(self, batch: TensorDictBase) -> None:
+        self._loss(batch)["loss_objective"].backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+# -- the arrangements ------------------------------------------------------------------------------
+
+
+class Arrangement:
+    """Something that collects and learns, in stretches of time; a context manager.
+
+    Args:
+        policy (TinyVLA): the learner's.
+    """
+
+    def __init__(self, policy: TinyVLA) -> None:
+        self._update = Update(policy)
+        self._num_decisions = 0
+
+    def num_decisions(self) -> int:
+        """Decisions collected so far."""
+        return self._num_decisions
+
+    def collect_for(self, seconds: float) -> None:
+        """Take the data and do nothing with it."""
+        self._run(seconds, learn=False)
+
+    def learn_for(self, seconds: float) -> None:
+        """Learn from the data, and give the weights away."""
+        self._run(seconds, learn=True)
+
+    def _run(self, seconds: float, *, learn: bool) -> None:
+        end_s = time.monotonic() + seconds
+        while time.monotonic() < end_s:
+            self._take_batch(learn)
+
+    def _take_batch(self, learn: bool) -> None:
+        raise TypeError("It says how it takes a batch.")
+
+
+class Ours(Arrangement):
+    """``DVLACollector``."""
 
     def __init__(self, kind: str, *, envs_per_worker: int = 32, num_workers: int = 2) -> None:
-        from _toy_task import (
-            GROUP_SIZE,
-            GROUPS_PER_UPDATE,
-            MAX_DECISIONS,
-            MINIBATCH,
-            Update,
-            make_chunk_env,
-            make_policy,
-        )
-
-        from torchrl_dvla import DVLACollector, PooledReplayBuffer
-        from torchrl_dvla.collectors import GroupConfig, WorkerConfig
-
         policy = make_policy()
-        self._update = Update(policy)
+        super().__init__(policy)
         self.collector = DVLACollector(
             make_chunk_env,
             policy,
-            replay_buffer=functools.partial(PooledReplayBuffer, batch_size=MINIBATCH),
+            replay_buffer=PooledReplayBuffer(batch_size=MINIBATCH),
             group=GroupConfig(
                 group_size=GROUP_SIZE,
                 groups_per_update=GROUPS_PER_UPDATE,
                 max_policy_lag=2,
-                max_drought=10**9,
+                max_no_signal_groups=10**9,
             ),
             workers=WorkerConfig(
                 num_workers=num_workers,
                 envs_per_worker=envs_per_worker,
                 max_decisions=MAX_DECISIONS,
-                pin_workers=True,
             ),
         )
         self.num_learned = 0
@@ -144,26 +331,125 @@ class Ours:
     def __exit__(self, *exc_info: object) -> None:
         self.collector.shutdown()
 
-    def counters(self) -> dict[str, int]:
-        return self.collector._counters.totals
-
     def num_decisions(self) -> int:
-        return self.counters()["collector/decisions"]
+        return int(self.collector.stats()["frames"])
 
-    def collect_for(self, seconds: float) -> None:
-        self._run(seconds, learn=False)
+    def num_calls(self) -> int:
+        """Policy calls so far."""
+        return int(self.collector.stats().get("collector/inference_batches", 0))
 
-    def learn_for(self, seconds: float) -> None:
-        self._run(seconds, learn=True)
+    def _take_batch(self, learn: bool) -> None:
+        for batch in self.collector.replay_buffer:
+            if learn:
+                self.num_learned += len(batch)
+                self._update(batch)
+        self.collector.update_policy_weights_()
 
-    def _run(self, seconds: float, *, learn: bool) -> None:
-        end_s = time.monotonic() + seconds
-        while time.monotonic() < end_s:
-            for batch in self.collector.replay_buffer:
-                if learn:
-                    self.num_learned += len(batch)
-                    self._update(batch)
-            self.collector.update_policy_weights_()
+
+def make_recipe(kind: str, **settings: Any) -> Recipe:
+    """The arrangement of TorchRL's VLA recipe on the toy task."""
+    return Recipe(
+        functools.partial(make_rival_env, kind),
+        make_policy,
+        Update,
+        group_size=GROUP_SIZE,
+        minibatch=MINIBATCH,
+        update_decisions=LEARNED_SHARE * UPDATE_DECISIONS,
+        return_bounds=(0.05, 0.95),
+        **settings,
+    )
+
+
+class AsyncBatched(Arrangement):
+    """``AsyncBatchedCollector``: environments step while others wait for the policy server.
+
+    Args:
+        kind (str): environment, see ``make_rival_env``.
+
+    Keyword Args:
+        num_envs (int): environments.
+        **kwargs: its settings; see ``SEARCH``.
+    """
+
+    def __init__(self, kind: str, *, num_envs: int, **kwargs: Any) -> None:
+        policy = TextlessPolicy()
+        super().__init__(policy.policy)
+        slots = kwargs.get("transport") == "auto"  # this way the policy is built in its own process
+        self._shipped = policy
+        self._collector = AsyncBatchedCollector(
+            [functools.partial(make_rival_env, kind, k, text=False) for k in range(num_envs)],
+            frames_per_batch=UPDATE_DECISIONS,
+            env_backend="multiprocessing",
+            exploration_type=ExplorationType.RANDOM,
+            **({"policy_factory": TextlessPolicy} if slots else {"policy": policy}),
+            **kwargs,
+        )
+
+    def __enter__(self) -> AsyncBatched:
+        self._batches = iter(self._collector)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._collector.shutdown(raise_on_error=False)
+
+    def _take_batch(self, learn: bool) -> None:
+        batch = next(self._batches)
+        self._num_decisions += batch.numel()
+        if learn:
+            _learn(self._update, batch)
+            self._sync()
+
+    def _sync(self) -> None:
+        self._collector.update_policy_weights_(weights(self._shipped))
+
+
+class Sync(AsyncBatched):
+    """``Collector`` in this process, on a batched environment: collect, update, collect.
+
+    Args:
+        kind (str): environment, see ``make_rival_env``.
+
+    Keyword Args:
+        num_envs (int): environments of the batch.
+        batched_env (str): ``"serial"`` or ``"parallel"``; a vectorised environment needs neither.
+    """
+
+    def __init__(self, kind: str, *, num_envs: int, batched_env: str) -> None:
+        policy = make_policy()
+        Arrangement.__init__(self, policy)
+        if kind == "vectorised":
+            env = make_rival_env(kind, batch_size=(num_envs,))
+        else:
+            cls = {"serial": SerialEnv, "parallel": ParallelEnv}[batched_env]
+            env = cls(
+                num_envs, [functools.partial(make_rival_env, kind, k) for k in range(num_envs)]
+            )
+        self._collector = Collector(
+            env,
+            policy,
+            frames_per_batch=max(1, UPDATE_DECISIONS // num_envs) * num_envs,
+            total_frames=-1,
+            exploration_type=ExplorationType.RANDOM,
+        )
+
+    def _sync(self) -> None:
+        pass  # the collector calls the very policy that was updated
+
+
+def _learn(update: Update, batch: TensorDictBase) -> None:
+    """Learn from the share that the groups with contrast would hold."""
+    batch = batch.reshape(-1)
+    batch = batch[: int(LEARNED_SHARE * batch.numel())].exclude("next")
+    if "language_instruction" not in set(batch.keys()):
+        batch["language_instruction"] = observations(len(batch))["language_instruction"]
+    if "action_is_pad" not in set(batch.keys()):
+        batch["action_is_pad"] = torch.zeros(*batch.shape, CHUNK_SIZE, dtype=torch.bool)
+    batch["advantage"] = torch.ones(*batch.shape, 1)
+    for minibatch in batch.split(MINIBATCH):
+        update(minibatch)
+
+
+# -- measuring -------------------------------------------------------------------------------------
 
 
 def run(
@@ -177,8 +463,6 @@ def run(
     torch.set_num_threads(1)
     with open(os.devnull, "w") as null:
         sys.stdout = null
-        from _toy_rivals import AsyncBatched, Sync, make_recipe
-
         family, kind, settings = spec
         make = {"ours": Ours, "recipe": make_recipe, "async": AsyncBatched, "sync": Sync}[family]
         out: dict[str, float] = {}
@@ -193,44 +477,15 @@ def run(
                 spend(0.2 * args.seconds)
                 before, start_s = arrangement.num_decisions(), time.monotonic()
                 learned = getattr(arrangement, "num_learned", 0)
-                calls = _calls(arrangement)
+                calls = arrangement.num_calls() if family == "ours" else 0
                 spend(args.seconds)
                 decisions = arrangement.num_decisions() - before
                 out[mode] = decisions / (time.monotonic() - start_s)
                 if family == "ours":
-                    out[f"{mode}_batch"] = decisions / (_calls(arrangement) - calls)
+                    out[f"{mode}_batch"] = decisions / (arrangement.num_calls() - calls)
                     if mode == "learn":
                         out["learned_share"] = (arrangement.num_learned - learned) / decisions
         connection.send(out)
-
-
-def _calls(arrangement: Any) -> int:
-    return (
-        arrangement.counters()["collector/inference_batches"]
-        if isinstance(arrangement, Ours)
-        else 0
-    )
-
-
-def bound(connection: Connection, batch_size: int, seconds: float) -> None:
-    from _toy_task import cost_alone
-
-    connection.send(cost_alone(batch_size, seconds))
-
-
-def cost_on_all_cores(batch_size: float, seconds: float) -> dict[str, float]:
-    """CPU seconds a decision, with every core at the same work."""
-    cores = len(os.sched_getaffinity(0))
-    found = in_processes(bound, [(max(1, round(batch_size)), seconds)] * cores)
-    return {name: statistics.fmean(one[name] for one in found) for name in found[0]}
-
-
-def fraction(run: dict[str, float], cost: dict[str, float], mode: str) -> float:
-    cores = len(os.sched_getaffinity(0))
-    per_decision_s = cost["env_s"] + cost["policy_s"]
-    if mode == "learn":
-        per_decision_s += cost["update_s"] * run["learned_share"]
-    return run[mode] * per_decision_s / cores
 
 
 def main() -> None:
@@ -250,7 +505,6 @@ def main() -> None:
         return
     specs = {**SETTINGS, **STOCK} if args.stock_env else SETTINGS
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in specs}
-    costs, fractions = [], {"collect": [], "learn": []}
     for repeat in range(args.repeats):
         step = 1 if repeat % 2 == 0 else -1
         modes = ("collect", "learn")[::step]
@@ -259,10 +513,6 @@ def main() -> None:
             runs[name].append(found)
             line = "  ".join(f"{key} {value:.2f}" for key, value in found.items())
             print(f"{repeat} {name:<14} {line}", file=sys.stderr)
-            if name == "ours":  # in the same moment, for a machine that drifts
-                costs.append(cost_on_all_cores(found["learn_batch"], args.seconds / 4))
-                for mode, values in fractions.items():
-                    values.append(fraction(found, costs[-1], mode))
 
     def column(name: str, mode: str) -> list[float]:
         return [one[mode] for one in runs[name]]
@@ -283,16 +533,10 @@ def main() -> None:
     result = {
         "benchmark": "toy_throughput",
         **{name: found["median"] for name, found in ratios.items()},
-        "fraction_of_cpu_bound": spread(fractions["learn"])["median"],
-        "fraction_of_cpu_bound_collect_only": spread(fractions["collect"])["median"],
-        "spread": {**ratios, **{f"fraction_{k}": spread(v) for k, v in fractions.items()}},
+        "spread": ratios,
         "decisions_per_s": {
             name: {mode: spread(column(name, mode), 1) for mode in ("collect", "learn")}
             for name in specs
-        },
-        "cpu_us_per_decision_alone": {
-            name[:-2]: round(1e6 * statistics.median(cost[name] for cost in costs), 1)
-            for name in costs[0]
         },
         "mean_batch": round(statistics.median(column("ours", "learn_batch")), 1),
         "learned_share": round(statistics.median(column("ours", "learned_share")), 2),

@@ -17,9 +17,8 @@ so that eight readers and a learner share the cores there are.
 The last line of stdout is one JSON object. Where a figure is measured for several models and
 ways of serving, the key of the issue is the *worst* of them and ``by_model`` has them all:
 
-stall_over_copy           learner's time in ``publish`` over one ``copy_`` of as many bytes
-stall_8_over_1            that time with all readers serving (emulated) over that with one;
-                          ``copy_8_over_1`` is the same of a plain copy beside the same readers
+stall_over_copy           learner's time in ``publish``, which copies and checks for NaN and
+                          infinity, over one ``copy_`` of as many bytes
 ratio_vs_whole_versions   adoption time of ``multiprocess`` and of ``process_server``, the smaller,
                           over ours (larger is better): from the call of publish until the last
                           reader begins a decision with the new weights
@@ -30,12 +29,7 @@ torn_reads                reads of ours that mixed two versions, of ``num_reads`
 resident_over_model       memory of the slots and what all readers have added of their own, over the
                           model's; the learner's own model is not counted
 served_while_publishing   decisions/s of one reader (computed) while a version is published every
-                          100 ms, over those without; ``served_while_copying``: while as many
-                          bytes are copied
-adopt_p99_growth          of publish-to-adopt, by a saturated data plane; ``copy_p99_growth`` is
-                          that of a plain copy in the same run; ``_weight_planes.py``
-data_plane_loss           of its bytes/s, by weights that are published all the time, beyond what
-                          one core of plain copying costs it
+                          100 ms, over those without
 
 How the rivals were set up. TorchRL's schemes, given a model on the CPU, hand readers the learner's
 own parameters: training shows through before anything is sent, and there is no publish to time. So
@@ -43,37 +37,385 @@ own parameters: training shows through before anything is sent, and there is no 
 acknowledgements (``sync``), which does not count: the clock stops when the readers act. Servers are
 updated all at once from threads, and asked all the time; eight that are idle take 0.04 s for 10 MB.
 
-Models above 512 MB are served emulated only, and compared with schemes that send whole versions
-only where memory holds the copies of both. Schemes take turns within each round; ratios are medians
-over the rounds of the ratio within one.
+Models above 512 MB are served emulated only, and beside ``shared`` alone: whole versions for eight
+readers do not fit into memory. Schemes take turns within each round; ratios are medians over the
+rounds of the ratio within one.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from _machine import machine, paired_ratio, spread
-from _weight_node import DECISIONS, SCHEMES, Node, ServerNode, make_policy, set_version
-from _weight_planes import measure_planes
+from _machine import machine, memory_bytes, paired_ratio, spread
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.modules.inference_server import MPTransport, ProcessInferenceServer
+from torchrl.weight_update import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme
+from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 
 from torchrl_dvla.memory import available_bytes
-from torchrl_dvla.weight_update import WeightStore
+from torchrl_dvla.weight_update import AsyncWeightUpdater, WeightStore
 
-# Models that ours and a scheme that sends whole versions hold at the most, with two readers. With
-# eleven free, the kernel ended the benchmark.
-_NUM_COPIES_OF_A_PAIR = 14
+#: A decision on an accelerator, emulated: it takes this long and holds no core.
+EMULATED_DECISION_S = 0.005
+VERSION, DECISIONS, FIRST_USE_NS = range(3)
+#: Run the layers; emulate a decision; compare all weights.
+ORDERS = ("compute", "emulate", "check")
+
+SCHEMES: dict[str, Callable[[], WeightSyncScheme]] = {
+    "dvla": AsyncWeightUpdater,
+    "multiprocess": MultiProcessWeightSyncScheme,
+    "shared": SharedMemWeightSyncScheme,
+}
+
+
+def fork_server() -> Any:
+    """A context whose processes start in no time: their server has imported this very file."""
+    context, here = multiprocessing.get_context("forkserver"), Path(__file__)
+    path = os.environ.get("PYTHONPATH", "")  # where the server looks for modules
+    if str(here.parent) not in path.split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(here.parent), path]))
+    context.set_forkserver_preload([here.stem])
+    return context
+
+
+def width_of(megabytes: int) -> int:
+    """Larger models have larger layers: of 1, 4 or 16 MiB.
+
+    TorchRL's schemes send a file descriptor for each tensor, of which a process takes some 250.
+    """
+    return 512 if megabytes <= 64 else 1024 if megabytes <= 512 else 2048
+
+
+class Policy(nn.Module):
+    """A stack of square layers, every weight of which is the number of its version."""
+
+    def __init__(self, megabytes: int) -> None:
+        super().__init__()
+        width = width_of(megabytes)
+        num_layers = (megabytes << 20) // (4 * width * width)
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(num_layers))
+        self.requires_grad_(False)
+
+    def version(self) -> int:
+        """In every scheme the last weight is written last."""
+        return int(self.layers[-1].weight[-1, -1])
+
+    def forward(
+        self, inputs: torch.Tensor, order: str = "compute", on_begin: Callable[[int], None] = id
+    ) -> bool:
+        """One decision; in the order ``check`` it says whether all weights were of one version."""
+        version = self.version()
+        on_begin(version)
+        if order == "check":
+            extremes = [torch.aminmax(layer.weight) for layer in self.layers]
+            return {float(v) for pair in extremes for v in pair} == {float(version)}
+        if order == "emulate":
+            # Not even one layer: of 16 MiB, in eight readers, it would hold one and a half cores.
+            time.sleep(EMULATED_DECISION_S)
+            return True
+        for layer in self.layers:
+            inputs = layer(inputs)
+        return True
+
+
+def make_policy(megabytes: int, *, meta: bool = False) -> Policy:
+    """A policy without the seconds that random initial weights take."""
+    with torch.device("meta"):
+        policy = Policy(megabytes)
+    return policy if meta else policy.to_empty(device="cpu").requires_grad_(False)
+
+
+def set_version(policy: Policy, version: int) -> Policy:
+    for parameter in policy.parameters():
+        parameter.fill_(float(version))
+    return policy
+
+
+# -- the readers -----------------------------------------------------------------------------------
+
+
+def serve(
+    connection: Connection,
+    scheme: WeightSyncScheme,
+    words: torch.Tensor,
+    index: int,
+    megabytes: int,
+) -> None:
+    """Follow orders, and say in ``words[index]`` what is served, since when, and how often."""
+    torch.set_num_threads(1)
+    inputs = torch.zeros(4, width_of(megabytes))
+    nn.Linear(inputs.shape[-1], 512)(inputs)  # the library's own workspaces are not weights
+    row = words[index].numpy()
+    before = memory_bytes("Anonymous")
+    policy = make_policy(megabytes, meta=True)  # every scheme brings the first weights
+    scheme.init_on_receiver(model_id="policy", model=policy, worker_idx=index)
+    scheme.connect(worker_idx=index)
+    policy(inputs)
+    connection.send(memory_bytes("Anonymous") - before)
+
+    def begin(version: int) -> None:
+        if version != row[VERSION]:
+            row[FIRST_USE_NS] = time.monotonic_ns()
+            row[VERSION] = version
+
+    while (order := connection.recv()) != "stop":
+        num_reads = num_torn = 0
+        while not connection.poll(0):
+            num_torn += not policy(inputs, order, begin)
+            num_reads += 1
+            row[DECISIONS] += 1
+        connection.recv()
+        connection.send((num_reads, num_torn))
+    scheme.shutdown()
+
+
+def copy_for_worker(index: int, weights: TensorDict) -> TensorDict:
+    return weights.clone()
+
+
+class Node:
+    """The learner and its readers under one scheme."""
+
+    def __init__(self, name: str, num_readers: int, megabytes: int) -> None:
+        context = fork_server()
+        self.name = name
+        self.megabytes = megabytes
+        self.num_readers = num_readers
+        self.policy = set_version(make_policy(megabytes), 0)
+        self.version = 0
+        self.words = torch.zeros(num_readers, 3, dtype=torch.int64).share_memory_()
+        self.scheme = SCHEMES[name]()
+        # Given the model on the CPU, TorchRL's schemes hand readers the learner's own parameters:
+        # its training shows through before anything is sent. With a buffer of its own (for each
+        # worker, where the scheme is to send copies) there is something to compare.
+        self._weights = TensorDict.from_module(self.policy).data
+        options: dict[str, Any] = {"model": self.policy, "num_workers": num_readers}
+        if name == "multiprocess":
+            options = {
+                "weights": self._weights,
+                "num_workers": num_readers,
+                "device_map_fn": copy_for_worker,
+            }
+        elif name == "shared":
+            options = {
+                "weights": self._weights.clone(),
+                "devices": [torch.device("cpu")] * num_readers,
+            }
+        self.scheme.init_on_sender(model_id="policy", ctx=context, **options)
+        pipes = [context.Pipe() for _ in range(num_readers)]
+        self._pipes = [ours for ours, _ in pipes]
+        self._processes = [
+            context.Process(
+                target=serve, args=(theirs, self.scheme, self.words, index, megabytes), daemon=True
+            )
+            for index, (_, theirs) in enumerate(pipes)
+        ]
+        for process, (_, theirs) in zip(self._processes, pipes, strict=True):
+            process.start()
+            theirs.close()  # so that a reader that fails is heard
+        self.scheme.connect()
+        self._reader_bytes = [pipe.recv() for pipe in self._pipes]
+
+    def train(self) -> None:
+        """Give the learner's weights the next number."""
+        self.version += 1
+        set_version(self.policy, self.version)
+
+    def publish(self) -> None:
+        """What the learner calls to give its weights away."""
+        if isinstance(self.scheme, AsyncWeightUpdater):
+            self.scheme.publish()
+        else:
+            self.scheme.send(weights=self._weights)
+
+    def adopt_s(self) -> float:
+        """Seconds from the call of publish until the last reader begins to act with the version."""
+        words = self.words
+        self.train()
+        start_ns = time.monotonic_ns()
+        self.publish()
+        deadline = time.monotonic() + 60.0
+        while int(words[:, VERSION].min()) < self.version:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"Version {self.version} is not served: {self.words}.")
+            time.sleep(5e-4)
+        return (int(words[:, FIRST_USE_NS].max()) - start_ns) / 1e9
+
+    def resident_bytes(self) -> int:
+        """What the slots take, and what all readers have added of their own."""
+        for _ in range(4):  # every slot has been written
+            self.train()
+            self.publish()
+        # The pages of the slots are shared, so they are counted once, where all of them are mapped.
+        return memory_bytes("Rss", "memfd:torchrl_dvla") + sum(self._reader_bytes)
+
+    @contextmanager
+    def ordered(self, order: str, num_readers: int | None = None) -> Iterator[list[int]]:
+        """The readers do as told meanwhile; the list then holds their reads and torn reads."""
+        pipes = self._pipes[:num_readers]
+        counts: list[int] = []
+        for pipe in pipes:
+            pipe.send(order)
+        yield counts
+        for pipe in pipes:
+            pipe.send("enough")
+        answers = [pipe.recv() for pipe in pipes]
+        counts += [sum(answer[0] for answer in answers), sum(answer[1] for answer in answers)]
+
+    def torn(self: Any, seconds: float) -> dict[str, int]:
+        """Reads that found two versions in one model, under a learner that never rests."""
+        with self.ordered("check") as counts:
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline:
+                self.train()
+                self.publish()
+        return {"num_reads": counts[0], "torn_reads": counts[1]}
+
+    def close(self) -> None:
+        # First the scheme: TorchRL's flush queues that only a living reader empties.
+        self.scheme.shutdown()
+        for pipe in self._pipes:
+            pipe.send("stop")
+        for process in self._processes:
+            process.join(timeout=20.0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+# -- TorchRL's inference servers -------------------------------------------------------------------
+
+
+class Answer(nn.Module):
+    """A policy for a server: one decision as the request orders it, and whether it was whole."""
+
+    def __init__(self, megabytes: int) -> None:
+        super().__init__()
+        self.policy = set_version(make_policy(megabytes), 0)
+        self.inputs = torch.zeros(4, width_of(megabytes))
+
+    def forward(self, order: torch.Tensor) -> torch.Tensor:
+        is_whole = self.policy(self.inputs, ORDERS[int(order.reshape(-1)[0])])
+        return torch.full((order.shape[0], 1), is_whole, dtype=torch.bool)
+
+
+def make_server_policy(megabytes: int) -> TensorDictModule:
+    torch.set_num_threads(1)
+    return TensorDictModule(Answer(megabytes), in_keys=["order"], out_keys=["is_whole"])
+
+
+def ask(connection: Connection, clients: list[Any]) -> None:
+    """A process that keeps every server busy, as ordered, from a thread for each."""
+    is_done = threading.Event()
+
+    def ask_one(client: Any, order: str) -> tuple[int, int]:
+        num_reads = num_torn = 0
+        while not is_done.is_set():
+            request = TensorDict({"order": torch.tensor([ORDERS.index(order)])}, batch_size=[])
+            num_torn += not bool(client(request)["is_whole"])
+            num_reads += 1
+        return num_reads, num_torn
+
+    with ThreadPoolExecutor(len(clients)) as threads:
+        while (order := connection.recv()) != "stop":
+            is_done.clear()
+            answers = [threads.submit(ask_one, client, order) for client in clients]
+            connection.recv()
+            is_done.set()
+            counts = [answer.result() for answer in answers]
+            connection.send((sum(c[0] for c in counts), sum(c[1] for c in counts)))
+
+
+class ServerNode:
+    """A ``ProcessInferenceServer`` for each reader, updated by its own ``update_model_weights``.
+
+    All servers are told at once, from a thread each, which is faster than one after the other. One
+    more process asks them without rest. A version counts as used when the last update returns.
+    """
+
+    name = "process_server"
+
+    def __init__(self, num_readers: int, megabytes: int) -> None:
+        context = fork_server()
+        self.megabytes = megabytes
+        self.num_readers = num_readers
+        self.policy = set_version(make_policy(megabytes), 0)
+        self.version = 0
+        names = {f"module.policy.{name}": p.data for name, p in self.policy.named_parameters()}
+        self._weights = TensorDict(names, []).unflatten_keys(".")
+        transports = [MPTransport(ctx=context) for _ in range(num_readers)]
+        clients = [transport.client() for transport in transports]
+        self.servers = [
+            ProcessInferenceServer(
+                policy_factory=functools.partial(make_server_policy, megabytes),
+                transport=transport,
+                mp_context=context,
+            )
+            for transport in transports
+        ]
+        self._pipe, theirs = context.Pipe()
+        self._asker = context.Process(target=ask, args=(theirs, clients), daemon=True)
+        self._asker.start()
+        theirs.close()
+        self._threads = ThreadPoolExecutor(num_readers)
+        list(self._threads.map(lambda server: server.start(), self.servers))
+
+    def train(self) -> None:
+        self.version += 1
+        set_version(self.policy, self.version)
+
+    def publish(self) -> None:
+        list(self._threads.map(lambda s: s.update_model_weights(self._weights), self.servers))
+
+    def adopt_s(self) -> float:
+        self.train()
+        start = time.monotonic()
+        self.publish()
+        return time.monotonic() - start
+
+    @contextmanager
+    def ordered(self, order: str) -> Iterator[list[int]]:
+        """As :meth:`Node.ordered`."""
+        counts: list[int] = []
+        self._pipe.send(order)
+        yield counts
+        self._pipe.send("enough")
+        counts += self._pipe.recv()
+
+    torn = Node.torn
+
+    def close(self) -> None:
+        self._pipe.send("stop")
+        self._asker.join(timeout=20.0)
+        list(self._threads.map(lambda server: server.shutdown(), self.servers))
+        self._threads.shutdown()
+        if self._asker.is_alive():
+            self._asker.kill()
+            self._asker.join()
+
+
+# -- measuring -------------------------------------------------------------------------------------
 
 AnyNode = Node | ServerNode
 Times = dict[str, dict[str, list[list[float]]]]
@@ -113,46 +455,6 @@ def measure_stall(megabytes: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def plain_copy(megabytes: int) -> Callable[[], None]:
-    """A call that copies as many bytes: a large model's in several passes over half a GB."""
-    part = min(megabytes, 512)
-    flat = torch.ones(part << 18)
-    targets = itertools.cycle([torch.zeros_like(flat) for _ in range(3 if part < 512 else 1)])
-
-    def copy() -> None:
-        for _ in range(megabytes // part):
-            next(targets).copy_(flat)
-
-    return copy
-
-
-def measure_contended_stall(node: Node, rounds: int, repeats: int) -> dict[str, Any]:
-    """With all readers and with one, in turns, beside plain copies under the same readers."""
-    calls = {"stall": node.publish, "copy": plain_copy(node.megabytes)}
-    names = list(calls)
-    ratios: dict[str, list[float]] = {name: [] for name in (*names, "stall_over_copy")}
-    for _ in range(rounds):
-        medians: dict[int | None, dict[str, float]] = {}
-        for count in random.sample([1, None], 2):
-            times: dict[str, list[float]] = {name: [] for name in names}
-            with node.ordered("emulate", count):
-                for _ in range(repeats):
-                    node.train()
-                    for name in random.sample(names, 2):
-                        times[name].append(timed(calls[name]))
-                        time.sleep(0.01)
-            medians[count] = {name: statistics.median(values) for name, values in times.items()}
-        for name in names:
-            ratios[name].append(medians[None][name] / medians[1][name])
-        ratios["stall_over_copy"].append(ratios["stall"][-1] / ratios["copy"][-1])
-    return {
-        "stall_8_over_1": statistics.median(ratios["stall"]),
-        "stall_8_over_1_spread": spread(ratios["stall"]),
-        "copy_8_over_1": spread(ratios["copy"]),
-        "stall_8_over_1_beyond_copy": spread(ratios["stall_over_copy"]),
-    }
-
-
 def measure_adoption(nodes: list[AnyNode], order: str, rounds: int, repeats: int) -> dict[str, Any]:
     """Median adoption times of each round, scheme by scheme; the readers of the others are idle."""
     times: dict[str, list[float]] = {node.name: [] for node in nodes}
@@ -175,11 +477,7 @@ def measure_adoption(nodes: list[AnyNode], order: str, rounds: int, repeats: int
 
 def measure_served(node: Node, window_s: float, rounds: int) -> dict[str, Any]:
     """One reader, so that on two cores learner and reader have one each; windows in turns."""
-    calls: dict[str, Callable[[], None] | None] = {
-        "alone": None,
-        "publishing": node.publish,
-        "copying": plain_copy(node.megabytes),
-    }
+    calls: dict[str, Callable[[], None]] = {"alone": lambda: None, "publishing": node.publish}
     rates: dict[str, list[float]] = {name: [] for name in calls}
     with node.ordered("compute", 1):
         for _ in range(rounds):
@@ -187,20 +485,14 @@ def measure_served(node: Node, window_s: float, rounds: int) -> dict[str, Any]:
                 first, start = int(node.words[0, DECISIONS]), time.monotonic()
                 next_s = start
                 while next_s - start < window_s:
-                    if (call := calls[name]) is not None:
-                        call()
+                    calls[name]()
                     next_s += 0.1
                     time.sleep(max(0.0, next_s - time.monotonic()))
                 decisions = int(node.words[0, DECISIONS]) - first
                 rates[name].append(decisions / (time.monotonic() - start))
     say("served while publishing")
-    served = [a / b for a, b in zip(rates["publishing"], rates["alone"], strict=True)]
-    return {
-        "served_while_publishing": statistics.median(served),
-        "served_while_publishing_spread": spread(served, 3),
-        "served_while_copying": paired_ratio(rates["copying"], rates["alone"]),
-        "served_publishing_over_copying": paired_ratio(rates["publishing"], rates["copying"]),
-    }
+    served = paired_ratio(rates["publishing"], rates["alone"])
+    return {"served_while_publishing": served["median"], "served_while_publishing_spread": served}
 
 
 def measure_model(megabytes: int, num_readers: int, quick: bool) -> dict[str, Any]:
@@ -215,7 +507,6 @@ def measure_model(megabytes: int, num_readers: int, quick: bool) -> dict[str, An
         nodes.append(dvla)
         out["resident_over_model"] = dvla.resident_bytes() / (megabytes << 20)
         rounds = 5 if quick or not is_small else 11
-        out.update(measure_contended_stall(dvla, rounds, 15 if is_small else 2 if is_large else 5))
         if not is_large:
             window_s = 0.5 if is_small else 1.0
             out.update(measure_served(dvla, window_s, 5 if quick else 15 if is_small else 11))
@@ -228,19 +519,6 @@ def measure_model(megabytes: int, num_readers: int, quick: bool) -> dict[str, An
             out["compute"] = measure_adoption(nodes, "compute", 5, 2 if quick else repeats)
         if is_small:
             out["reads"] = {node.name: node.torn(1.5 if quick else 5.0) for node in nodes}
-        if is_large:
-            while nodes:
-                nodes.pop().close()
-            free = available_bytes()
-        if is_large and (free is None or free > _NUM_COPIES_OF_A_PAIR * (megabytes << 20)):
-            # Copies for eight readers do not fit: two readers, one scheme at a time beside ours.
-            for name in ("multiprocess", "process_server"):
-                nodes = [Node("dvla", 2, megabytes), make_node(name, 2, megabytes)]
-                pair = measure_adoption(nodes, "emulate", 5, 1)
-                out["emulate"][f"ratio_vs_{name}"] = pair[f"ratio_vs_{name}"]
-                out["emulate"][f"adopt_s_2_readers_{name}"] = pair["adopt_s"]
-                while nodes:
-                    nodes.pop().close()
     finally:
         for node in nodes:
             node.close()
@@ -255,24 +533,11 @@ def make_node(name: str, num_readers: int, megabytes: int) -> AnyNode:
     return ServerNode(num_readers, megabytes)
 
 
-def measure_readers(megabytes: int, rounds: int) -> dict[str, Any]:
-    """Adoption times of ours and of the shared buffer for 1 to 8 readers."""
-    out: dict[str, Any] = {}
-    for count in (1, 2, 4, 8):
-        nodes: list[AnyNode] = [Node("dvla", count, megabytes), Node("shared", count, megabytes)]
-        try:
-            out[str(count)] = measure_adoption(nodes, "emulate", rounds, 5)
-        finally:
-            for node in nodes:
-                node.close()
-    return out
-
-
 def worst(models: list[dict[str, Any]], serving: tuple[str, ...]) -> dict[str, float | None]:
     """The keys of the issue, over all models (and ways of serving); None for what none measured."""
     out: dict[str, float | None] = {
         key: max(model[key] for model in models)
-        for key in ("stall_over_copy", "stall_8_over_1", "resident_over_model")
+        for key in ("stall_over_copy", "resident_over_model")
     }
     served = [m["served_while_publishing"] for m in models if "served_while_publishing" in m]
     out["served_while_publishing"] = min(served, default=None)
@@ -310,15 +575,9 @@ def main() -> None:
     result: dict[str, Any] = {"benchmark": "weight_plane", "readers": args.readers}
     result.update(worst(models, ("emulate", "compute")))
     result["emulate_only"] = worst(models, ("emulate",))
-    say("planes")
-    planes = measure_planes(5 if args.quick else 25, 15)
-    for key in ("adopt_p99_growth", "copy_p99_growth", "data_plane_loss"):
-        result[key] = planes[key]
     reads = models[0].get("reads", {})
     result["torn_reads"] = reads.get("dvla", {}).get("torn_reads")
-    result.update(planes=planes, reads=reads, by_model=models, skipped=skipped)
-    if not args.quick:
-        result["by_readers"] = measure_readers(10, 5)
+    result.update(reads=reads, by_model=models, skipped=skipped)
     result["emulated"] = "decisions of 5 ms on a device that is not there, in all parts `emulate`"
     result["quick"] = args.quick
     result["machine"] = machine()

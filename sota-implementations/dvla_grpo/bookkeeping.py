@@ -23,15 +23,11 @@ from tqdm import tqdm
 from torchrl_dvla import DVLACollector
 from torchrl_dvla.collectors import EvaluationResult
 from torchrl_dvla.data import Group, GroupQueue
-from torchrl_dvla.recording import (
-    RunReport,
-    SuccessRate,
-    TensorBoardRecorder,
-)
+from torchrl_dvla.recording import RunReport, SuccessRate, TensorBoardRecorder
 
 #: Of all that the collector counts, what is worth a chart.
 _LOGGED = re.compile(
-    r"(collector|lane|weights|planes|faults|broadcast)/\w+"
+    r"(collector|lane|weights|planes|faults)/\w+"
     r"|memory/\w+/(pages_\w+|\w+_bytes|internal_waste|page_wait_s)"
     r"|buffer/(groups_(?!failed)\w+|no_signal_groups|wait_s|last_wait_s)"
 )

@@ -51,6 +51,7 @@ class ScriptedWorkers:
         self.num_decisions, self.tasks, self.first_task = num_decisions, tasks, tasks[0]
         self.specs = SPECS
         self.hold = False
+        self.new_instruction: str | None = None
         self.fail_tasks: set[str] = set()
         #: Commands that were sent, as ``(worker, command)``; those that are not answered yet.
         self.sent: list[tuple[int, Any]] = []
@@ -98,7 +99,9 @@ class ScriptedWorkers:
                 self._reward *= 2.0
                 done = self._left[key] == 0
                 # No two rollouts return the same: every group is kept.
-                event = StepDone(command.env_index, done, False, self._reward, 2)
+                event = StepDone(
+                    command.env_index, done, False, self._reward, 2, self.new_instruction
+                )
             if self._tasks[key] in self.fail_tasks:
                 self.crash(index)
                 continue
@@ -186,6 +189,7 @@ class Bench:
         hold: bool = False,
         hold_inference: bool = False,
         fail_tasks: tuple[str, ...] = (),
+        new_instruction: str | None = None,
         inference: InferenceConfig = InferenceConfig(max_wait_s=0.0),
         workers: dict[str, Any] | None = None,
         **group: Any,
@@ -200,6 +204,7 @@ class Bench:
         )
         self.processes = ScriptedWorkers(num_workers, num_decisions, tasks)
         self.processes.hold, self.processes.fail_tasks = hold, set(fail_tasks)
+        self.processes.new_instruction = new_instruction
         self.inference = ScriptedInference()
         self.inference.hold = hold_inference
         self.timeline, self.counters = Timeline(), CollectionCounters()

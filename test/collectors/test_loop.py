@@ -238,6 +238,13 @@ async def test_a_lost_batch_is_repeated_with_the_same_seed(bench):
     assert bench.inference.held[0].new_instructions == {0: "task"}
 
 
+@on_a_bench(num_workers=1, num_decisions=3, new_instruction="turn back")
+async def test_an_instruction_that_changes_is_decided_for_from_then_on(bench):
+    await bench.until(lambda: bench.groups.stored)
+    ids = [message.instruction_ids for message in bench.inference.sent]
+    assert ids == [[0], [1], [1]] * 2
+
+
 # -- rounds ---------------------------------------------------------------------------------------
 
 

@@ -264,7 +264,7 @@ class PagesOfGroups(RuleBasedStateMachine):
                 pool.free(stranger)
         elif move == "free" and self.over:
             with pytest.raises(
-                RuntimeError, match=r"freed since its lease|is sealed and|is stored and|differ"
+                RuntimeError, match=r"freed since its|is sealed and|is stored and|differ"
             ):
                 stale = [page for page in self.over if not self.is_alive(page)]
                 pool.free([*pages, *(stale or [pages[0]])])

@@ -58,36 +58,6 @@ def test_values_come_in_the_order_of_the_keys_and_a_scalar_fills_its_field(pool)
         writer.write(0, page.generation, [True])
 
 
-def test_many_rows_are_written_field_by_field(pool):
-    first, second = pool.lease("w"), pool.lease("w")
-    rows, generations = [1, 2], [first.generation, second.generation]
-    pads = RowWriter(pool.worker_view(), ["pad"])
-    pads.write_rows(rows, generations, [[np.array([True, False, False, True]), [False] * 4]])
-    assert pool.rows["pad"].sum(-1).tolist() == [0, 2, 0, 0, 0, 0]
-    writer = RowWriter(pool.worker_view(), OBSERVATION)
-    writer.write_rows_from(rows, generations, [observation(7), observation(9)])
-    assert pool.rows["observation", "image"][:, 2, 1, 1].tolist() == [0, 7, 9, 0, 0, 0]
-    assert pool.rows["observation", "state"].sum(-1).tolist() == [0, 14, 18, 0, 0, 0]
-    pool.seal([second], 1)
-    # One row that is not leased, and none is written.
-    with pytest.raises(RuntimeError, match="Row 2 must lie in a leased page"):
-        writer.write_rows_from(rows, generations, [observation(1), observation(1)])
-    with pytest.raises(RuntimeError, match="Row 2 must lie in a leased page"):
-        pads.write_rows(rows, generations, [[[True] * 4] * 2])
-    assert pool.rows["observation", "image"].unique().tolist() == [0, 7, 9]
-    assert pool.rows["pad"].sum() == 2
-
-
-def test_rows_of_every_size_arrive(monkeypatch, pool):
-    pages = [pool.lease("w"), pool.lease("w")]
-    writer = RowWriter(pool.worker_view(), OBSERVATION)
-    for limit, value in ((10**6, 3), (0, 5)):  # gathered first, and straight into the rows
-        monkeypatch.setattr("torchrl_dvla.memory.row_writer._STACKED_BYTES", limit)
-        values = [observation(value), observation(value + 1)]
-        writer.write_rows_from([0, 2], [page.generation for page in pages], values)
-        assert pool.rows["observation", "image"][[0, 2], 1, 1, 1].tolist() == [value, value + 1]
-
-
 @pytest.mark.parametrize("end", ["seal", "store", "free", "reclaim", "release"])
 def test_a_row_whose_lease_has_ended_is_refused_and_nothing_is_written(pool, end):
     page = pool.lease("w")

@@ -95,7 +95,7 @@ class Run:
 
     def left_over(self):
         """Processes, temporary files and shared memory of the run that outlived it."""
-        alive = []
+        alive = re.findall("resource_tracker: .*", self.output)
         for environ in Path("/proc").glob("[0-9]*/environ"):
             try:
                 if self.mark.encode() in environ.read_bytes().split(b"\0"):
@@ -113,17 +113,12 @@ def _state(checkpoint, component):
 
 
 def _unused(known):
-    """Named shared memory, beside what is known, that no process maps: nobody will free it."""
-    deadline_s = time.monotonic() + 60  # other programs of this machine make and remove names too
-    while names := _unmapped(known):
-        if time.monotonic() > deadline_s:
-            break
-        time.sleep(0.2)
-    return names
+    """Named shared memory, beside what is known, that no process maps: nobody will free it.
 
-
-def _unmapped(known):
-    names = set(os.listdir("/dev/shm")) - known
+    Semaphores are mapped under another name; those of the run that leak are in its output.
+    """
+    pattern = re.compile(r"mp-|psm_|torch_|dvla")
+    names = {name for name in os.listdir("/dev/shm") if pattern.match(name)} - known
     for maps in Path("/proc").glob("[0-9]*/maps") if names else ():
         try:
             mapped = maps.read_text()

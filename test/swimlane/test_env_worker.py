@@ -13,6 +13,7 @@ from multiprocessing import Pipe
 import cloudpickle
 import pytest
 import torch
+from tensordict import NonTensorData
 from torchrl.data import NonTensor
 from torchrl.envs import Compose, MultiAction, StepCounter, SuccessReward, TransformedEnv
 from torchrl.envs.custom import ToyVLAEnv
@@ -146,6 +147,57 @@ def test_a_step_before_a_reset_is_an_error(worker_and_rows):
         worker.step(step(0, row=0, next_row=1))
 
 
+class WrongEnv(CountingChunkEnv):
+    """Returns something else than it should at every step."""
+
+    def __init__(self, wrong, **kwargs):
+        super().__init__(**kwargs)
+        self.wrong = wrong
+
+    def _step(self, tensordict):
+        out = super()._step(tensordict)
+        for key, value in self.wrong.items():
+            out.set(key, value)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"reward": torch.tensor([torch.nan])}, ValueError, r"finite.*\[nan\] as reward of a step"),
+        (
+            {("observation", "state"): torch.full((4,), torch.inf)},
+            ValueError,
+            r"finite.*inf.*state.* of a step of task 'default'",
+        ),
+        ({"language_instruction": NonTensorData(["a", "list"])}, TypeError, "must be a string"),
+    ],
+)
+def test_what_no_learner_may_see_is_refused_by_name(wrong, error, message):
+    factory = functools.partial(WrongEnv, wrong, chunk_size=4, max_env_steps=10)
+    with EnvironmentPool(layout_of(make_env()), num_pages=1, rows_per_page=4) as pool:
+        pool.lease("w")
+        worker = EnvWorker({"default": factory}, num_envs=1)
+        worker.use_pool(pool.worker_view())
+        worker.reset(reset(0, 1, row=0))
+        with pytest.raises(error, match=message):
+            worker.step(step(0, row=0, next_row=1))
+        worker.close()
+
+
+def test_an_instruction_that_changes_travels_with_the_step():
+    wrong = {"language_instruction": NonTensorData("turn back")}
+    factory = functools.partial(WrongEnv, wrong, chunk_size=4, max_env_steps=12)
+    with EnvironmentPool(layout_of(make_env()), num_pages=1, rows_per_page=4) as pool:
+        pool.lease("w")
+        worker = EnvWorker({"default": factory}, num_envs=1)
+        worker.use_pool(pool.worker_view())
+        assert worker.reset(reset(0, 1, row=0)).instruction == make_env().instruction
+        assert worker.step(step(0, row=0, next_row=1)).instruction == "turn back"
+        assert worker.step(step(0, row=1, next_row=2)).instruction is None, "it stays"
+        worker.close()
+
+
 def test_rows_of_pages_that_are_not_leased_are_refused():
     worker = EnvWorker({"default": make_env}, num_envs=1)
     with pytest.raises(RuntimeError, match="use_pool must be called before reset"):
@@ -269,7 +321,8 @@ class BreakingEnv(CountingChunkEnv):
         return out
 
 
-def test_a_failure_is_not_put_down_to_the_environments_before_it(serve, pool):
+def test_a_failure_is_not_put_down_to_the_environments_before_it(monkeypatch, serve, pool):
+    monkeypatch.setattr(env_worker, "_SEND_AFTER_S", 1e6)  # a busy machine sends no sooner
     ours = serve(functools.partial(BreakingEnv, chunk_size=4, max_env_steps=10))
     ours.recv()
     ours.send(UsePool(pool.worker_view()))

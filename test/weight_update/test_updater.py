@@ -104,29 +104,6 @@ def test_every_form_of_weights_is_published() -> None:
     updater.shutdown()
 
 
-def test_a_version_can_be_given_and_must_grow() -> None:
-    updater = make_updater(make_policy())
-    assert (updater.publish(version=7), updater.publish()) == (7, 8)
-    with pytest.raises(ValueError, match="version must grow, got 8 after 8"):
-        updater.publish(version=8)
-    assert updater.version == 8
-    updater.shutdown()
-
-
-def test_what_is_not_finite_is_refused_by_the_call_that_sends_it() -> None:
-    trained, served = make_policy(), make_policy()
-    updater = make_updater(trained)
-    reader = updater.reader("mine")
-    set_bias(trained, float("nan"))
-    with pytest.raises(ValueError, match="module.bias .2 of 2 elements. of version 1"):
-        updater.send()
-    assert (updater.version, reader.adopt_into(served), bias_of(served)) == (0, 0, 0.0)
-    set_bias(trained, 2.0)
-    assert updater.publish() == 1
-    assert (reader.adopt_into(served), bias_of(served)) == (1, 2.0)
-    updater.shutdown()
-
-
 def test_a_layer_that_was_replaced_is_sent() -> None:
     trained, served = make_policy(), make_policy()
     updater = make_updater(trained)

@@ -7,8 +7,7 @@
 from torchrl_dvla.collectors.configs import InferenceConfig, WorkerConfig
 from torchrl_dvla.collectors.dvla import DVLACollector
 from torchrl_dvla.collectors.evaluation import Evaluation, EvaluationResult
-from torchrl_dvla.data.group import GroupConfig
-from torchrl_dvla.data.schedule import EpisodeSpec, InitStateSchedule
+from torchrl_dvla.data.group import EpisodeSpec, GroupConfig, InitStateSchedule
 
 __all__ = [
     "DVLACollector",

@@ -199,7 +199,7 @@ class DecisionBatcher:
         return EvaluationWeights(self._process.started_s, greedy)
 
     def notify(self) -> None:
-        """Look again whether a batch may begin: a rollout has begun, waits, or is over."""
+        """Check again whether a batch may begin: a rollout has begun, waits, or is over."""
         self._changed.set()
 
     def stop(self) -> None:
@@ -376,7 +376,7 @@ class DecisionBatcher:
                 request.version.set_exception(SnapshotLostError())
 
     def _connect(self) -> None:
-        """Tell a new process where the rows are; the first call starts with nothing known."""
+        """Send a new process the rows; it knows no instruction yet."""
         self._num_instructions_sent = 0
         self._has_answered = False
         self._send(UsePool(self._pool.worker_view()))

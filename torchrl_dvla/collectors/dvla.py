@@ -166,7 +166,13 @@ class DVLACollector(BaseCollector):
                 start_method=workers.start_method,
             )
             undo.callback(processes.stop, workers.stop_timeout_s)
-            layout = match_policy(policy, processes.wait_ready(workers.start_timeout_s))
+            specs = processes.wait_ready(workers.start_timeout_s)
+            if not specs.has_success:
+                _log.warning(
+                    "The environment's specs have no 'success': a rollout counts as solved when it "
+                    "terminates. Return 'success' if it may also terminate on failure."
+                )
+            layout = match_policy(policy, specs)
             #: Sizes of the pools, see :class:`~torchrl_dvla.memory.Plan`.
             self.plan: Plan = self.memory.plan(
                 layout=layout,

@@ -264,9 +264,7 @@ class EnvSlots:
     @property
     def are_waiting(self) -> bool:
         """Whether no rollout is on its way: each one waits for its next decision."""
-        return not self._held and not any(
-            slot.limit or slot.in_policy for slots in self.slots for slot in slots
-        )
+        return not self._held and not self._any_working()
 
     def send(self, worker: int, command: Reset | Step) -> None:
         """Send a command, together with all others of this pass of the event loop."""
@@ -368,12 +366,16 @@ class EnvSlots:
         self._on_change()
 
     def _end_round(self) -> None:
-        busy = any(slot.limit or slot.in_policy for slots in self.slots for slot in slots)
-        if self._held and not busy:
-            held, self._held = self._held, []
-            for slot, event in sorted(held, key=lambda item: item[0].position):
-                if slot.lost is None:
-                    slot.answer(event)
+        """Pass the answers on that were held back, once every environment at work has answered."""
+        if not self._held or self._any_working():
+            return
+        held, self._held = self._held, []
+        for slot, event in sorted(held, key=lambda item: item[0].position):
+            if slot.lost is None:
+                slot.answer(event)
+
+    def _any_working(self) -> bool:
+        return any(slot.limit or slot.in_policy for slots in self.slots for slot in slots)
 
     def _deadline(self, index: int) -> float | None:
         """When the command that the worker carries out has taken too long."""

@@ -203,6 +203,8 @@ class CollectionLoop:
             )
             if outcome.done:
                 return
+            if outcome.instruction is not None:
+                instruction = outcome.instruction
             row = next_row
 
     def _require_healthy(self, rollout: Rollout) -> None:
@@ -394,7 +396,7 @@ class CollectionLoop:
         self._thread.start()
 
     def notify(self) -> None:
-        """Look again at what may run next; any thread may call it."""
+        """Check again what may run next; any thread may call it."""
         self._call(self._on_change)
 
     def _on_change(self) -> None:

@@ -7,16 +7,17 @@
 from __future__ import annotations
 
 from torchrl_dvla.data.group import (
+    EpisodeSpec,
     Group,
     GroupConfig,
     GroupState,
+    InitStateSchedule,
     Rollout,
     max_variance_subset,
 )
 from torchrl_dvla.data.group_queue import GroupQueue
 from torchrl_dvla.data.instructions import InstructionTable, InstructionTransform
 from torchrl_dvla.data.replay_buffer import PooledReplayBuffer
-from torchrl_dvla.data.schedule import EpisodeSpec, InitStateSchedule
 from torchrl_dvla.data.schema import decision_layout
 
 __all__ = [

@@ -17,8 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_dvla.data.group import Group, GroupConfig, GroupState, Rollout, judge
-from torchrl_dvla.data.schedule import EpisodeSpec, InitStateSchedule
+from torchrl_dvla.data.group import (
+    EpisodeSpec,
+    Group,
+    GroupConfig,
+    GroupState,
+    InitStateSchedule,
+    Rollout,
+    judge,
+)
 from torchrl_dvla.data.schema import ADVANTAGE_KEY
 from torchrl_dvla.memory import EnvironmentPool
 
@@ -122,7 +129,7 @@ class GroupQueue:
     again stays in its group and keeps its deadline: its decisions are younger than those that were
     lost, so the bound holds for them all the more.
 
-    **Pages.** A group is admitted only once the pool has promised it the pages that its rollouts
+    **Pages.** A group is admitted only once it has reserved the pages that its rollouts
     may need at most. So a rollout that has begun always gets its next page, and the pool cannot
     deadlock. Pages of a rollout are leased by its ``rollout_id``.
 
@@ -325,7 +332,7 @@ class GroupQueue:
     def finish(self, rollout: Rollout) -> None:
         """A rollout of a running group has ended: its pages are sealed.
 
-        What it did not take of its promised pages is free for others.
+        What it did not take of its reserved pages is free for others.
 
         Raises:
             KeyError: if its group is not running.
@@ -412,7 +419,7 @@ class GroupQueue:
         """Give a running group up, for instance because its environment keeps failing.
 
         The pages of its finished rollouts are freed. Those that the others have leased are
-        reclaimed, and all that these were promised is given back: nobody may write to them any
+        reclaimed, and their reserved pages are given back: nobody may write to them any
         more. A caller that reclaimed them before kept them reserved.
 
         Args:

@@ -23,9 +23,9 @@ from torchrl.envs.transforms import Transform
 from torchrl_dvla.data.group import Group
 from torchrl_dvla.data.group_queue import GroupQueue
 from torchrl_dvla.data.instructions import InstructionTable, InstructionTransform
-from torchrl_dvla.data.row_fields import RowFields
 from torchrl_dvla.data.storage import READ_ONLY, PooledStorage
 from torchrl_dvla.memory import EnvironmentPool, ModelPool, RowLayout
+from torchrl_dvla.memory.row_access import RowFields
 
 __all__ = ["PooledReplayBuffer"]
 

@@ -15,7 +15,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data.replay_buffers.storages import Storage, TensorStorage
 
 from torchrl_dvla.data.group_queue import GroupQueue
-from torchrl_dvla.data.row_fields import RowFields
+from torchrl_dvla.memory.row_access import RowFields
 
 __all__ = ["READ_ONLY", "PooledStorage"]
 

@@ -11,8 +11,8 @@ from torchrl_dvla.memory.available_memory import available_bytes, format_bytes, 
 from torchrl_dvla.memory.dual_pool import DualPool, ModelPool, Plan
 from torchrl_dvla.memory.environment_pool import EnvironmentPool, WorkerView
 from torchrl_dvla.memory.pages import Page, PageLedger, PageState
+from torchrl_dvla.memory.row_access import RowFields, RowWriter
 from torchrl_dvla.memory.row_layout import RowLayout
-from torchrl_dvla.memory.row_writer import RowWriter
 
 __all__ = [
     "DualPool",
@@ -22,6 +22,7 @@ __all__ = [
     "PageLedger",
     "PageState",
     "Plan",
+    "RowFields",
     "RowLayout",
     "RowWriter",
     "SharedArena",

@@ -51,7 +51,7 @@ def expected_waste(rows_per_page: int, expected_decisions: float) -> float:
 def recommended_rows_per_page(expected_decisions: float) -> int:
     """The largest page that leaves at most 5 % of its rows empty on average.
 
-    The coordinator's work is per page, so larger pages cost it less; their last rows stay empty.
+    The collector's work is per page, so larger pages cost it less; their last rows stay empty.
 
     Args:
         expected_decisions (float): mean length of a rollout in decisions.

@@ -158,7 +158,7 @@ class EnvironmentPool(PageLedger):
 class WorkerView:
     """Rows of an :class:`EnvironmentPool` in another process; obtained by ``worker_view()``.
 
-    It can be pickled and mapped any number of times. It holds no ledger: the coordinator says which
+    It can be pickled and mapped any number of times. It holds no ledger: the collector says which
     rows to write, and nothing else may be written.
     """
 

@@ -57,7 +57,7 @@ class PageLedger:
     rollout is over, its group is not), or stored in a buffer. A transition checks all of its pages
     before it changes any, so an error changes nothing; :meth:`check` verifies the whole ledger.
 
-    Only the process that built the ledger moves pages. Workers write rows they were told to.
+    Only the process that built the ledger moves pages. Workers write the rows that commands name.
 
     Worked trace, two pages of four rows::
 

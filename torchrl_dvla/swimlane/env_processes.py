@@ -124,7 +124,14 @@ class EnvProcesses:
         message = self.receive(index)
         if isinstance(message, EnvSpecs):
             return message
-        raise RuntimeError(f"create_env_fn failed in {self.workers[index].name}:\n{message}")
+        worker = self.workers[index]
+        if message == worker.describe_end():  # without a traceback of its own
+            raise RuntimeError(
+                f"{message} It ended before it called create_env_fn: processes import the script "
+                "anew. Build the collector under `if __name__ == '__main__':`, in a file, not from "
+                "standard input; what the process printed is above."
+            )
+        raise RuntimeError(f"create_env_fn failed in {worker.name}:\n{message}")
 
     def receive(self, index: int) -> Any:
         """The next message of worker ``index``; a string that says how it ended if it has."""

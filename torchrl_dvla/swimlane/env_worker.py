@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 
 import cloudpickle
 import torch
-from tensordict import TensorDict, TensorDictBase, is_non_tensor
+from tensordict import NestedKey, TensorDict, TensorDictBase, is_non_tensor
 from torchrl.data import NonTensor
 from torchrl.envs import EnvBase
 
@@ -106,7 +106,8 @@ def describe_env(env: EnvBase) -> EnvSpecs:
             f"create_env_fn must return an environment with tensors under {OBSERVATION_KEY!r}, got "
             "none. See torchrl.data.vla for the schema."
         )
-    return EnvSpecs(tuple(leaves), chunk_size, int(spec.shape[-1]))
+    has_success = "success" in {*env.observation_spec.keys(), *env.full_done_spec.keys()}
+    return EnvSpecs(tuple(leaves), chunk_size, int(spec.shape[-1]), has_success)
 
 
 class EnvWorker:
@@ -125,8 +126,10 @@ class EnvWorker:
     def __init__(self, factories: EnvFactories, num_envs: int) -> None:
         self._factories = factories
         self._envs: dict[tuple[int, str], EnvBase] = {}
-        #: Environment of each open rollout, and the tensordict that its next step starts from.
-        self._open: list[tuple[EnvBase, TensorDictBase] | None] = [None] * num_envs
+        #: Of each open rollout: its task, the tensordict that its next step starts from, and what
+        #: it is asked to do.
+        self._open: list[tuple[str, TensorDictBase, str] | None] = [None] * num_envs
+        self._float_keys: list[NestedKey] = []
         self._chunks = torch.empty(0)
         self._no_pad = torch.empty(0, dtype=torch.bool)
         self._observations: RowWriter | None = None
@@ -144,6 +147,7 @@ class EnvWorker:
         self._chunks = view.rows.get(ACTION_CHUNK_KEY)
         self._no_pad = torch.zeros(view.layout[ACTION_IS_PAD_KEY][0], dtype=torch.bool)
         keys = [key for key in view.layout if isinstance(key, tuple) and key[0] == OBSERVATION_KEY]
+        self._float_keys = [key for key in keys if view.layout[key][1].is_floating_point]
         self._observations = RowWriter(view, keys)
         self._outcomes = RowWriter(view, _OUTCOME_KEYS)
 
@@ -161,12 +165,11 @@ class EnvWorker:
         tensordict = env.reset(request)
         if INIT_STATE_ID_KEY not in set(env.observation_spec.keys()):
             tensordict.pop(INIT_STATE_ID_KEY, None)  # a request is no state: it ends here
+        self._require_finite(tensordict, command.task, "reset")
         self._observations.write_from(command.row, command.generation, tensordict)
-        self._open[command.env_index] = env, tensordict
-        instruction = tensordict.get(INSTRUCTION_KEY, "")
-        if is_non_tensor(instruction):
-            instruction = instruction.data
-        return ResetDone(command.env_index, str(instruction))
+        instruction = _instruction(tensordict, command.task)
+        self._open[command.env_index] = command.task, tensordict, instruction
+        return ResetDone(command.env_index, instruction)
 
     def step(self, command: Step) -> StepDone:
         """Execute one chunk; write its outcome and, if the rollout goes on, the next observation.
@@ -174,17 +177,22 @@ class EnvWorker:
         Raises:
             RuntimeError: if the environment was not reset, or a row's page is not leased under its
                 generation.
+            ValueError: if it returns a reward or an observation that is not finite.
+            TypeError: if its instruction is not a string.
         """
         rollout = self._open[command.env_index]
         if rollout is None:
             raise RuntimeError(
                 f"Environment {command.env_index} must be reset before it is stepped."
             )
-        env, tensordict = rollout
+        task, tensordict, instruction = rollout
+        env = self._envs[command.env_index, task]
         assert self._observations is not None and self._outcomes is not None, "reset() checks it"
         tensordict = env.step(tensordict.set(ACTION_CHUNK_KEY, self._chunks[command.row].clone()))
         following = tensordict.get("next")
+        self._require_finite(following, task, "step", reward=following["reward"])
         reward = float(following["reward"].sum())
+        changed = _instruction(following, task, default=instruction)
         done = bool(following["done"])
         terminated = bool(following.get("terminated", done))
         success = bool(following.get("success", terminated))
@@ -199,9 +207,26 @@ class EnvWorker:
             self._open[command.env_index] = None
         else:
             self._observations.write_from(command.next_row, command.next_generation, following)
-            self._open[command.env_index] = env, env.step_mdp(tensordict)
+            self._open[command.env_index] = task, env.step_mdp(tensordict), changed
         num_env_steps = is_pad.numel() - int(is_pad.sum())
-        return StepDone(command.env_index, is_over, success, reward, num_env_steps)
+        new_instruction = None if changed == instruction else changed
+        return StepDone(command.env_index, is_over, success, reward, num_env_steps, new_instruction)
+
+    def _require_finite(
+        self, tensordict: TensorDictBase, task: str, call: str, **values: torch.Tensor
+    ) -> None:
+        """Refuse NaN and infinity: one of them would make the whole learner NaN.
+
+        What the layout has and the environment forgot is found when the row is written.
+        """
+        values |= {str(key): tensordict.get(key, self._no_pad) for key in self._float_keys}
+        for name, value in values.items():
+            if not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"An environment must return finite numbers, got {value.flatten()[:8].tolist()}"
+                    f" as {name} of a {call} of task {task!r}. Its simulator may have become "
+                    "unstable: end such an episode as a failure."
+                )
 
     def close(self) -> None:
         """Close every environment."""
@@ -209,6 +234,23 @@ class EnvWorker:
             if not env.is_closed:
                 env.close()
         self._envs.clear()
+
+
+def _instruction(tensordict: TensorDictBase, task: str, default: str = "") -> str:
+    """What a rollout is asked to do.
+
+    Raises:
+        TypeError: if it is not a string.
+    """
+    text = tensordict.get(INSTRUCTION_KEY, default)
+    if is_non_tensor(text):
+        text = text.data
+    if not isinstance(text, str):
+        raise TypeError(
+            f"{INSTRUCTION_KEY!r} must be a string, got {type(text).__name__} from the environment "
+            f"of task {task!r}. Join or decode it there."
+        )
+    return text
 
 
 class _EventSender:

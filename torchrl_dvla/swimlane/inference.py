@@ -19,7 +19,6 @@ from tensordict import NonTensorData, NonTensorStack, TensorDictBase, unravel_ke
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from torchrl_dvla.data.row_fields import RowFields
 from torchrl_dvla.data.schema import (
     ACTION_CHUNK_KEY,
     ACTION_TOKENS_KEY,
@@ -28,6 +27,7 @@ from torchrl_dvla.data.schema import (
     POLICY_VERSION_KEY,
     SAMPLE_LOG_PROB_KEY,
 )
+from torchrl_dvla.memory.row_access import RowFields
 from torchrl_dvla.swimlane.managed_process import ManagedProcess
 from torchrl_dvla.swimlane.messages import Failed, Infer, Inferred, Snapshot, Stop, UsePool
 from torchrl_dvla.weight_update import WeightReader

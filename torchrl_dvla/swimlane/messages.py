@@ -39,6 +39,8 @@ class EnvSpecs(NamedTuple):
     observation: tuple[tuple[Any, tuple[int, ...], Any], ...]
     chunk_size: int
     action_dim: int
+    #: Whether it says by ``"success"`` what is solved; else a rollout that terminates is.
+    has_success: bool = True
 
 
 class UsePool(NamedTuple):
@@ -98,6 +100,8 @@ class StepDone(NamedTuple):
     #: Sum over the chunk.
     reward: float
     num_env_steps: int
+    #: What the rollout is asked to do from now on, if that has changed.
+    instruction: str | None = None
 
 
 class WorkerEvents(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from torchrl_dvla.data.row_fields import RowFields
+from torchrl_dvla.memory.row_access import RowFields
 
 
 @pytest.fixture
