@@ -21,7 +21,7 @@ from torchrl_dvla.swimlane.messages import EnvSpecs
 #: Position and orientation of the gripper, and its two fingers: what LiberoChunkEnv reports.
 LIBERO_STATE_DIM = 9
 LIBERO_ACTION_DIM = 7
-_KINDS = ("checkpoint", "backbone", "tiny", "tiny_vla")
+_KINDS = ("checkpoint", "tiny", "tiny_vla")
 
 
 def check_settings(cfg: DictConfig) -> None:

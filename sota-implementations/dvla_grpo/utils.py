@@ -109,19 +109,6 @@ def make_policy(cfg: DictConfig, device: str | None = None) -> VLAWrapperBase:
             dtype=settings.dtype,
             temperature=settings.temperature,
         )
-    elif settings.kind == "backbone":
-        policy = TransformersVLA.from_backbone(
-            settings.backbone,
-            action_dim=settings.action_dim,
-            chunk_size=cfg.env.chunk_size,
-            image_size=tuple(settings.image_size),
-            state_dim=settings.state_dim,
-            freeze_vision=bool(settings.freeze_vision),
-            freeze_language=bool(settings.freeze_language),
-            dtype=settings.dtype,
-            policy_kwargs={"temperature": settings.temperature},
-            seed=cfg.seed,
-        )
     elif settings.kind == "tiny":
         policy = TransformersVLA.tiny(
             make_instructions(cfg),
