@@ -49,7 +49,7 @@ def paired_ratio(ours: Iterable[float], theirs: Iterable[float]) -> dict[str, fl
 def memory_bytes(field: str, mapping: str = "") -> int:
     """A field of this process's memory map, summed over the mappings of that name."""
     total, is_wanted = 0, False
-    with open("/proc/self/smaps") as file:
+    with open(f"/proc/self/{'smaps' if mapping else 'smaps_rollup'}") as file:
         for line in file:
             if not line.split()[0].endswith(":"):  # the head of a mapping
                 is_wanted = mapping in line

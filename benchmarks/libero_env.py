@@ -7,7 +7,8 @@
     python benchmarks/libero_env.py [--quick] [--suite libero_spatial] [--task-id 0]
 
 Five environments play the same episodes (same seed, same init state, same action chunks), resets
-included, in turns, each in a process of its own so that no one's GL context disturbs another's:
+included, in turns (``_turns.py``), each in a process of its own so that no one's GL context
+disturbs another's:
 
 stock         ``TransformedEnv(LiberoEnv(suite, task), MultiAction.from_vla(stack_rewards=False))``
               with TorchRL's defaults: two cameras, hard reset. The rival of the two ratios.
@@ -23,31 +24,38 @@ one repeat, so that a machine that slows down for a while slows both sides.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import time
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from _machine import machine, paired_ratio, spread
+from _turns import TurnTaker, close, wait_ready
+from tensordict import TensorDict
+from torchrl.envs import LiberoEnv, MultiAction, TransformedEnv
+
+from torchrl_dvla.envs import (
+    LiberoChunkEnv,
+    choose_gl_backend,
+    setup_libero,
+    validate_libero,
+)
 
 NAMES = ("stock", "stock_tuned", "same_pixels", "fast", "fast_coarse")
 OURS, RIVALS = NAMES[2:], NAMES[:2]
 
 
 def make_env(name: str, args: argparse.Namespace) -> Any:
-    from torchrl_dvla.envs import choose_gl_backend, setup_libero
-
     choose_gl_backend()
     setup_libero()
     size = {"camera_height": args.size, "camera_width": args.size}
     if name in ("stock", "stock_tuned"):
-        from torchrl.envs import LiberoEnv, MultiAction, TransformedEnv
-
         tuned = {"camera_names": ["agentview"], "hard_reset": False}
         env = LiberoEnv(
             args.suite,
@@ -57,8 +65,6 @@ def make_env(name: str, args: argparse.Namespace) -> Any:
             **size,
         )
         return TransformedEnv(env, MultiAction.from_vla(stack_rewards=False))
-    from torchrl_dvla.envs import LiberoChunkEnv
-
     is_fast = name != "same_pixels"
     return LiberoChunkEnv(
         args.suite,
@@ -73,9 +79,6 @@ def make_env(name: str, args: argparse.Namespace) -> Any:
 
 def play(env: Any, args: argparse.Namespace, seed: int, decisions: int) -> dict[str, Any]:
     """One episode. The digest covers what the policy would see at each decision."""
-    import torch
-    from tensordict import TensorDict
-
     generator = torch.Generator().manual_seed(seed)
     chunks = torch.rand(decisions, args.chunk_size, 7, generator=generator) - 0.5
     digest = hashlib.sha256()
@@ -105,18 +108,19 @@ def play(env: Any, args: argparse.Namespace, seed: int, decisions: int) -> dict[
     }
 
 
-def serve(connection: Connection, name: str, args: argparse.Namespace) -> None:
-    """Worker: build one environment, then play an episode for each seed received."""
-    import torch
-
+@contextlib.contextmanager
+def build(name: str, args: argparse.Namespace) -> Iterator[Callable[..., dict[str, Any]]]:
+    """An environment, and the call that plays an episode."""
     torch.set_num_threads(1)
-    with open(os.devnull, "w") as null:
-        sys.stdout = null  # LIBERO and robosuite print notices
-        start_s = time.perf_counter()
-        env = make_env(name, args)
-        connection.send(time.perf_counter() - start_s)
-        while (job := connection.recv()) is not None:
-            connection.send(play(env, args, *job))
+    start_s = time.perf_counter()
+    env = make_env(name, args)
+    build_s = time.perf_counter() - start_s
+    try:
+        yield lambda *job: {
+            "build_s": {name: round(runs[name][0]["build_s"], 1) for name in NAMES},
+            **play(env, args, *job),
+        }
+    finally:
         env.close()
 
 
@@ -146,44 +150,25 @@ def main() -> None:
     args.decisions = args.decisions or (4 if args.quick else 16)
     args.repeats = args.repeats or (2 if args.quick else 5)
 
-    from torchrl_dvla.envs import choose_gl_backend, setup_libero, validate_libero
-
     choose_gl_backend()
     setup_libero()
     validate_libero(args.suite, args.task_id, camera_height=args.size, camera_width=args.size)
-    context = multiprocessing.get_context("spawn")
-    workers = {}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in NAMES}
-    build_s = {}
+    takers: dict[str, TurnTaker] = {}
     try:
-        for name in NAMES:
-            here, there = context.Pipe()
-            process = context.Process(target=serve, args=(there, name, args), daemon=True)
-            process.start()
-            there.close()
-            workers[name] = (process, here)
-            build_s[name] = round(here.recv(), 1)
+        for name in NAMES:  # one after the other: they compile and cache the same things
+            takers[name] = TurnTaker(build, name, args)
+            list(wait_ready({name: takers[name]}))
         for repeat in range(args.repeats + 1):
-            order = NAMES if repeat % 2 == 0 else NAMES[::-1]
-            for name in order:
-                connection = workers[name][1]
+            for name in NAMES if repeat % 2 == 0 else NAMES[::-1]:
                 # the first episode, a short one, only warms caches up
-                connection.send((repeat, args.decisions if repeat else 1))
-                run = connection.recv()
+                run = takers[name].take(repeat, args.decisions if repeat else 1)
                 if repeat:
                     runs[name].append(run)
                 rate = run["env_steps"] / run["total_s"]
                 print(f"{repeat} {name:<12} {rate:7.2f} env steps/s", file=sys.stderr)
     finally:
-        for process, connection in workers.values():
-            try:
-                connection.send(None)
-            except (BrokenPipeError, OSError):
-                pass
-            process.join(30)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        close(takers.values())
     ratios = {
         f"{name}_vs_{rival}": paired_ratio(rates(runs[name]), rates(runs[rival]))
         for name in OURS
@@ -203,7 +188,7 @@ def main() -> None:
         "frames_equal": all(frames_equal),
         "ratios": ratios,
         "environments": {name: summary(runs[name]) for name in NAMES},
-        "build_s": build_s,
+        "build_s": {name: round(runs[name][0]["build_s"], 1) for name in NAMES},
         "workload": {
             "suite": args.suite,
             "task_id": args.task_id,

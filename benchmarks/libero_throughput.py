@@ -56,10 +56,22 @@ from typing import Any
 
 import torch
 from _machine import machine, paired_ratio, spread
+from _recipe import Recipe
 from _turns import TurnTaker, close, wait_ready
 from tensordict import TensorDictBase
 from torchrl.envs import Compose, EnvBase, LiberoEnv, MultiAction, StepCounter, TransformedEnv
 from torchrl.envs.transforms import Transform
+
+from torchrl_dvla import (
+    DVLACollector,
+    GroupConfig,
+    InferenceConfig,
+    PooledReplayBuffer,
+    WorkerConfig,
+)
+from torchrl_dvla.envs import LiberoChunkEnv, choose_gl_backend, setup_libero
+from torchrl_dvla.modules import TransformersVLA
+from torchrl_dvla.objectives import GRPOLoss
 
 SUITE, TASK_ID, CHUNK_SIZE, SIZE = "libero_object", 3, 8, 128
 GROUP_SIZE, GROUPS_PER_UPDATE, MINIBATCH = 2, 2, 16
@@ -83,8 +95,6 @@ class RandomReturn(Transform):
 
 def make_env(name: str, decisions: int, worker_idx: int = 0) -> EnvBase:
     """An environment whose episodes have ``decisions`` decisions."""
-    from torchrl_dvla.envs import LiberoChunkEnv, choose_gl_backend, setup_libero
-
     choose_gl_backend()
     setup_libero()
     size = {"camera_height": SIZE, "camera_width": SIZE}
@@ -110,8 +120,6 @@ def make_env(name: str, decisions: int, worker_idx: int = 0) -> EnvBase:
 
 def make_policy() -> Any:
     """The shipped checkpoint."""
-    from torchrl_dvla.modules import TransformersVLA
-
     return TransformersVLA.from_pretrained(CHECKPOINT / "libero_object", temperature=0.3)
 
 
@@ -119,8 +127,6 @@ class Update:
     """The gradient step that every arrangement takes for each minibatch."""
 
     def __init__(self, policy: Any) -> None:
-        from torchrl_dvla.objectives import GRPOLoss
-
         self._loss = GRPOLoss(policy)
         trained = [p for p in policy.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(trained, lr=1e-9)
@@ -140,15 +146,12 @@ class Ours:
     update_s = 0.0  # it collects meanwhile
 
     def __init__(self, name: str, decisions: int) -> None:
-        from torchrl_dvla import DVLACollector, PooledReplayBuffer
-        from torchrl_dvla.collectors import GroupConfig, InferenceConfig, WorkerConfig
-
         policy = make_policy()
         self.update = Update(policy)
         self._collector = DVLACollector(
             functools.partial(make_env, name, decisions),
             policy,
-            replay_buffer=functools.partial(PooledReplayBuffer, batch_size=MINIBATCH),
+            replay_buffer=PooledReplayBuffer(batch_size=MINIBATCH),
             group=GroupConfig(group_size=GROUP_SIZE, groups_per_update=GROUPS_PER_UPDATE),
             workers=WorkerConfig(
                 num_workers=NUM_ENVS,
@@ -167,7 +170,7 @@ class Ours:
         self._collector.shutdown()
 
     def num_decisions(self) -> int:
-        return int(self._collector.stats().get("collector/decisions", 0))
+        return int(self._collector.stats()["frames"])
 
     def learn_once(self) -> None:
         for batch in self._collector.replay_buffer:
@@ -177,8 +180,6 @@ class Ours:
 
 def make_stock(name: str, decisions: int, layout: str) -> Any:
     """The recipe's arrangement; it begins an update when it has as many groups as ours."""
-    from _recipe import Recipe
-
     updates: list[Update] = []
 
     def make_update(policy: Any) -> Update:

@@ -10,7 +10,7 @@ All sides store the same fields: a decision of one 128x128 camera, 8 numbers of 
 8x7 action tokens, log-probs and actions; each trajectory four times, as in a buffer in use. Each
 side runs in a process of its own, in turns, five times.
 
-pooled     pages of the size that ``DualPool.plan`` recommends, adopted by a ``PooledStorage``
+pooled     pages of the size that ``DualPool.plan`` recommends
 padded     TorchRL's ``LazyTensorStorage`` of ``[trajectory, horizon]``, padded with zeros; images
            stay bytes, and ``("next", "observation")``, which would double it, is left out
 unpadded   the same, but only existing decisions are written: untouched memory is not resident
@@ -38,17 +38,16 @@ import os
 import random
 import statistics
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from _machine import in_processes, machine, spread
+from _machine import in_processes, machine, memory_bytes, spread
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage
 
-from torchrl_dvla.data import PooledStorage, decision_layout
-from torchrl_dvla.memory import EnvironmentPool
+from torchrl_dvla.data import decision_layout
+from torchrl_dvla.memory import EnvironmentPool, Page
 from torchrl_dvla.memory.dual_pool import expected_waste, recommended_rows_per_page
 
 SIDES = ("pooled", "padded", "unpadded")
@@ -71,33 +70,30 @@ LAYOUT = decision_layout(
 )
 
 
-def resident_bytes() -> int:
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss:"))
-
-
 def laps(lengths: list[int]) -> list[list[int]]:
     """The same lengths in another order each time."""
     return [random.Random(seed).sample(lengths, len(lengths)) for seed in range(4)]
 
 
-def store_pooled(lengths: list[int]) -> tuple[int, PooledStorage]:
+def store_pooled(lengths: list[int]) -> tuple[int, EnvironmentPool]:
     rows_per_page = recommended_rows_per_page(statistics.fmean(lengths))
     num_pages = sum(-(-length // rows_per_page) for length in lengths)
     pool = EnvironmentPool(LAYOUT, num_pages, rows_per_page)
-    storage = PooledStorage(pool)
     row = LAYOUT.empty(1)[0].apply_(lambda tensor: tensor.fill_(1))
+    stored: list[Page] = []
     for lap in laps(lengths):
-        for key in storage.segments():
-            storage.evict(key)
+        pool.free(stored)
+        stored = []
         for key, length in enumerate(lap):
-            pages = [pool.lease("writer", key) for _ in range(-(-length // rows_per_page))]
-            pages = pool.seal(pages, length)
+            pages = [
+                pool.lease("writer", key, reserved=False)
+                for _ in range(-(-length // rows_per_page))
+            ]
             for number in pool.row_index(pages, length).tolist():
                 pool.rows[number] = row
-            storage.adopt(key, [pages], [length])
-    assert len(storage) == sum(lengths)
-    return pool.nbytes, storage
+            stored += pool.seal(pages, length)
+    pool.store(stored)
+    return pool.nbytes, pool
 
 
 def store_padded(lengths: list[int], horizon: int, *, pad: bool) -> tuple[int, LazyTensorStorage]:
@@ -120,14 +116,14 @@ def run_side(connection: Connection, side: str, lengths: list[int], horizon: int
     # What either side needs besides what it stores is there before the first measurement.
     store_pooled([1, 2])
     store_padded([1, 2], 2, pad=True)
-    before = resident_bytes()
+    before = memory_bytes("Rss")
     if side == "pooled":
         allocated, storage = store_pooled(lengths)
     else:
         allocated, storage = store_padded(lengths, horizon, pad=side == "padded")
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is left of trajectories on their way in
-    connection.send((allocated / len(lengths), (resident_bytes() - before) / len(lengths)))
+    connection.send((allocated / len(lengths), (memory_bytes("Rss") - before) / len(lengths)))
     del storage  # alive until here
 
 

@@ -6,16 +6,15 @@
 
     python benchmarks/pool_soak.py [--quick] [--trajectories 20000] [--workers 4] [--seed 0]
 
-One process owns the pool, as a collector does. Worker processes write trajectories into pages
+One process owns the pool, as the collector does. Worker processes write trajectories into pages
 that they are given one by one; lengths follow a Pareto law (mean about 26 decisions, cut at 400).
-Finished trajectories are adopted by a ``PooledStorage`` in groups of four, and groups are evicted
-in random order. At random moments a random worker is killed with SIGKILL, mostly in the middle of a
-write; its pages are reclaimed, and another process writes its trajectory again. Before a group is
-evicted, every row is checked: it must hold the trajectory, the attempt and the position that were
-written there.
+Finished trajectories are stored in groups of four, and groups leave in random order. At random
+moments a random worker is killed with SIGKILL, mostly in the middle of a write; its pages are
+reclaimed, and another process writes its trajectory again. Before a group leaves, every row is
+checked: it must hold the trajectory, the attempt and the position that were written there.
 
 Memory is measured 40 times, of which the first 20 are the warm-up, each time with all trajectories
-finished and all groups evicted: the resident anonymous memory of the owner and of one worker that
+finished and no group stored: the resident anonymous memory of the owner and of one worker that
 is never killed. An allocator leaves a few pages more or less behind each time, so growth is the
 least of the last five samples less the most of the first five, never below 0.
 
@@ -43,15 +42,13 @@ import sys
 from collections import deque
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from _machine import machine
+from _machine import machine, memory_bytes
 
-from torchrl_dvla.data import PooledStorage
 from torchrl_dvla.memory import EnvironmentPool, Page, RowLayout, RowWriter, WorkerView
 from torchrl_dvla.swimlane import ManagedProcess
 from torchrl_dvla.swimlane.messages import Stop
@@ -81,8 +78,7 @@ def anonymous_bytes() -> int:
     """Resident private memory of this process, after it has given back what it can."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
+    return memory_bytes("Anonymous")
 
 
 def steady_heap() -> None:
@@ -124,13 +120,12 @@ class Trajectory:
 
 
 class Soak:
-    """The owner: leases, seals, adopts, evicts, kills, and keeps its own record of all pages."""
+    """The owner: leases, seals, stores, frees, kills, and keeps its own record of all pages."""
 
     def __init__(self, num_trajectories: int, num_workers: int, seed: int) -> None:
         self.random = random.Random(seed)
         self.num_trajectories = num_trajectories
         self.pool = EnvironmentPool(LAYOUT, NUM_PAGES, ROWS_PER_PAGE)
-        self.storage = PooledStorage(self.pool)
         self.selector = selectors.DefaultSelector()
         self.active: list[Trajectory | None] = [None] * num_workers
         self.children = [self.start(index) for index in range(num_workers)]
@@ -166,18 +161,19 @@ class Soak:
         job = (trajectory.number, trajectory.attempt, trajectory.length)
         self.children[index].connection.send(job)
 
-    def adopt(self) -> None:
-        """Move the finished trajectories into the storage, as a group."""
+    def store(self) -> None:
+        """Store the finished trajectories as a group."""
         if not self.group:
             return
-        group, self.group = self.group, []
-        key, self.num_groups = self.num_groups, self.num_groups + 1
-        self.storage.adopt(key, [t.pages for t in group], [t.length for t in group])
-        self.stored[key] = group
+        self.stored[self.num_groups], self.group = self.group, []
+        self.pool.store([page for t in self.stored[self.num_groups] for page in t.pages])
+        self.num_groups += 1
 
     def evict(self, key: int) -> None:
+        """Check the rows of a group and free its pages."""
         group = self.stored.pop(key)
-        rows = self.pool.rows[self.storage.segment_rows(key)]
+        index = self.pool.row_index_of([t.pages for t in group], [t.length for t in group])
+        rows = self.pool.rows[index]
         first = [serial(t.number, t.attempt, 0) for t in group]
         expected = torch.cat([n + torch.arange(t.length) for n, t in zip(first, group)])
         index = torch.cat([torch.arange(t.length, dtype=torch.float32) for t in group])
@@ -186,8 +182,9 @@ class Soak:
         right &= (rows["observation", "state"] == index[:, None]).all(1)
         self.rows_checked += len(right)
         self.rows_wrong += int((~right).sum())
-        self.storage.evict(key)
-        for page in [page for t in group for page in t.pages]:
+        pages = [page for t in group for page in t.pages]
+        self.pool.free(pages)
+        for page in pages:
             del self.owners[int(page)]
 
     def kill(self, index: int) -> None:
@@ -238,7 +235,7 @@ class Soak:
         self.num_finished += 1
         self.group.append(trajectory)
         if len(self.group) == GROUP_SIZE:
-            self.adopt()
+            self.store()
 
     def sample(self) -> tuple[int, int]:
         """Anonymous memory of the owner and of worker 0 when nothing is alive."""
@@ -246,7 +243,7 @@ class Soak:
         for index in range(len(self.active)):
             while self.active[index] is not None:
                 self.receive(index)
-        self.adopt()
+        self.store()
         for key in list(self.stored):
             self.evict(key)
         self.pool.check()

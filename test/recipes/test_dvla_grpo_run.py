@@ -43,7 +43,7 @@ SMALL = [
 ]
 #: Metrics of settings that the run does not use, or of what need not happen in it.
 _OCCASIONAL = (
-    r"broadcast/|faults/|weights/cast_error|loss/(loss_entropy|loss_kl|kl_to_ref)|groups/dropped_"
+    r"broadcast/|faults/|loss/(loss_entropy|loss_kl|kl_to_ref)|groups/dropped_"
 )
 
 

@@ -64,7 +64,7 @@ def test_on_one_node_it_is_the_collector_of_that_node():
         functools.partial(CountingChunkEnv, chunk_size=4, max_env_steps=12),
         tiny_token_policy(2, 4, vocab_size=8),
         placement=placement,
-        replay_buffer=functools.partial(PooledReplayBuffer, batch_size=16, timeout_s=60.0),
+        replay_buffer=PooledReplayBuffer(batch_size=16, timeout_s=60.0),
     )
     collector.start()
     assert sum(batch.shape[0] for batch in collector.replay_buffer) > 0
