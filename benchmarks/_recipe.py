@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 from torch import multiprocessing as mp
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
@@ -40,7 +40,7 @@ class Recipe:
     Args:
         make_env (Callable): environment of a worker's number, with group ids; picklable.
         make_policy (Callable): the policy, here and in the server; picklable.
-        make_update (Callable): the gradient step on a policy.
+        make_update (Callable): the gradient step on a policy, as :attr:`update`.
 
     Keyword Args:
         group_size (int): rollouts of a group.
@@ -51,8 +51,7 @@ class Recipe:
         envs_per_collector (int): environments of each, a process a piece.
         server_timeout (float): seconds that the server waits for requests.
         worker_metadata (bool): environments describe themselves when they start, so that none is
-            built for that alone. It needs ``ParallelEnv`` without buffers, to which it falls back
-            in any case where an environment has text.
+            built for that alone; needs ``ParallelEnv`` without buffers.
 
     Raises:
         RuntimeError: from each way to spend time, if a collector process has died. TorchRL's
@@ -63,7 +62,7 @@ class Recipe:
         self,
         make_env: Callable[[int], EnvBase],
         make_policy: Callable[[], Any],
-        make_update: Callable[[Any], Callable[[TensorDictBase], None]],
+        make_update: Callable[[Any], Any],
         *,
         group_size: int,
         minibatch: int,
@@ -104,11 +103,15 @@ class Recipe:
         self._collector = Collector(
             [
                 functools.partial(
-                    _parallel_env,
-                    make_env,
+                    ParallelEnv,
                     envs_per_collector,
-                    k * envs_per_collector,
-                    worker_metadata,
+                    [
+                        functools.partial(make_env, k * envs_per_collector + n)
+                        for n in range(envs_per_collector)
+                    ],
+                    mp_start_method="spawn",
+                    device="cpu",
+                    metadata_from_workers=worker_metadata,
                 )
                 for k in range(num_collectors)
             ],
@@ -138,7 +141,7 @@ class Recipe:
             num_threads=1,
             num_sub_threads=1,
         )
-        self._update = make_update(self._policy)
+        self.update = make_update(self._policy)
         #: Seconds inside of updates, from the request to pause until the collector goes on.
         self.update_s = 0.0
 
@@ -180,7 +183,7 @@ class Recipe:
         start_s = time.monotonic()
         with self._collector.pause():
             while len(self._buffer):
-                self._update(self._buffer.sample())
+                self.update(self._buffer.sample())
             self._advantage.clear_queues()
             self._collector.map_fn("replay_buffer._transform[0].clear_queues")
             self._collector.map_fn("reset")
@@ -205,16 +208,3 @@ class Recipe:
 def weights(policy: torch.nn.Module) -> TensorDict:
     """A copy of the weights, as the servers take them."""
     return TensorDict.from_module(policy).data.detach().clone()
-
-
-def _parallel_env(
-    make_env: Callable[[int], EnvBase], num_envs: int, first: int, worker_metadata: bool
-) -> ParallelEnv:
-    factories = [functools.partial(make_env, first + k) for k in range(num_envs)]
-    return ParallelEnv(
-        num_envs,
-        factories,
-        mp_start_method="spawn",
-        device="cpu",
-        metadata_from_workers=worker_metadata,
-    )

@@ -58,7 +58,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Pipe, wait
 from typing import Any
@@ -445,13 +445,13 @@ class Memcpy:
         return copied / elapsed_s
 
 
-def tune(names: Sequence[str], seconds: float, repeats: int) -> None:
-    """The rates of every setting of each arrangement, in turns."""
-    for name in names:
+def tune(seconds: float, repeats: int) -> None:
+    """The rates of every setting of each rival, in turns."""
+    for name in RIVALS:
         grid = [
             {"workers": workers, "rows": rows, "threads": threads}
             for workers in (1, 2)
-            for rows in ((64,) if name == "dvla" else (16, 64))
+            for rows in (16, 64)
             for threads in (1, 2)
         ]
         sides = {str(settings): TurnTaker(build, name, settings) for settings in grid}
@@ -494,13 +494,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="short turns, under a minute")
     parser.add_argument("--tune", action="store_true", help="run the grid of settings instead")
-    parser.add_argument("--only", nargs="*", help="arrangements; by default all")
     args = parser.parse_args()
     if args.tune:
-        tune(args.only or RIVALS, 1.0, 3)
+        tune(1.0, 3)
         return
     seconds, repeats = (0.8, 5) if args.quick else (4.0, 7)
-    names = args.only or ["dvla", *RIVALS]
+    names = ("dvla", *RIVALS)
     environment, copies = machine("tensordict"), copies_per_frame()
     rates = measure(
         {name: TurnTaker(build, name, SETTINGS[name]) for name in names},
@@ -509,26 +508,22 @@ def main() -> None:
         repeats,
     )
     medians = {name: round(statistics.median(values)) for name, values in rates.items()}
-    result: dict[str, Any] = {
+    memcpy = paired_ratio(rates["dvla"], rates["memcpy"])
+    best = [max(turn) for turn in zip(*(rates[name] for name in RIVALS))]
+    ratio = paired_ratio(rates["dvla"], best)
+    result = {
         "benchmark": "data_plane",
+        "bytes_per_s": medians["dvla"],
         "memcpy_bytes_per_s": medians["memcpy"],
-        "torchrl_bytes_per_s": {name: medians[name] for name in RIVALS if name in rates},
+        "fraction_of_memcpy": memcpy["median"],
+        "fraction_spread": memcpy,
+        "fraction_of_memcpy_pair": paired_ratio(rates["dvla"], rates["memcpy_pair"])["median"],
+        "torchrl_bytes_per_s": {name: medians[name] for name in RIVALS},
+        "ratio_vs_best_torchrl": ratio["median"],
+        "ratio_spread": ratio,
         "copies_per_frame": copies,
-    }
-    if "dvla" in rates:
-        ours, memcpy = rates["dvla"], paired_ratio(rates["dvla"], rates["memcpy"])
-        result |= {
-            "bytes_per_s": medians["dvla"],
-            "fraction_of_memcpy": memcpy["median"],
-            "fraction_spread": memcpy,
-            "fraction_of_memcpy_pair": paired_ratio(ours, rates["memcpy_pair"])["median"],
-        }
-        if rivals := [rates[name] for name in RIVALS if name in rates]:
-            ratio = paired_ratio(ours, [max(turn) for turn in zip(*rivals)])
-            result |= {"ratio_vs_best_torchrl": ratio["median"], "ratio_spread": ratio}
-    result |= {
         "gb_per_s": {n: spread(value / 1e9 for value in values) for n, values in rates.items()},
-        "settings": {name: SETTINGS[name] for name in names},
+        "settings": SETTINGS,
         "quick": args.quick,
         "machine": environment,
     }

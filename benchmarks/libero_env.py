@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -112,14 +113,9 @@ def play(env: Any, args: argparse.Namespace, seed: int, decisions: int) -> dict[
 def build(name: str, args: argparse.Namespace) -> Iterator[Callable[..., dict[str, Any]]]:
     """An environment, and the call that plays an episode."""
     torch.set_num_threads(1)
-    start_s = time.perf_counter()
     env = make_env(name, args)
-    build_s = time.perf_counter() - start_s
     try:
-        yield lambda *job: {
-            "build_s": {name: round(runs[name][0]["build_s"], 1) for name in NAMES},
-            **play(env, args, *job),
-        }
+        yield functools.partial(play, env, args)
     finally:
         env.close()
 
@@ -188,7 +184,6 @@ def main() -> None:
         "frames_equal": all(frames_equal),
         "ratios": ratios,
         "environments": {name: summary(runs[name]) for name in NAMES},
-        "build_s": {name: round(runs[name][0]["build_s"], 1) for name in NAMES},
         "workload": {
             "suite": args.suite,
             "task_id": args.task_id,

@@ -15,8 +15,6 @@ stock        the arrangement of TorchRL's VLA recipe (``_recipe.py``) on ``Liber
              ``MultiAction``, built as the recipe builds it. On two cores its best is one collector
              with two environments; ``--search 1x2,2x1`` compares it with two collectors of one,
              which came to 0.8 of it.
-stock_tuned  with ``--tuned``: the same with one camera and soft resets, which are not TorchRL's
-             defaults: for information.
 same_pixels  ``DVLACollector`` on ``LiberoChunkEnv`` with stock render settings, whose frames
              ``benchmarks/libero_env.py`` finds equal to stock's.
 fast         the same without shadows and multisampling.
@@ -76,8 +74,7 @@ from torchrl_dvla.objectives import GRPOLoss
 SUITE, TASK_ID, CHUNK_SIZE, SIZE = "libero_object", 3, 8, 128
 GROUP_SIZE, GROUPS_PER_UPDATE, MINIBATCH = 2, 2, 16
 NUM_ENVS, LAYOUT = 2, "1x2"
-RIVALS, OURS = ("stock", "stock_tuned"), ("same_pixels", "fast")
-TUNED = {"camera_names": ["agentview"], "hard_reset": False}
+OURS = ("same_pixels", "fast")
 NEVER_S = 1e5  # deadlines go on while a process stands still
 CHECKPOINT = Path(__file__).resolve().parents[1] / "sota-implementations/dvla_sft/checkpoints"
 
@@ -110,7 +107,6 @@ def make_env(name: str, decisions: int, worker_idx: int = 0) -> EnvBase:
         group_repeats=GROUP_SIZE,
         group_id_offset=worker_idx * 10**6,
         device="cpu",  # ParallelEnv's; else its first partial reset fails
-        env_kwargs=TUNED if name == "stock_tuned" else {},
         **size,
     )
     stock.set_seed(worker_idx)
@@ -180,17 +176,11 @@ class Ours:
 
 def make_stock(name: str, decisions: int, layout: str) -> Any:
     """The recipe's arrangement; it begins an update when it has as many groups as ours."""
-    updates: list[Update] = []
-
-    def make_update(policy: Any) -> Update:
-        updates.append(Update(policy))
-        return updates[0]
-
     num_collectors, envs_per_collector = (int(number) for number in layout.split("x"))
-    recipe = Recipe(
+    return Recipe(
         functools.partial(make_env, name, decisions),
         make_policy,
-        make_update,
+        Update,
         group_size=GROUP_SIZE,
         minibatch=MINIBATCH,
         # groups less than these cannot be so many
@@ -201,8 +191,6 @@ def make_stock(name: str, decisions: int, layout: str) -> Any:
         server_timeout=0.001,
         worker_metadata=True,
     )
-    recipe.update = updates[0]
-    return recipe
 
 
 @contextlib.contextmanager
@@ -271,8 +259,6 @@ def main() -> None:
     parser.add_argument("--decisions", type=int, help="of an episode: 15, or 2 if --quick")
     parser.add_argument("--seconds", type=float, help="at least: 15, or 4 if --quick")
     parser.add_argument("--repeats", type=int, help="5, or 1 if --quick")
-    parser.add_argument("--only", choices=OURS, help="one of ours beside stock")
-    parser.add_argument("--tuned", action="store_true", help="stock_tuned as well (20 GB in all)")
     parser.add_argument("--search", help="layouts of stock to compare instead, e.g. 1x2,2x1")
     args = parser.parse_args()
     args.decisions = args.decisions or (2 if args.quick else 15)
@@ -284,9 +270,7 @@ def main() -> None:
         rates = {key: spread(run["env_steps_per_s"] for run in runs[key]) for key in runs}
         print(json.dumps({"benchmark": "libero_throughput", "search": rates}))
         return
-    rivals = RIVALS if args.tuned else RIVALS[:1]
-    ours = (args.only,) if args.only else OURS
-    names = (*rivals, *ours)
+    names = ("stock", *OURS)
     runs = take_turns({name: (name, LAYOUT) for name in names}, args)
 
     def column(name: str, key: str = "env_steps_per_s") -> list[float]:
@@ -295,18 +279,16 @@ def main() -> None:
     def outside_updates(name: str) -> list[float]:
         return [run["env_steps_per_s"] / (1.0 - run["update_share"]) for run in runs[name]]
 
-    ratios = {f"ratio_{name}": paired_ratio(column(name), column("stock")) for name in ours}
-    for name in ours:
+    ratios = {f"ratio_{name}": paired_ratio(column(name), column("stock")) for name in OURS}
+    for name in OURS:
         ratios[f"ratio_{name}_vs_collecting"] = paired_ratio(column(name), outside_updates("stock"))
-        if args.tuned:
-            ratios[f"ratio_{name}_vs_tuned"] = paired_ratio(column(name), column("stock_tuned"))
     result = {
         "benchmark": "libero_throughput",
         **{key: found["median"] for key, found in ratios.items()},
         "spread": ratios,
         "env_steps_per_s": {name: spread(column(name)) for name in names},
         "learned_share": {name: spread(column(name, "learned_share")) for name in names},
-        "update_share": {name: spread(column(name, "update_share")) for name in rivals},
+        "update_share": {"stock": spread(column("stock", "update_share"))},
         "num_updates": {name: sum(column(name, "num_updates")) for name in names},
         "elapsed_s": {name: round(sum(column(name, "elapsed_s")), 1) for name in names},
         "workload": {

@@ -40,11 +40,6 @@ and as many as fill all environments a whole number of times, three of each work
 waits for a straggler. ``ideal_speedup`` is what there is to gain in a mix, were neither loop to
 lose any time.
 
-timeline_cost
-    share of the throughput that recording costs: spans told in a second, times what telling one
-    costs, at the highest rate that the collector reaches here, without latencies. Beside it,
-    throughput with recording over that without, whose noise is larger than the cost.
-
 The last line of stdout is one JSON object. Repeats of the two loops take turns.
 """
 
@@ -64,7 +59,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
@@ -80,7 +74,6 @@ from torchrl_dvla import (
     WorkerConfig,
 )
 from torchrl_dvla.modules import tiny_token_policy
-from torchrl_dvla.swimlane import Timeline, Track
 from torchrl_dvla.testing import CountingChunkEnv, Latency, emulate_latency
 
 DECISIONS_PER_ROLLOUT, GROUP_SIZE, GROUPS_PER_UPDATE = 4, 8, 3
@@ -373,41 +366,6 @@ def _learned(repeats: list[Repeat], mix: Mix) -> float:
     return round(sum(r.num_learned for r in repeats) / possible, 3)
 
 
-def span_cost_s(num_spans: int = 50_000) -> float:
-    """CPU seconds of telling one span."""
-    track, costs = Timeline().track("sampling"), []
-    for _ in range(5):
-        start_s = time.thread_time()
-        for k in range(num_spans):
-            track.add(k, k + 0.5, "step", "no_decision")
-        costs.append((time.thread_time() - start_s) / num_spans)
-    return statistics.median(costs)
-
-
-def measure_timeline(num_repeats: int, min_s: float) -> dict[str, Any]:
-    """What recording costs where decisions are as fast as they come."""
-    mix = Mix(0, 0, 0, 0, max_batch_size=16, num_workers=2, envs_per_worker=8)
-    recorded: list[float] = []
-    bare: list[float] = []
-    told: list[float] = []
-    with running(mix) as loop:
-        loop.catch_up()
-        for _ in range(num_repeats):
-            recorded.append(loop.run(min_s).rate)
-            spans = loop.collector.timeline.spans()
-            told.append(len(spans) / (spans[-1].end_s - spans[0].start_s))
-            with mock.patch.object(Track, "add", lambda *args: None):
-                bare.append(loop.run(min_s).rate)
-    cost_s = span_cost_s()
-    return {
-        "cost": round(statistics.median(told) * cost_s, 5),
-        "us_per_span": round(1e6 * cost_s, 3),
-        "spans_per_s": spread(told, 0),
-        "recorded_over_bare": paired_ratio(recorded, bare),
-        "rows_per_s": spread(recorded, 0),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two mixes, short repeats")
@@ -427,9 +385,6 @@ def main() -> None:
         "overlap_efficiency": min(mix["efficiency"] for mix in mixes.values()),
         "speedup_vs_sequential": mixes[EQUAL]["speedup"]["median"] if EQUAL in mixes else None,
     }
-    if not args.mix:
-        timeline = measure_timeline(num_repeats, min_s=1.0)
-        result |= {"timeline_cost": timeline["cost"], "timeline": timeline}
     result |= {"mixes": mixes, "machine": machine(), "repeats": num_repeats, "quick": args.quick}
     print(json.dumps(result))
 

@@ -28,13 +28,11 @@ the last line of stdout is one JSON object:
 
 files_per_decision, functions_per_decision
 files_per_version, functions_per_version
-by_process             the same figures by process and thread
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import functools
 import json
 import os
@@ -213,27 +211,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = trace(folder, num_updates)
     figures: dict[str, int] = {}
-    by_process: dict[str, dict[str, dict[str, int]]] = collections.defaultdict(dict)
     for window in WINDOWS.values():
         functions = set().union(*(roles[window] for roles in found.values()))
         files = sorted({file for file, _ in functions})
         figures[f"files_per_{window}"] = len(files)
         figures[f"functions_per_{window}"] = len(functions)
-        for role in sorted(found):
-            own = found[role][window]
-            counts = {"files": len({file for file, _ in own}), "functions": len(own)}
-            by_process[window][role] = counts
         print(f"\n{window}: {len(files)} files, {len(functions)} functions", file=sys.stderr)
         for file in files:
             names = sorted(name for at, name in functions if at == file)
-            roles = [
-                role for role in sorted(found) if file in {at for at, _ in found[role][window]}
-            ]
+            roles = sorted(role for role in found if file in dict(found[role][window]))
             print(f"  {file} ({', '.join(roles)}): {', '.join(names)}", file=sys.stderr)
     result = {
         "benchmark": "path",
         **figures,
-        "by_process": by_process,
         "updates": num_updates,
         "machine": machine(),
         "quick": args.quick,

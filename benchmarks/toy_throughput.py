@@ -4,32 +4,23 @@
 # LICENSE file in the root directory of this source tree.
 """How many decisions per second does the loop make on the toy task, beside TorchRL's own parts?
 
-    python benchmarks/toy_throughput.py [--quick] [--stock-env]
+    python benchmarks/toy_throughput.py [--quick]
 
-Every arrangement plays the same task with the same policy (``TinyVLA``), collecting alone and then
-collecting and learning with the same gradient step for every minibatch. Every
-other round learns first, so that no mode has the start-up of an arrangement always before it:
+Every arrangement plays the same task on the same environment class, ``ToyChunkEnv``, with the same
+policy (``TinyVLA``), collecting alone and then collecting and learning with the same gradient step
+for every minibatch. Every other round learns first, so that no mode has the start-up of an
+arrangement always before it:
 
 ours        ``DVLACollector``: two workers, the policy in a process, pages, admission, lag 2.
-recipe      the arrangement of TorchRL's VLA recipe: process ``Collector`` on ``ParallelEnv``, one
-            shared ``ProcessInferenceServer``, ``MCAdvantage`` replay, pause, update, sync.
+recipe      the arrangement of TorchRL's VLA recipe (``_recipe.py``): process ``Collector`` on
+            ``ParallelEnv``, one shared ``ProcessInferenceServer``, ``MCAdvantage`` replay, pause,
+            update, sync.
 async       ``AsyncBatchedCollector``.
 sync        ``Collector`` in this process on ``SerialEnv``: collect, update, collect.
-vectorised  the same on ``ToyVLAEnv(batch_size=[64])``: one env step for all 64 environments. It
-            stands apart: it forms no groups (``group_repeats`` needs single environments), and a
-            simulator that a VLA policy is trained in has no batch dimension.
 
-``_chunk`` after a name: on ``ToyChunkEnv``, which ``DVLACollector`` runs as well, so that the ratio
-shows the collectors and not the environments. ``_stock``: on ``ToyVLAEnv`` with ``MultiAction``, as
-TorchRL's recipe must.
-
-ratio_vs_recipe          ours over ``recipe_chunk``, collecting and learning.
-ratio_vs_best_torchrl    ours over the best of ``async_chunk`` and ``sync_chunk``, likewise. Both of
-                         these compare with the same environment class.
+ratio_vs_recipe          ours over ``recipe``, collecting and learning.
+ratio_vs_best_torchrl    ours over the best of ``async`` and ``sync``, likewise.
 *_collect_only           the same ratios without learning.
-*_stock_env              with ``--stock-env``, which doubles the time: the same ratios against
-                         TorchRL's arrangements on its own environment, as a user of the recipe
-                         sees it, with the environment's share in it, and ``ratio_vs_vectorised``.
 
 The sizes are those of TorchRL's own toy configuration of its VLA recipe: 16x16 images, chunks of 4,
 at most 6 decisions an episode, a success after two env steps in a row within 0.35 of the target, 64
@@ -64,11 +55,9 @@ from torchrl.envs import (
     Compose,
     EnvBase,
     ExcludeTransform,
-    MultiAction,
     ParallelEnv,
     SerialEnv,
     StepCounter,
-    SuccessReward,
     ToyVLAEnv,
     TransformedEnv,
 )
@@ -89,42 +78,22 @@ LEARNED_SHARE = 0.6
 UPDATE_DECISIONS = GROUP_SIZE * GROUPS_PER_UPDATE * MAX_DECISIONS // 2
 
 Settings = dict[str, Any]
-SETTINGS: dict[str, tuple[str, str, Settings]] = {
-    "ours": ("ours", "chunk", {}),
-    "recipe_chunk": (
-        "recipe",
-        "chunk",
-        {"num_collectors": 1, "envs_per_collector": 8, "server_timeout": 0.01},
-    ),
-    "async_chunk": (
-        "async",
-        "chunk",
-        {"num_envs": 8, "transport": "auto", "max_batch_size": 64},
-    ),
-    "sync_chunk": ("sync", "chunk", {"num_envs": 64, "batched_env": "serial"}),
+SETTINGS: dict[str, Settings] = {
+    "ours": {},
+    "recipe": {"num_collectors": 1, "envs_per_collector": 8, "server_timeout": 0.01},
+    "async": {"num_envs": 8, "transport": "auto", "max_batch_size": 64},
+    "sync": {"num_envs": 64, "batched_env": "serial"},
 }
-STOCK = {
-    name.replace("chunk", "stock"): (family, "stock", settings)
-    for name, (family, kind, settings) in SETTINGS.items()
-    if family != "ours"
-}
-STOCK["vectorised"] = ("sync", "vectorised", {"num_envs": 64, "batched_env": ""})
-SEARCH: list[tuple[str, str, Settings]] = [
+SEARCH: list[tuple[str, Settings]] = [
     *[
-        ("recipe", "chunk", {"num_collectors": c, "envs_per_collector": e, "server_timeout": t})
+        ("recipe", {"num_collectors": c, "envs_per_collector": e, "server_timeout": t})
         for c, e in ((1, 1), (1, 4), (1, 8), (1, 16), (2, 2), (2, 8))
         for t in (0.01, 0.001)
     ],
-    *[
-        ("async", "chunk", {"num_envs": n, "transport": "auto", "max_batch_size": 64})
-        for n in (2, 4, 8, 16)
-    ],
-    *[
-        ("async", "chunk", {"num_envs": 16, "transport": "driver", "envs_per_worker": e})
-        for e in (4, 8)
-    ],
-    *[("sync", "chunk", {"num_envs": n, "batched_env": "serial"}) for n in (8, 32, 64)],
-    ("sync", "chunk", {"num_envs": 4, "batched_env": "parallel"}),
+    *[("async", {"num_envs": n, "transport": "auto", "max_batch_size": 64}) for n in (2, 4, 8, 16)],
+    *[("async", {"num_envs": 16, "transport": "driver", "envs_per_worker": e}) for e in (4, 8)],
+    *[("sync", {"num_envs": n, "batched_env": "serial"}) for n in (8, 32, 64)],
+    ("sync", {"num_envs": 4, "batched_env": "parallel"}),
 ]
 
 
@@ -159,51 +128,27 @@ def make_chunk_env() -> ToyChunkEnv:
     return ToyChunkEnv(action_dim=ACTION_DIM, chunk_size=CHUNK_SIZE, image_size=IMAGE_SIZE)
 
 
-def make_rival_env(
-    kind: str, worker_idx: int = 0, batch_size: tuple[int, ...] = (), *, text: bool = True
-) -> EnvBase:
+def make_rival_env(worker_idx: int, *, text: bool = True) -> EnvBase:
     """The environment of TorchRL's arrangements.
 
     Args:
-        kind (str): ``"stock"``: ``ToyVLAEnv`` with ``MultiAction``, as the recipe builds it;
-            ``"chunk"``: ``ToyChunkEnv``; ``"vectorised"``: the first with a batch dimension.
         worker_idx (int): sets the seed and the group ids apart.
-        batch_size (tuple of int): of ``"vectorised"``.
 
     Keyword Args:
         text (bool): whether the instruction stays in the data. ``AsyncBatchedCollector`` takes its
             fast ways only where all leaves are tensors; :class:`TextlessPolicy` puts the string
             back.
     """
-    dropped = () if text else (ExcludeTransform("language_instruction"),)
-    group = {"group_repeats": GROUP_SIZE, "group_id_offset": worker_idx * 10**6}
-    if kind == "chunk":
-        env = GroupedToyChunkEnv(
-            action_dim=ACTION_DIM,
-            chunk_size=CHUNK_SIZE,
-            image_size=IMAGE_SIZE,
-            seed=worker_idx,
-            **group,
-        )
-        return TransformedEnv(env, Compose(StepCounter(max_steps=MAX_DECISIONS), *dropped))
-    stock = ToyVLAEnv(
+    env = GroupedToyChunkEnv(
         action_dim=ACTION_DIM,
-        state_dim=2 * ACTION_DIM,
-        image_shape=(3, IMAGE_SIZE, IMAGE_SIZE),
-        success_steps=2,
-        success_tol=0.35,
+        chunk_size=CHUNK_SIZE,
+        image_size=IMAGE_SIZE,
         seed=worker_idx,
-        batch_size=torch.Size(batch_size),
-        device="cpu",  # ParallelEnv's; else its first partial reset fails
-        **({} if kind == "vectorised" else group),
+        group_repeats=GROUP_SIZE,
+        group_id_offset=worker_idx * 10**6,
     )
-    transforms = (
-        MultiAction.from_vla(stack_rewards=False),
-        SuccessReward(),
-        StepCounter(max_steps=MAX_DECISIONS),
-        *dropped,
-    )
-    return TransformedEnv(stock, Compose(*transforms))
+    dropped = () if text else (ExcludeTransform("language_instruction"),)
+    return TransformedEnv(env, Compose(StepCounter(max_steps=MAX_DECISIONS), *dropped))
 
 
 def make_policy() -> TinyVLA:
@@ -296,14 +241,11 @@ class Arrangement:
         while time.monotonic() < end_s:
             self._take_batch(learn)
 
-    def _take_batch(self, learn: bool) -> None:
-        raise TypeError("It says how it takes a batch.")
-
 
 class Ours(Arrangement):
     """``DVLACollector``."""
 
-    def __init__(self, kind: str, *, envs_per_worker: int = 32, num_workers: int = 2) -> None:
+    def __init__(self, *, envs_per_worker: int = 32, num_workers: int = 2) -> None:
         policy = make_policy()
         super().__init__(policy)
         self.collector = DVLACollector(
@@ -346,10 +288,10 @@ class Ours(Arrangement):
         self.collector.update_policy_weights_()
 
 
-def make_recipe(kind: str, **settings: Any) -> Recipe:
+def make_recipe(**settings: Any) -> Recipe:
     """The arrangement of TorchRL's VLA recipe on the toy task."""
     return Recipe(
-        functools.partial(make_rival_env, kind),
+        make_rival_env,
         make_policy,
         Update,
         group_size=GROUP_SIZE,
@@ -363,21 +305,18 @@ def make_recipe(kind: str, **settings: Any) -> Recipe:
 class AsyncBatched(Arrangement):
     """``AsyncBatchedCollector``: environments step while others wait for the policy server.
 
-    Args:
-        kind (str): environment, see ``make_rival_env``.
-
     Keyword Args:
         num_envs (int): environments.
         **kwargs: its settings; see ``SEARCH``.
     """
 
-    def __init__(self, kind: str, *, num_envs: int, **kwargs: Any) -> None:
+    def __init__(self, *, num_envs: int, **kwargs: Any) -> None:
         policy = TextlessPolicy()
         super().__init__(policy.policy)
         slots = kwargs.get("transport") == "auto"  # this way the policy is built in its own process
         self._shipped = policy
         self._collector = AsyncBatchedCollector(
-            [functools.partial(make_rival_env, kind, k, text=False) for k in range(num_envs)],
+            [functools.partial(make_rival_env, k, text=False) for k in range(num_envs)],
             frames_per_batch=UPDATE_DECISIONS,
             env_backend="multiprocessing",
             exploration_type=ExplorationType.RANDOM,
@@ -406,24 +345,16 @@ class AsyncBatched(Arrangement):
 class Sync(AsyncBatched):
     """``Collector`` in this process, on a batched environment: collect, update, collect.
 
-    Args:
-        kind (str): environment, see ``make_rival_env``.
-
     Keyword Args:
         num_envs (int): environments of the batch.
-        batched_env (str): ``"serial"`` or ``"parallel"``; a vectorised environment needs neither.
+        batched_env (str): ``"serial"`` or ``"parallel"``.
     """
 
-    def __init__(self, kind: str, *, num_envs: int, batched_env: str) -> None:
+    def __init__(self, *, num_envs: int, batched_env: str) -> None:
         policy = make_policy()
         Arrangement.__init__(self, policy)
-        if kind == "vectorised":
-            env = make_rival_env(kind, batch_size=(num_envs,))
-        else:
-            cls = {"serial": SerialEnv, "parallel": ParallelEnv}[batched_env]
-            env = cls(
-                num_envs, [functools.partial(make_rival_env, kind, k) for k in range(num_envs)]
-            )
+        cls = {"serial": SerialEnv, "parallel": ParallelEnv}[batched_env]
+        env = cls(num_envs, [functools.partial(make_rival_env, k) for k in range(num_envs)])
         self._collector = Collector(
             env,
             policy,
@@ -454,7 +385,8 @@ def _learn(update: Update, batch: TensorDictBase) -> None:
 
 def run(
     connection: Connection,
-    spec: tuple[str, str, Settings],
+    family: str,
+    settings: Settings,
     args: argparse.Namespace,
     modes: tuple[str, str] = ("collect", "learn"),
 ) -> None:
@@ -463,10 +395,9 @@ def run(
     torch.set_num_threads(1)
     with open(os.devnull, "w") as null:
         sys.stdout = null
-        family, kind, settings = spec
         make = {"ours": Ours, "recipe": make_recipe, "async": AsyncBatched, "sync": Sync}[family]
         out: dict[str, float] = {}
-        with make(kind, **settings) as arrangement:
+        with make(**settings) as arrangement:
             while arrangement.num_decisions() < args.warm_up_decisions:
                 arrangement.collect_for(0.5)
             # The processes of a recipe import torch one beside the other on the same cores: its
@@ -491,7 +422,6 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one round")
-    parser.add_argument("--stock-env", action="store_true", help="TorchRL's environment as well")
     parser.add_argument("--search", help="measure other settings of one rival: recipe, async, sync")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a stretch")
     parser.add_argument("--repeats", type=int, help="5 by default, 1 with --quick")
@@ -500,16 +430,16 @@ def main() -> None:
     args = parser.parse_args()
     args.repeats = args.repeats or (1 if args.quick else 5)
     if args.search:
-        for spec in (spec for spec in SEARCH if spec[0] == args.search):
-            print(spec, in_processes(run, [(spec, args)])[0], flush=True)
+        for settings in (settings for family, settings in SEARCH if family == args.search):
+            found = in_processes(run, [(args.search, settings, args)])[0]
+            print(args.search, settings, found, flush=True)
         return
-    specs = {**SETTINGS, **STOCK} if args.stock_env else SETTINGS
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in specs}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in SETTINGS}
     for repeat in range(args.repeats):
         step = 1 if repeat % 2 == 0 else -1
         modes = ("collect", "learn")[::step]
-        for name in list(specs)[::step]:
-            found = in_processes(run, [(specs[name], args, modes)])[0]
+        for name in list(SETTINGS)[::step]:
+            found = in_processes(run, [(name, SETTINGS[name], args, modes)])[0]
             runs[name].append(found)
             line = "  ".join(f"{key} {value:.2f}" for key, value in found.items())
             print(f"{repeat} {name:<14} {line}", file=sys.stderr)
@@ -517,30 +447,23 @@ def main() -> None:
     def column(name: str, mode: str) -> list[float]:
         return [one[mode] for one in runs[name]]
 
-    def best(names: tuple[str, ...], mode: str) -> list[float]:
-        return [max(found) for found in zip(*(column(name, mode) for name in names))]
-
     ratios = {}
     for suffix, mode in (("", "learn"), ("_collect_only", "collect")):
-        ours = column("ours", mode)
-        for env in ("chunk", "stock") if args.stock_env else ("chunk",):
-            end = suffix + ("" if env == "chunk" else "_stock_env")
-            others = best((f"async_{env}", f"sync_{env}"), mode)
-            ratios[f"ratio_vs_recipe{end}"] = paired_ratio(ours, column(f"recipe_{env}", mode))
-            ratios[f"ratio_vs_best_torchrl{end}"] = paired_ratio(ours, others)
-        if args.stock_env:
-            ratios[f"ratio_vs_vectorised{suffix}"] = paired_ratio(ours, column("vectorised", mode))
+        ours, recipe = column("ours", mode), column("recipe", mode)
+        best = [max(pair) for pair in zip(column("async", mode), column("sync", mode))]
+        ratios[f"ratio_vs_recipe{suffix}"] = paired_ratio(ours, recipe)
+        ratios[f"ratio_vs_best_torchrl{suffix}"] = paired_ratio(ours, best)
     result = {
         "benchmark": "toy_throughput",
         **{name: found["median"] for name, found in ratios.items()},
         "spread": ratios,
         "decisions_per_s": {
             name: {mode: spread(column(name, mode), 1) for mode in ("collect", "learn")}
-            for name in specs
+            for name in SETTINGS
         },
         "mean_batch": round(statistics.median(column("ours", "learn_batch")), 1),
         "learned_share": round(statistics.median(column("ours", "learned_share")), 2),
-        "settings": {name: spec[2] for name, spec in specs.items()},
+        "settings": SETTINGS,
         "seconds": args.seconds,
         "repeats": args.repeats,
         "machine": machine("tensordict"),
