@@ -148,14 +148,15 @@ def test_model_budget_and_bad_counts(sizes, message):
 
 def test_planned_pools_hold_what_was_planned_and_no_more():
     pools = DualPool(model_bytes="64KB")
-    plan = pools.plan(**SIZES, weight_bytes=3000, batch_size=16)
+    assert pools.plan(**SIZES).num_pages == 72
+    plan = pools.plan(**SIZES, num_spare_groups=1, weight_bytes=3000, batch_size=16)
     for use in (pools.stats, pools.report, lambda: pools.environment):
         with pytest.raises(RuntimeError, match=r"Call allocate\(plan\) first"):
             use()
     with pools:
-        pools.allocate(plan, num_spare_pages=3)
-        assert pools.environment.num_pages == plan.num_pages + 3
-        assert pools.stats()["environment/pages_free"] == 75
+        pools.allocate(plan)
+        assert pools.environment.num_pages == plan.num_pages == 72 + plan.pages_per_group
+        assert pools.stats()["environment/pages_free"] == plan.num_pages
         assert pools.stats()["model/reserved_bytes"] == 64 << 10
         pools.model.arena(3000, "weight slots")
         for _ in range(2):
@@ -167,9 +168,7 @@ def test_planned_pools_hold_what_was_planned_and_no_more():
         with pytest.raises(RuntimeError, match="exist already"):
             pools.allocate(plan)
     pools.close()
-    with DualPool(pool_bytes(50)) as pools:
-        with pytest.raises(ValueError, match="50 pages of the plan and 1 spare ones"):
-            pools.allocate(pools.plan(**SIZES), num_spare_pages=1)
+    assert DualPool(pool_bytes(50)).plan(**SIZES, num_spare_groups=1).num_pages == 50
 
 
 def test_the_report_tells_what_each_pool_holds():

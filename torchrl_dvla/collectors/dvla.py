@@ -183,16 +183,15 @@ class DVLACollector(BaseCollector):
                 max_decisions=workers.max_decisions,
                 num_env=workers.num_workers * workers.envs_per_worker,
                 rows_per_page=rows_per_page,
+                num_spare_groups=1,  # episodes of an evaluation find room beside all groups
                 weight_bytes=self._updater.store_bytes(policy),
                 batch_size=self.replay_buffer.batch_size or 0,
                 num_staging=self.replay_buffer.num_staging,
             )
             _log.info("Memory of the run:\n%s", self.plan)
             undo.callback(self.memory.close)
-            # Evaluation episodes find room beside all admitted groups, unless a budget was given.
-            num_spare_pages = self.plan.pages_per_group if self.memory.env_bytes is None else 0
-            check_pages(self.plan, group, self.plan.num_pages + num_spare_pages)
-            self.memory.allocate(self.plan, num_spare_pages)
+            check_pages(self.plan, group)
+            self.memory.allocate(self.plan)
             undo.callback(self._updater.shutdown)
             self._updater.model_pool = self.memory.model
             self._updater.init_on_sender(model_id="policy", model=policy, num_workers=0)

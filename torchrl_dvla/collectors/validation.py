@@ -143,7 +143,7 @@ def match_policy(policy: TensorDictModuleBase, specs: EnvSpecs) -> RowLayout:
     return decision_layout(observation, chunk_size=chunk_size, action_dim=action_dim)
 
 
-def check_pages(plan: Plan, group: GroupConfig, num_pages: int) -> None:
+def check_pages(plan: Plan, group: GroupConfig) -> None:
     """Require room for the groups of an update and one rollout of an evaluation at once.
 
     With fewer pages than the groups of an update, the learner would wait for groups that wait for
@@ -154,13 +154,13 @@ def check_pages(plan: Plan, group: GroupConfig, num_pages: int) -> None:
     """
     pages_per_rollout = plan.pages_per_group // group.num_candidates
     needed = group.groups_per_update * plan.pages_per_group + pages_per_rollout
-    if num_pages < needed:
+    if plan.num_pages < needed:
         page_bytes = plan.rows_per_page * plan.row_bytes
         raise ValueError(
             "env_bytes must hold groups_per_update x pages of a group + pages of an evaluation "
             f"rollout = {group.groups_per_update} x {plan.pages_per_group} + {pages_per_rollout} = "
-            f"{needed} pages, got {num_pages}: with fewer, learner and sampling would wait for "
-            f"each other. Raise env_bytes by {(needed - num_pages) * page_bytes}, or lower "
+            f"{needed} pages, got {plan.num_pages}: with fewer, learner and sampling would wait "
+            f"for each other. Raise env_bytes by {(needed - plan.num_pages) * page_bytes}, or lower "
             "groups_per_update, group_size or max_decisions."
         )
 

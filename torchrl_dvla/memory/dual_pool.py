@@ -283,6 +283,7 @@ class DualPool:
         candidate_group_size: int | None = None,
         rows_per_page: int | None = None,
         expected_decisions: float | None = None,
+        num_spare_groups: int = 0,
         weight_bytes: int = 0,
         batch_size: int = 0,
         num_staging: int = 2,
@@ -308,6 +309,8 @@ class DualPool:
                 *expected_decisions*, or 4.
             expected_decisions (float, optional): mean decisions of a rollout; with it, the plan
                 tells how much of its pages is wasted.
+            num_spare_groups (int): groups whose pages are useful besides, for the rollouts of an
+                evaluation. Defaults to none.
             weight_bytes (int): bytes of all weight slots. Defaults to none.
             batch_size (int), num_staging (int): rows and number of the staging batches. Default to
                 none, and to 2.
@@ -345,9 +348,9 @@ class DualPool:
         num_groups = (max_policy_lag + 1) * groups_per_update
         min_bytes, full_bytes = (
             EnvironmentPool.nbytes_for(layout, number * pages_per_group, rows_per_page)
-            for number in (groups_per_update, num_groups)
+            for number in (groups_per_update, num_groups + num_spare_groups)
         )
-        num_pages, env_bytes = num_groups * pages_per_group, full_bytes
+        num_pages, env_bytes = (num_groups + num_spare_groups) * pages_per_group, full_bytes
         if self.env_bytes is not None:
             num_pages = EnvironmentPool.pages_within(layout, self.env_bytes, rows_per_page)
             env_bytes = EnvironmentPool.nbytes_for(layout, num_pages, rows_per_page)
@@ -421,27 +424,18 @@ class DualPool:
             ),
         )
 
-    def allocate(self, plan: Plan, num_spare_pages: int = 0) -> None:
+    def allocate(self, plan: Plan) -> None:
         """Make the pools: :attr:`environment` with all of its memory, :attr:`model` empty.
 
         Args:
             plan (Plan): their sizes.
-            num_spare_pages (int): pages beyond the plan's, for instance for evaluations.
 
         Raises:
-            ValueError: if plan and spare pages exceed the budget of the environment pool.
             RuntimeError: if the pools exist already, or there is not enough memory.
         """
         if self._pools is not None:
             raise RuntimeError("The pools exist already. Make another DualPool for another run.")
-        num_pages = plan.num_pages + num_spare_pages
-        env_bytes = EnvironmentPool.nbytes_for(plan.layout, num_pages, plan.rows_per_page)
-        if self.env_bytes is not None and env_bytes > self.env_bytes:
-            raise ValueError(
-                f"env_bytes must hold the {plan.num_pages} pages of the plan and {num_spare_pages} "
-                f"spare ones, {env_bytes} bytes, got {self.env_bytes}. Ask for fewer spare pages."
-            )
-        environment = EnvironmentPool(plan.layout, num_pages, plan.rows_per_page)
+        environment = EnvironmentPool(plan.layout, plan.num_pages, plan.rows_per_page)
         self._pools = environment, ModelPool(plan.model_bytes)
 
     def _allocated(self) -> tuple[EnvironmentPool, ModelPool]:
