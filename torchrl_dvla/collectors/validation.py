@@ -160,8 +160,8 @@ def check_pages(plan: Plan, group: GroupConfig) -> None:
             "env_bytes must hold groups_per_update x pages of a group + pages of an evaluation "
             f"rollout = {group.groups_per_update} x {plan.pages_per_group} + {pages_per_rollout} = "
             f"{needed} pages, got {plan.num_pages}: with fewer, learner and sampling would wait "
-            f"for each other. Raise env_bytes by {(needed - plan.num_pages) * page_bytes}, or lower "
-            "groups_per_update, group_size or max_decisions."
+            f"for each other. Raise env_bytes by {(needed - plan.num_pages) * page_bytes}, or "
+            "lower groups_per_update, group_size or max_decisions."
         )
 
 
