@@ -15,12 +15,9 @@ the loop's thread, workers and inference process together, and ``breakdown`` by 
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _machine import machine, spread
+from _machine import arguments, log, report, spread
 
 from torchrl_dvla import DVLACollector, GroupConfig, PooledReplayBuffer, WorkerConfig
 from torchrl_dvla.modules import tiny_token_policy
@@ -102,26 +99,21 @@ def run(folder: str, seconds: float) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="three short runs")
-    args = parser.parse_args()
+    args = arguments(__doc__, "three short runs")
     torch.set_num_threads(1)
     seconds, num_repeats = (2.0, 3) if args.quick else (6.0, 5)
     runs: list[dict[str, float]] = []
     for _ in range(num_repeats):
         with tempfile.TemporaryDirectory() as folder:
             runs.append(run(folder, seconds))
-        print({name: round(value, 1) for name, value in runs[-1].items()}, file=sys.stderr)
+        log({name: round(value, 1) for name, value in runs[-1].items()})
     breakdown = {f"{name}_us": spread((one[name] for one in runs), 1) for name in runs[0]}
     result = {
-        "benchmark": "collector_overhead",
         "overhead_us_per_decision": breakdown["overhead_us"]["median"],
         "breakdown": breakdown,
         "workload": {"num_envs": NUM_ENVS, "num_workers": NUM_WORKERS, "seconds": seconds},
-        "machine": machine(),
-        "quick": args.quick,
     }
-    print(json.dumps(result))
+    report("collector_overhead", result, args.quick)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,7 @@ The last line of stdout is one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import os
 import statistics
 import sys
@@ -46,7 +44,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from _machine import in_processes, machine, paired_ratio, spread
+from _machine import arguments, in_processes, log, paired_ratio, report, spread
 from _recipe import Recipe, weights
 from tensordict import NonTensorStack, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -421,10 +419,7 @@ def run(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one round")
-    parser.add_argument("--search", help="measure other settings of one rival: recipe, async, sync")
-    args = parser.parse_args()
+    args = arguments(__doc__, "one round", search=str)
     num_repeats = 1 if args.quick else 5
     if args.search:
         for settings in (settings for family, settings in SEARCH if family == args.search):
@@ -439,7 +434,7 @@ def main() -> None:
             found = in_processes(run, [(name, SETTINGS[name], modes)])[0]
             runs[name].append(found)
             line = "  ".join(f"{key} {value:.2f}" for key, value in found.items())
-            print(f"{repeat} {name:<14} {line}", file=sys.stderr)
+            log(f"{repeat} {name:<14} {line}")
 
     def column(name: str, mode: str) -> list[float]:
         return [one[mode] for one in runs[name]]
@@ -451,7 +446,6 @@ def main() -> None:
         ratios[f"ratio_vs_recipe{suffix}"] = paired_ratio(ours, recipe)
         ratios[f"ratio_vs_best_torchrl{suffix}"] = paired_ratio(ours, best)
     result = {
-        "benchmark": "toy_throughput",
         **{name: found["median"] for name, found in ratios.items()},
         "spread": ratios,
         "decisions_per_s": {
@@ -463,10 +457,8 @@ def main() -> None:
         "settings": SETTINGS,
         "seconds": SECONDS,
         "repeats": num_repeats,
-        "machine": machine("tensordict"),
-        "quick": args.quick,
     }
-    print(json.dumps(result))
+    report("toy_throughput", result, args.quick, "tensordict")
 
 
 if __name__ == "__main__":

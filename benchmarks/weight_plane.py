@@ -4,7 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 """What does it cost to give new weights to everybody on a node?
 
-    python benchmarks/weight_plane.py [--quick] [--megabytes 10 300 2048] [--readers 8]
+    python benchmarks/weight_plane.py [--quick] [--megabytes 10] [--readers 8]
 
 Reader processes serve a policy all the time (a stack of square linear layers, batch 4) while the
 learner publishes. The same loop runs under ``dvla`` (this project's ``AsyncWeightUpdater``) and
@@ -42,7 +42,6 @@ rounds of the ratio within one.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import json
@@ -63,7 +62,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from _machine import machine, memory_bytes, spread
+from _machine import arguments, log, memory_bytes, report, spread
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -408,10 +407,6 @@ class ServerNode(Node):
 # -- measuring -------------------------------------------------------------------------------------
 
 
-def say(text: str) -> None:
-    print(f"{time.monotonic() - _STARTED_S:6.1f} s  {text}", file=sys.stderr, flush=True)
-
-
 def timed(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
@@ -451,7 +446,7 @@ def measure_adoption(nodes: list[Node], order: str, rounds: int, repeats: int) -
             with node.ordered(order):
                 node.adopt_s()
                 times[node.name].append(statistics.median(node.adopt_s() for _ in range(repeats)))
-        say(f"adoption, {order}: round {number + 1} of {rounds}")
+        log(f"adoption, {order}: round {number + 1} of {rounds}")
     ours = times["dvla"]
     out: dict[str, Any] = {"adopt_s": {name: spread(v, 4) for name, v in times.items()}}
     for name, theirs in times.items():
@@ -466,7 +461,7 @@ def measure_model(megabytes: int, num_readers: int, quick: bool) -> dict[str, An
     """Everything about one size of model, in the time and the memory that it leaves."""
     is_small, is_large = megabytes <= 64, megabytes > 512
     out: dict[str, Any] = {"megabytes": megabytes}
-    say(f"{megabytes} MB: stall")
+    log(f"{megabytes} MB: stall")
     out.update(measure_stall(megabytes, 40 if is_small else 5 if is_large else 15))
     nodes: list[Node] = []
     try:
@@ -476,7 +471,7 @@ def measure_model(megabytes: int, num_readers: int, quick: bool) -> dict[str, An
         rounds = 5 if quick or not is_small else 11
         names = ["shared"] if is_large else ["shared", "multiprocess", "process_server"]
         nodes += [make_node(name, num_readers, megabytes) for name in names]
-        say(f"{megabytes} MB: {num_readers} readers under each scheme")
+        log(f"{megabytes} MB: {num_readers} readers under each scheme")
         repeats = 5 if is_small else 2
         out["emulate"] = measure_adoption(nodes, "emulate", rounds, repeats)
         if not is_large:
@@ -487,7 +482,7 @@ def measure_model(megabytes: int, num_readers: int, quick: bool) -> dict[str, An
         for node in nodes:
             node.close()
     # A run that is ended early has not measured in vain.
-    print(json.dumps(out), file=sys.stderr, flush=True)
+    log(json.dumps(out))
     return out
 
 
@@ -516,15 +511,12 @@ def worst(models: list[dict[str, Any]], serving: tuple[str, ...]) -> dict[str, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="10 MB only: below a minute")
-    parser.add_argument("--megabytes", type=int, nargs="+", help="sizes of the models")
-    parser.add_argument("--readers", type=int, default=8, help="reader processes")
-    args = parser.parse_args()
+    args = arguments(__doc__, "10 MB only, under a minute", megabytes=int, readers=8)
     torch.set_num_threads(1)
     models: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
-    for megabytes in args.megabytes or ([10] if args.quick else [10, 300, 2048]):
+    sizes = [args.megabytes] if args.megabytes else [10] if args.quick else [10, 300, 2048]
+    for megabytes in sizes:
         free = available_bytes()
         # The most at one time: our four copies and another scheme's three, or the copies of all.
         need = (8 if megabytes > 512 else 4 + 4 * args.readers) * (megabytes << 20)
@@ -534,19 +526,15 @@ def main() -> None:
         models.append(measure_model(megabytes, args.readers, args.quick))
     if not models:
         sys.exit(f"No model fits into memory: {skipped}")
-    result: dict[str, Any] = {"benchmark": "weight_plane", "readers": args.readers}
+    result: dict[str, Any] = {"readers": args.readers}
     result.update(worst(models, ("emulate", "compute")))
     result["emulate_only"] = worst(models, ("emulate",))
     reads = models[0].get("reads", {})
     result["torn_reads"] = reads.get("dvla", {}).get("torn_reads")
     result.update(reads=reads, by_model=models, skipped=skipped)
     result["emulated"] = "decisions of 5 ms on a device that is not there, in all parts `emulate`"
-    result["quick"] = args.quick
-    result["machine"] = machine()
-    print(json.dumps(result))
+    report("weight_plane", result, args.quick)
 
-
-_STARTED_S = time.monotonic()
 
 if __name__ == "__main__":
     main()
