@@ -14,7 +14,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from typing import Any
 
@@ -96,20 +97,8 @@ def memory_bytes(field: str, mapping: str = "") -> int:
     return total
 
 
-def in_processes(target: Any, many_args: list[tuple[Any, ...]]) -> list[Any]:
-    """Call ``target(connection, *args)`` in a fresh process for each ``args``, all at once."""
+def in_process(target: Callable[..., Any], *args: Any) -> Any:
+    """Call ``target(*args)`` in a fresh process, which may start others."""
     context = multiprocessing.get_context("spawn")
-    running = []
-    for args in many_args:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=target, args=(theirs, *args))
-        process.start()
-        theirs.close()
-        running.append((process, ours))
-    out = [connection.recv() for _, connection in running]
-    for process, _ in running:
-        process.join(30)
-        if process.is_alive():
-            process.kill()
-            process.join()
-    return out
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(target, *args).result()

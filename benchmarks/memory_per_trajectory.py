@@ -36,12 +36,11 @@ import os
 import random
 import statistics
 import sys
-from multiprocessing.connection import Connection
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from _machine import arguments, in_processes, memory_bytes, report, spread
+from _machine import arguments, in_process, memory_bytes, report, spread
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage
 
@@ -110,7 +109,7 @@ def store_padded(lengths: list[int], horizon: int, *, pad: bool) -> tuple[int, L
     return sum(tensor.nbytes for tensor in storage._storage.values(True, True)), storage
 
 
-def run_side(connection: Connection, side: str, lengths: list[int], horizon: int) -> None:
+def run_side(side: str, lengths: list[int], horizon: int) -> tuple[float, float]:
     torch.set_num_threads(1)
     # What either side needs besides what it stores is there before the first measurement.
     store_pooled([1, 2])
@@ -122,8 +121,9 @@ def run_side(connection: Connection, side: str, lengths: list[int], horizon: int
         allocated, storage = store_padded(lengths, horizon, pad=side == "padded")
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is left of trajectories on their way in
-    connection.send((allocated / len(lengths), (memory_bytes("Rss") - before) / len(lengths)))
+    resident = memory_bytes("Rss") - before
     del storage  # alive until here
+    return allocated / len(lengths), resident / len(lengths)
 
 
 def ratio(mean_decisions: float, horizon_decisions: int) -> float:
@@ -142,7 +142,7 @@ def main() -> None:
     found: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
     for _ in range(1 if args.quick else 5):
         for side in SIDES:
-            found[side] += in_processes(run_side, [(side, lengths, horizon)])
+            found[side].append(in_process(run_side, side, lengths, horizon))
     allocated, resident = (
         {side: spread((sample[column] for sample in found[side]), 0) for side in SIDES}
         for column in (0, 1)

@@ -40,11 +40,10 @@ import statistics
 import sys
 import time
 import warnings
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from _machine import arguments, in_processes, log, paired_ratio, report, spread
+from _machine import arguments, in_process, log, paired_ratio, report, spread
 from _recipe import Recipe, weights
 from tensordict import NonTensorStack, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -384,11 +383,10 @@ def _learn(update: Update, batch: TensorDictBase) -> None:
 
 
 def run(
-    connection: Connection,
     family: str,
     settings: Settings,
     modes: tuple[str, str] = ("collect", "learn"),
-) -> None:
+) -> dict[str, float]:
     """In a process of its own: build, warm up, measure both ways."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -415,7 +413,7 @@ def run(
                     out[f"{mode}_batch"] = decisions / (arrangement.num_calls() - calls)
                     if mode == "learn":
                         out["learned_share"] = (arrangement.num_learned - learned) / decisions
-        connection.send(out)
+    return out
 
 
 def main() -> None:
@@ -423,7 +421,7 @@ def main() -> None:
     num_repeats = 1 if args.quick else 5
     if args.search:
         for settings in (settings for family, settings in SEARCH if family == args.search):
-            found = in_processes(run, [(args.search, settings)])[0]
+            found = in_process(run, args.search, settings)
             print(args.search, settings, found, flush=True)
         return
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in SETTINGS}
@@ -431,7 +429,7 @@ def main() -> None:
         step = 1 if repeat % 2 == 0 else -1
         modes = ("collect", "learn")[::step]
         for name in list(SETTINGS)[::step]:
-            found = in_processes(run, [(name, SETTINGS[name], modes)])[0]
+            found = in_process(run, name, SETTINGS[name], modes)
             runs[name].append(found)
             line = "  ".join(f"{key} {value:.2f}" for key, value in found.items())
             log(f"{repeat} {name:<14} {line}")
