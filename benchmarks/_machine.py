@@ -2,17 +2,56 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""What benchmarks have in common: the machine, the spread of repeats, processes of their own."""
+"""What benchmarks have in common: arguments, report, spread of repeats, processes of their own."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import multiprocessing
 import os
 import platform
 import statistics
-from collections.abc import Iterable
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from typing import Any
+
+_STARTED_S = time.monotonic()
+
+
+def arguments(doc: str, quick: str, **options: Any) -> argparse.Namespace:
+    """Command line of a benchmark.
+
+    Args:
+        doc (str): its docstring; the first line is the question.
+        quick (str): what ``--quick`` does.
+        **options: by name the default, or the type of an option without one; ``False`` is a flag.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help=quick)
+    for name, default in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if default is False:
+            parser.add_argument(flag, action="store_true")
+        elif isinstance(default, type):
+            parser.add_argument(flag, type=default)
+        else:
+            parser.add_argument(flag, type=type(default), default=default, help=f"{default}")
+    return parser.parse_args()
+
+
+def log(text: object) -> None:
+    """Tell whoever waits; stdout is for the result."""
+    print(f"{time.monotonic() - _STARTED_S:5.0f} s  {text}", file=sys.stderr, flush=True)
+
+
+def report(benchmark: str, result: dict[str, Any], quick: bool, *packages: str) -> None:
+    """Print the result as the last line of stdout: one JSON object."""
+    result = {"benchmark": benchmark, **result, "machine": machine(*packages), "quick": quick}
+    print(json.dumps(result))
 
 
 def machine(*packages: str) -> dict[str, Any]:
@@ -58,20 +97,8 @@ def memory_bytes(field: str, mapping: str = "") -> int:
     return total
 
 
-def in_processes(target: Any, many_args: list[tuple[Any, ...]]) -> list[Any]:
-    """Call ``target(connection, *args)`` in a fresh process for each ``args``, all at once."""
+def in_process(target: Callable[..., Any], *args: Any) -> Any:
+    """Call ``target(*args)`` in a fresh process, which may start others."""
     context = multiprocessing.get_context("spawn")
-    running = []
-    for args in many_args:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=target, args=(theirs, *args))
-        process.start()
-        theirs.close()
-        running.append((process, ours))
-    out = [connection.recv() for _, connection in running]
-    for process, _ in running:
-        process.join(30)
-        if process.is_alive():
-            process.kill()
-            process.join()
-    return out
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(target, *args).result()

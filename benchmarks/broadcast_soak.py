@@ -28,17 +28,14 @@ num_adoptions, num_node_kills, num_node_stops, num_learner_kills, num_learner_st
 
 from __future__ import annotations
 
-import argparse
 import collections
 import ctypes
 import heapq
-import json
 import multiprocessing
 import os
 import random
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -48,7 +45,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from _machine import machine, spread
+from _machine import arguments, log, report, spread
 from torch import nn
 
 from torchrl_dvla.weight_update import WeightBroadcast, WeightRelay, WeightStore
@@ -259,17 +256,8 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.005)
 
 
-def log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="20 seconds")
-    parser.add_argument("--seconds", type=float, help="default 60")
-    parser.add_argument("--nodes", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0, help="of what happens to whom, and when")
-    args = parser.parse_args()
+    args = arguments(__doc__, "20 seconds", seconds=float, nodes=4, seed=0)
     torch.set_num_threads(1)
     seconds = args.seconds or (20.0 if args.quick else 60.0)
     totals = collections.Counter(dict.fromkeys((*FAILURES, *(f"num_{n}" for n in COUNTS)), 0))
@@ -293,7 +281,6 @@ def main() -> None:
         name for name in os.listdir("/dev/shm") if pids & set(map(int, re.findall(r"\d+", name)))
     ]
     result = {
-        "benchmark": "broadcast_soak",
         **totals,
         "num_left": len(left) + len(files),
         "settle_s": spread(settle_s),
@@ -302,10 +289,8 @@ def main() -> None:
         "timeout_s": TIMEOUT_S,
         "seed": args.seed,
         "duration_s": round(time.monotonic() - start_s, 1),
-        "quick": args.quick,
-        "machine": machine(),
     }
-    print(json.dumps(result))
+    report("broadcast_soak", result, args.quick)
     if any(result[key] for key in (*FAILURES, "num_left")):
         raise SystemExit(1)
 

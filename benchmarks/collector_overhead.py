@@ -7,26 +7,17 @@
     python benchmarks/collector_overhead.py [--quick]
 
 ``CountingChunkEnv`` and a tiny policy under ``DVLACollector``, 64 environments in two workers. CPU
-time (user and system) of every process of the run is read from the kernel's clocks before and after
-a stretch of decisions; the time inside ``env.step``, ``env.reset`` and the policy's ``forward`` is
-measured there by the thread's CPU clock and taken off. What is left is the price of the collector.
-The last line of stdout is one JSON object:
-
-overhead_us_per_decision  CPU microseconds a decision of the loop's thread, workers and inference
-                          process together, outside of environment and policy; one policy call
-                          serves all environments
-overhead_us_in_halves     the same with the default, two batches in turns: twice the messages
-breakdown                 both by process; ``learner`` is the thread that draws every batch
+time of every process is read from the kernel's clocks before and after a stretch of decisions; the
+time inside ``env.step``, ``env.reset`` and the policy's ``forward`` is measured there and taken
+off. The last line of stdout is one JSON object: ``overhead_us_per_decision``, CPU microseconds of
+the loop's thread, workers and inference process together, and ``breakdown`` by process.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -34,15 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from _machine import machine, spread
+from _machine import arguments, log, report, spread
 
-from torchrl_dvla import (
-    DVLACollector,
-    GroupConfig,
-    InferenceConfig,
-    PooledReplayBuffer,
-    WorkerConfig,
-)
+from torchrl_dvla import DVLACollector, GroupConfig, PooledReplayBuffer, WorkerConfig
 from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.testing import CountingChunkEnv
 
@@ -74,7 +59,7 @@ def make_env(folder: str) -> CountingChunkEnv:
     return meter(folder, "env", env, "step", "reset")
 
 
-def run(folder: str, seconds: float, max_batch_size: int | None) -> dict[str, float]:
+def run(folder: str, seconds: float) -> dict[str, float]:
     """Microseconds a decision, by process."""
     policy = tiny_token_policy(2, 4, vocab_size=8, hidden_dim=16)
     collector = DVLACollector(
@@ -84,7 +69,6 @@ def run(folder: str, seconds: float, max_batch_size: int | None) -> dict[str, fl
         replay_buffer=PooledReplayBuffer(batch_size=256, timeout_s=60.0),
         group=GroupConfig(groups_per_update=16, max_policy_lag=2, max_no_signal_groups=10**9),
         workers=WorkerConfig(NUM_WORKERS, NUM_ENVS // NUM_WORKERS, DECISIONS),
-        inference=InferenceConfig(max_batch_size=max_batch_size),
     )
 
     def learn_for(seconds: float) -> dict[str, float]:
@@ -99,7 +83,9 @@ def run(folder: str, seconds: float, max_batch_size: int | None) -> dict[str, fl
         for role in ("env", "policy"):
             files = Path(folder).glob(f"{role}-*")
             out[role] = float(sum(np.fromfile(path, dtype=np.float64)[0] for path in files))
-        cpu_s = {p.name: time.clock_gettime(~p.pid << 3 | 2) for p in active_children()}
+        cpu_s = {
+            p.name: time.clock_gettime(~p.pid << 3 | 2) for p in multiprocessing.active_children()
+        }
         out["inference"] = cpu_s["dvla-inference"] - out["policy"]
         workers_s = sum(value for name, value in cpu_s.items() if name.startswith("dvla-env"))
         return {**out, "workers": workers_s - out["env"]}
@@ -112,37 +98,22 @@ def run(folder: str, seconds: float, max_batch_size: int | None) -> dict[str, fl
     return {**spent, "overhead": spent["loop"] + spent["workers"] + spent["inference"]}
 
 
-def active_children() -> list[Any]:
-    return [child for child in multiprocessing.active_children() if child.name.startswith("dvla-")]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="three short runs")
-    args = parser.parse_args()
+    args = arguments(__doc__, "three short runs")
     torch.set_num_threads(1)
     seconds, num_repeats = (2.0, 3) if args.quick else (6.0, 5)
-    ways = {"at_once": NUM_ENVS, "in_halves": None}
-    runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
-    for repeat in range(num_repeats):
-        for way, max_batch_size in ways.items():
-            with tempfile.TemporaryDirectory() as folder:
-                runs[way].append(run(folder, seconds, max_batch_size))
-            print(repeat, way, {k: round(v, 1) for k, v in runs[way][-1].items()}, file=sys.stderr)
-    breakdown = {
-        way: {f"{name}_us": spread((one[name] for one in found), 1) for name in found[0]}
-        for way, found in runs.items()
-    }
+    runs: list[dict[str, float]] = []
+    for _ in range(num_repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            runs.append(run(folder, seconds))
+        log({name: round(value, 1) for name, value in runs[-1].items()})
+    breakdown = {f"{name}_us": spread((one[name] for one in runs), 1) for name in runs[0]}
     result = {
-        "benchmark": "collector_overhead",
-        "overhead_us_per_decision": breakdown["at_once"]["overhead_us"]["median"],
-        "overhead_us_in_halves": breakdown["in_halves"]["overhead_us"]["median"],
+        "overhead_us_per_decision": breakdown["overhead_us"]["median"],
         "breakdown": breakdown,
         "workload": {"num_envs": NUM_ENVS, "num_workers": NUM_WORKERS, "seconds": seconds},
-        "machine": machine(),
-        "quick": args.quick,
     }
-    print(json.dumps(result))
+    report("collector_overhead", result, args.quick)
 
 
 if __name__ == "__main__":

@@ -47,10 +47,8 @@ copies_per_frame                  bytes that copying calls moved, over bytes of 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
-import json
 import os
 import signal
 import statistics
@@ -67,7 +65,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from _machine import machine, paired_ratio, spread
+from _machine import arguments, log, paired_ratio, report, spread
 from _turns import TurnTaker, close, wait_ready
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
@@ -466,12 +464,12 @@ def measure(
     rates: dict[str, list[float]] = {name: [] for name in (*others, *sides)}
     try:
         for name in wait_ready(sides):
-            print(f"built {name}", file=sys.stderr)
+            log(f"built {name}")
         for repeat in range(repeats):
             for name, turn in {**others, **sides}.items():
                 rates[name].append(turn.take(seconds)["bytes_per_s"])
             latest = {name: f"{values[-1] / 1e9:.2f}" for name, values in rates.items()}
-            print(f"repeat {repeat}, GB/s: {latest}", file=sys.stderr)
+            log(f"repeat {repeat}, GB/s: {latest}")
     finally:
         close(sides.values())
     return rates
@@ -491,16 +489,13 @@ def copies_per_frame() -> float:
 def main() -> None:
     # Whoever ends this process means the arrangements too, which are in groups of their own.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="short turns, under a minute")
-    parser.add_argument("--tune", action="store_true", help="run the grid of settings instead")
-    args = parser.parse_args()
+    args = arguments(__doc__, "short turns, under a minute", tune=False)
     if args.tune:
         tune(1.0, 3)
         return
     seconds, repeats = (0.8, 5) if args.quick else (4.0, 7)
     names = ("dvla", *RIVALS)
-    environment, copies = machine("tensordict"), copies_per_frame()
+    copies = copies_per_frame()
     rates = measure(
         {name: TurnTaker(build, name, SETTINGS[name]) for name in names},
         {"memcpy": Memcpy(1), "memcpy_pair": Memcpy(2)},
@@ -512,7 +507,6 @@ def main() -> None:
     best = [max(turn) for turn in zip(*(rates[name] for name in RIVALS))]
     ratio = paired_ratio(rates["dvla"], best)
     result = {
-        "benchmark": "data_plane",
         "bytes_per_s": medians["dvla"],
         "memcpy_bytes_per_s": medians["memcpy"],
         "fraction_of_memcpy": memcpy["median"],
@@ -524,10 +518,8 @@ def main() -> None:
         "copies_per_frame": copies,
         "gb_per_s": {n: spread(value / 1e9 for value in values) for n, values in rates.items()},
         "settings": SETTINGS,
-        "quick": args.quick,
-        "machine": environment,
     }
-    print(json.dumps(result))
+    report("data_plane", result, args.quick, "tensordict")
 
 
 if __name__ == "__main__":

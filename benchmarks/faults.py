@@ -26,12 +26,9 @@ The last line of stdout is one JSON object.
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -41,7 +38,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _machine import machine, paired_ratio, spread
+from _machine import arguments, log, paired_ratio, report, spread
 from tensordict import TensorDictBase
 
 from torchrl_dvla import DVLACollector, GroupConfig, PooledReplayBuffer, WorkerConfig
@@ -146,9 +143,7 @@ def recoveries(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two short pairs of phases")
-    args = parser.parse_args()
+    args = arguments(__doc__, "two short pairs of phases")
     num_repeats, phase_s = (2, 10.0) if args.quick else (5, 25.0)
     torch.manual_seed(0)
     policy = tiny_token_policy(2, 4, vocab_size=8, hidden_dim=16)
@@ -177,7 +172,7 @@ def main() -> None:
             faulty.append(rate)
             kills += more
             clock_s += phase_s
-            print(f"repeat {repeat}: {quiet[-1]:.2f} {rate:.2f} rollouts/s", file=sys.stderr)
+            log(f"repeat {repeat}: {quiet[-1]:.2f} {rate:.2f} rollouts/s")
             time.sleep(2.0)  # the last fault is over before the next undisturbed phase
         learner.stopping.set()
         learner.join(60.0)
@@ -199,7 +194,6 @@ def main() -> None:
         collector.shutdown()
     ratio = paired_ratio(faulty, quiet)
     result = {
-        "benchmark": "faults",
         "throughput_ratio": ratio["median"],
         "groups_lost": int(lost + unaccounted),
         "rows_learned_twice": sum(count - 1 for count in learner.rows.values()),
@@ -216,10 +210,8 @@ def main() -> None:
         "groups": {"admitted": num_admitted, "learned": learner.num_groups, "dropped": dropped},
         "emulated": {"step_s": STEP_S, "holds_a_core": False},
         "workload": {"workers": NUM_WORKERS, "phase_s": phase_s, "repeats": num_repeats},
-        "machine": machine(),
-        "quick": args.quick,
     }
-    print(json.dumps(result))
+    report("faults", result, args.quick)
 
 
 if __name__ == "__main__":

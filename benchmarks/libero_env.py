@@ -4,7 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 """How many LIBERO env steps per second does a chunked policy get?
 
-    python benchmarks/libero_env.py [--quick] [--suite libero_spatial] [--task-id 0]
+    python benchmarks/libero_env.py [--quick]
 
 Five environments play the same episodes (same seed, same init state, same action chunks), resets
 included, in turns (``_turns.py``), each in a process of its own so that no one's GL context
@@ -23,20 +23,17 @@ one repeat, so that a machine that slows down for a while slows both sides.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from _machine import machine, paired_ratio, spread
+from _machine import arguments, log, paired_ratio, report, spread
 from _turns import TurnTaker, close, wait_ready
 from tensordict import TensorDict
 from torchrl.envs import LiberoEnv, MultiAction, TransformedEnv
@@ -49,18 +46,19 @@ from torchrl_dvla.envs import (
 )
 
 NAMES = ("stock", "stock_tuned", "same_pixels", "fast", "fast_coarse")
+SUITE, TASK_ID, SIZE, CHUNK_SIZE = "libero_spatial", 0, 128, 8
 OURS, RIVALS = NAMES[2:], NAMES[:2]
 
 
-def make_env(name: str, args: argparse.Namespace) -> Any:
+def make_env(name: str) -> Any:
     choose_gl_backend()
     setup_libero()
-    size = {"camera_height": args.size, "camera_width": args.size}
+    size = {"camera_height": SIZE, "camera_width": SIZE}
     if name in ("stock", "stock_tuned"):
         tuned = {"camera_names": ["agentview"], "hard_reset": False}
         env = LiberoEnv(
-            args.suite,
-            args.task_id,
+            SUITE,
+            TASK_ID,
             init_state_mode="fixed",
             env_kwargs=tuned if name == "stock_tuned" else {},
             **size,
@@ -68,9 +66,9 @@ def make_env(name: str, args: argparse.Namespace) -> Any:
         return TransformedEnv(env, MultiAction.from_vla(stack_rewards=False))
     is_fast = name != "same_pixels"
     return LiberoChunkEnv(
-        args.suite,
-        args.task_id,
-        chunk_size=args.chunk_size,
+        SUITE,
+        TASK_ID,
+        chunk_size=CHUNK_SIZE,
         shadows=not is_fast,
         msaa=not is_fast,
         max_mesh_faces=4000 if name == "fast_coarse" else None,
@@ -78,10 +76,10 @@ def make_env(name: str, args: argparse.Namespace) -> Any:
     )
 
 
-def play(env: Any, args: argparse.Namespace, seed: int, decisions: int) -> dict[str, Any]:
+def play(env: Any, seed: int, decisions: int) -> dict[str, Any]:
     """One episode. The digest covers what the policy would see at each decision."""
     generator = torch.Generator().manual_seed(seed)
-    chunks = torch.rand(decisions, args.chunk_size, 7, generator=generator) - 0.5
+    chunks = torch.rand(decisions, CHUNK_SIZE, 7, generator=generator) - 0.5
     digest = hashlib.sha256()
 
     def see(td: Any) -> None:
@@ -98,7 +96,7 @@ def play(env: Any, args: argparse.Namespace, seed: int, decisions: int) -> dict[
         td["vla_action", "chunk"] = chunk
         td = env.step(td)["next"]
         see(td)
-        num_env_steps += args.chunk_size
+        num_env_steps += CHUNK_SIZE
         if td["done"].item():
             break
     return {
@@ -110,12 +108,12 @@ def play(env: Any, args: argparse.Namespace, seed: int, decisions: int) -> dict[
 
 
 @contextlib.contextmanager
-def build(name: str, args: argparse.Namespace) -> Iterator[Callable[..., dict[str, Any]]]:
+def build(name: str) -> Iterator[Callable[..., dict[str, Any]]]:
     """An environment, and the call that plays an episode."""
     torch.set_num_threads(1)
-    env = make_env(name, args)
+    env = make_env(name)
     try:
-        yield functools.partial(play, env, args)
+        yield functools.partial(play, env)
     finally:
         env.close()
 
@@ -134,35 +132,26 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two short episodes")
-    parser.add_argument("--suite", default="libero_spatial")
-    parser.add_argument("--task-id", type=int, default=0)
-    parser.add_argument("--size", type=int, default=128, help="frame height and width")
-    parser.add_argument("--chunk-size", type=int, default=8)
-    parser.add_argument("--decisions", type=int, help="per episode; 16 by default, 4 with --quick")
-    parser.add_argument("--repeats", type=int, help="5 by default, 2 with --quick")
-    args = parser.parse_args()
-    args.decisions = args.decisions or (4 if args.quick else 16)
-    args.repeats = args.repeats or (2 if args.quick else 5)
+    args = arguments(__doc__, "two short episodes")
+    decisions, num_repeats = (4, 2) if args.quick else (16, 5)
 
     choose_gl_backend()
     setup_libero()
-    validate_libero(args.suite, args.task_id, camera_height=args.size, camera_width=args.size)
+    validate_libero(SUITE, TASK_ID, camera_height=SIZE, camera_width=SIZE)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in NAMES}
     takers: dict[str, TurnTaker] = {}
     try:
         for name in NAMES:  # one after the other: they compile and cache the same things
-            takers[name] = TurnTaker(build, name, args)
+            takers[name] = TurnTaker(build, name)
             list(wait_ready({name: takers[name]}))
-        for repeat in range(args.repeats + 1):
+        for repeat in range(num_repeats + 1):
             for name in NAMES if repeat % 2 == 0 else NAMES[::-1]:
                 # the first episode, a short one, only warms caches up
-                run = takers[name].take(repeat, args.decisions if repeat else 1)
+                run = takers[name].take(repeat, decisions if repeat else 1)
                 if repeat:
                     runs[name].append(run)
                 rate = run["env_steps"] / run["total_s"]
-                print(f"{repeat} {name:<12} {rate:7.2f} env steps/s", file=sys.stderr)
+                log(f"{repeat} {name:<12} {rate:7.2f} env steps/s")
     finally:
         close(takers.values())
     ratios = {
@@ -175,7 +164,6 @@ def main() -> None:
         for ours, theirs in zip(runs["same_pixels"], runs["stock"], strict=True)
     ]
     result = {
-        "benchmark": "libero_env",
         "ratio_same_pixels": ratios["same_pixels_vs_stock"]["median"],
         "ratio_fast": ratios["fast_vs_stock"]["median"],
         "ratio_same_pixels_vs_tuned": ratios["same_pixels_vs_stock_tuned"]["median"],
@@ -185,20 +173,16 @@ def main() -> None:
         "ratios": ratios,
         "environments": {name: summary(runs[name]) for name in NAMES},
         "workload": {
-            "suite": args.suite,
-            "task_id": args.task_id,
-            "size": args.size,
-            "chunk_size": args.chunk_size,
-            "decisions_per_episode": args.decisions,
-            "repeats": args.repeats,
-        },
-        "machine": {
-            **machine("mujoco", "robosuite"),
             "gl": os.environ.get("MUJOCO_GL"),
+            "suite": SUITE,
+            "task_id": TASK_ID,
+            "size": SIZE,
+            "chunk_size": CHUNK_SIZE,
+            "decisions_per_episode": decisions,
+            "repeats": num_repeats,
         },
-        "quick": args.quick,
     }
-    print(json.dumps(result))
+    report("libero_env", result, args.quick, "mujoco", "robosuite")
 
 
 if __name__ == "__main__":

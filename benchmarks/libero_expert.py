@@ -20,17 +20,17 @@ env_steps_per_s  physics and expert together, resets not counted
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 import time
 
 import torch
+from _machine import arguments, log, report
 from tensordict import TensorDict
 
 from torchrl_dvla.envs import LiberoChunkEnv, libero_tasks
 from torchrl_dvla.envs.expert import ExpertScene, PickPlaceExpert
+
+MAX_ENV_STEPS = 300
 
 
 def play(env: LiberoChunkEnv, init_state_id: int) -> tuple[bool, float]:
@@ -45,29 +45,22 @@ def play(env: LiberoChunkEnv, init_state_id: int) -> tuple[bool, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two tasks, one episode each")
-    parser.add_argument("--suite", default="libero_object")
-    parser.add_argument("--task-ids", type=int, nargs="+", help="all of the suite by default")
-    parser.add_argument("--episodes", type=int, help="per task; 10 by default, 1 with --quick")
-    parser.add_argument("--max-episode-steps", type=int, default=300)
-    args = parser.parse_args()
+    args = arguments(__doc__, "two tasks, one episode each", suite="libero_object", episodes=int)
     num_episodes = args.episodes or (1 if args.quick else 10)
-    task_ids = args.task_ids or range(len(libero_tasks(args.suite)))
     tasks: dict[int, dict[str, float]] = {}
     lengths: list[int] = []
     total_steps, total_s = 0, 0.0
-    for task_id in list(task_ids)[: 2 if args.quick else None]:
+    for task_id in range(2 if args.quick else len(libero_tasks(args.suite))):
         env = LiberoChunkEnv(
             args.suite,
             task_id,
-            chunk_size=args.max_episode_steps,
-            max_episode_steps=args.max_episode_steps,
+            chunk_size=MAX_ENV_STEPS,
+            max_episode_steps=MAX_ENV_STEPS,
             shadows=False,
             msaa=False,
         )
         if not ExpertScene(env.robosuite_env).goals:
-            print(f"{args.suite}[{task_id}]: no placement among its goals", file=sys.stderr)
+            log(f"{args.suite}[{task_id}]: no placement among its goals")
             env.close()
             continue
         solved: list[int] = []
@@ -83,7 +76,7 @@ def main() -> None:
             "num_episodes": num_episodes,
             "num_env_steps": statistics.fmean(solved) if solved else 0.0,
         }
-        print(f"{args.suite}[{task_id}]: {tasks[task_id]}", file=sys.stderr, flush=True)
+        log(f"{args.suite}[{task_id}]: {tasks[task_id]}")
     result = {
         "suite": args.suite,
         "tasks": tasks,
@@ -92,7 +85,7 @@ def main() -> None:
         "lengths": lengths,
         "env_steps_per_s": total_steps / max(1e-9, total_s),
     }
-    print(json.dumps(result))
+    report("libero_expert", result, args.quick)
 
 
 if __name__ == "__main__":

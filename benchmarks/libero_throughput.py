@@ -43,9 +43,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -53,7 +51,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _machine import machine, paired_ratio, spread
+from _machine import arguments, log, paired_ratio, report, spread
 from _recipe import Recipe
 from _turns import TurnTaker, close, wait_ready
 from tensordict import TensorDictBase
@@ -228,17 +226,12 @@ def take_turns(
 ) -> dict[str, list[dict[str, float]]]:
     """Measure ``arrangements`` (name and layout by label) in turns, each from standing."""
     runs: dict[str, list[dict[str, float]]] = {label: [] for label in arrangements}
-    start_s = time.monotonic()
-
-    def tell(text: str) -> None:
-        print(f"{time.monotonic() - start_s:4.0f} s  {text}", file=sys.stderr, flush=True)
-
     takers: dict[str, TurnTaker] = {}
     try:
         for label, (name, layout) in arrangements.items():
             takers[label] = TurnTaker(build, name, args.decisions, layout)
         for label in wait_ready(takers):
-            tell(f"built {label}")
+            log(f"built {label}")
         warm_ups = 0 if args.quick else 1
         labels = list(takers)
         for repeat in range(-warm_ups, args.repeats):
@@ -247,28 +240,20 @@ def take_turns(
                 if repeat >= 0:
                     runs[label].append(found)
                 line = "  ".join(f"{key} {value:.4g}" for key, value in found.items())
-                tell(f"{repeat if repeat >= 0 else 'warm-up'} {label:<12} {line}")
+                log(f"{repeat if repeat >= 0 else 'warm-up'} {label:<12} {line}")
     finally:
         close(takers.values())
     return runs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one round of very short episodes")
-    parser.add_argument("--decisions", type=int, help="of an episode: 15, or 2 if --quick")
-    parser.add_argument("--seconds", type=float, help="at least: 15, or 4 if --quick")
-    parser.add_argument("--repeats", type=int, help="5, or 1 if --quick")
-    parser.add_argument("--search", help="layouts of stock to compare instead, e.g. 1x2,2x1")
-    args = parser.parse_args()
-    args.decisions = args.decisions or (2 if args.quick else 15)
-    args.seconds = args.seconds or (4.0 if args.quick else 15.0)
-    args.repeats = args.repeats or (1 if args.quick else 5)
+    args = arguments(__doc__, "one round of very short episodes", search=str)
+    args.decisions, args.seconds, args.repeats = (2, 4.0, 1) if args.quick else (15, 15.0, 5)
     if args.search:
         layouts = args.search.split(",")
         runs = take_turns({f"stock {layout}": ("stock", layout) for layout in layouts}, args)
         rates = {key: spread(run["env_steps_per_s"] for run in runs[key]) for key in runs}
-        print(json.dumps({"benchmark": "libero_throughput", "search": rates}))
+        report("libero_throughput", {"search": rates}, args.quick)
         return
     names = ("stock", *OURS)
     runs = take_turns({name: (name, LAYOUT) for name in names}, args)
@@ -283,7 +268,6 @@ def main() -> None:
     for name in OURS:
         ratios[f"ratio_{name}_vs_collecting"] = paired_ratio(column(name), outside_updates("stock"))
     result = {
-        "benchmark": "libero_throughput",
         **{key: found["median"] for key, found in ratios.items()},
         "spread": ratios,
         "env_steps_per_s": {name: spread(column(name)) for name in names},
@@ -305,10 +289,8 @@ def main() -> None:
             "seconds": args.seconds,
             "repeats": args.repeats,
         },
-        "machine": machine("mujoco", "robosuite"),
-        "quick": args.quick,
     }
-    print(json.dumps(result))
+    report("libero_throughput", result, args.quick, "mujoco", "robosuite")
 
 
 if __name__ == "__main__":

@@ -30,19 +30,17 @@ least_success_for_half success rate from which the ratio is at most a half, if a
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
-import json
 import os
 import random
 import statistics
-from multiprocessing.connection import Connection
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from _machine import in_processes, machine, memory_bytes, spread
+from _machine import arguments, in_process, memory_bytes, report, spread
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage
 
@@ -111,7 +109,7 @@ def store_padded(lengths: list[int], horizon: int, *, pad: bool) -> tuple[int, L
     return sum(tensor.nbytes for tensor in storage._storage.values(True, True)), storage
 
 
-def run_side(connection: Connection, side: str, lengths: list[int], horizon: int) -> None:
+def run_side(side: str, lengths: list[int], horizon: int) -> tuple[float, float]:
     torch.set_num_threads(1)
     # What either side needs besides what it stores is there before the first measurement.
     store_pooled([1, 2])
@@ -123,8 +121,9 @@ def run_side(connection: Connection, side: str, lengths: list[int], horizon: int
         allocated, storage = store_padded(lengths, horizon, pad=side == "padded")
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is left of trajectories on their way in
-    connection.send((allocated / len(lengths), (memory_bytes("Rss") - before) / len(lengths)))
+    resident = memory_bytes("Rss") - before
     del storage  # alive until here
+    return allocated / len(lengths), resident / len(lengths)
 
 
 def ratio(mean_decisions: float, horizon_decisions: int) -> float:
@@ -134,20 +133,16 @@ def ratio(mean_decisions: float, horizon_decisions: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one repeat")
-    parser.add_argument("--horizon", type=int, default=280, help="env steps")
-    parser.add_argument("--chunk", type=int, default=8, help="env steps of a decision")
-    args = parser.parse_args()
+    args = arguments(__doc__, "one repeat", horizon=280, chunk=8)
     lengths = [-(-steps // args.chunk) for steps in LENGTHS]
     horizon = -(-args.horizon // args.chunk)
     if max(lengths) > horizon:
-        parser.error(f"--horizon must be at least {max(LENGTHS)}, the longest episode")
+        sys.exit(f"--horizon must be at least {max(LENGTHS)}, the longest episode")
     mean = statistics.fmean(lengths)
     found: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
     for _ in range(1 if args.quick else 5):
         for side in SIDES:
-            found[side] += in_processes(run_side, [(side, lengths, horizon)])
+            found[side].append(in_process(run_side, side, lengths, horizon))
     allocated, resident = (
         {side: spread((sample[column] for sample in found[side]), 0) for side in SIDES}
         for column in (0, 1)
@@ -159,7 +154,6 @@ def main() -> None:
         return round(column["pooled"]["median"] / column[rival]["median"], 3)
 
     result = {
-        "benchmark": "memory_per_trajectory",
         "ratio": over(allocated, "padded"),
         "ratio_resident": over(resident, "padded"),
         "ratio_resident_unpadded": over(resident, "unpadded"),
@@ -168,10 +162,8 @@ def main() -> None:
         "bytes_per_trajectory": {"allocated": allocated, "resident": resident},
         "mean_decisions": round(mean, 2),
         "horizon_decisions": horizon,
-        "machine": machine(),
-        "quick": args.quick,
     }
-    print(json.dumps(result))
+    report("memory_per_trajectory", result, args.quick)
 
 
 if __name__ == "__main__":

@@ -45,14 +45,11 @@ The last line of stdout is one JSON object. Repeats of the two loops take turns.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import os
 import random
 import statistics
 import struct
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -62,7 +59,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from _machine import machine, paired_ratio, spread
+from _machine import arguments, log, paired_ratio, report, spread
 from tensordict import TensorDictBase
 from torchrl.modules.vla import TinyVLA
 
@@ -323,11 +320,9 @@ def measure(name: str, mix: Mix, num_repeats: int, min_s: float) -> dict[str, An
                 with lanes.collector.pause():
                     rival.catch_up()
                     theirs.append(rival.run(min_s))
-            print(
+            log(
                 f"{name} {repeat}/{num_repeats}: {ours[-1].rate:.1f} rows/s of "
                 f"{mix.bound(ours[-1].step_s):.1f}, sequential {[r.rate for r in theirs[-1:]]}",
-                file=sys.stderr,
-                flush=True,
             )
         scalars = {key: round(value, 3) for key, value in lanes.reading.scalars().items()}
     ours, theirs = ours[1:], theirs[1:]  # the first has filled the pipeline
@@ -367,10 +362,7 @@ def _learned(repeats: list[Repeat], mix: Mix) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two mixes, short repeats")
-    parser.add_argument("--mix", choices=list(MIXES), help="this mix alone")
-    args = parser.parse_args()
+    args = arguments(__doc__, "two mixes, short repeats", mix=str)
     names = [args.mix] if args.mix else list(QUICK if args.quick else MIXES)
     num_repeats, min_s = (3, 1.5) if args.quick else (5, 3.0)
     torch.set_num_threads(1)  # the learner's process has one lane's worth to do
@@ -380,13 +372,12 @@ def main() -> None:
         for name in names
     }
     result = {
-        "benchmark": "overlap",
         "latencies": "emulated",
         "overlap_efficiency": min(mix["efficiency"] for mix in mixes.values()),
         "speedup_vs_sequential": mixes[EQUAL]["speedup"]["median"] if EQUAL in mixes else None,
     }
-    result |= {"mixes": mixes, "machine": machine(), "repeats": num_repeats, "quick": args.quick}
-    print(json.dumps(result))
+    result |= {"mixes": mixes, "repeats": num_repeats}
+    report("overlap", result, args.quick)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ files_per_version, functions_per_version
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
@@ -46,7 +45,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _machine import machine
+from _machine import arguments, log, report
 
 import torchrl_dvla
 from torchrl_dvla import (
@@ -69,15 +68,15 @@ Functions = dict[str, set[tuple[str, str]]]
 
 
 class Tracer:
-    """Profile hook of one thread's role, which notes functions of the package by window.
+    """Profile hook of a process or thread, which notes functions of the package by window.
 
     Args:
-        folder (str): where the windows are announced, and where a process leaves what it found.
+        folder (str): where windows are announced, and where what was found is left.
         role (str): of the process or thread.
 
     Keyword Args:
-        below (str): note a version's functions only inside of this part of the package, with their
-            caller; ``None`` notes no function of a version at all.
+        below (str, optional): part of the package inside of which a version's functions are noted.
+            By default none is.
     """
 
     def __init__(self, folder: str, role: str, *, below: str | None = None) -> None:
@@ -202,9 +201,7 @@ def wait_adopted(collector: DVLACollector) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="5 updates instead of 20")
-    args = parser.parse_args()
+    args = arguments(__doc__, "5 updates instead of 20")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     num_updates = 5 if args.quick else 20
@@ -216,19 +213,16 @@ def main() -> None:
         files = sorted({file for file, _ in functions})
         figures[f"files_per_{window}"] = len(files)
         figures[f"functions_per_{window}"] = len(functions)
-        print(f"\n{window}: {len(files)} files, {len(functions)} functions", file=sys.stderr)
+        log(f"\n{window}: {len(files)} files, {len(functions)} functions")
         for file in files:
             names = sorted(name for at, name in functions if at == file)
             roles = sorted(role for role in found if file in dict(found[role][window]))
-            print(f"  {file} ({', '.join(roles)}): {', '.join(names)}", file=sys.stderr)
+            log(f"  {file} ({', '.join(roles)}): {', '.join(names)}")
     result = {
-        "benchmark": "path",
         **figures,
         "updates": num_updates,
-        "machine": machine(),
-        "quick": args.quick,
     }
-    print(json.dumps(result))
+    report("path", result, args.quick)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 """Environment pool over a long run in which workers die: does it lose or mix up pages?
 
-    python benchmarks/pool_soak.py [--quick] [--trajectories 20000] [--workers 4] [--seed 0]
+    python benchmarks/pool_soak.py [--quick] [--trajectories 20000] [--seed 0]
 
 One process owns the pool, as the collector does. Worker processes write trajectories into pages
 that they are given one by one; lengths follow a Pareto law (mean about 26 decisions, cut at 400).
@@ -34,11 +34,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import os
 import random
 import selectors
-import sys
 from collections import deque
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -47,7 +45,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from _machine import machine, memory_bytes
+from _machine import arguments, log, memory_bytes, report
 
 from torchrl_dvla.memory import EnvironmentPool, Page, RowLayout, RowWriter, WorkerView
 from torchrl_dvla.swimlane import ManagedProcess
@@ -64,6 +62,8 @@ ROWS_PER_PAGE = 4
 NUM_PAGES = 1200
 MAX_DECISIONS = 400
 GROUP_SIZE = 4
+#: One of them is never killed.
+NUM_WORKERS = 4
 MAX_ATTEMPTS = 64
 PAGES_PER_TRAJECTORY = -(-MAX_DECISIONS // ROWS_PER_PAGE)
 #: Share of the messages, about eight a trajectory, after which a worker is killed.
@@ -263,20 +263,19 @@ class Soak:
 def soak(args: argparse.Namespace) -> dict[str, object]:
     num = args.trajectories or (1500 if args.quick else 20_000)
     num -= num % GROUP_SIZE
-    run = Soak(num, args.workers, args.seed)
+    run = Soak(num, NUM_WORKERS, args.seed)
     samples = []
     try:
         for step in range(1, 41):
             run.run_until(num * step // 40)
             samples.append(run.sample())
-            print(f"{run.num_finished}/{num} trajectories, {run.num_kills} kills", file=sys.stderr)
+            log(f"{run.num_finished}/{num} trajectories, {run.num_kills} kills")
         stats = run.pool.stats()
     finally:
         run.stop()
     owner, survivor = zip(*samples[20:], strict=True)
     growth = sum(max(0, min(late[-5:]) - max(late[:5])) for late in (owner, survivor))
     return {
-        "benchmark": "pool_soak",
         "growth_bytes": growth,
         "internal_waste": round(stats["internal_waste_total"], 4),
         "pages_lost": run.num_lost,
@@ -288,23 +287,14 @@ def soak(args: argparse.Namespace) -> dict[str, object]:
         "pages_reclaimed": stats["pages_reclaimed"],
         "page_wait_s": round(stats["page_wait_s"], 2),
         "samples": {"owner_bytes": owner, "survivor_bytes": survivor},
-        "machine": machine(),
-        "quick": args.quick,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="1,500 trajectories")
-    parser.add_argument("--trajectories", type=int)
-    parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if args.workers < 2:
-        parser.error("--workers must be at least 2: one of them is never killed")
+    args = arguments(__doc__, "1,500 trajectories", trajectories=int, seed=0)
     torch.set_num_threads(1)
     steady_heap()
-    print(json.dumps(soak(args)))
+    report("pool_soak", soak(args), args.quick)
 
 
 if __name__ == "__main__":

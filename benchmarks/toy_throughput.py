@@ -34,19 +34,16 @@ The last line of stdout is one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import os
 import statistics
 import sys
 import time
 import warnings
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from _machine import in_processes, machine, paired_ratio, spread
+from _machine import arguments, in_process, log, paired_ratio, report, spread
 from _recipe import Recipe, weights
 from tensordict import NonTensorStack, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -74,6 +71,8 @@ GROUP_SIZE, GROUPS_PER_UPDATE, MINIBATCH = 4, 8, 64
 #: Share of the collected decisions that a uniform policy's groups with contrast hold, measured in
 #: this task. Arrangements without groups learn from this share of what they collect.
 LEARNED_SHARE = 0.6
+#: Of a stretch of time; of the recipe's start beyond its first decision.
+SECONDS, SETTLE_S = 2.0, 8.0
 #: Decisions of one update.
 UPDATE_DECISIONS = GROUP_SIZE * GROUPS_PER_UPDATE * MAX_DECISIONS // 2
 
@@ -384,12 +383,10 @@ def _learn(update: Update, batch: TensorDictBase) -> None:
 
 
 def run(
-    connection: Connection,
     family: str,
     settings: Settings,
-    args: argparse.Namespace,
     modes: tuple[str, str] = ("collect", "learn"),
-) -> None:
+) -> dict[str, float]:
     """In a process of its own: build, warm up, measure both ways."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -398,51 +395,44 @@ def run(
         make = {"ours": Ours, "recipe": make_recipe, "async": AsyncBatched, "sync": Sync}[family]
         out: dict[str, float] = {}
         with make(**settings) as arrangement:
-            while arrangement.num_decisions() < args.warm_up_decisions:
+            while not arrangement.num_decisions():
                 arrangement.collect_for(0.5)
             # The processes of a recipe import torch one beside the other on the same cores: its
             # first collectors are at work long before the last.
-            arrangement.collect_for(args.settle_s if family == "recipe" else 0.0)
+            arrangement.collect_for(SETTLE_S if family == "recipe" else 0.0)
             for mode in modes:
                 spend = getattr(arrangement, f"{mode}_for")
-                spend(0.2 * args.seconds)
+                spend(0.2 * SECONDS)
                 before, start_s = arrangement.num_decisions(), time.monotonic()
                 learned = getattr(arrangement, "num_learned", 0)
                 calls = arrangement.num_calls() if family == "ours" else 0
-                spend(args.seconds)
+                spend(SECONDS)
                 decisions = arrangement.num_decisions() - before
                 out[mode] = decisions / (time.monotonic() - start_s)
                 if family == "ours":
                     out[f"{mode}_batch"] = decisions / (arrangement.num_calls() - calls)
                     if mode == "learn":
                         out["learned_share"] = (arrangement.num_learned - learned) / decisions
-        connection.send(out)
+    return out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one round")
-    parser.add_argument("--search", help="measure other settings of one rival: recipe, async, sync")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a stretch")
-    parser.add_argument("--repeats", type=int, help="5 by default, 1 with --quick")
-    parser.add_argument("--warm-up-decisions", type=int, default=50)
-    parser.add_argument("--settle-s", type=float, default=8.0, help="more, for the recipe")
-    args = parser.parse_args()
-    args.repeats = args.repeats or (1 if args.quick else 5)
+    args = arguments(__doc__, "one round", search=str)
+    num_repeats = 1 if args.quick else 5
     if args.search:
         for settings in (settings for family, settings in SEARCH if family == args.search):
-            found = in_processes(run, [(args.search, settings, args)])[0]
+            found = in_process(run, args.search, settings)
             print(args.search, settings, found, flush=True)
         return
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in SETTINGS}
-    for repeat in range(args.repeats):
+    for repeat in range(num_repeats):
         step = 1 if repeat % 2 == 0 else -1
         modes = ("collect", "learn")[::step]
         for name in list(SETTINGS)[::step]:
-            found = in_processes(run, [(name, SETTINGS[name], args, modes)])[0]
+            found = in_process(run, name, SETTINGS[name], modes)
             runs[name].append(found)
             line = "  ".join(f"{key} {value:.2f}" for key, value in found.items())
-            print(f"{repeat} {name:<14} {line}", file=sys.stderr)
+            log(f"{repeat} {name:<14} {line}")
 
     def column(name: str, mode: str) -> list[float]:
         return [one[mode] for one in runs[name]]
@@ -454,7 +444,6 @@ def main() -> None:
         ratios[f"ratio_vs_recipe{suffix}"] = paired_ratio(ours, recipe)
         ratios[f"ratio_vs_best_torchrl{suffix}"] = paired_ratio(ours, best)
     result = {
-        "benchmark": "toy_throughput",
         **{name: found["median"] for name, found in ratios.items()},
         "spread": ratios,
         "decisions_per_s": {
@@ -464,12 +453,10 @@ def main() -> None:
         "mean_batch": round(statistics.median(column("ours", "learn_batch")), 1),
         "learned_share": round(statistics.median(column("ours", "learned_share")), 2),
         "settings": SETTINGS,
-        "seconds": args.seconds,
-        "repeats": args.repeats,
-        "machine": machine("tensordict"),
-        "quick": args.quick,
+        "seconds": SECONDS,
+        "repeats": num_repeats,
     }
-    print(json.dumps(result))
+    report("toy_throughput", result, args.quick, "tensordict")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 """What does it cost the learner to bring new weights to other nodes, and when do they have them?
 
-    python benchmarks/weight_broadcast.py [--quick] [--megabytes 4] [--repeats 5]
+    python benchmarks/weight_broadcast.py [--quick]
 
 Every node is a process. Where the machine allows it, each is in a network namespace of its own,
 with 25 MB/s and 2 ms between them (``network: emulated``, see ``testing.EmulatedNetwork``): TCP is
@@ -22,13 +22,9 @@ of the emulated network, if there is one:
 
 learner_cost_8_over_1   CPU seconds of the learner's process per large version, with 8 nodes over
                         with 1: with 1 it is one message, with more it goes in buckets
-stall_8_over_1          the same of the time that ``publish`` takes
 learner_bytes_8_over_1  the same of the bytes that the learner's node sends
-rival_stall_8_over_1    the same of the time that the learner is held up by each rival
-stall_over_rival        our stall over each rival's, with 8 nodes
 ratio_vs_gloo_broadcast time until all 8 nodes have the large version, of the rival over the pick
 ratio_vs_torchrl        the same
-chain_over_binomial     the same, of the chain over the binomial tree
 pipelining_gain         the same, of ``whole`` over the chain
 model_pick_over_best    time of the pick over that of the better shape: the worst over sizes and
                         numbers of nodes, each the median
@@ -37,15 +33,12 @@ predicted               table of what the cost model says beside what was measur
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import datetime
-import json
 import os
 import random
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -56,7 +49,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # emulated hosts have no 
 
 import torch
 import torch.distributed as dist
-from _machine import machine, paired_ratio, spread
+from _machine import arguments, log, paired_ratio, report, spread
 from torch import nn
 from torchrl.weight_update import DistributedWeightSyncScheme
 
@@ -319,16 +312,9 @@ def figures(
 
     return {
         "learner_cost_8_over_1": eight_over_one("pick", "cpu_s"),
-        "stall_8_over_1": eight_over_one("pick", "stall_s"),
         "learner_bytes_8_over_1": eight_over_one("pick", "bytes"),
-        "rival_stall_8_over_1": {way: eight_over_one(way, "stall_s") for way in RIVALS},
-        "stall_over_rival": {
-            way: spread((a / b for a, b in zip(large("pick", "stall_s"), large(way, "stall_s"))), 4)
-            for way in RIVALS
-        },
         "ratio_vs_gloo_broadcast": ratio("gloo", "pick"),
         "ratio_vs_torchrl": ratio("torchrl", "pick"),
-        "chain_over_binomial": ratio("chain", "binomial"),
         "pipelining_gain": ratio("whole", "chain"),
         "model_pick_over_best": round(max(pick_over_best), 2),
         "predicted": predicted,
@@ -338,18 +324,10 @@ def figures(
     }
 
 
-def log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=int, help="the large version; default 4")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="1 and 8 nodes, 2 MB")
-    args = parser.parse_args()
+    args = arguments(__doc__, "1 and 8 nodes, 2 MB")
     torch.set_num_threads(1)
-    megabytes = args.megabytes or (2 if args.quick else 4)
+    megabytes, num_repeats = 2 if args.quick else 4, 5
     many_nodes = [1, NUM_NODES] if args.quick else [1, 2, 4, NUM_NODES]
     sizes = {"large": megabytes << 20, "small": SMALL_BYTES}
     obstacle = EmulatedNetwork.obstacle()
@@ -357,10 +335,9 @@ def main() -> None:
     for network, link in (("emulated", LINK), ("loopback", None)):
         if network == "loopback" or not obstacle:
             log(network)
-            results[network] = measure(link, sizes, many_nodes, args.repeats)
+            results[network] = measure(link, sizes, many_nodes, num_repeats)
     first = next(iter(results))
     result = {
-        "benchmark": "weight_broadcast",
         "network": first,
         "network_obstacle": obstacle,
         **results.pop(first),
@@ -368,14 +345,12 @@ def main() -> None:
         "workload": {
             "bytes": sizes,
             "nodes": many_nodes,
-            "repeats": args.repeats,
+            "repeats": num_repeats,
             "emulated_bytes_per_s": LINK.bytes_per_s,
             "emulated_latency_s": LINK.latency_s,
         },
-        "machine": machine(),
-        "quick": args.quick,
     }
-    print(json.dumps(result))
+    report("weight_broadcast", result, args.quick)
 
 
 if __name__ == "__main__":

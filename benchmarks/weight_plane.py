@@ -4,7 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 """What does it cost to give new weights to everybody on a node?
 
-    python benchmarks/weight_plane.py [--quick] [--megabytes 10 300 2048] [--readers 8]
+    python benchmarks/weight_plane.py [--quick] [--megabytes 10] [--readers 8]
 
 Reader processes serve a policy all the time (a stack of square linear layers, batch 4) while the
 learner publishes. The same loop runs under ``dvla`` (this project's ``AsyncWeightUpdater``) and
@@ -28,14 +28,12 @@ torn_reads                reads of ours that mixed two versions, of ``num_reads`
                           schemes. ``weight_soak.py`` is the long run
 resident_over_model       memory of the slots and what all readers have added of their own, over the
                           model's; the learner's own model is not counted
-served_while_publishing   decisions/s of one reader (computed) while a version is published every
-                          100 ms, over those without
 
 How the rivals were set up. TorchRL's schemes, given a model on the CPU, hand readers the learner's
 own parameters: training shows through before anything is sent, and there is no publish to time. So
 ``shared`` got a buffer of its own and ``multiprocess`` one for each worker. Both wait for
 acknowledgements (``sync``), which does not count: the clock stops when the readers act. Servers are
-updated all at once from threads, and asked all the time; eight that are idle take 0.04 s for 10 MB.
+updated all at once from threads, and asked without rest; eight that rest take 0.04 s for 10 MB.
 
 Models above 512 MB are served emulated only, and beside ``shared`` alone: whole versions for eight
 readers do not fit into memory. Schemes take turns within each round; ratios are medians over the
@@ -44,7 +42,6 @@ rounds of the ratio within one.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import json
@@ -65,7 +62,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from _machine import machine, memory_bytes, paired_ratio, spread
+from _machine import arguments, log, memory_bytes, report, spread
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -78,7 +75,7 @@ from torchrl_dvla.weight_update import AsyncWeightUpdater, WeightStore
 
 #: A decision on an accelerator, emulated: it takes this long and holds no core.
 EMULATED_DECISION_S = 0.005
-VERSION, DECISIONS, FIRST_USE_NS = range(3)
+VERSION, FIRST_USE_NS = range(2)
 #: Run the layers; emulate a decision; compare all weights.
 ORDERS = ("compute", "emulate", "check")
 
@@ -162,7 +159,7 @@ def serve(
     index: int,
     megabytes: int,
 ) -> None:
-    """Follow orders, and say in ``words[index]`` what is served, since when, and how often."""
+    """Follow orders, and say in ``words[index]`` what is served, and since when."""
     torch.set_num_threads(1)
     inputs = torch.zeros(4, width_of(megabytes))
     nn.Linear(inputs.shape[-1], 512)(inputs)  # the library's own workspaces are not weights
@@ -184,7 +181,6 @@ def serve(
         while not connection.poll(0):
             num_torn += not policy(inputs, order, begin)
             num_reads += 1
-            row[DECISIONS] += 1
         connection.recv()
         connection.send((num_reads, num_torn))
     scheme.shutdown()
@@ -204,7 +200,7 @@ class Node:
         self.num_readers = num_readers
         self.policy = set_version(make_policy(megabytes), 0)
         self.version = 0
-        self.words = torch.zeros(num_readers, 3, dtype=torch.int64).share_memory_()
+        self.words = torch.zeros(num_readers, 2, dtype=torch.int64).share_memory_()
         self.scheme = SCHEMES[name]()
         # Given the model on the CPU, TorchRL's schemes hand readers the learner's own parameters:
         # its training shows through before anything is sent. With a buffer of its own (for each
@@ -271,19 +267,18 @@ class Node:
         return memory_bytes("Rss", "memfd:torchrl_dvla") + sum(self._reader_bytes)
 
     @contextmanager
-    def ordered(self, order: str, num_readers: int | None = None) -> Iterator[list[int]]:
+    def ordered(self, order: str) -> Iterator[list[int]]:
         """The readers do as told meanwhile; the list then holds their reads and torn reads."""
-        pipes = self._pipes[:num_readers]
         counts: list[int] = []
-        for pipe in pipes:
+        for pipe in self._pipes:
             pipe.send(order)
         yield counts
-        for pipe in pipes:
+        for pipe in self._pipes:
             pipe.send("enough")
-        answers = [pipe.recv() for pipe in pipes]
+        answers = [pipe.recv() for pipe in self._pipes]
         counts += [sum(answer[0] for answer in answers), sum(answer[1] for answer in answers)]
 
-    def torn(self: Any, seconds: float) -> dict[str, int]:
+    def torn(self, seconds: float) -> dict[str, int]:
         """Reads that found two versions in one model, under a learner that never rests."""
         with self.ordered("check") as counts:
             deadline = time.monotonic() + seconds
@@ -347,7 +342,7 @@ def ask(connection: Connection, clients: list[Any]) -> None:
             connection.send((sum(c[0] for c in counts), sum(c[1] for c in counts)))
 
 
-class ServerNode:
+class ServerNode(Node):
     """A ``ProcessInferenceServer`` for each reader, updated by its own ``update_model_weights``.
 
     All servers are told at once, from a thread each, which is faster than one after the other. One
@@ -381,10 +376,6 @@ class ServerNode:
         self._threads = ThreadPoolExecutor(num_readers)
         list(self._threads.map(lambda server: server.start(), self.servers))
 
-    def train(self) -> None:
-        self.version += 1
-        set_version(self.policy, self.version)
-
     def publish(self) -> None:
         list(self._threads.map(lambda s: s.update_model_weights(self._weights), self.servers))
 
@@ -403,8 +394,6 @@ class ServerNode:
         self._pipe.send("enough")
         counts += self._pipe.recv()
 
-    torn = Node.torn
-
     def close(self) -> None:
         self._pipe.send("stop")
         self._asker.join(timeout=20.0)
@@ -416,13 +405,6 @@ class ServerNode:
 
 
 # -- measuring -------------------------------------------------------------------------------------
-
-AnyNode = Node | ServerNode
-Times = dict[str, dict[str, list[list[float]]]]
-
-
-def say(text: str) -> None:
-    print(f"{time.monotonic() - _STARTED_S:6.1f} s  {text}", file=sys.stderr, flush=True)
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -455,8 +437,8 @@ def measure_stall(megabytes: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def measure_adoption(nodes: list[AnyNode], order: str, rounds: int, repeats: int) -> dict[str, Any]:
-    """Median adoption times of each round, scheme by scheme; the readers of the others are idle."""
+def measure_adoption(nodes: list[Node], order: str, rounds: int, repeats: int) -> dict[str, Any]:
+    """Median adoption times of each round, scheme by scheme; the readers of the others rest."""
     times: dict[str, list[float]] = {node.name: [] for node in nodes}
     for number in range(rounds):
         random.shuffle(nodes)
@@ -464,7 +446,7 @@ def measure_adoption(nodes: list[AnyNode], order: str, rounds: int, repeats: int
             with node.ordered(order):
                 node.adopt_s()
                 times[node.name].append(statistics.median(node.adopt_s() for _ in range(repeats)))
-        say(f"adoption, {order}: round {number + 1} of {rounds}")
+        log(f"adoption, {order}: round {number + 1} of {rounds}")
     ours = times["dvla"]
     out: dict[str, Any] = {"adopt_s": {name: spread(v, 4) for name, v in times.items()}}
     for name, theirs in times.items():
@@ -475,44 +457,21 @@ def measure_adoption(nodes: list[AnyNode], order: str, rounds: int, repeats: int
     return out
 
 
-def measure_served(node: Node, window_s: float, rounds: int) -> dict[str, Any]:
-    """One reader, so that on two cores learner and reader have one each; windows in turns."""
-    calls: dict[str, Callable[[], None]] = {"alone": lambda: None, "publishing": node.publish}
-    rates: dict[str, list[float]] = {name: [] for name in calls}
-    with node.ordered("compute", 1):
-        for _ in range(rounds):
-            for name in random.sample(list(calls), len(calls)):
-                first, start = int(node.words[0, DECISIONS]), time.monotonic()
-                next_s = start
-                while next_s - start < window_s:
-                    calls[name]()
-                    next_s += 0.1
-                    time.sleep(max(0.0, next_s - time.monotonic()))
-                decisions = int(node.words[0, DECISIONS]) - first
-                rates[name].append(decisions / (time.monotonic() - start))
-    say("served while publishing")
-    served = paired_ratio(rates["publishing"], rates["alone"])
-    return {"served_while_publishing": served["median"], "served_while_publishing_spread": served}
-
-
 def measure_model(megabytes: int, num_readers: int, quick: bool) -> dict[str, Any]:
     """Everything about one size of model, in the time and the memory that it leaves."""
     is_small, is_large = megabytes <= 64, megabytes > 512
     out: dict[str, Any] = {"megabytes": megabytes}
-    say(f"{megabytes} MB: stall")
+    log(f"{megabytes} MB: stall")
     out.update(measure_stall(megabytes, 40 if is_small else 5 if is_large else 15))
-    nodes: list[AnyNode] = []
+    nodes: list[Node] = []
     try:
         dvla = Node("dvla", num_readers, megabytes)
         nodes.append(dvla)
         out["resident_over_model"] = dvla.resident_bytes() / (megabytes << 20)
         rounds = 5 if quick or not is_small else 11
-        if not is_large:
-            window_s = 0.5 if is_small else 1.0
-            out.update(measure_served(dvla, window_s, 5 if quick else 15 if is_small else 11))
         names = ["shared"] if is_large else ["shared", "multiprocess", "process_server"]
         nodes += [make_node(name, num_readers, megabytes) for name in names]
-        say(f"{megabytes} MB: {num_readers} readers under each scheme")
+        log(f"{megabytes} MB: {num_readers} readers under each scheme")
         repeats = 5 if is_small else 2
         out["emulate"] = measure_adoption(nodes, "emulate", rounds, repeats)
         if not is_large:
@@ -523,11 +482,11 @@ def measure_model(megabytes: int, num_readers: int, quick: bool) -> dict[str, An
         for node in nodes:
             node.close()
     # A run that is ended early has not measured in vain.
-    print(json.dumps(out), file=sys.stderr, flush=True)
+    log(json.dumps(out))
     return out
 
 
-def make_node(name: str, num_readers: int, megabytes: int) -> AnyNode:
+def make_node(name: str, num_readers: int, megabytes: int) -> Node:
     if name in SCHEMES:
         return Node(name, num_readers, megabytes)
     return ServerNode(num_readers, megabytes)
@@ -539,8 +498,6 @@ def worst(models: list[dict[str, Any]], serving: tuple[str, ...]) -> dict[str, f
         key: max(model[key] for model in models)
         for key in ("stall_over_copy", "resident_over_model")
     }
-    served = [m["served_while_publishing"] for m in models if "served_while_publishing" in m]
-    out["served_while_publishing"] = min(served, default=None)
     parts = [model[way] for model in models for way in serving if way in model]
     out["ratio_vs_shared_mem"] = max(part["ratio_vs_shared"]["median"] for part in parts)
     whole: list[float] = []
@@ -554,15 +511,12 @@ def worst(models: list[dict[str, Any]], serving: tuple[str, ...]) -> dict[str, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="10 MB only: below a minute")
-    parser.add_argument("--megabytes", type=int, nargs="+", help="sizes of the models")
-    parser.add_argument("--readers", type=int, default=8, help="reader processes")
-    args = parser.parse_args()
+    args = arguments(__doc__, "10 MB only, under a minute", megabytes=int, readers=8)
     torch.set_num_threads(1)
     models: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
-    for megabytes in args.megabytes or ([10] if args.quick else [10, 300, 2048]):
+    sizes = [args.megabytes] if args.megabytes else [10] if args.quick else [10, 300, 2048]
+    for megabytes in sizes:
         free = available_bytes()
         # The most at one time: our four copies and another scheme's three, or the copies of all.
         need = (8 if megabytes > 512 else 4 + 4 * args.readers) * (megabytes << 20)
@@ -572,19 +526,15 @@ def main() -> None:
         models.append(measure_model(megabytes, args.readers, args.quick))
     if not models:
         sys.exit(f"No model fits into memory: {skipped}")
-    result: dict[str, Any] = {"benchmark": "weight_plane", "readers": args.readers}
+    result: dict[str, Any] = {"readers": args.readers}
     result.update(worst(models, ("emulate", "compute")))
     result["emulate_only"] = worst(models, ("emulate",))
     reads = models[0].get("reads", {})
     result["torn_reads"] = reads.get("dvla", {}).get("torn_reads")
     result.update(reads=reads, by_model=models, skipped=skipped)
     result["emulated"] = "decisions of 5 ms on a device that is not there, in all parts `emulate`"
-    result["quick"] = args.quick
-    result["machine"] = machine()
-    print(json.dumps(result))
+    report("weight_plane", result, args.quick)
 
-
-_STARTED_S = time.monotonic()
 
 if __name__ == "__main__":
     main()

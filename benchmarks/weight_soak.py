@@ -4,7 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 """Does a reader ever see a mix of two versions, whoever is killed and whenever?
 
-    python benchmarks/weight_soak.py [--quick] [--adoptions 100000] [--readers 3] [--seed 0]
+    python benchmarks/weight_soak.py [--quick] [--adoptions 100000] [--seed 0]
 
 A writer publishes all the time; readers adopt each version that they meet and read every weight
 twice. At random moments readers are killed (SIGKILL) and replaced, and the writer is killed; what
@@ -23,14 +23,11 @@ num_reader_kills, num_writer_kills
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import itertools
-import json
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -38,7 +35,7 @@ from contextlib import suppress
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from _machine import machine
+from _machine import arguments, log, report
 from torch import nn
 
 from torchrl_dvla.weight_update import WeightReader, WeightStore
@@ -48,6 +45,7 @@ ADOPTIONS, TORN, BACKWARDS, PID, END_VERSION = range(5)
 IS_OVER, DEFERRED = 0, 1
 #: Elements of one of five tensors, in turns.
 NUMELS = (1_024, 300_000)
+NUM_READERS = 3
 NOT_YET, BAD = -1, -2
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -168,37 +166,29 @@ def run_epoch(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="10,000 adoptions")
-    parser.add_argument("--adoptions", type=int, help="adoptions to read; default 100,000")
-    parser.add_argument("--readers", type=int, default=3, help="reader processes at a time")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of death")
-    args = parser.parse_args()
+    args = arguments(__doc__, "10,000 adoptions", adoptions=int, seed=0)
     torch.set_num_threads(1)
     # Readers whose writer was killed become children of this process, which waits for them.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     goal = args.adoptions or (10_000 if args.quick else 100_000)
-    rows = torch.zeros(args.readers + 1, 5, dtype=torch.int64).share_memory_()
+    rows = torch.zeros(NUM_READERS + 1, 5, dtype=torch.int64).share_memory_()
     generator, totals, start_s = random.Random(args.seed), dict[str, int](), time.monotonic()
     for numel in itertools.cycle(NUMELS):
         if int(rows[:, ADOPTIONS].sum()) >= goal:
             break
         for key, value in run_epoch(generator, numel, rows, goal).items():
             totals[key] = totals.get(key, 0) + value
-        print(f"{int(rows[:, ADOPTIONS].sum())} of {goal} adoptions", file=sys.stderr, flush=True)
+        log(f"{int(rows[:, ADOPTIONS].sum())} of {goal} adoptions")
     result = {
-        "benchmark": "weight_soak",
         "torn_reads": int(rows[:, TORN].sum()),
         "num_adoptions": int(rows[:, ADOPTIONS].sum()),
         "num_backwards": int(rows[:, BACKWARDS].sum()),
         **totals,
-        "readers": args.readers,
+        "readers": NUM_READERS,
         "seed": args.seed,
         "duration_s": round(time.monotonic() - start_s, 1),
-        "quick": args.quick,
-        "machine": machine(),
     }
-    print(json.dumps(result))
+    report("weight_soak", result, args.quick)
     if result["torn_reads"] or result["num_backwards"] or totals["num_bad_ends"]:
         raise SystemExit(1)
 
