@@ -12,10 +12,12 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection
 from typing import Any
+
+from _machine import log
 
 _GRACE_S = 20.0
 
@@ -35,7 +37,7 @@ class TurnTaker:
         *args: picklable.
 
     Raises:
-        RuntimeError: from :meth:`take` and :func:`wait_ready`, with the traceback from there.
+        RuntimeError: from :meth:`take` and :func:`in_turns`, with the traceback from there.
     """
 
     def __init__(self, build: Callable[..., AbstractContextManager[Any]], *args: Any) -> None:
@@ -52,7 +54,7 @@ class TurnTaker:
         return self.receive()
 
     def ask_to_end(self) -> None:
-        """Let it end by itself; see :func:`close`."""
+        """Let it end by itself; see :meth:`end`."""
         self._signal(signal.SIGCONT)
         try:
             self.connection.send(None)
@@ -84,24 +86,56 @@ class TurnTaker:
                 self._process.kill()
 
 
-def wait_ready(takers: Mapping[str, TurnTaker]) -> Iterator[str]:
-    """Yield the names of ``takers`` as they are built; each is stopped at once."""
-    pending = {taker.connection: name for name, taker in takers.items()}
-    while pending:
-        for connection in multiprocessing.connection.wait(list(pending)):
-            name = pending.pop(connection)  # type: ignore[arg-type]
-            takers[name].receive()
-            yield name
+def in_turns(
+    builders: Mapping[str, tuple[Any, ...]],
+    job: Callable[[int], tuple[Any, ...]],
+    num_rounds: int,
+    *,
+    num_warm_ups: int = 0,
+    beside: Mapping[str, Any] | None = None,
+) -> dict[str, list[Any]]:
+    """Build arrangements, measure them in turns, and end them and every process that they leave.
 
+    Every other round goes backwards.
 
-def close(takers: Iterable[TurnTaker]) -> None:
-    """End ``takers`` and every process that they leave behind."""
-    takers = list(takers)
-    for taker in takers:
-        taker.ask_to_end()
-    end_s = time.monotonic() + _GRACE_S
-    for taker in takers:
-        taker.end(max(0.0, end_s - time.monotonic()))
+    Args:
+        builders (Mapping): the arguments of :class:`TurnTaker`, by name.
+        job (Callable): what a turn of a round is given.
+        num_rounds (int): rounds whose results count.
+
+    Keyword Args:
+        num_warm_ups (int): rounds before them, with negative numbers.
+        beside (Mapping, optional): what takes turns with them in this process, by a ``take`` of its
+            own.
+
+    Returns:
+        dict: the results by name, in the order of the rounds.
+    """
+    takers: dict[str, TurnTaker] = {}
+    try:
+        for name, arguments in builders.items():
+            takers[name] = TurnTaker(*arguments)
+        pending = {taker.connection: name for name, taker in takers.items()}
+        while pending:
+            for connection in multiprocessing.connection.wait(list(pending)):
+                name = pending.pop(connection)  # type: ignore[arg-type]
+                takers[name].receive()
+                log(f"built {name}")
+        turns = {**(beside or {}), **takers}
+        results: dict[str, list[Any]] = {name: [] for name in turns}
+        for number in range(-num_warm_ups, num_rounds):
+            for name in list(turns)[:: 1 if number % 2 == 0 else -1]:
+                found = turns[name].take(*job(number))
+                log(f"{number} {name}: {found}")
+                if number >= 0:
+                    results[name].append(found)
+        return results
+    finally:
+        for taker in takers.values():
+            taker.ask_to_end()
+        end_s = time.monotonic() + _GRACE_S
+        for taker in takers.values():
+            taker.end(max(0.0, end_s - time.monotonic()))
 
 
 def _serve(

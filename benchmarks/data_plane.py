@@ -65,8 +65,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from _machine import arguments, log, paired_ratio, report, spread
-from _turns import TurnTaker, close, wait_ready
+from _machine import arguments, paired_ratio, report, spread
+from _turns import in_turns
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 
@@ -452,37 +452,16 @@ def tune(seconds: float, repeats: int) -> None:
             for rows in (16, 64)
             for threads in (1, 2)
         ]
-        sides = {str(settings): TurnTaker(build, name, settings) for settings in grid}
-        for settings, rates in measure(sides, {}, seconds, repeats).items():
-            print(f"{name} {settings}: {spread(rate / 1e9 for rate in rates)} GB/s", flush=True)
-
-
-def measure(
-    sides: dict[str, TurnTaker], others: dict[str, Memcpy], seconds: float, repeats: int
-) -> dict[str, list[float]]:
-    """Bytes a second in each turn; the sides are closed then."""
-    rates: dict[str, list[float]] = {name: [] for name in (*others, *sides)}
-    try:
-        for name in wait_ready(sides):
-            log(f"built {name}")
-        for repeat in range(repeats):
-            for name, turn in {**others, **sides}.items():
-                rates[name].append(turn.take(seconds)["bytes_per_s"])
-            latest = {name: f"{values[-1] / 1e9:.2f}" for name, values in rates.items()}
-            log(f"repeat {repeat}, GB/s: {latest}")
-    finally:
-        close(sides.values())
-    return rates
+        sides = {str(settings): (build, name, settings) for settings in grid}
+        for settings, turns in in_turns(sides, lambda number: (seconds,), repeats).items():
+            rates = spread(turn["bytes_per_s"] / 1e9 for turn in turns)
+            print(f"{name} {settings}: {rates} GB/s", flush=True)
 
 
 def copies_per_frame() -> float:
     """Bytes moved over bytes in batches, counted."""
-    side = {"counting": TurnTaker(build, "dvla", SETTINGS["dvla"], True)}
-    try:
-        list(wait_ready(side))
-        counted = side["counting"].take(1.0)
-    finally:
-        close(side.values())
+    job = {"counting": (build, "dvla", SETTINGS["dvla"], True)}
+    (counted,) = in_turns(job, lambda number: (1.0,), 1)["counting"]
     return round(counted["moved_bytes"] / (counted["rows"] * LAYOUT.row_bytes), 2)
 
 
@@ -494,14 +473,14 @@ def main() -> None:
         tune(1.0, 3)
         return
     seconds, repeats = (0.8, 5) if args.quick else (4.0, 7)
-    names = ("dvla", *RIVALS)
     copies = copies_per_frame()
-    rates = measure(
-        {name: TurnTaker(build, name, SETTINGS[name]) for name in names},
-        {"memcpy": Memcpy(1), "memcpy_pair": Memcpy(2)},
-        seconds,
+    turns = in_turns(
+        {name: (build, name, SETTINGS[name]) for name in ("dvla", *RIVALS)},
+        lambda number: (seconds,),
         repeats,
+        beside={"memcpy": Memcpy(1), "memcpy_pair": Memcpy(2)},
     )
+    rates = {name: [turn["bytes_per_s"] for turn in found] for name, found in turns.items()}
     medians = {name: round(statistics.median(values)) for name, values in rates.items()}
     memcpy = paired_ratio(rates["dvla"], rates["memcpy"])
     best = [max(turn) for turn in zip(*(rates[name] for name in RIVALS))]

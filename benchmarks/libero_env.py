@@ -33,8 +33,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from _machine import arguments, log, paired_ratio, report, spread
-from _turns import TurnTaker, close, wait_ready
+from _machine import arguments, paired_ratio, report, spread
+from _turns import in_turns
 from tensordict import TensorDict
 from torchrl.envs import LiberoEnv, MultiAction, TransformedEnv
 
@@ -138,22 +138,13 @@ def main() -> None:
     choose_gl_backend()
     setup_libero()
     validate_libero(SUITE, TASK_ID, camera_height=SIZE, camera_width=SIZE)
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in NAMES}
-    takers: dict[str, TurnTaker] = {}
-    try:
-        for name in NAMES:  # one after the other: they compile and cache the same things
-            takers[name] = TurnTaker(build, name)
-            list(wait_ready({name: takers[name]}))
-        for repeat in range(num_repeats + 1):
-            for name in NAMES if repeat % 2 == 0 else NAMES[::-1]:
-                # the first episode, a short one, only warms caches up
-                run = takers[name].take(repeat, decisions if repeat else 1)
-                if repeat:
-                    runs[name].append(run)
-                rate = run["env_steps"] / run["total_s"]
-                log(f"{repeat} {name:<12} {rate:7.2f} env steps/s")
-    finally:
-        close(takers.values())
+    runs = in_turns(
+        {name: (build, name) for name in NAMES},
+        # the first episode, a short one, only warms caches up
+        lambda number: (1 + number, decisions if number >= 0 else 1),
+        num_repeats,
+        num_warm_ups=1,
+    )
     ratios = {
         f"{name}_vs_{rival}": paired_ratio(rates(runs[name]), rates(runs[rival]))
         for name in OURS

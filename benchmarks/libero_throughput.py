@@ -51,9 +51,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _machine import arguments, log, paired_ratio, report, spread
+from _machine import arguments, paired_ratio, report, spread
 from _recipe import Recipe
-from _turns import TurnTaker, close, wait_ready
+from _turns import in_turns
 from tensordict import TensorDictBase
 from torchrl.envs import Compose, EnvBase, LiberoEnv, MultiAction, StepCounter, TransformedEnv
 from torchrl.envs.transforms import Transform
@@ -225,25 +225,12 @@ def take_turns(
     arrangements: dict[str, tuple[str, str]], args: argparse.Namespace
 ) -> dict[str, list[dict[str, float]]]:
     """Measure ``arrangements`` (name and layout by label) in turns, each from standing."""
-    runs: dict[str, list[dict[str, float]]] = {label: [] for label in arrangements}
-    takers: dict[str, TurnTaker] = {}
-    try:
-        for label, (name, layout) in arrangements.items():
-            takers[label] = TurnTaker(build, name, args.decisions, layout)
-        for label in wait_ready(takers):
-            log(f"built {label}")
-        warm_ups = 0 if args.quick else 1
-        labels = list(takers)
-        for repeat in range(-warm_ups, args.repeats):
-            for label in labels if repeat % 2 == 0 else labels[::-1]:
-                found = takers[label].take(args.seconds if repeat >= 0 else 0.0)
-                if repeat >= 0:
-                    runs[label].append(found)
-                line = "  ".join(f"{key} {value:.4g}" for key, value in found.items())
-                log(f"{repeat if repeat >= 0 else 'warm-up'} {label:<12} {line}")
-    finally:
-        close(takers.values())
-    return runs
+    return in_turns(
+        {key: (build, name, args.decisions, at) for key, (name, at) in arrangements.items()},
+        lambda number: (args.seconds if number >= 0 else 0.0,),
+        args.repeats,
+        num_warm_ups=0 if args.quick else 1,
+    )
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -304,12 +304,6 @@ def figures(
     def ratio(way: str, other: str) -> dict[str, float]:
         return paired_ratio(large(way, "seconds"), large(other, "seconds"))
 
-    def per_case(what: str, among: Iterable[Case]) -> dict[str, dict[str, float]]:
-        return {
-            f"{case.size}, {case.num_nodes} nodes, {case.way}": spread(samples[case][what], 4)
-            for case in among
-        }
-
     return {
         "learner_cost_8_over_1": eight_over_one("pick", "cpu_s"),
         "learner_bytes_8_over_1": eight_over_one("pick", "bytes"),
@@ -318,9 +312,10 @@ def figures(
         "pipelining_gain": ratio("whole", "chain"),
         "model_pick_over_best": round(max(pick_over_best), 2),
         "predicted": predicted,
-        "seconds": per_case("seconds", samples),
-        "learner_cpu_s": per_case("cpu_s", [case for case in samples if case.size == "large"]),
-        "learner_stall_s": per_case("stall_s", [case for case in samples if case.size == "large"]),
+        "seconds": {
+            f"{case.size}, {case.num_nodes} nodes, {case.way}": spread(found["seconds"], 4)
+            for case, found in samples.items()
+        },
     }
 
 
