@@ -10,6 +10,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -111,6 +112,8 @@ def in_turns(
     Returns:
         dict: the results by name, in the order of the rounds.
     """
+    # Whoever ends this process means the arrangements too, which are in groups of their own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     takers: dict[str, TurnTaker] = {}
     try:
         for name, arguments in builders.items():

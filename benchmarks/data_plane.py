@@ -50,9 +50,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import signal
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -466,8 +464,6 @@ def copies_per_frame() -> float:
 
 
 def main() -> None:
-    # Whoever ends this process means the arrangements too, which are in groups of their own.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     args = arguments(__doc__, "short turns, under a minute", tune=False)
     if args.tune:
         tune(1.0, 3)
