@@ -164,11 +164,11 @@ class WrongEnv(CountingChunkEnv):
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ({"reward": torch.tensor([torch.nan])}, ValueError, r"finite.*\[nan\] as reward of a step"),
+        ({"reward": torch.tensor([torch.nan])}, ValueError, r"reward must be finite, got nan from a step of task 'default'"),
         (
             {("observation", "state"): torch.full((4,), torch.inf)},
             ValueError,
-            r"finite.*inf.*state.* of a step of task 'default'",
+            r"state'\) must be finite, got \[inf, inf",
         ),
         ({"language_instruction": NonTensorData(["a", "list"])}, TypeError, "must be a string"),
     ],

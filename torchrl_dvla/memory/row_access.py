@@ -101,7 +101,8 @@ class RowWriter:
         Raises:
             RuntimeError: as :meth:`write`.
             KeyError: if the tensordict lacks a key.
-            ValueError: if a tensor has not the shape or type of its field; nothing is written.
+            ValueError: if a tensor has not the shape or type of its field, or holds NaN or
+                infinity; nothing is written.
         """
         found = []
         for node, fields in self._by_node.items():
@@ -109,11 +110,11 @@ class RowWriter:
             for name, key, field in fields:
                 found.append((field, self._checked(key, entries.get(name))))
         self._require_leased(row, generation)
-        for field, tensor in found:
-            field[row] = tensor.numpy()
+        for field, values in found:
+            field[row] = values
 
-    def _checked(self, key: NestedKey, tensor: Any) -> torch.Tensor:
-        """``tensor``, unless it would be broadcast or cast."""
+    def _checked(self, key: NestedKey, tensor: Any) -> np.ndarray:
+        """``tensor``, unless it would be broadcast or cast, or would make a whole learner NaN."""
         shape, dtype = self._types[key]
         if tensor is None:
             raise KeyError(
@@ -125,7 +126,13 @@ class RowWriter:
                 f"Field {key!r} must be {list(shape)} {dtype} in every row, got "
                 f"{list(tensor.shape)} {tensor.dtype}. Return what the environment's spec says."
             )
-        return tensor
+        values: np.ndarray = tensor.numpy()
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ValueError(
+                f"Field {key!r} must be finite, got {values.ravel()[:8].tolist()}. The simulator "
+                "may have become unstable: end such an episode as a failure."
+            )
+        return values
 
 
 def _entries(tensordict: TensorDictBase, node: tuple[str, ...]) -> dict[str, Any]:

@@ -7,14 +7,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from typing import Any
 
 import cloudpickle
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, is_non_tensor
+from tensordict import TensorDict, TensorDictBase, is_non_tensor
 from torchrl.data import NonTensor
 from torchrl.envs import EnvBase
 
@@ -129,7 +131,6 @@ class EnvWorker:
         #: Of each open rollout: its task, the tensordict that its next step starts from, and what
         #: it is asked to do.
         self._open: list[tuple[str, TensorDictBase, str] | None] = [None] * num_envs
-        self._float_keys: list[NestedKey] = []
         self._chunks = torch.empty(0)
         self._no_pad = torch.empty(0, dtype=torch.bool)
         self._observations: RowWriter | None = None
@@ -147,7 +148,6 @@ class EnvWorker:
         self._chunks = view.rows.get(ACTION_CHUNK_KEY)
         self._no_pad = torch.zeros(view.layout[ACTION_IS_PAD_KEY][0], dtype=torch.bool)
         keys = [key for key in view.layout if isinstance(key, tuple) and key[0] == OBSERVATION_KEY]
-        self._float_keys = [key for key in keys if view.layout[key][1].is_floating_point]
         self._observations = RowWriter(view, keys)
         self._outcomes = RowWriter(view, _OUTCOME_KEYS)
 
@@ -165,9 +165,8 @@ class EnvWorker:
         tensordict = env.reset(request)
         if INIT_STATE_ID_KEY not in set(env.observation_spec.keys()):
             tensordict.pop(INIT_STATE_ID_KEY, None)  # a request is no state: it ends here
-        self._require_finite(tensordict, command.task, "reset")
         self._observations.write_from(command.row, command.generation, tensordict)
-        instruction = _instruction(tensordict, command.task)
+        instruction = _instruction(tensordict.get(INSTRUCTION_KEY, ""), command.task)
         self._open[command.env_index] = command.task, tensordict, instruction
         return ResetDone(command.env_index, instruction)
 
@@ -177,7 +176,8 @@ class EnvWorker:
         Raises:
             RuntimeError: if the environment was not reset, or a row's page is not leased under its
                 generation.
-            ValueError: if it returns a reward or an observation that is not finite.
+            ValueError: if it returns a reward or an observation that is not finite, or an
+                observation of another shape or type than its spec's.
             TypeError: if its instruction is not a string.
         """
         rollout = self._open[command.env_index]
@@ -190,13 +190,18 @@ class EnvWorker:
         assert self._observations is not None and self._outcomes is not None, "reset() checks it"
         tensordict = env.step(tensordict.set(ACTION_CHUNK_KEY, self._chunks[command.row].clone()))
         following = tensordict.get("next")
-        self._require_finite(following, task, "step", reward=following["reward"])
-        reward = float(following["reward"].sum())
-        changed = _instruction(following, task, default=instruction)
-        done = bool(following["done"])
-        terminated = bool(following.get("terminated", done))
-        success = bool(following.get("success", terminated))
-        is_pad = following.get(ACTION_IS_PAD_KEY, self._no_pad).flatten()
+        entries = dict(following.items())  # once for all: get() has a price of its own
+        reward = float(entries["reward"].sum())
+        if not math.isfinite(reward):
+            raise ValueError(
+                f"reward must be finite, got {reward} from a step of task {task!r}. Its simulator "
+                "may have become unstable: end such an episode as a failure."
+            )
+        changed = _instruction(entries.get(INSTRUCTION_KEY, instruction), task)
+        done = bool(entries["done"])
+        terminated = bool(entries.get("terminated", done))
+        success = bool(entries.get("success", terminated))
+        is_pad = entries.get(ACTION_IS_PAD_KEY, self._no_pad).flatten()
         # A rollout that may take no further decision ends here, whether the environment agrees or
         # not: for the learner that is a truncation.
         is_over = done or command.next_row < 0
@@ -212,22 +217,6 @@ class EnvWorker:
         new_instruction = None if changed == instruction else changed
         return StepDone(command.env_index, is_over, success, reward, num_env_steps, new_instruction)
 
-    def _require_finite(
-        self, tensordict: TensorDictBase, task: str, call: str, **values: torch.Tensor
-    ) -> None:
-        """Refuse NaN and infinity: one of them would make the whole learner NaN.
-
-        What the layout has and the environment forgot is found when the row is written.
-        """
-        values |= {str(key): tensordict.get(key, self._no_pad) for key in self._float_keys}
-        for name, value in values.items():
-            if not bool(value.isfinite().all()):
-                raise ValueError(
-                    f"An environment must return finite numbers, got {value.flatten()[:8].tolist()}"
-                    f" as {name} of a {call} of task {task!r}. Its simulator may have become "
-                    "unstable: end such an episode as a failure."
-                )
-
     def close(self) -> None:
         """Close every environment."""
         for env in self._envs.values():
@@ -236,13 +225,12 @@ class EnvWorker:
         self._envs.clear()
 
 
-def _instruction(tensordict: TensorDictBase, task: str, default: str = "") -> str:
+def _instruction(text: Any, task: str) -> str:
     """What a rollout is asked to do.
 
     Raises:
         TypeError: if it is not a string.
     """
-    text = tensordict.get(INSTRUCTION_KEY, default)
     if is_non_tensor(text):
         text = text.data
     if not isinstance(text, str):
