@@ -153,6 +153,7 @@ class DecisionBatcher:
         self._round_is_open = False
         self._free_since_s = 0.0
         self._changed = asyncio.Event()
+        self._answered = asyncio.Event()
         #: What the inference process knows and has done, see :meth:`_connect`.
         self._num_instructions_sent = 0
         self._has_answered = False
@@ -184,13 +185,12 @@ class DecisionBatcher:
         self._waiting.append(request)
         self.notify()
         try:
-            return await asyncio.shield(version)
+            return await version
         except asyncio.CancelledError:
             if request in self._waiting:
                 self._waiting.remove(request)
-            else:
-                with contextlib.suppress(SnapshotLostError):
-                    await version  # until then the policy writes the row
+            while request in self._batch:  # until the call ends the policy writes the row
+                await self._answered.wait()
             raise
 
     def snapshot(self, *, greedy: bool) -> EvaluationWeights:
@@ -223,6 +223,7 @@ class DecisionBatcher:
         finally:
             for request in (*self._waiting, *self._batch):
                 request.version.cancel()
+            self._forget_batch()
 
     async def _gather(self) -> None:
         """Wait until the next batch may begin."""
@@ -289,18 +290,23 @@ class DecisionBatcher:
             except _ProcessLostError as lost:
                 self._restart(str(lost))
                 if weights is not None:
-                    self._batch = []
+                    self._forget_batch()
                     self._fail_evaluations(requests)
                     return
         self._track.add(reply.start_s, reply.end_s, "infer", "no_ready_row")
         self._counters.add("collector/inference_batches")
         self._free_since_s = time.monotonic()
-        self._batch = []
+        self._forget_batch()
         if not self._waiting:
             self._track.waiting("no_ready_row")
         for request in requests:
             if not request.version.done():
                 request.version.set_result(reply.policy_version)
+
+    def _forget_batch(self) -> None:
+        self._batch = []
+        self._answered.set()  # wakes those that wait now
+        self._answered.clear()
 
     def _write_ids(self, requests: list[_Request]) -> None:
         rows = np.array([request.row for request in requests])
