@@ -19,7 +19,5 @@ frozen="$("$VENV/bin/python" -m pip freeze --all --exclude-editable --disable-pi
   # A build tag such as +cpu belongs to the machine, not to the pin.
   echo "$frozen" | grep -E '^[A-Za-z0-9._-]+==' | sed -E 's/\+[a-z0-9.]+$//' |
     grep -viE '^(nvidia|cuda|triton|torchrl[-_]dvla)' | sort -f
-  # What no CPU environment has installed keeps its pin.
-  grep -E '^ray==' "$PINS" | { grep -vxF "$(echo "$frozen" | grep -E '^ray==' || true)" || true; }
 } > "$PINS.new"
 mv "$PINS.new" "$PINS"

@@ -33,7 +33,7 @@ _LOGGED = re.compile(
 )
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Print above the progress bar, and at once, also into a pipe."""
     tqdm.write(text)
     sys.stdout.flush()
@@ -241,7 +241,7 @@ def record(
         starts = torch.stack([frames[0] for _, frames in sorted(result.frames.items())])
         recorder.images(f"{name}/start", starts, step=step)
     recorder.flush()
-    say(f"greedy success ({name}, policy version {result.policy_version}): {success}")
+    log(f"greedy success ({name}, policy version {result.policy_version}): {success}")
 
 
 def report_of(cfg: DictConfig, state: RunState) -> RunReport:
@@ -268,10 +268,10 @@ def report_of(cfg: DictConfig, state: RunState) -> RunReport:
 def save_after(error: Exception, policy: torch.nn.Module, save: Callable[[], None]) -> None:
     """The run ends with ``error``: save what was learned, unless that is what is broken."""
     if not all(bool(parameter.isfinite().all()) for parameter in policy.parameters()):
-        say(f"{type(error).__name__}: the weights hold NaN or infinity, so they are not saved")
+        log(f"{type(error).__name__}: the weights hold NaN or infinity, so they are not saved")
         return
-    say(f"{type(error).__name__}: saving a checkpoint")
+    log(f"{type(error).__name__}: saving a checkpoint")
     try:
         save()
     except Exception as second:  # a full disk, perhaps: the first error is the one to show
-        say(f"it could not be saved: {second!r}")
+        log(f"it could not be saved: {second!r}")

@@ -27,19 +27,19 @@ from bookkeeping import (
     Meter,
     RunState,
     group_metrics,
+    log,
     loss_metrics,
     record,
     report_of,
     save_after,
-    say,
 )
-from checks import check_policy, check_settings
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchrl.checkpoint import GlobalRNGState
+from validation import check_policy, check_settings
 
 from torchrl_dvla import DVLACollector, EpisodeSpec, GRPOLoss
 from torchrl_dvla.collectors import EvaluationResult
@@ -57,7 +57,7 @@ def main(cfg: DictConfig) -> None:
         try:
             train(cfg, stop)
         except StopRequested:
-            say(f"{stop.reason}: ended before training began")
+            log(f"{stop.reason}: ended before training began")
     # Seconds on a busy machine: the interpreter's last collections walk half a million objects, all
     # of which the kernel is about to take back anyway.
     gc.freeze()
@@ -94,7 +94,7 @@ def train(cfg: DictConfig, stop: GracefulStop) -> None:
             TensorBoardRecorder(run_folder, start_step=state.num_updates + 1 if resumed else None)
         )
         recorder.text("settings", f"```yaml\n{OmegaConf.to_yaml(cfg)}```", step=state.num_updates)
-        say(f"run folder: {run_folder}\nwatch it:   tensorboard --logdir {run_folder}")
+        log(f"run folder: {run_folder}\nwatch it:   tensorboard --logdir {run_folder}")
         buffer = utils.make_replay_buffer(cfg)
         with stop.interruptible():
             collector = utils.make_collector(cfg, policy, buffer)
@@ -151,7 +151,7 @@ def train(cfg: DictConfig, stop: GracefulStop) -> None:
                 if held_out:
                     state.after = evaluate_all()
         except StopRequested:
-            say(f"{stop.reason}: saving a checkpoint")
+            log(f"{stop.reason}: saving a checkpoint")
             state.ended_by = str(stop.reason)
             save()
         except Exception as error:
@@ -159,11 +159,11 @@ def train(cfg: DictConfig, stop: GracefulStop) -> None:
             raise
         report = report_of(cfg, state)
         recorder.text("report", report.to_markdown(), step=state.num_updates)
-        say(collector.memory.report())
+        log(collector.memory.report())
 
     # -- shut down: every lane has ended and every file is closed ---------------------------------
     report.save(run_folder / "report.json")
-    say(report.to_text())
+    log(report.to_text())
 
 
 def learn(
@@ -214,7 +214,7 @@ def evaluate(
     cfg: DictConfig, collector: DVLACollector, episodes: Sequence[EpisodeSpec]
 ) -> EvaluationResult:
     """Play held-out episodes greedily and wait for their outcome."""
-    say(f"evaluating: {len(episodes)} held-out episodes")
+    log(f"evaluating: {len(episodes)} held-out episodes")
     evaluation = collector.evaluate(episodes, num_frames_episodes=cfg.eval.num_videos)
     return evaluation.result(cfg.eval.timeout_s)
 

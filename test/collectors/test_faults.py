@@ -74,7 +74,7 @@ def test_a_worker_that_lets_nothing_run_is_replaced_at_its_deadline(
     make_collector, tmp_path, place
 ):
     fault = Fault("stall", place, at=2, once_path=str(tmp_path / "struck"))
-    limit = {f"{place}_timeout_s": 1.0}  # the others are minutes
+    limit = {f"{place}_timeout_s": 3.0}  # the others are minutes
     collector = make_collector(FaultyEnvFactory(make_env, [fault]), workers=limit)
     collector.start()
     learn(collector, 2)

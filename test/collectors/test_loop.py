@@ -253,7 +253,7 @@ def test_a_round_is_handled_in_the_order_of_the_environments(order):
     rows = []
 
     @on_a_bench(
-        hold=True, num_workers=3, num_decisions=1, group_size=3, groups_per_update=2, in_rounds=True
+        hold=True, num_workers=3, num_decisions=1, group_size=3, groups_per_update=2, lockstep=True
     )
     async def play(bench):
         for _ in range(4):  # two groups, each a reset and a step
@@ -272,7 +272,7 @@ def test_a_round_is_handled_in_the_order_of_the_environments(order):
     assert rows == [[0, 1, 2, 3, 4, 5]]
 
 
-@on_a_bench(hold=True, num_workers=2, in_rounds=True)
+@on_a_bench(hold=True, num_workers=2, lockstep=True)
 async def test_a_worker_that_is_lost_after_its_answer_takes_it_along(bench):
     bench.processes.answer(0)  # worker 0 waits for the round to end
     await bench.quiet()
@@ -284,8 +284,8 @@ async def test_a_worker_that_is_lost_after_its_answer_takes_it_along(bench):
     assert [r.num_rows for r in bench.groups.stored[0].rollouts] == [2, 2]
 
 
-@on_a_bench(hold=True, num_workers=2, in_rounds=True, groups_per_update=2)
-async def test_in_rounds_an_evaluation_has_the_environments_to_itself(bench):
+@on_a_bench(hold=True, num_workers=2, lockstep=True, groups_per_update=2)
+async def test_lockstep_an_evaluation_has_the_environments_to_itself(bench):
     evaluation = bench.evaluate(EpisodeSpec("task", 70), EpisodeSpec("task", 71))
     bench.processes.hold = False
     bench.processes.answer()

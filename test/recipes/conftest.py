@@ -13,7 +13,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 RECIPE = Path(__file__).resolve().parents[2] / "sota-implementations" / "dvla_grpo"
-MODULES = ("utils", "checks", "bookkeeping", "dvla_grpo")
+MODULES = ("utils", "validation", "bookkeeping", "dvla_grpo")
 
 
 @pytest.fixture

@@ -295,7 +295,7 @@ def test_a_learner_that_raises_leaves_a_checkpoint(tmp_path, recipe, settings):
     assert buffer["_plan"]["update"] == 2 and buffer["_plan"]["position"] == 1, "it goes on there"
     cfg = settings("toy", *SMALL[1:])
     policy = recipe.utils.make_policy(cfg)
-    recipe.checks.check_policy(cfg, policy)  # makes the lazy parameters
+    recipe.validation.check_policy(cfg, policy)  # makes the lazy parameters
     assert RunCheckpoints(path.parent, policy=policy).load(path)["update"] == 2
     assert all(bool(parameter.isfinite().all()) for parameter in policy.parameters())
     assert _state(path, "optimizer")["state"][0]["step"] >= 2

@@ -164,7 +164,11 @@ class WrongEnv(CountingChunkEnv):
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ({"reward": torch.tensor([torch.nan])}, ValueError, r"reward must be finite, got nan from a step of task 'default'"),
+        (
+            {"reward": torch.tensor([torch.nan])},
+            ValueError,
+            r"reward must be finite, got nan from a step of task 'default'",
+        ),
         (
             {("observation", "state"): torch.full((4,), torch.inf)},
             ValueError,

@@ -100,8 +100,8 @@ class InferenceConfig:
             then.
         start_timeout_s (float): the same for the first call of a process, which has to wait for its
             policy.
-        deterministic (bool, optional): work in rounds, so that batches, losses and weights are a
-            pure function of the seeds: every environment at work is waited for before the next
+        deterministic (bool, optional): work in lockstep, so that batches, losses and weights are a
+            pure function of the seeds: every busy environment is waited for before the next
             policy call, and evaluations run between the cohorts of two updates. It needs
             ``max_policy_lag=0`` and is the default there. It holds for one machine and build of
             torch, for environments that depend on their seed alone, and until the first fault.
@@ -128,7 +128,7 @@ class InferenceConfig:
             )
 
     def is_deterministic(self, max_policy_lag: int) -> bool:
-        """Whether the run works in rounds.
+        """Whether the run works in lockstep.
 
         Raises:
             ValueError: if it was asked to and ``max_policy_lag`` is not 0.

@@ -36,10 +36,6 @@ __all__ = ["DecisionBatcher", "EvaluationWeights", "SnapshotLostError"]
 
 _log = logging.getLogger("torchrl_dvla")
 
-#: Passes of the event loop without any change after which nothing more happens by itself. The
-#: longest chain, from the end of a rollout over its group to the start of another, takes six.
-_QUIET_PASSES = 10
-
 
 class SnapshotLostError(Exception):
     """The inference process that held the weights of an evaluation has ended."""
@@ -88,8 +84,8 @@ class DecisionBatcher:
     ``max_wait_s`` is over. The moment begins when the policy is free: rows that have waited for the
     call before are often joined right afterwards by the environments that are in step with it.
 
-    In rounds, the first batch begins once every rollout under way waits for its decision, and takes
-    rows in the order of the environments.
+    In lockstep, the first batch begins once every rollout under way waits for its decision, and
+    takes rows in the order of the environments.
 
     An inference process that ends or hangs is replaced, with the newest weights, and its batch
     repeated.
@@ -105,7 +101,8 @@ class DecisionBatcher:
         workers (WorkerConfig): how many environments there are, and ``max_failures``.
         seed (int): of the tokens that are sampled; each batch has a seed of its own, see
             :func:`~torchrl_dvla.swimlane.batch_seed`.
-        in_rounds (bool): see above.
+        lockstep (bool): see above.
+        is_settled (Callable): whether no rollout is about to begin or to end by itself.
         timeline (Timeline): takes the spans.
         counters (CollectionCounters): takes the counts.
         failures (FailureLog): decides what a crash costs.
@@ -121,7 +118,8 @@ class DecisionBatcher:
         config: InferenceConfig,
         workers: WorkerConfig,
         seed: int,
-        in_rounds: bool,
+        lockstep: bool,
+        is_settled: Callable[[], bool],
         timeline: Timeline,
         counters: CollectionCounters,
         failures: FailureLog,
@@ -132,16 +130,16 @@ class DecisionBatcher:
         self._envs = envs
         self._config = config
         self._max_failures = workers.max_failures
-        self._seed = seed
-        self._in_rounds = in_rounds
+        #: Of the tokens that are sampled; each batch has one of its own.
+        self.seed = seed
+        self._lockstep = lockstep
+        self._is_settled = is_settled
         self._track = timeline.track("inference")
         self._counters = counters
         self._failures = failures
         num_envs = workers.num_workers * workers.envs_per_worker
         #: Most rows of one batch.
-        self.max_batch_size = config.max_batch_size or (
-            num_envs if in_rounds else -(-num_envs // 2)
-        )
+        self.max_batch_size = config.max_batch_size or (num_envs if lockstep else -(-num_envs // 2))
         self._ids = {
             key: pool.rows.get(key).numpy()
             for key in (INSTRUCTION_ID_KEY, GROUP_ID_KEY, ROLLOUT_ID_KEY, DECISION_INDEX_KEY)
@@ -229,8 +227,8 @@ class DecisionBatcher:
         """Wait until the next batch may begin."""
         while True:
             self._changed.clear()
-            if self._in_rounds:
-                if (self._round_is_open and self._waiting) or await self._is_quiet():
+            if self._lockstep:
+                if self._waiting and (self._round_is_open or self._may_begin_round()):
                     return
                 wait_s = math.inf
             else:
@@ -250,18 +248,13 @@ class DecisionBatcher:
         could_begin_s = max(self._waiting[0].since_s, self._free_since_s)
         return could_begin_s + self._config.max_wait_s - time.monotonic()
 
-    async def _is_quiet(self) -> bool:
-        """Whether each rollout waits for its decision, and no other is about to begin."""
-        for _ in range(_QUIET_PASSES):
-            if not self._waiting or not self._envs.are_waiting:
-                return False
-            if self._envs.num_busy != len(self._waiting):
-                return False
-            await asyncio.sleep(0)
-        return True
+    def _may_begin_round(self) -> bool:
+        """Whether each rollout under way waits for its decision, and no other is about to begin."""
+        all_wait = self._envs.are_waiting and self._envs.num_busy == len(self._waiting)
+        return all_wait and self._is_settled()
 
     def _take_batch(self) -> None:
-        if self._in_rounds:
+        if self._lockstep:
             self._waiting = deque(sorted(self._waiting, key=lambda request: request.slot.position))
         # Training rows and those of one evaluation are decided with weights of their own.
         weights = self._waiting[0].weights
@@ -279,11 +272,11 @@ class DecisionBatcher:
         requests, weights = self._batch, self._batch[0].weights
         number = self.num_batches[weights is not None]
         self.num_batches[weights is not None] += 1
-        seed = batch_seed(self._seed, number, evaluation=weights is not None)
+        seed = batch_seed(self.seed, number, evaluation=weights is not None)
         self._write_ids(requests)
         self._track.waiting(None)
         while True:
-            self._request(requests, weights, seed)
+            self._send_request(requests, weights, seed)
             try:
                 reply = await self._reply()
                 break
@@ -319,7 +312,7 @@ class DecisionBatcher:
         ):
             self._ids[key][rows, 0] = values
 
-    def _request(
+    def _send_request(
         self, requests: list[_Request], weights: EvaluationWeights | None, seed: int
     ) -> None:
         message = Infer(

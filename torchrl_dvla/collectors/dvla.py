@@ -146,7 +146,7 @@ class DVLACollector(BaseCollector):
         self._updater = check_updater(schemes)
         self._weight_sync_schemes, self._weight_updater = schemes, None
         self.group, self._workers, self._inference_config = group, workers, inference
-        self._in_rounds = inference.is_deterministic(group.max_policy_lag)
+        self._lockstep = inference.is_deterministic(group.max_policy_lag)
         self._seed, self._closed = seed, False
         self.replay_buffer = PooledReplayBuffer() if replay_buffer is None else replay_buffer
         self.memory = DualPool() if memory is None else memory
@@ -217,7 +217,7 @@ class DVLACollector(BaseCollector):
                 timeline=self.timeline,
                 counters=self._counters,
                 seed=seed,
-                in_rounds=self._in_rounds,
+                lockstep=self._lockstep,
                 workers=workers,
                 inference=inference,
                 on_error=self._on_error,
@@ -244,7 +244,20 @@ class DVLACollector(BaseCollector):
     # -- lifecycle ------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to collect in the background."""
+        """Begin to collect in the background.
+
+        Raises:
+            ValueError: if a hook is set: hooks are called around the items of ``for data in
+                collector``, and the buffer's batches have none.
+        """
+        if self.pre_collect_hook is not None or self.post_collect_hook is not None:
+            raise ValueError(
+                "pre_collect_hook and post_collect_hook must be None to learn from the replay "
+                "buffer, got one. They are called around the items of `for data in collector`."
+            )
+        self._begin()
+
+    def _begin(self) -> None:
         self._require_running()
         if self._groups.paused:
             self.timeline.start()
@@ -280,13 +293,12 @@ class DVLACollector(BaseCollector):
             timeout (float, optional): seconds that the workers get to end before they are killed.
                 Defaults to ``workers.stop_timeout_s``.
             close_env (bool): must be ``True``: environments end with their workers.
-            raise_on_error (bool): changes nothing: an error of the lanes is raised where they are
-                waited for, not here.
+            raise_on_error (bool): whether an error of the shutdown itself is raised. One of the
+                lanes is raised where they are waited for.
 
         Raises:
             ValueError: if ``close_env`` is ``False``.
         """
-        del raise_on_error
         if not close_env:
             raise ValueError(
                 "close_env must be True, got False. Environments live in the workers and end with "
@@ -296,11 +308,12 @@ class DVLACollector(BaseCollector):
             return
         self._closed = True
         atexit.unregister(self.shutdown)
-        self._loop.stop(timeout)
-        self._groups.end("the collector was shut down")
-        self._groups.close("the collector was shut down")
-        self._updater.shutdown()
-        self.memory.close()
+        with contextlib.suppress(*(() if raise_on_error else (Exception,))):
+            self._loop.stop(timeout)
+            self._groups.end("the collector was shut down")
+            self._groups.close("the collector was shut down")
+            self._updater.shutdown()
+            self.memory.close()
 
     def _on_error(self, error: BaseException) -> None:
         self._groups.end(f"the collection ended with an error:\n{error}", error)
@@ -318,12 +331,13 @@ class DVLACollector(BaseCollector):
     def iterator(self) -> Iterator[TensorDictBase]:
         """All rows of one update's groups at a time, ``[num_rows]``.
 
-        Call :meth:`update_policy_weights_` once for each item.
+        Call :meth:`update_policy_weights_` once for each item. The hooks of
+        :class:`~torchrl.collectors.BaseCollector` are called before and after each.
 
         Raises:
             RuntimeError: if the item before was not published.
         """
-        self.start()
+        self._begin()
         while True:
             if self.pre_collect_hook is not None:
                 self.pre_collect_hook()
@@ -411,7 +425,7 @@ class DVLACollector(BaseCollector):
             int: the seed for the next collector, as TorchRL's; ``seed`` itself with
             ``static_seed``.
         """
-        self.schedule.seed = self._seed = seed
+        self.schedule.seed = self._seed = self._loop.batcher.seed = seed
         return seed if static_seed else int(seed_generator(seed))
 
     def stats(self) -> dict[str, Any]:

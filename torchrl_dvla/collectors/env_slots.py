@@ -37,7 +37,7 @@ _log = logging.getLogger("torchrl_dvla")
 
 #: Seconds between two readings of the workers' memory.
 _MEMORY_INTERVAL_S = 1.0
-#: What an environment does while its worker carries out a command, in errors.
+#: What an environment does while its worker executes a command, in errors.
 _ACTIVITIES = {"reset_timeout_s": "resetting", "step_timeout_s": "stepping"}
 
 
@@ -80,7 +80,7 @@ async def readable(connection: Connection) -> None:
 class EnvSlot:
     """One environment of one worker, from the start of the worker to its end.
 
-    A slot carries out one command at a time. A command that was sent is always waited for, even by
+    A slot executes one command at a time. A command that was sent is always waited for, even by
     a rollout that was cancelled: until the worker has answered, it may write the rollout's rows.
 
     Args:
@@ -95,7 +95,7 @@ class EnvSlot:
         self.env_index = env_index
         #: The rollout that it plays.
         self.rollout: Rollout | None = None
-        #: The limit of the command that its worker carries out, and since when.
+        #: The limit of the command that its worker executes, and since when.
         self.limit: str | None = None
         self.since_s = 0.0
         #: Whether the policy is deciding for its rollout.
@@ -154,7 +154,7 @@ class EnvSlot:
         if self._answer is not None and not self._answer.done():
             self._answer.set_result(event)
 
-    def lose(self, error: WorkerLostError) -> None:
+    def mark_lost(self, error: WorkerLostError) -> None:
         """End the slot with its worker."""
         self.lost, self.limit = error, None
         if self._answer is not None and not self._answer.done():
@@ -172,7 +172,7 @@ class EnvSlots:
     A worker that dies, raises or hangs is replaced; its rollouts get a :class:`WorkerLostError`.
     All of it runs in the loop's thread.
 
-    In rounds, answers are held back until every environment at work has given one, and then passed
+    In lockstep, answers are held back until every busy environment has given one, and then passed
     on in the order of the environments, as a sequential loop over them would. Which rollout ends
     first, and so which runs where, does not depend on the workers' speed then.
 
@@ -185,7 +185,7 @@ class EnvSlots:
         timeline (Timeline): takes the spans.
         counters (CollectionCounters): takes the counts.
         failures (FailureLog): decides what a crash costs.
-        in_rounds (bool): see above.
+        lockstep (bool): see above.
         failing_tasks (set of str): tasks that new workers must not build first.
         on_change (Callable): called when an environment became idle, was lost or answered.
         on_crash (Callable): called with a rollout, what becomes of it and the reason, if that is
@@ -201,7 +201,7 @@ class EnvSlots:
         timeline: Timeline,
         counters: CollectionCounters,
         failures: FailureLog,
-        in_rounds: bool,
+        lockstep: bool,
         failing_tasks: Set[str],
         on_change: Callable[[], None],
         on_crash: Callable[[Rollout, FailureAction, str], None],
@@ -211,7 +211,7 @@ class EnvSlots:
         self._config = config
         self._counters = counters
         self._failures = failures
-        self._in_rounds = in_rounds
+        self._lockstep = lockstep
         self._failing_tasks = failing_tasks
         self._on_change = on_change
         self._on_crash = on_crash
@@ -236,7 +236,7 @@ class EnvSlots:
 
     def assign(self, rollout: Rollout) -> EnvSlot:
         """Have ``rollout`` play in an idle environment."""
-        if self._in_rounds:
+        if self._lockstep:
             self.idle = deque(sorted(self.idle, key=lambda slot: slot.position))
         slot = self.idle.popleft()
         slot.rollout = rollout
@@ -264,7 +264,7 @@ class EnvSlots:
     @property
     def are_waiting(self) -> bool:
         """Whether no rollout is on its way: each one waits for its next decision."""
-        return not self._held and not self._any_working()
+        return not self._held and not self._any_busy()
 
     def send(self, worker: int, command: Reset | Step) -> None:
         """Send a command, together with all others of this pass of the event loop."""
@@ -294,7 +294,7 @@ class EnvSlots:
                     tasks.create_task(self._watch_memory(parse_bytes(self._config.max_rss_bytes)))
         finally:
             for slots in self.slots:
-                self._lose(slots, WorkerLostError("The collector has ended."))
+                self._mark_lost(slots, WorkerLostError("The collector has ended."))
 
     async def _run_worker(self, index: int) -> None:
         """One worker after the other, each until it has to be replaced."""
@@ -347,7 +347,7 @@ class EnvSlots:
         return reason
 
     def _receive(self, index: int, message: WorkerEvents) -> None:
-        # A worker carries out its commands one after the other: the next one's time begins now.
+        # A worker executes its commands one after the other: the next one's time begins now.
         self._reported_s[index] = time.monotonic()
         for name, start_s, end_s in message.spans:
             self._tracks[index].add(start_s, end_s, name, "no_decision")
@@ -357,7 +357,7 @@ class EnvSlots:
             if isinstance(event, StepDone):
                 self._counters.add("collector/decisions")
                 self._counters.add("collector/env_steps", event.num_env_steps)
-            if self._in_rounds:
+            if self._lockstep:
                 self._held.append((slot, event))
             else:
                 slot.answer(event)
@@ -366,19 +366,19 @@ class EnvSlots:
         self._on_change()
 
     def _end_round(self) -> None:
-        """Pass the answers on that were held back, once every environment at work has answered."""
-        if not self._held or self._any_working():
+        """Pass the answers on that were held back, once every busy environment has answered."""
+        if not self._held or self._any_busy():
             return
         held, self._held = self._held, []
         for slot, event in sorted(held, key=lambda item: item[0].position):
             if slot.lost is None:
                 slot.answer(event)
 
-    def _any_working(self) -> bool:
+    def _any_busy(self) -> bool:
         return any(slot.limit or slot.in_policy for slots in self.slots for slot in slots)
 
     def _deadline(self, index: int) -> float | None:
-        """When the command that the worker carries out has taken too long."""
+        """When the command that the worker executes has taken too long."""
         deadlines = [
             max(slot.since_s, self._reported_s[index]) + float(getattr(self._config, slot.limit))
             for slot in self.slots[index]
@@ -387,7 +387,7 @@ class EnvSlots:
         return min(deadlines, default=None)
 
     def _suspect(self, index: int) -> EnvSlot | None:
-        """The environment that a worker was busy with: it carries out one command at a time."""
+        """The environment that a worker was busy with: it executes one command at a time."""
         busy = [slot for slot in self.slots[index] if slot.limit is not None]
         return min(busy, key=lambda slot: slot.since_s, default=None)
 
@@ -417,8 +417,8 @@ class EnvSlots:
         self.slots[index] = self._new_slots(index)
         self.idle = deque(slot for slot in self.idle if slot.worker != index)
         self._tracks[index].waiting("worker_lost")
-        self._lose([slot for slot in slots if slot is suspect], lost)
-        self._lose([slot for slot in slots if slot is not suspect], WorkerLostError(reason))
+        self._mark_lost([slot for slot in slots if slot is suspect], lost)
+        self._mark_lost([slot for slot in slots if slot is not suspect], WorkerLostError(reason))
 
     def _record_crash(self, index: int, reason: str) -> FailureAction:
         worker = self._processes.workers[index]
@@ -440,9 +440,9 @@ class EnvSlots:
                 self._choose_first_task(after=rollout.spec.task)
         return action
 
-    def _lose(self, slots: list[EnvSlot], error: WorkerLostError) -> None:
+    def _mark_lost(self, slots: list[EnvSlot], error: WorkerLostError) -> None:
         for slot in slots:
-            slot.lose(error)
+            slot.mark_lost(error)
         self._end_round()
         self.answered.set()
         self._on_change()

@@ -69,7 +69,7 @@ class CollectionLoop:
         timeline (Timeline): takes the spans.
         counters (CollectionCounters): takes the counts.
         seed (int): of the tokens that are sampled.
-        in_rounds (bool): environments and policy take turns, so that nothing depends on which of
+        lockstep (bool): environments and policy take turns, so that nothing depends on which of
             them is faster; evaluations are played while no group is.
         workers (WorkerConfig): limits of the sampling lane.
         inference (InferenceConfig): limits of the inference lane.
@@ -86,7 +86,7 @@ class CollectionLoop:
         timeline: Timeline,
         counters: CollectionCounters,
         seed: int,
-        in_rounds: bool,
+        lockstep: bool,
         workers: WorkerConfig,
         inference: InferenceConfig,
         on_error: Callable[[BaseException], None],
@@ -96,7 +96,7 @@ class CollectionLoop:
         self._pool: EnvironmentPool = groups.pool
         self._counters = counters
         self._workers = workers
-        self._in_rounds = in_rounds
+        self._lockstep = lockstep
         self._on_error = on_error
         self._failures = FailureLog(
             workers.max_failures, workers.max_rollout_failures, workers.max_task_failures
@@ -108,7 +108,7 @@ class CollectionLoop:
             timeline=timeline,
             counters=counters,
             failures=self._failures,
-            in_rounds=in_rounds,
+            lockstep=lockstep,
             failing_tasks=groups.quarantined,
             on_change=self._on_change,
             on_crash=self._on_crash,
@@ -121,7 +121,8 @@ class CollectionLoop:
             config=inference,
             workers=workers,
             seed=seed,
-            in_rounds=in_rounds,
+            lockstep=lockstep,
+            is_settled=self._is_settled,
             timeline=timeline,
             counters=counters,
             failures=self._failures,
@@ -301,15 +302,16 @@ class CollectionLoop:
         while True:
             self._changed.clear()
             self.envs.set_idle_reason(self._fill(tasks))
+            self.batcher.notify()  # in lockstep it waits until nothing more begins
             await self._changed.wait()
 
     def _fill(self, tasks: asyncio.TaskGroup) -> str:
         """Give every idle environment a rollout; returns why the others stay idle.
 
         Evaluations go before new groups. Groups that have begun hold pages that an evaluation may
-        wait for, so they go on. In rounds, an evaluation has the environments to itself.
+        wait for, so they go on. In lockstep, an evaluation has the environments to itself.
         """
-        if not self._in_rounds and self._begin_evaluation(tasks):
+        if not self._lockstep and self._begin_evaluation(tasks):
             return "evaluation"  # until its episodes wait for an environment
         while self.envs.idle:
             if self._episodes and self._pool.reserve(self._groups.pages_per_rollout):
@@ -318,7 +320,7 @@ class CollectionLoop:
                 self._hand_over(*heapq.heappop(self._waiting)[1:])
             elif self._episodes:
                 return "no_page"
-            elif self._in_rounds and self._evaluation and not self._evaluation.done():
+            elif self._lockstep and self._evaluation and not self._evaluation.done():
                 return "evaluation"
             else:
                 group = self._groups.admit()
@@ -329,6 +331,11 @@ class CollectionLoop:
                 else:
                     return "evaluation"
         return ""
+
+    def _is_settled(self) -> bool:
+        """Whether every group is accounted for that has ended, and all that may begin has begun."""
+        ended = (all(r.finished for r in group.rollouts) for group in self._groups.running)
+        return not self._changed.is_set() and not any(ended)
 
     def _begin_group(self, group: Group, tasks: asyncio.TaskGroup) -> None:
         self._num_groups += 1

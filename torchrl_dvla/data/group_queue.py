@@ -42,7 +42,6 @@ _WHAT_FOLLOWS = {
 _COUNTS = (
     "groups_learned",
     "groups_kept",
-    "groups_failed",
     "no_signal_groups",
     "groups_kept_without_signal",
     "updates",
@@ -242,13 +241,9 @@ class GroupQueue:
         return len(self._groups)
 
     def stats(self) -> dict[str, float]:
-        """Groups by what became of them, the dropped ones by reason, and the learner's waits.
-
-        Dropping must not select for success: successful episodes end early, so the mean length of
-        the dropped groups beside that of the kept ones shows it. Lengths are in env steps.
-        """
+        """Groups by what became of them, and the learner's waits."""
         with self.lock:
-            stats: dict[str, float] = {
+            return {
                 **self._counts,
                 "policy_version": self.version,
                 "groups_admitted": self.num_admitted,
@@ -259,13 +254,13 @@ class GroupQueue:
                 "wait_s": self._wait_s,
                 "last_wait_s": self._last_wait_s,
             }
-            for reason, drops in self.drop_counts().items():
-                for name, value in drops.items():
-                    stats[f"dropped/{reason}/{name}"] = value
-            return stats
 
     def drop_counts(self) -> dict[str, dict[str, float]]:
-        """``{"count", "mean_length"}`` of the dropped groups by reason."""
+        """``{"count", "mean_length"}`` of the dropped groups by reason.
+
+        Dropping must not select for success: successful episodes end early, so the mean length of
+        the dropped groups beside that of the kept ones shows it. Lengths are in env steps.
+        """
         with self.lock:
             return {
                 reason: {"count": int(count), "mean_length": length / count}
@@ -438,7 +433,6 @@ class GroupQueue:
                     self.pool.unreserve(self.pages_per_rollout)
                     rollout.pages = []
             group.candidates = finished
-            self._counts["groups_failed"] += 1
             self._forget(group, reason)
         self._notify()
 
@@ -454,15 +448,12 @@ class GroupQueue:
         drops[1] += group.mean_length
         self._drops_since_update[reason] = self._drops_since_update.get(reason, 0) + 1
 
-    def quarantine(self, task: str, error: Exception | None = None) -> list[Group]:
-        """Begin no more groups of a task that keeps failing.
+    def quarantine(self, task: str, error: Exception | None = None) -> None:
+        """Begin no more groups of a task that keeps failing; its running ones fail by themselves.
 
         Args:
             task (str): the task.
             error (Exception, optional): raised if no other task is left.
-
-        Returns:
-            list of Group: its running groups, which the caller drops.
 
         Raises:
             RuntimeError: if no other task is left and no ``error`` is given.
@@ -473,7 +464,6 @@ class GroupQueue:
                 raise error or RuntimeError(
                     f"No task is left: {sorted(self.quarantined)} kept failing."
                 )
-            return [group for group in self.running if group.spec.task == task]
 
     # -- learning -------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from torchrl_dvla.data.group import Group
 from torchrl_dvla.data.group_queue import GroupQueue
 from torchrl_dvla.data.instructions import InstructionTable, InstructionTransform
 from torchrl_dvla.data.storage import READ_ONLY, PooledStorage
-from torchrl_dvla.memory import EnvironmentPool, ModelPool, RowLayout
+from torchrl_dvla.memory import EnvironmentPool, ModelPool
 from torchrl_dvla.memory.row_access import RowFields
 
 __all__ = ["PooledReplayBuffer"]
@@ -61,6 +61,15 @@ def _unless_bound(name: str) -> Callable[..., Any]:
         return method(self, *args, **kwargs)
 
     return guarded
+
+
+def _require_stateless(sampler: Sampler) -> None:
+    if not isinstance(sampler, (RandomSampler, StalenessAwareSampler)):
+        raise TypeError(
+            f"sampler must be a RandomSampler or a StalenessAwareSampler, got a "
+            f"{type(sampler).__name__}: it keeps state by position and cannot follow groups that "
+            "leave. `for batch in buffer` needs no sampler."
+        )
 
 
 @dataclass
@@ -195,6 +204,7 @@ class PooledReplayBuffer(ReplayBuffer):
                 f"num_staging must be at least 1, got {num_staging}. 2 lets one batch travel to "
                 "the device while the next is gathered."
             )
+        self._has_own_storage = "storage" in kwargs
         #: The groups of the collector that the buffer is bound to.
         self.groups: GroupQueue | None = None
         # Compilable: counters are plain numbers, not named semaphores in /dev/shm.
@@ -258,7 +268,7 @@ class PooledReplayBuffer(ReplayBuffer):
         Raises:
             RuntimeError: if the buffer is bound or holds rows, or the budget is spent.
             TypeError: if the sampler cannot follow groups that leave; it is named.
-            ValueError: if it prefetches.
+            ValueError: if it prefetches, or was given a storage.
         """
         self._init()  # TorchRL may have put it off
         if self.is_bound:
@@ -268,11 +278,11 @@ class PooledReplayBuffer(ReplayBuffer):
                 f"The buffer holds {len(self)} rows and cannot be bound to a collector. Call "
                 "empty() first, or make another."
             )
-        if not isinstance(self._sampler, (RandomSampler, StalenessAwareSampler)):
-            raise TypeError(
-                f"sampler must be a RandomSampler or a StalenessAwareSampler, got a "
-                f"{type(self._sampler).__name__}: it keeps state by position and cannot follow "
-                "groups that leave. `for batch in buffer` needs no sampler."
+        _require_stateless(self._sampler)
+        if self._has_own_storage:
+            raise ValueError(
+                "storage must be left out to learn from groups, got one: the rows are those of the "
+                "collector's pages."
             )
         if self._prefetch_cap:
             raise ValueError(
@@ -305,14 +315,6 @@ class PooledReplayBuffer(ReplayBuffer):
                 "DVLACollector, or call sample() for rows of your own."
             )
         return self.groups
-
-    def staging_bytes(self, layout: RowLayout) -> int:
-        """Bytes that its staging batches will take from a :class:`ModelPool`.
-
-        Args:
-            layout (RowLayout): what a row holds.
-        """
-        return self.num_staging * ModelPool.nbytes_for(layout, self._batch_size or 0)
 
     # -- learning -------------------------------------------------------------------------------
 
@@ -400,6 +402,12 @@ class PooledReplayBuffer(ReplayBuffer):
     set_at_ = _unless_bound("set_at_")
     update_ = _unless_bound("update_")
     __setitem__ = _unless_bound("__setitem__")
+
+    def set_sampler(self, sampler: Sampler) -> None:
+        """Replace the sampler, once it is bound by one that can follow groups that leave."""
+        if self.is_bound:
+            _require_stateless(sampler)
+        super().set_sampler(sampler)
 
     def stats(self) -> dict[str, int | float | bool]:
         """TorchRL's statistics, and once it is bound those of its groups."""

@@ -29,8 +29,8 @@ class RowWriter:
     It holds no lock. The owner of the ledger must not seal a page while a write is under way: it
     waits for the worker's event that the write is over, or for the end of the worker's process.
 
-    A write costs one copy for each field. The check costs two reads of shared memory, about 0.2 us
-    (:doc:`/decisions/0010-generations-travel-with-rows`).
+    A write costs one copy for each field. The check costs two reads of shared memory, about 0.1 us
+    (:doc:`/decisions/0010-page-generation-in-messages`).
 
     Args:
         view (WorkerView): the rows.

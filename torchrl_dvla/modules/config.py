@@ -17,8 +17,8 @@ from torchrl.data.vla import (
     VocabTailActionTokenizer,
 )
 
+from torchrl_dvla.differences import differences
 from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle
-from torchrl_dvla.validation import differences
 
 __all__ = ["TransformersVLAConfig", "action_tokenizer_from_dict", "action_tokenizer_to_dict"]
 
@@ -141,7 +141,7 @@ class TransformersVLAConfig:
         return cls(**data)
 
     def differences(self, other: TransformersVLAConfig) -> list[str]:
-        """Fields in which another config differs, see :func:`torchrl_dvla.validation.differences`.
+        """Fields in which another config differs, see :func:`torchrl_dvla.differences.differences`.
 
         Freezing is no part of the architecture and does not count.
 

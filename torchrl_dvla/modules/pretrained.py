@@ -30,10 +30,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from torchrl_dvla.differences import differences, join_some
 from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle, backbone_class
 from torchrl_dvla.modules.config import TransformersVLAConfig
 from torchrl_dvla.modules.prompt import word_tokenizer
-from torchrl_dvla.validation import differences, join_some
 
 if TYPE_CHECKING:
     from typing import Self

@@ -32,7 +32,7 @@ _WRITERS = {
     "sample_log_prob": (
         "The policy writes it while collecting if it was built with log_probs_mode='token'"
     ),
-    "advantage": "Group assembly writes it, see torchrl_dvla.functional.group_advantage",
+    "advantage": "GroupQueue.complete() writes it, see torchrl_dvla.functional.group_advantage",
     "proximal_log_prob": (
         "Call loss.write_proximal_log_prob(batch) on every batch before its first optimiser step, "
         "or use importance='behavior'"

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from torchrl.checkpoint import Checkpoint, CheckpointAdapter, CheckpointRotation
 
 from torchrl_dvla._version import __version__
-from torchrl_dvla.validation import differences, join_some
+from torchrl_dvla.differences import differences, join_some
 
 __all__ = ["RunCheckpoints", "find_latest_checkpoint"]
 

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 
 import cloudpickle
@@ -63,11 +63,11 @@ def batch_seed(seed: int, number: int, *, evaluation: bool = False) -> int:
 
 
 @contextlib.contextmanager
-def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Draw from a generator seeded with ``seed`` inside the block, and as before afterwards.
 
     Args:
-        seed (int, optional): ``None`` leaves the generator alone.
+        seed (int): of the generator.
         device (torch.device): where the policy draws.
 
     Examples:
@@ -78,9 +78,6 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
         >>> bool((first == second).all())
         True
     """
-    if seed is None:
-        yield
-        return
     # Not torch.manual_seed: it formats a stack trace for CUDA, which costs more than the call.
     generators = [torch.default_generator]
     if device.type == "cuda":
@@ -226,7 +223,6 @@ class InferenceProcess(ManagedProcess):
         num_threads (int): intra-op threads.
         seed (int): seed of the sampled tokens.
         start_method (str): how the process is started.
-        env_vars (Mapping, optional): environment variables of the process.
     """
 
     def __init__(
@@ -237,13 +233,11 @@ class InferenceProcess(ManagedProcess):
         num_threads: int = 1,
         seed: int = 0,
         start_method: str = "forkserver",
-        env_vars: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(
             run_inference,
             (cloudpickle.dumps(policy_factory), reader, seed),
             name="dvla-inference",
             num_threads=num_threads,
-            env_vars=env_vars,
             start_method=start_method,
         )

@@ -112,10 +112,6 @@ class ManagedProcess:
         """Process id."""
         return int(self.process.pid)
 
-    def fileno(self) -> int:
-        """Descriptor to wait on for messages and for the process's death."""
-        return self.connection.fileno()
-
     def exit_description(self) -> str:
         """How the process ended, in words."""
         code = self.process.exitcode

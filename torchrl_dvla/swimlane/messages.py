@@ -127,8 +127,8 @@ class Infer(NamedTuple):
     new_instructions: dict[int, str]
     greedy: bool
     use_snapshot: bool
-    #: Seed of the tokens to sample; ``None`` draws from the process's own generator.
-    seed: int | None = None
+    #: Seed of the tokens to sample.
+    seed: int
 
 
 class Inferred(NamedTuple):

@@ -21,9 +21,9 @@ from torchrl_dvla.weight_update.lora import LoraUpdate
 from torchrl_dvla.weight_update.segment import (
     MAX_SLOTS,
     WRITER_BYTE,
-    Ledger,
     LockHandle,
     ReaderState,
+    SlotLedger,
     SlotViews,
     WeightSegment,
     reader_byte,
@@ -221,7 +221,7 @@ class WeightReader:
         self._reset()
 
     def _reset(self) -> None:
-        self._ledger: Ledger | None = None
+        self._ledger: SlotLedger | None = None
         self._locks: LockHandle | None = None
         self._views: dict[int, SlotViews] = {}
         self._bindings: weakref.WeakKeyDictionary[nn.Module, ModuleBinding] = (
@@ -374,7 +374,7 @@ class WeightReader:
         assert self._locks is not None
         return self._locks.is_held_by_others(WRITER_BYTE)
 
-    def _attach(self) -> Ledger:
+    def _attach(self) -> SlotLedger:
         if self._is_closed:
             raise RuntimeError(
                 f"Reader {self.name!r} is closed. Take another one from WeightStore.reader()."
@@ -394,13 +394,13 @@ class WeightReader:
         self._ledger, self._locks = ledger, locks
         return ledger
 
-    def _pin(self, ledger: Ledger) -> int:
+    def _pin(self, ledger: SlotLedger) -> int:
         if ledger.latest > self._seen or self._slot is None:
             self._advance(ledger)
         assert self._slot is not None
         return self._slot
 
-    def _advance(self, ledger: Ledger) -> None:
+    def _advance(self, ledger: SlotLedger) -> None:
         """Pin the latest version and move every bound module to it."""
         start_ns = time.monotonic_ns()
         slot, version = self._pin_latest(ledger)
@@ -422,7 +422,7 @@ class WeightReader:
                 end_ns=time.monotonic_ns(),
             )
 
-    def _pin_latest(self, ledger: Ledger) -> tuple[int, int]:
+    def _pin_latest(self, ledger: SlotLedger) -> tuple[int, int]:
         assert self._locks is not None
         if ledger.latest < 0:
             raise RuntimeError(

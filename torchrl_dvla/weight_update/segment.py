@@ -46,10 +46,10 @@ __all__ = [
     "WRITER_BYTE",
     "Adoption",
     "AdoptionStats",
-    "Ledger",
     "LockFile",
     "LockHandle",
     "ReaderState",
+    "SlotLedger",
     "SlotViews",
     "WeightSegment",
     "private_views",
@@ -119,7 +119,7 @@ class AdoptionStats:
     latency_last_s: float
 
 
-class Ledger:
+class SlotLedger:
     """Typed access to the shared words of a store.
 
     Args:
@@ -127,7 +127,7 @@ class Ledger:
         num_slots (int): slots of the store.
 
     Examples:
-        >>> ledger = Ledger(torch.zeros(Ledger.num_words(3, 2), dtype=torch.int64), 3)
+        >>> ledger = SlotLedger(torch.zeros(SlotLedger.num_words(3, 2), dtype=torch.int64), 3)
         >>> ledger.reset()
         >>> ledger.version_in(1)
         -1
@@ -472,7 +472,7 @@ class WeightSegment:
     ) -> None:
         self.layout = layout
         self.num_slots = num_slots
-        self._num_words = Ledger.num_words(num_slots, max_readers)
+        self._num_words = SlotLedger.num_words(num_slots, max_readers)
         self._frozen_offset = align(8 * self._num_words)
         self._slots_offset = self._frozen_offset + layout.frozen_bytes
         num_bytes = self.bytes_for(layout, num_slots=num_slots, max_readers=max_readers)
@@ -485,13 +485,13 @@ class WeightSegment:
     @staticmethod
     def bytes_for(layout: WeightLayout, *, num_slots: int, max_readers: int) -> int:
         """Bytes of shared memory that a store of this size takes."""
-        ledger_bytes = align(8 * Ledger.num_words(num_slots, max_readers))
+        ledger_bytes = align(8 * SlotLedger.num_words(num_slots, max_readers))
         return ledger_bytes + layout.frozen_bytes + num_slots * layout.slot_bytes
 
-    def ledger(self) -> Ledger:
+    def ledger(self) -> SlotLedger:
         """The shared words, as seen from this process."""
         words = self._arena.tensor(0, (self._num_words,), torch.int64)
-        return Ledger(words, self.num_slots)
+        return SlotLedger(words, self.num_slots)
 
     def pin(self) -> None:
         """Page-lock the memory in this process, for copies from and to CUDA."""

@@ -116,7 +116,7 @@ def non_finite_names(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Group:
+class _Run:
     """Elements ``start:stop`` of a dtype's run: some small entries, or a large one."""
 
     dtype: torch.dtype
@@ -138,7 +138,7 @@ class WeightCopier:
     def __init__(self, layout: WeightLayout, *, piece_bytes: int = _PIECE_BYTES) -> None:
         self._layout = layout
         self._piece_bytes = piece_bytes
-        self._groups: list[_Group] = []
+        self._groups: list[_Run] = []
         for bucket in layout.buckets:
             self._add_groups(bucket)
 
@@ -149,7 +149,7 @@ class WeightCopier:
 
         def flush() -> None:
             if indices:
-                self._groups.append(_Group(bucket.dtype, start, stop, tuple(indices)))
+                self._groups.append(_Run(bucket.dtype, start, stop, tuple(indices)))
                 indices.clear()
 
         for index, entry in enumerate(entries):
@@ -207,12 +207,12 @@ class WeightCopier:
                     return False
         return True
 
-    def _is_bad(self, group: _Group, source: Sequence[torch.Tensor]) -> bool:
+    def _is_bad(self, group: _Run, source: Sequence[torch.Tensor]) -> bool:
         """Whether a group that is not finite as a whole has more than, say, an attention mask."""
         has_buffers = any(self._layout.entries[index].is_buffer for index in group.indices)
         return not has_buffers or bool(non_finite_names(self._layout, source, group.indices))
 
-    def _flat(self, group: _Group, source: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    def _flat(self, group: _Run, source: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """The group in ``source``, flat; None if it is not dense there, or of several entries."""
         index = group.indices[0]
         tensor = source[index].detach()

@@ -78,9 +78,9 @@ from torchrl_dvla.weight_update.segment import (
     MAX_SLOTS,
     Adoption,
     AdoptionStats,
-    Ledger,
     LockHandle,
     ReaderState,
+    SlotLedger,
     WeightSegment,
     reader_byte,
 )
@@ -99,14 +99,14 @@ class ReaderRegistry:
     """Registry of a store's readers: which name has which reader slot of the ledger.
 
     Args:
-        ledger (Ledger): the shared words.
+        ledger (SlotLedger): the shared words.
         locks (LockHandle): the writer's, to see which readers are alive.
         max_readers (int): reader slots.
 
     Examples:
         >>> import torch
         >>> from torchrl_dvla.weight_update.segment import LockFile
-        >>> ledger = Ledger(torch.zeros(Ledger.num_words(3, 2), dtype=torch.int64), 3)
+        >>> ledger = SlotLedger(torch.zeros(SlotLedger.num_words(3, 2), dtype=torch.int64), 3)
         >>> file = LockFile()
         >>> registry = ReaderRegistry(ledger, file.open(), 2)
         >>> registry.register("a"), registry.register("b")
@@ -116,7 +116,7 @@ class ReaderRegistry:
         (0, ['b', 'c'])
     """
 
-    def __init__(self, ledger: Ledger, locks: LockHandle, max_readers: int) -> None:
+    def __init__(self, ledger: SlotLedger, locks: LockHandle, max_readers: int) -> None:
         self._ledger, self._locks, self._max_readers = ledger, locks, max_readers
         self._slots: dict[str, int] = {}
         self._num_taken: dict[str, int] = {}
