@@ -144,7 +144,9 @@ class ScriptedInference:
         ours, self._theirs = Pipe()
         self.num_started += 1
         return SimpleNamespace(
-            connection=SimpleNamespace(fileno=ours.fileno, recv=ours.recv, send=self._send),
+            connection=SimpleNamespace(
+                fileno=ours.fileno, recv=ours.recv, poll=ours.poll, send=self._send
+            ),
             started_s=float(self.num_started),
             stack=lambda: "the stack",
             describe_end=lambda: "It crashed.",

@@ -125,6 +125,15 @@ async def test_a_worker_that_hangs_is_replaced_until_there_were_too_many(bench):
     assert "stepping took more than step_timeout_s=0.05 s. Stack:\nthe stack" in str(error)
 
 
+@on_a_bench(hold=True, num_workers=1, workers={"step_timeout_s": 0.05, "max_rss_bytes": 1})
+async def test_a_worker_that_hangs_before_it_is_recycled_has_failed(bench):
+    bench.loop.envs._recycled.add(0)
+    bench.processes.answer(0)  # the reset; the step never is
+    await bench.until(lambda: bench.processes.num_replaced == 1)
+    assert bench.counters.totals["faults/workers_replaced"] == 1
+    assert bench.counters.totals["faults/workers_recycled"] == 0
+
+
 # -- evaluations ----------------------------------------------------------------------------------
 
 
@@ -284,8 +293,28 @@ async def test_a_worker_that_is_lost_after_its_answer_takes_it_along(bench):
     assert [r.num_rows for r in bench.groups.stored[0].rollouts] == [2, 2]
 
 
+@on_a_bench(
+    hold=True,
+    num_workers=3,
+    groups_per_update=2,
+    lockstep=True,
+    workers={"max_rollout_failures": 1, "max_task_failures": 5},
+)
+async def test_an_answer_held_for_a_cancelled_rollout_reaches_no_other(bench):
+    bench.processes.answer(0, 1, 2)  # resets of group 0 and of the first rollout of group 1
+    await bench.until(lambda: len(bench.processes.held) == 3)
+    bench.processes.answer(1)  # held back: the others are still stepping
+    await bench.quiet()
+    bench.processes.crash(0)  # group 0 is dropped
+    await bench.until(lambda: bench.groups.drop_counts())
+    bench.processes.hold = False
+    bench.processes.answer()
+    await bench.until(lambda: len(bench.groups.stored) == 2)
+    assert not bench._main.done()
+
+
 @on_a_bench(hold=True, num_workers=2, lockstep=True, groups_per_update=2)
-async def test_lockstep_an_evaluation_has_the_environments_to_itself(bench):
+async def test_in_lockstep_an_evaluation_has_the_environments_to_itself(bench):
     evaluation = bench.evaluate(EpisodeSpec("task", 70), EpisodeSpec("task", 71))
     bench.processes.hold = False
     bench.processes.answer()

@@ -65,6 +65,7 @@ class _Request:
     slot: EnvSlot
     rollout: Rollout
     row: int
+    instruction: str
     weights: EvaluationWeights | None
     version: asyncio.Future[int]
     since_s: float = field(default_factory=time.monotonic)
@@ -177,9 +178,8 @@ class DecisionBatcher:
         assert rollout is not None
         if weights is not None and weights.started_s != self._process.started_s:
             raise SnapshotLostError
-        rollout.instruction_id = self._instructions.id(instruction)
         version = asyncio.get_running_loop().create_future()
-        request = _Request(slot, rollout, row.row, weights, version)
+        request = _Request(slot, rollout, row.row, instruction, weights, version)
         self._waiting.append(request)
         self.notify()
         try:
@@ -262,6 +262,7 @@ class DecisionBatcher:
         for request in self._waiting:
             if request.weights == weights and len(self._batch) < self.max_batch_size:
                 request.slot.in_policy = True
+                request.rollout.instruction_id = self._instructions.id(request.instruction)
                 self._batch.append(request)
             else:
                 left.append(request)
@@ -337,14 +338,16 @@ class DecisionBatcher:
         """
         limit = "timeout_s" if self._has_answered else "start_timeout_s"
         seconds = float(getattr(self._config, limit))
-        try:
+        connection = self._process.connection
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await readable(self._process.connection)
-            message = self._process.connection.recv()
-        except TimeoutError:
+                await readable(connection)
+        if not connection.poll():  # else it has answered, though this thread was held up
             raise _ProcessLostError(
                 f"a call took more than {limit}={seconds:g} s. Stack:\n{self._process.stack()}"
-            ) from None
+            )
+        try:
+            message = connection.recv()
         except (EOFError, OSError):
             raise _ProcessLostError(self._process.describe_end()) from None
         if isinstance(message, Failed):

@@ -275,7 +275,7 @@ class DVLACollector(BaseCollector):
             self._groups.set_paused(was_paused)
 
     def __enter__(self) -> DVLACollector:
-        self.start()
+        self._begin()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -308,12 +308,14 @@ class DVLACollector(BaseCollector):
             return
         self._closed = True
         atexit.unregister(self.shutdown)
-        with contextlib.suppress(*(() if raise_on_error else (Exception,))):
-            self._loop.stop(timeout)
-            self._groups.end("the collector was shut down")
-            self._groups.close("the collector was shut down")
-            self._updater.shutdown()
-            self.memory.close()
+        with contextlib.ExitStack() as steps:  # each is taken, whatever becomes of the others
+            if not raise_on_error:
+                steps.enter_context(contextlib.suppress(Exception))
+            steps.callback(self.memory.close)
+            steps.callback(self._updater.shutdown)
+            steps.callback(self._groups.close, "the collector was shut down")
+            steps.callback(self._groups.end, "the collector was shut down")
+            steps.callback(self._loop.stop, timeout)
 
     def _on_error(self, error: BaseException) -> None:
         self._groups.end(f"the collection ended with an error:\n{error}", error)
@@ -364,9 +366,9 @@ class DVLACollector(BaseCollector):
     ) -> Evaluation:
         """Play ``episodes`` on the collector's own workers, before any new training rollout.
 
-        All episodes are played with a private copy of the weights that are newest when the
-        evaluation begins, so training may go on meanwhile. If the inference process has to be
-        restarted, the evaluation begins anew.
+        In lockstep they are played between two cohorts. All episodes are played with a private copy
+        of the weights that are newest when the evaluation begins, so training may go on meanwhile.
+        If the inference process has to be restarted, the evaluation begins anew.
 
         Args:
             episodes (sequence of EpisodeSpec): what to play.
@@ -465,7 +467,8 @@ class DVLACollector(BaseCollector):
         """Go on where ``state_dict`` was taken; call it before :meth:`start`.
 
         The policy's present weights are published under the version of that time, so load the
-        policy first.
+        policy first; a checkpoint from before the first update publishes nothing, so there load it
+        before the collector is built.
 
         Raises:
             RuntimeError: if a group was begun already.

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -246,6 +247,8 @@ class EnvSlots:
 
     def release(self, slot: EnvSlot) -> None:
         """Take an environment back whose rollout is over; see :meth:`EnvSlot.finished`."""
+        # What is held back for it was for a rollout that was cancelled.
+        self._held = [entry for entry in self._held if entry[0] is not slot]
         slot.rollout, slot.in_policy = None, False
         self.num_busy -= 1
         if slot.lost is None:
@@ -263,7 +266,7 @@ class EnvSlots:
 
     @property
     def are_waiting(self) -> bool:
-        """Whether no rollout is on its way: each one waits for its next decision."""
+        """Whether no environment executes a command, holds an answer or is decided for."""
         return not self._held and not self._any_busy()
 
     def send(self, worker: int, command: Reset | Step) -> None:
@@ -279,7 +282,7 @@ class EnvSlots:
         if commands:
             self._processes.send(worker, WorkerCommands(steps, resets))
             deadline = self._deadlines[worker]
-            if deadline is not None:
+            if deadline is not None and not deadline.expired():
                 deadline.reschedule(self._deadline(worker))
 
     # -- the workers ----------------------------------------------------------------------------
@@ -309,15 +312,16 @@ class EnvSlots:
         self.idle.extend(self.slots[index])
         self._on_change()
         while True:
+            connection = self._processes.workers[index].connection
             try:
                 async with asyncio.timeout_at(self._deadline(index)) as self._deadlines[index]:
-                    await readable(self._processes.workers[index].connection)
+                    await readable(connection)
             except TimeoutError:
-                if index in self._recycled:
-                    return ""
                 slot = self._suspect(index)
-                assert slot is not None and slot.limit is not None
-                return self._describe_hang(index, _ACTIVITIES[slot.limit], slot.limit)
+                if slot is None or slot.limit is None:
+                    return ""  # idle: it is to be recycled
+                if not connection.poll():  # else it has answered while this thread was held up
+                    return self._describe_hang(index, _ACTIVITIES[slot.limit], slot.limit)
             finally:
                 self._deadlines[index] = None
             message = self._processes.receive(index)
@@ -327,10 +331,11 @@ class EnvSlots:
 
     async def _wait_built(self, index: int) -> str:
         """Wait for the environment of a new worker; returns why the worker failed, if it did."""
-        try:
+        connection = self._processes.workers[index].connection
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.start_timeout_s):
-                await readable(self._processes.workers[index].connection)
-        except TimeoutError:
+                await readable(connection)
+        if not connection.poll():
             reason = self._describe_hang(index, "starting", "start_timeout_s")
         else:
             message = self._processes.receive(index)
@@ -478,5 +483,6 @@ class EnvSlots:
     def _recycle_if_idle(self, index: int) -> None:
         self.idle = deque(slot for slot in self.idle if slot.worker != index)
         deadline = self._deadlines[index]
-        if deadline is not None and not any(slot.rollout for slot in self.slots[index]):
+        is_idle = not any(slot.rollout for slot in self.slots[index])
+        if deadline is not None and not deadline.expired() and is_idle:
             deadline.reschedule(asyncio.get_running_loop().time())

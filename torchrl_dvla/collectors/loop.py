@@ -131,7 +131,6 @@ class CollectionLoop:
         self._waiting: list[tuple[int, Rollout, asyncio.Future[EnvSlot]]] = []
         self._requests: dict[Rollout, asyncio.Future[EnvSlot]] = {}
         self._episodes: deque[tuple[Rollout, asyncio.Future[EnvSlot]]] = deque()
-        self._num_groups = 0
         self._episode_ids = itertools.count(-1, -1)  # beside those of training
         self._evaluations: deque[Evaluation] = deque()
         self._evaluation: Evaluation | None = None
@@ -160,7 +159,6 @@ class CollectionLoop:
         else:
             self._groups.complete(group)
         finally:
-            self._num_groups -= 1
             for rollout in rollouts:
                 self._withdraw(rollout)
             self._on_change()
@@ -272,6 +270,8 @@ class CollectionLoop:
     async def _play_episode(
         self, evaluation: Evaluation, number: int, spec: EpisodeSpec, weights: EvaluationWeights
     ) -> None:
+        if evaluation.done():  # it was given up
+            return
         rollout = Rollout(spec, -1, next(self._episode_ids))
         await self.run_rollout(rollout, weights)
         frames = None
@@ -287,6 +287,7 @@ class CollectionLoop:
         with self._lock:
             if self._stopping:
                 evaluation.fail(self._ended())
+                return
             self._evaluations.append(evaluation)
         self.notify()
 
@@ -326,7 +327,7 @@ class CollectionLoop:
                 group = self._groups.admit()
                 if isinstance(group, Group):
                     self._begin_group(group, tasks)
-                elif self._num_groups or not self._begin_evaluation(tasks):
+                elif self._groups.running or not self._begin_evaluation(tasks):
                     return group
                 else:
                     return "evaluation"
@@ -338,7 +339,6 @@ class CollectionLoop:
         return not self._changed.is_set() and not any(ended)
 
     def _begin_group(self, group: Group, tasks: asyncio.TaskGroup) -> None:
-        self._num_groups += 1
         for rollout in group.rollouts:
             self._requests[rollout] = self._request(rollout, is_evaluation=False)
         tasks.create_task(self.run_group(group))

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -510,13 +510,14 @@ class GroupQueue:
         Raises:
             RuntimeError: if a group would become too old. It cannot happen when every publication
                 follows an update.
-            ValueError: if the body gave a version that is not newer; nothing has changed then.
+            ValueError: if the body gave a version that is not newer; nothing has changed here then.
         """
         with self.lock:
             self.require_open()
             if self._publishing:
                 raise RuntimeError("Weights are being published already. One learner publishes.")
-            limit = self._overdue(self.in_hand)
+            leaving = self.in_hand
+            limit = self._overdue(leaving)
             if limit is not None:
                 late = [
                     group.group_id for group in self._groups.values() if group.deadline <= limit
@@ -530,28 +531,25 @@ class GroupQueue:
         done = Publication(self.version + 1)
         try:
             yield done
-        except BaseException:
+            with self.lock:
+                if done.version <= self.version:
+                    raise ValueError(
+                        f"version must grow with each publication, got {done.version} after "
+                        f"{self.version}. Leave it alone, or give the number that was published."
+                    )
+                self._learned(leaving, done.version)
+        finally:
             with self.lock:
                 self._publishing = False
-            raise
-        with self.lock:
-            self._publishing = False
-            if done.version <= self.version:
-                raise ValueError(
-                    f"version must grow with each publication, got {done.version} after "
-                    f"{self.version}. Leave it alone, or give the number that was published."
-                )
-            self._learned(done.version)
-        self._notify()
+            self._notify()  # admission goes on, whether it was refused or not
 
-    def _learned(self, version: int) -> None:
-        in_hand = self.in_hand
-        for group in in_hand:
+    def _learned(self, cohort: Sequence[Group], version: int) -> None:
+        for group in cohort:
             if not self._closed:
                 self.pool.free(group.pages)
             del self._groups[group.group_id]
-        self._counts["groups_learned"] += len(in_hand)
-        self._counts["updates"] += bool(in_hand)
+        self._counts["groups_learned"] += len(cohort)
+        self._counts["updates"] += bool(cohort)
         # Deadlines move with numbers that somebody else took: the lag counts updates.
         for group in self._groups.values():
             group.deadline += version - self.version - 1

@@ -141,8 +141,8 @@ class PooledReplayBuffer(ReplayBuffer):
                 collector.update_policy_weights_()      # the cohort counts as learned here
 
     The cohort stays in hand until the update is published. Leaving the loop before, by ``break`` or
-    an exception, loses nothing: iterating again goes on with the next minibatch of the same cohort.
-    A minibatch counts as taken when it is handed out.
+    an exception, loses no group: iterating again goes on with the next minibatch of the cohort. A
+    minibatch counts as taken when it is handed out, also the one in which an exception came.
 
     :meth:`sample` and indexing read all stored groups, at any time. ``buffer[i]`` is a *position*:
     rows are counted oldest group first, and move up when groups before them leave. Only samplers
