@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchrl.modules.vla import VLAWrapperBase
 
 from torchrl_dvla import AsyncWeightUpdater
-from torchrl_dvla.collectors.validation import match_policy
+from torchrl_dvla.collectors.validation import match_policy, plan_memory
 from torchrl_dvla.data.schema import IMAGE_KEY, STATE_KEY
 from torchrl_dvla.envs import validate_libero
 from torchrl_dvla.recording import check_writable
@@ -143,15 +143,12 @@ def check_policy(cfg: DictConfig, policy: VLAWrapperBase) -> None:
     images = [IMAGE_KEY, ("observation", "wrist_image")][:num_cameras]
     observation = [(key, image_shape, torch.uint8) for key in images]
     observation.append((STATE_KEY, (state_dim,), torch.float32))
-    group, workers = utils.make_group_config(cfg), utils.make_worker_config(cfg)
-    utils.make_memory(cfg).plan(
-        layout=match_policy(policy, EnvSpecs(tuple(observation), env.chunk_size, action_dim)),
-        group_size=group.group_size,
-        candidate_group_size=group.candidate_group_size,
-        groups_per_update=group.groups_per_update,
-        max_policy_lag=group.max_policy_lag,
-        max_decisions=workers.max_decisions,
-        rows_per_page=cfg.memory.rows_per_page,
+    plan_memory(
+        utils.make_memory(cfg),
+        match_policy(policy, EnvSpecs(tuple(observation), env.chunk_size, action_dim)),
+        group=utils.make_group_config(cfg),
+        workers=utils.make_worker_config(cfg),
+        replay_buffer=utils.make_replay_buffer(cfg),
         weight_bytes=AsyncWeightUpdater().store_bytes(policy),
-        batch_size=cfg.optim.minibatch_size,
+        rows_per_page=cfg.memory.rows_per_page,
     )

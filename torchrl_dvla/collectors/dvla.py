@@ -28,11 +28,11 @@ from torchrl_dvla.collectors.metrics import CollectionCounters, WeightTelemetry
 from torchrl_dvla.collectors.validation import (
     build_policy,
     check_episodes,
-    check_pages,
     check_state,
     check_tasks,
     check_updater,
     match_policy,
+    plan_memory,
 )
 from torchrl_dvla.data import (
     EpisodeSpec,
@@ -174,23 +174,17 @@ class DVLACollector(BaseCollector):
                 )
             layout = match_policy(policy, specs)
             #: Sizes of the pools, see :class:`~torchrl_dvla.memory.Plan`.
-            self.plan: Plan = self.memory.plan(
-                layout=layout,
-                group_size=group.group_size,
-                candidate_group_size=group.candidate_group_size,
-                groups_per_update=group.groups_per_update,
-                max_policy_lag=group.max_policy_lag,
-                max_decisions=workers.max_decisions,
-                num_env=workers.num_workers * workers.envs_per_worker,
-                rows_per_page=rows_per_page,
-                num_spare_groups=1,  # episodes of an evaluation find room beside all groups
+            self.plan: Plan = plan_memory(
+                self.memory,
+                layout,
+                group=group,
+                workers=workers,
+                replay_buffer=self.replay_buffer,
                 weight_bytes=self._updater.store_bytes(policy),
-                batch_size=self.replay_buffer.batch_size or 0,
-                num_staging=self.replay_buffer.num_staging,
+                rows_per_page=rows_per_page,
             )
             _log.info("Memory of the run:\n%s", self.plan)
             undo.callback(self.memory.close)
-            check_pages(self.plan, group)
             self.memory.allocate(self.plan)
             undo.callback(self._updater.shutdown)
             self._updater.model_pool = self.memory.model

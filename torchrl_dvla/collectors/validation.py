@@ -16,7 +16,14 @@ from torch.nn.parameter import is_lazy
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.weight_update import WeightSyncScheme
 
-from torchrl_dvla.data import EpisodeSpec, GroupConfig, InitStateSchedule, decision_layout
+from torchrl_dvla.collectors.configs import WorkerConfig
+from torchrl_dvla.data import (
+    EpisodeSpec,
+    GroupConfig,
+    InitStateSchedule,
+    PooledReplayBuffer,
+    decision_layout,
+)
 from torchrl_dvla.data.schema import (
     ACTION_CHUNK_KEY,
     ACTION_TOKENS_KEY,
@@ -24,7 +31,7 @@ from torchrl_dvla.data.schema import (
     INSTRUCTION_KEY,
     SAMPLE_LOG_PROB_KEY,
 )
-from torchrl_dvla.memory import EnvironmentPool, Plan, RowLayout
+from torchrl_dvla.memory import DualPool, EnvironmentPool, Plan, RowLayout
 from torchrl_dvla.swimlane.inference import POLICY_OUTPUTS
 from torchrl_dvla.swimlane.messages import EnvSpecs
 from torchrl_dvla.weight_update import AsyncWeightUpdater
@@ -32,11 +39,11 @@ from torchrl_dvla.weight_update import AsyncWeightUpdater
 __all__ = [
     "build_policy",
     "check_episodes",
-    "check_pages",
     "check_state",
     "check_tasks",
     "check_updater",
     "match_policy",
+    "plan_memory",
 ]
 
 
@@ -143,15 +150,39 @@ def match_policy(policy: TensorDictModuleBase, specs: EnvSpecs) -> RowLayout:
     return decision_layout(observation, chunk_size=chunk_size, action_dim=action_dim)
 
 
-def check_pages(plan: Plan, group: GroupConfig) -> None:
-    """Require room for the groups of an update and one rollout of an evaluation at once.
+def plan_memory(
+    memory: DualPool,
+    layout: RowLayout,
+    *,
+    group: GroupConfig,
+    workers: WorkerConfig,
+    replay_buffer: PooledReplayBuffer,
+    weight_bytes: int,
+    rows_per_page: int,
+) -> Plan:
+    """Sizes of both pools of a collector, with room for the episodes of an evaluation.
 
-    With fewer pages than the groups of an update, the learner would wait for groups that wait for
-    pages; without the one rollout, a learner that waits for an evaluation would never free any.
+    The groups of an update and one rollout of an evaluation must find room at once: with fewer
+    pages than those groups, the learner would wait for groups that wait for pages; without the one
+    rollout, a learner that waits for an evaluation would never free any.
 
     Raises:
-        ValueError: with the inequality that fails.
+        ValueError: if a budget is too small, with the inequality that fails.
     """
+    plan = memory.plan(
+        layout=layout,
+        group_size=group.group_size,
+        candidate_group_size=group.candidate_group_size,
+        groups_per_update=group.groups_per_update,
+        max_policy_lag=group.max_policy_lag,
+        max_decisions=workers.max_decisions,
+        num_env=workers.num_workers * workers.envs_per_worker,
+        rows_per_page=rows_per_page,
+        num_spare_groups=1,  # episodes of an evaluation find room beside all groups
+        weight_bytes=weight_bytes,
+        batch_size=replay_buffer.batch_size or 0,
+        num_staging=replay_buffer.num_staging,
+    )
     pages_per_rollout = plan.pages_per_group // group.num_candidates
     needed = group.groups_per_update * plan.pages_per_group + pages_per_rollout
     if plan.num_pages < needed:
@@ -163,6 +194,7 @@ def check_pages(plan: Plan, group: GroupConfig) -> None:
             f"for each other. Raise env_bytes by {(needed - plan.num_pages) * page_bytes}, or "
             "lower groups_per_update, group_size or max_decisions."
         )
+    return plan
 
 
 def check_episodes(
