@@ -5,49 +5,29 @@
 """Where the time goes: the timeline of the four lanes, as shares and as a trace for Perfetto.
 
 Environment, policy and learner are given stated latencies that hold no core, so the overlap is
-visible on any machine; the figures are emulated. A second process stands for another node, to which
-every version of the weights is broadcast. Nothing but the collector is needed to record it. Writes
-``timeline.json``, which ui.perfetto.dev opens, and ``timeline.svg``, a picture of a second.
+visible on any machine; the figures are emulated. Nothing but the collector is needed to record it.
+Writes ``timeline.json``, which ui.perfetto.dev opens, and ``timeline.svg``, a picture of a second.
 """
 
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import sys
-import threading
 import time
 from pathlib import Path
 
-from torch import nn
-
-from torchrl_dvla import (
-    AsyncWeightUpdater,
-    DVLACollector,
-    GroupConfig,
-    PooledReplayBuffer,
-    WorkerConfig,
-)
+from torchrl_dvla import DVLACollector, GroupConfig, PooledReplayBuffer, WorkerConfig
 from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.swimlane import draw_timeline, read_chrome_trace
 from torchrl_dvla.testing import CountingChunkEnv, emulate_latency
-from torchrl_dvla.weight_update import WeightRelay
 
 STEP_S, DECIDE_S, LEARN_S = 0.02, 0.012, 0.1
 
 
-def follow(address: str, policy: nn.Module) -> None:
-    """The other node: its readers would adopt from ``relay.store``."""
-    relay = WeightRelay(address, policy, name="b")
-    relay.wait(timeout_s=60.0)
-    threading.Event().wait()  # until the learner ends
-
-
 def main(path: str = "timeline.json") -> None:
     policy = tiny_token_policy(2, 4, vocab_size=8, hidden_dim=1536)
-    updater = AsyncWeightUpdater(num_slots=4)
     buffer = PooledReplayBuffer(batch_size=8)
-    collector = DVLACollector(
+    with DVLACollector(
         functools.partial(
             CountingChunkEnv, max_env_steps=16, required_fraction=0.5, step_latency_s=STEP_S
         ),
@@ -55,13 +35,7 @@ def main(path: str = "timeline.json") -> None:
         replay_buffer=buffer,
         group=GroupConfig(group_size=4, groups_per_update=2, max_policy_lag=1),
         workers=WorkerConfig(num_workers=2, envs_per_worker=2, max_decisions=4),
-        weight_sync_schemes={"policy": updater},
-    )
-    broadcast = updater.open_broadcast()
-    spawn = multiprocessing.get_context("spawn")
-    spawn.Process(target=follow, args=(broadcast.address, policy), daemon=True).start()
-    broadcast.wait(0, 60.0, num_nodes=1)
-    with collector:
+    ) as collector:
         for _ in range(10):
             for _batch in buffer:
                 time.sleep(LEARN_S)  # a learner on a device: the core is free

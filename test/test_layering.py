@@ -120,6 +120,17 @@ def test_nothing_shipped_imports_testing() -> None:
             assert not name.startswith("torchrl_dvla.testing"), f"{path}:{line}"
 
 
+def test_no_module_opens_a_port() -> None:
+    """Rows and weights travel in shared memory, messages in pipes: nobody can join from outside."""
+    opens = {"listen", "create_server", "start_server", "Listener", "socketserver"}
+    opens |= {"TCPStore", "ProcessGroupGloo", "init_process_group"}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            used = {getattr(node, field, None) for field in ("id", "attr", "module")}
+            used.add(node.name if isinstance(node, ast.alias) else None)
+            assert not used & opens, f"{path}:{node.lineno}"
+
+
 def test_files_carry_the_licence() -> None:
     licence = "# Copyright (c) the torchrl_dvla authors.\n#\n"
     assert [path for path in FILES if not path.read_text().startswith(licence)] == []

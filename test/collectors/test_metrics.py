@@ -4,12 +4,11 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
-import pytest
 from torch import nn
 
 from torchrl_dvla.collectors.metrics import CollectionCounters, WeightTelemetry
 from torchrl_dvla.swimlane import Timeline
-from torchrl_dvla.weight_update import AsyncWeightUpdater, WeightRelay
+from torchrl_dvla.weight_update import AsyncWeightUpdater
 
 
 def test_episodes_may_end_while_the_learner_reads():
@@ -30,31 +29,22 @@ def test_episodes_may_end_while_the_learner_reads():
     assert counters.totals["collector/episodes"] == 4
 
 
-def test_nodes_are_on_the_timeline_and_in_the_scalars() -> None:
-    updater = AsyncWeightUpdater(num_slots=4)
+def test_adoptions_are_on_the_timeline_once_and_publishes_in_the_scalars() -> None:
+    updater = AsyncWeightUpdater()
     updater.init_on_sender(model=nn.Linear(2, 1), num_workers=0)
     timeline = Timeline()
     telemetry = WeightTelemetry(updater, timeline)
-    assert not any(key.startswith("broadcast/") for key in telemetry.scalars(data_bytes=0.0))
-    broadcast = updater.open_broadcast(shapes=["chain"])
-    with pytest.raises(RuntimeError, match=r"has a broadcast at 127.0.0.1:\d+ already"):
-        updater.open_broadcast()
-    relay = WeightRelay(broadcast.address, nn.Linear(2, 1), name="a")
-    broadcast.wait(0, 30.0, num_nodes=1)
+    reader, served = updater.reader("a"), nn.Linear(2, 1)
+    reader.adopt_into(served)
     updater.publish()
-    updater.wait(1, 30.0)
-    assert relay.wait(1) == 1
-    broadcast.wait(1, 30.0)
+    reader.adopt_into(served)
     telemetry.record()
     telemetry.record()  # nothing is told twice
-    spans = [span for span in timeline.spans() if span.track == "node a"]
-    assert [span.name for span in spans] == ["receive 0", "receive 1"]
+    spans = [span for span in timeline.spans() if span.track == "reader a"]
+    assert [span.name for span in spans] == ["adopt 0", "adopt 1"]
     assert {span.lane for span in spans} == {"distribution"}
     assert spans[0].end_s <= spans[1].start_s
     assert spans[1].blocked_on == "no_version"
-    relay.close()
-    updater.shutdown()  # ends the broadcast, too
-    scalars = telemetry.scalars(data_bytes=8.0)
-    assert scalars["broadcast/version"] == scalars["weights/version"] == 1
-    assert scalars["broadcast/nodes_joined"] == 1
-    assert scalars["planes/data_bytes"] == 8.0
+    reader.close(), updater.shutdown()
+    scalars = telemetry.scalars(data_bytes=8.0)  # after the end, too
+    assert (scalars["weights/version"], scalars["planes/data_bytes"]) == (1, 8.0)

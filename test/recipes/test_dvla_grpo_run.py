@@ -42,7 +42,7 @@ SMALL = [
     "train.max_minutes=null",
 ]
 #: Metrics of settings that the run does not use, or of what need not happen in it.
-_OCCASIONAL = r"broadcast/|faults/|loss/(loss_entropy|loss_kl|kl_to_ref)|groups/dropped_"
+_OCCASIONAL = r"faults/|loss/(loss_entropy|loss_kl|kl_to_ref)|groups/dropped_"
 
 
 class Run:

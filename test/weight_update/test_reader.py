@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
-from torchrl_dvla.testing import Remote
 from torchrl_dvla.weight_update import WeightStore
 from torchrl_dvla.weight_update import reader as reader_module
 from torchrl_dvla.weight_update.segment import slot_byte
@@ -150,44 +149,6 @@ def test_after_unpin_the_next_adoption_points_at_whole_weights_again() -> None:
         assert reader.adopt_into(served) == 4
         assert served.weight.item() == 4.0
         assert reader.pin()[0] == reader.pin()[0] == 4  # nothing new: the same pin
-
-
-def test_a_callback_is_called_after_each_visible_version_until_the_reader_is_closed() -> None:
-    module = nn.Linear(2, 2)
-    with WeightStore(module) as store:
-        reader, seen = store.reader("a"), list[int]()
-        assert reader.on_publish(lambda: seen.append(store.visible_version))
-        store.publish()
-        assert seen == [1]
-        pins = [reader, store.reader("b")]
-        pins[0].pin(), store.publish(), pins[1].pin(), store.publish()
-        assert seen == [1, 2, 3]
-        assert store.publish() == 4  # deferred
-        assert seen == [1, 2, 3]
-        pins[1].unpin()
-        assert reader.wait(4, timeout_s=30.0) == 4
-        reader.close()
-        store.publish()
-        assert seen == [1, 2, 3, 4]
-
-
-def test_no_callback_from_another_process() -> None:
-    def is_called() -> bool:
-        return reader.on_publish(lambda: None)
-
-    with WeightStore(nn.Linear(2, 2)) as store:
-        reader = store.reader("a")
-        with Remote(lambda: Calls(is_called)) as child:
-            assert child.call("run") is False
-        pickled = copy.copy(reader)  # by __getstate__, as to a child that is spawned
-        assert pickled.on_publish(lambda: None) is False
-        assert store._writer.callbacks == []
-        pickled.close(), reader.close()
-
-
-class Calls:
-    def __init__(self, run: Callable[[], bool]) -> None:
-        self.run = run
 
 
 def test_the_published_module_and_a_second_reader_are_refused() -> None:

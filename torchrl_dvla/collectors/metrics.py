@@ -68,12 +68,11 @@ class CollectionCounters:
 
 
 class WeightTelemetry:
-    """Scalars and spans of what the weight updater, its readers and nodes have recorded.
+    """Scalars and spans of what the weight updater and its readers have recorded.
 
     Args:
         updater (AsyncWeightUpdater): the learner's end.
-        timeline (Timeline): takes the readers' adoptions and, if the updater has a broadcast, the
-            nodes' transfers: a track of the distribution lane each.
+        timeline (Timeline): takes the readers' adoptions, a track of the distribution lane each.
     """
 
     def __init__(self, updater: AsyncWeightUpdater, timeline: Timeline) -> None:
@@ -81,22 +80,15 @@ class WeightTelemetry:
         self._timeline = timeline
 
     def record(self) -> None:
-        """Put what readers adopted, and nodes received, since the last call on the timeline."""
+        """Put what readers adopted since the last call on the timeline."""
         for name, adoptions in self._updater.store.take_adoptions().items():
             track = self._timeline.track("distribution", f"reader {name}")
             for adoption in adoptions:
                 track.add(adoption.start_s, adoption.end_s, f"adopt {adoption.version}")
                 track.waiting("no_version", adoption.end_s)
 
-        if self._updater.broadcast is not None:
-            for transfer in self._updater.broadcast.take_transfers():
-                track = self._timeline.track("distribution", f"node {transfer.node}")
-                name = f"{transfer.what} {transfer.version}"
-                track.add(transfer.start_s, transfer.end_s, name)
-                track.waiting("no_version", transfer.end_s)
-
     def scalars(self, data_bytes: float) -> dict[str, float]:
-        """``weights/...``, ``broadcast/...`` if there is one, and the bytes of both planes.
+        """``weights/...`` and the bytes of both planes.
 
         Args:
             data_bytes (float): bytes of the training-data plane until now.
@@ -106,6 +98,4 @@ class WeightTelemetry:
             "planes/weight_bytes": weights.pop("published_bytes"),
             "planes/data_bytes": data_bytes,
         }
-        broadcast = self._updater.broadcast
-        nodes = {} if broadcast is None else broadcast.stats()
-        return planes | nodes | {f"weights/{key}": value for key, value in weights.items()}
+        return planes | {f"weights/{key}": value for key, value in weights.items()}

@@ -6,16 +6,9 @@
 
 :class:`WeightStore` holds versions in shared memory; each :class:`WeightReader` adopts the latest
 one between two of its batches; :class:`AsyncWeightUpdater` is both as a TorchRL
-``WeightSyncScheme``. They serve one node; :class:`WeightBroadcast` brings the versions to the
-:class:`WeightRelay` of every other node, which has a store of its own for the readers there.
+``WeightSyncScheme``. They serve one node.
 """
 
-from torchrl_dvla.weight_update.broadcast import (
-    LinkModel,
-    Transfer,
-    WeightBroadcast,
-    WeightRelay,
-)
 from torchrl_dvla.weight_update.reader import WeightReader
 from torchrl_dvla.weight_update.segment import Adoption, AdoptionStats
 from torchrl_dvla.weight_update.slot_writer import PublishStats
@@ -27,12 +20,8 @@ __all__ = [
     "Adoption",
     "AdoptionStats",
     "AsyncWeightUpdater",
-    "LinkModel",
     "PublishStats",
-    "Transfer",
-    "WeightBroadcast",
     "WeightLayout",
     "WeightReader",
-    "WeightRelay",
     "WeightStore",
 ]

@@ -6,11 +6,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from torchrl_dvla.weight_update.segment import (
 from torchrl_dvla.weight_update.slot_writer import SlotWriter
 from torchrl_dvla.weight_update.weight_layout import WeightLayout, iter_weights, named_weights
 
-__all__ = ["ModuleBinding", "PinnedSlot", "WeightReader"]
+__all__ = ["ModuleBinding", "WeightReader"]
 
 _NOTHING = -2  # below every *latest*, so that the next comparison finds a newer version
 _POLL_S = 5e-4
@@ -162,23 +161,6 @@ def memory_of(module: nn.Module) -> set[int]:
     return {tensor.data_ptr() for tensor in named_weights(module).values() if tensor.numel()}
 
 
-@dataclasses.dataclass(frozen=True)
-class PinnedSlot:
-    """Bytes of a pinned version, to be sent to another node.
-
-    Args:
-        version (int): which version it is.
-        live (torch.Tensor): what every version brings, uint8 ``[slot_bytes]``.
-        frozen (torch.Tensor): what travels once, uint8 ``[frozen_bytes]``.
-        published_ns (int): monotonic clock of this machine when it became visible.
-    """
-
-    version: int
-    live: torch.Tensor
-    frozen: torch.Tensor
-    published_ns: int
-
-
 class WeightReader:
     """Reader of a :class:`WeightStore`: it pins whole versions and never waits.
 
@@ -231,7 +213,6 @@ class WeightReader:
         self._slot: int | None = None
         self._version = -1
         self._is_closed = False
-        self._callback: Callable[[], None] | None = None
         _READERS.add(self)
 
     @property
@@ -243,22 +224,6 @@ class WeightReader:
         """Whether a version newer than the adopted one is there: one read of shared memory."""
         ledger = self._ledger or self._attach()
         return ledger.latest_version > self._version
-
-    def on_publish(self, callback: Callable[[], None]) -> bool:
-        """Have ``callback()`` called after each version that becomes visible, until :meth:`close`.
-
-        The thread that writes the version calls it: it must neither block nor raise.
-
-        Returns:
-            False if nobody will call it, since the store is in another process. There, only
-            :meth:`has_update` tells of a new version.
-        """
-        writer = self._writer()
-        if writer is None:
-            return False
-        self._callback = callback
-        writer.callbacks.append(callback)
-        return True
 
     def adopt_into(self, module: nn.Module, *, copy: bool = False) -> int:
         """Let ``module`` read the latest version from now on.
@@ -300,22 +265,6 @@ class WeightReader:
         slot = self._pin(self._ledger or self._attach())
         return self._version, self._segment.layout.unflatten(self._views[slot].entries)
 
-    def pin_slot(self) -> PinnedSlot:
-        """As :meth:`pin`, for a version that is sent on as bytes."""
-        ledger = self._ledger or self._attach()
-        slot = self._pin(ledger)
-        return PinnedSlot(
-            self._version,
-            self._views[slot].memory,
-            self._segment.frozen_memory(),
-            ledger.published_ns(slot),
-        )
-
-    @property
-    def layout(self) -> WeightLayout:
-        """What the store holds."""
-        return self._segment.layout
-
     def unpin(self) -> None:
         """Let the slot go, before a long idle time.
 
@@ -352,9 +301,6 @@ class WeightReader:
         """
         if self._is_closed:
             return
-        writer = self._writer()
-        if writer is not None and self._callback is not None:
-            writer.callbacks.remove(self._callback)
         if self._locks is not None:
             if self._ledger is not None and self._locks.is_open:
                 self._ledger.set_state(self.reader_slot, ReaderState.CLOSED)
@@ -424,11 +370,6 @@ class WeightReader:
 
     def _pin_latest(self, ledger: SlotLedger) -> tuple[int, int]:
         assert self._locks is not None
-        if ledger.latest < 0:
-            raise RuntimeError(
-                f"Reader {self.name!r} has nothing to adopt: no version has arrived yet. Call "
-                "wait(0, timeout_s=...) before the first adoption."
-            )
         # The old pin goes first, so that a reader never holds two: R readers pin at most R slots.
         self._unlock()
         while True:

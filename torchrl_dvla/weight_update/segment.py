@@ -413,12 +413,10 @@ class SlotViews:
             tensor with its storage, as ``copy.deepcopy`` of a module does for buffers, copies it
             and not the arena.
         runs (dict of torch.Tensor): all live elements of each dtype, flat, padding included.
-        memory (torch.Tensor): the whole of it, uint8 ``[slot_bytes]``.
     """
 
     entries: list[torch.Tensor]
     runs: dict[torch.dtype, torch.Tensor]
-    memory: torch.Tensor
 
 
 _Take = Callable[[int, int, torch.dtype], torch.Tensor]
@@ -432,7 +430,7 @@ def _views(layout: WeightLayout, live: _Take, frozen: _Take) -> SlotViews:
         flat = take(entry.offset_bytes, entry.numel, entry.dtype)
         entries.append(flat.as_strided(entry.shape, entry.stride, flat.storage_offset()))
     runs = {b.dtype: live(b.offset_bytes, b.numel, b.dtype) for b in layout.buckets}
-    return SlotViews(entries, runs, live(0, layout.slot_bytes, torch.uint8))
+    return SlotViews(entries, runs)
 
 
 def private_views(layout: WeightLayout) -> SlotViews:
@@ -506,10 +504,6 @@ class WeightSegment:
         with torch.inference_mode(False):
             live = take_from(self._slots_offset + slot * self.layout.slot_bytes)
             return _views(self.layout, live, take_from(self._frozen_offset))
-
-    def frozen_memory(self) -> torch.Tensor:
-        """The weights that travel once, uint8 ``[frozen_bytes]``."""
-        return self._arena.tensor(self._frozen_offset, (self.layout.frozen_bytes,))
 
 
 def wait_for_devices(tensors: Iterable[torch.Tensor]) -> None:

@@ -249,8 +249,6 @@ class SlotWriter:
         self._copier = WeightCopier(segment.layout)
         self._views = [segment.views(slot) for slot in range(segment.num_slots)]
         self.stats = PublishStats()
-        #: Called by the writing thread after each version that becomes visible.
-        self.callbacks: list[Callable[[], None]] = []
         #: Memory addresses of the weights that were published last.
         self.source_addresses: set[int] = set()
         # A version that found no free slot (-1: none), where it waits, and who moves it.
@@ -330,11 +328,6 @@ class SlotWriter:
         self._write(copy, version)
         self.source_addresses = {tensor.data_ptr() for tensor in tensors if tensor.numel()}
 
-    def receive(self, fill: Callable[[torch.Tensor], None], *, version: int) -> None:
-        """Take a version whose bytes ``fill`` writes. A part of a version is never visible."""
-        with self._turn:
-            self._write(lambda views: fill(views.memory), version)
-
     def close(self) -> None:
         """Stop the deferred writer, drop what it has, and let every lock go."""
         self._closing.set()
@@ -407,8 +400,6 @@ class SlotWriter:
         # Unlocked before it is visible, so that no reader is refused the slot that it reads of.
         self.locks.unlock(slot_byte(slot))
         self._ledger.set_latest(version=version, slot=slot)
-        for callback in tuple(self.callbacks):
-            callback()
 
     # -- deferred versions ---------------------------------------------------------------------
 

@@ -67,7 +67,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -201,8 +201,7 @@ class WeightStore:
 
     Args:
         source (nn.Module, TensorDictBase or mapping): the weights; they are published at once, as
-            the first version, and are what :meth:`publish` takes when it is given nothing. A
-            :class:`WeightLayout` makes an empty store, for versions that come from another node.
+            the first version, and are what :meth:`publish` takes when it is given nothing.
         num_slots (int): versions that can be in use at one time; at least 3. Default: 3.
 
     Keyword Args:
@@ -238,7 +237,7 @@ class WeightStore:
 
     def __init__(
         self,
-        source: WeightSource | WeightLayout,
+        source: WeightSource,
         num_slots: int = 3,
         *,
         max_readers: int = 64,
@@ -261,15 +260,11 @@ class WeightStore:
         self._is_closed = False
         self._last_stats: dict[str, AdoptionStats] = {}
         self._last_version = -1
-        self.layout = (
-            source
-            if isinstance(source, WeightLayout)
-            else WeightLayout(
-                source,
-                trainable_only=trainable_only,
-                lora_only=lora_only,
-                transport_dtype=transport_dtype,
-            )
+        self.layout = WeightLayout(
+            source,
+            trainable_only=trainable_only,
+            lora_only=lora_only,
+            transport_dtype=transport_dtype,
         )
         self._segment = WeightSegment(
             self.layout, num_slots=num_slots, max_readers=max_readers, model_pool=model_pool
@@ -278,8 +273,6 @@ class WeightStore:
         self._ledger = self._segment.ledger()
         self._registry = ReaderRegistry(self._ledger, self._writer.locks, max_readers)
         self._frozen: dict[str, torch.Tensor] = {}
-        if isinstance(source, WeightLayout):
-            return
         try:
             tensors = self.layout.tensors_of(source)
             self._writer.write_frozen(tensors)
@@ -307,7 +300,7 @@ class WeightStore:
 
     @property
     def version(self) -> int:
-        """The version published last, a deferred one included; -1 before the first."""
+        """The version published last, a deferred one included."""
         return self._last_version if self._is_closed else self._writer.version
 
     @property
@@ -346,11 +339,6 @@ class WeightStore:
 
     def _find(self, source: WeightSource | None) -> Sequence[torch.Tensor]:
         found = self._source if source is None else source
-        if isinstance(found, WeightLayout):
-            raise ValueError(
-                "source must be given to a store that was made empty, got none. Weights of other "
-                "nodes come in through receive()."
-            )
         tensors = self.layout.tensors_of(found)
         for entry, tensor in zip(self.layout.entries, tensors, strict=True):
             if found is self._source and self._frozen.get(entry.name, tensor) is not tensor:
@@ -359,32 +347,6 @@ class WeightStore:
                     "published once, when the store was made. Replace it before that."
                 )
         return tensors
-
-    def receive(self, fill: Callable[[torch.Tensor], None], *, version: int) -> None:
-        """Take a version that comes as bytes, from the store of another node.
-
-        Args:
-            fill (callable): writes all of the memory it is given, uint8 ``[layout.slot_bytes]``.
-                The version is visible when it returns. If it raises, no reader ever sees what it
-                wrote, and :attr:`version` is what is still whole.
-
-        Keyword Args:
-            version (int): its number.
-
-        Raises:
-            ValueError: if ``version`` does not grow.
-        """
-        self._require_writer()
-        self._writer.receive(fill, version=version)
-
-    @property
-    def frozen_memory(self) -> torch.Tensor:
-        """The weights that travel once, uint8 ``[layout.frozen_bytes]``.
-
-        In an empty store they are written here, before the first version is.
-        """
-        self._require_writer()
-        return self._segment.frozen_memory()
 
     def stats(self) -> PublishStats:
         """Counters of the writing side."""

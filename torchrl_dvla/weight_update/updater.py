@@ -20,7 +20,6 @@ from torchrl.weight_update.weight_sync_schemes import (
     register_weight_sync_backend,
 )
 
-from torchrl_dvla.weight_update.broadcast import WeightBroadcast
 from torchrl_dvla.weight_update.reader import WeightReader, memory_of
 from torchrl_dvla.weight_update.store import WeightStore
 from torchrl_dvla.weight_update.weight_layout import WeightSource
@@ -92,7 +91,6 @@ class AsyncWeightUpdater(WeightSyncScheme):
         self._owns_store = store is None
         self._store_options = store_options
         self._source: WeightSource | None = None
-        self.broadcast: WeightBroadcast | None = None
         self._readers: dict[int, WeightReader] = {}
         self._reader: WeightReader | None = None
         self._local_policy: weakref.ref[nn.Module] | None = None
@@ -161,25 +159,6 @@ class AsyncWeightUpdater(WeightSyncScheme):
     def reader(self, name: str | int) -> WeightReader:
         """A new reader of the store, for a process or thread that is no TorchRL worker."""
         return self.store.reader(name)
-
-    def open_broadcast(self, **options: Any) -> WeightBroadcast:
-        """Bring every version to other nodes, too; :attr:`broadcast` from now on.
-
-        It is one more reader of the store and wants a slot more: ``num_slots=4``.
-
-        Args:
-            **options: see :class:`WeightBroadcast`. It ends with the updater.
-
-        Raises:
-            RuntimeError: if there is one already.
-        """
-        if self.broadcast is not None:
-            raise RuntimeError(
-                f"AsyncWeightUpdater has a broadcast at {self.broadcast.address} already. Let all "
-                "nodes join that one."
-            )
-        self.broadcast = WeightBroadcast(self.store.reader("broadcast"), **options)
-        return self.broadcast
 
     def receiver(self, worker_idx: int) -> AsyncWeightUpdater:
         """The receiving end of worker ``worker_idx``, for a TorchRL part that takes a scheme.
@@ -329,8 +308,6 @@ class AsyncWeightUpdater(WeightSyncScheme):
             self._before_call.remove()
         if self._reader is not None:
             self._reader.close()
-        if self.broadcast is not None:
-            self.broadcast.close()
         if self._store is not None and self._owns_store:
             self._store.close()
 
@@ -376,7 +353,7 @@ class AsyncWeightUpdater(WeightSyncScheme):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         # A receiver takes its reader along, not the learner's end.
-        state.update(_store=None, broadcast=None, _source=None, _reader=None, _before_call=None)
+        state.update(_store=None, _source=None, _reader=None, _before_call=None)
         state.update(_local_policy=None, _local_is_behind=False, model_pool=None)
         return state
 
