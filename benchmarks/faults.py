@@ -27,8 +27,6 @@ The last line of stdout is one JSON object.
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 import tempfile
 import threading
 import time
@@ -115,9 +113,9 @@ def phase(
             index = len(kills) % NUM_WORKERS
             name = f"dvla-env-{index}"
             for process in multiprocessing.active_children():
-                if process.name == name and process.pid is not None:
+                if process.name == name:
                     kills.append((time.monotonic(), index))
-                    os.kill(process.pid, signal.SIGKILL)
+                    process.kill()
         if now >= next_hang:
             next_hang += HANG_EVERY_S
             (Path(folder) / "request").touch()

@@ -13,16 +13,10 @@ moments a random worker is killed with SIGKILL, mostly in the middle of a write;
 reclaimed, and another process writes its trajectory again. Before a group leaves, every row is
 checked: it must hold the trajectory, the attempt and the position that were written there.
 
-Memory is measured 40 times, of which the first 20 are the warm-up, each time with all trajectories
-finished and no group stored: the resident anonymous memory of the owner and of one worker that
-is never killed. An allocator leaves a few pages more or less behind each time, so growth is the
-least of the last five samples less the most of the first five, never below 0.
-
 The last line of stdout is one JSON object:
 
-growth_bytes           as above, the owner and the worker added
 internal_waste         share of the pages of finished trajectories that held no row
-pages_lost             pages that were not free when nobody had any, at the worst of the samples
+pages_lost             pages that were not free when nobody had any, at the worst of 40 counts
 pages_double_owned     leases of a page that, by this benchmark's own record, somebody still had
 rows_wrong             rows that did not hold what was written, of ``rows_checked``
 kills, pages_reclaimed workers killed, and the pages that came back from them
@@ -32,8 +26,6 @@ page_wait_s            time for which the pool had too few pages for the next tr
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import os
 import random
 import selectors
@@ -45,7 +37,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from _machine import arguments, log, memory_bytes, report
+from _machine import arguments, log, report
 
 from torchrl_dvla.memory import EnvironmentPool, Page, RowLayout, RowWriter, WorkerView
 from torchrl_dvla.swimlane import ManagedProcess
@@ -74,27 +66,11 @@ def serial(number: int, attempt: int, index: int) -> int:
     return (number * MAX_ATTEMPTS + attempt) * 1000 + index
 
 
-def anonymous_bytes() -> int:
-    """Resident private memory of this process, after it has given back what it can."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    return memory_bytes("Anonymous")
-
-
-def steady_heap() -> None:
-    """Keep the kernel from turning pages of the heap into huge ones: 2 MiB of noise each."""
-    ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
-
-
 def write_trajectories(connection: Connection, view: WorkerView) -> None:
     """Worker: write what is asked for, page by page; killed at any moment."""
-    steady_heap()
     writer = RowWriter(view, list(LAYOUT))
     image = np.empty((3, 16, 16), np.uint8)
     while not isinstance(job := connection.recv(), Stop):
-        if job == "measure":
-            connection.send(("memory", anonymous_bytes()))
-            continue
         number, attempt, length = job
         row, generation = 0, 0
         for index in range(length):
@@ -237,8 +213,8 @@ class Soak:
         if len(self.group) == GROUP_SIZE:
             self.store()
 
-    def sample(self) -> tuple[int, int]:
-        """Anonymous memory of the owner and of worker 0 when nothing is alive."""
+    def count_lost(self) -> None:
+        """Finish and evict everything: pages that are not free then are lost."""
         self.pool.check()
         for index in range(len(self.active)):
             while self.active[index] is not None:
@@ -249,9 +225,6 @@ class Soak:
         self.pool.check()
         assert not self.owners
         self.num_lost = max(self.num_lost, NUM_PAGES - self.pool.num_free_pages)
-        self.children[0].connection.send("measure")
-        survivor = self.children[0].connection.recv()[1]
-        return anonymous_bytes(), survivor
 
     def stop(self) -> None:
         for child in self.children:
@@ -264,19 +237,15 @@ def soak(args: argparse.Namespace) -> dict[str, object]:
     num = args.trajectories or (1500 if args.quick else 20_000)
     num -= num % GROUP_SIZE
     run = Soak(num, NUM_WORKERS, args.seed)
-    samples = []
     try:
         for step in range(1, 41):
             run.run_until(num * step // 40)
-            samples.append(run.sample())
+            run.count_lost()
             log(f"{run.num_finished}/{num} trajectories, {run.num_kills} kills")
         stats = run.pool.stats()
     finally:
         run.stop()
-    owner, survivor = zip(*samples[20:], strict=True)
-    growth = sum(max(0, min(late[-5:]) - max(late[:5])) for late in (owner, survivor))
     return {
-        "growth_bytes": growth,
         "internal_waste": round(stats["internal_waste_total"], 4),
         "pages_lost": run.num_lost,
         "pages_double_owned": run.num_double_owned,
@@ -286,14 +255,12 @@ def soak(args: argparse.Namespace) -> dict[str, object]:
         "kills": run.num_kills,
         "pages_reclaimed": stats["pages_reclaimed"],
         "page_wait_s": round(stats["page_wait_s"], 2),
-        "samples": {"owner_bytes": owner, "survivor_bytes": survivor},
     }
 
 
 def main() -> None:
     args = arguments(__doc__, "1,500 trajectories", trajectories=int, seed=0)
     torch.set_num_threads(1)
-    steady_heap()
     report("pool_soak", soak(args), args.quick)
 
 

@@ -1,0 +1,154 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Does a run grow in memory, descriptors or threads, also when its processes die?
+
+    python benchmarks/collector_soak.py [--quick] [--minutes 10]
+
+A ``DVLACollector`` on an environment of almost no cost learns and publishes without pause; every
+5 s it plays an evaluation and writes a checkpoint, and every 10 s a worker or the inference process
+is killed. Sampled are the memory of the learner's process and of all below it, their descriptors
+and threads, and the machine's use of ``/dev/shm``. Memory is the proportional set size of anonymous
+and shared memory: the share of mapped files depends on other programs. There are no huge pages, and
+the timeline is full (100,000 spans) from the start.
+
+The first fifth is warm-up. The trend of a series is the Theil-Sen slope of the rest: the median of
+the slopes between all pairs of samples. It *grows* if Sen's interval of 95 % is above 0 and the
+trend makes 1 % of its median or more: allocators do not give everything back at once, and samples
+near in time are alike, which makes the interval too narrow. Of fewer than 100 descriptors or
+threads 1 % is less than one. The last line of stdout is one JSON object:
+
+growth                    series that grow, and ``growing``: which; then the exit code is 1
+growth_bytes, growth_fds  as measured: median of the last fifth of the run less that of the second
+growth_bytes_per_minute   trend of the memory of all processes
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import multiprocessing
+import os
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from _machine import arguments, log, report
+
+from torchrl_dvla import DVLACollector, GroupConfig, GRPOLoss, PooledReplayBuffer, WorkerConfig
+from torchrl_dvla.data import EpisodeSpec
+from torchrl_dvla.modules import tiny_token_policy
+from torchrl_dvla.recording import RunCheckpoints
+from torchrl_dvla.testing import CountingChunkEnv
+
+
+def sample() -> dict[str, float]:
+    """Every series now."""
+    shm, pids = os.statvfs("/dev/shm"), [os.getpid()]
+    out = Counter(time_s=time.monotonic(), dev_shm_bytes=(shm.f_blocks - shm.f_bfree) * shm.f_bsize)
+    for pid in pids:  # which grows meanwhile
+        proc, who = Path(f"/proc/{pid}"), "learner" if pid == os.getpid() else "children"
+        try:
+            tasks = list((proc / "task").iterdir())
+            pids += [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+            out["threads"] += len(tasks)  # a process that nobody has waited for still has one
+            out["fds"] += len(os.listdir(proc / "fd"))
+            for line in (proc / "smaps_rollup").read_text().splitlines():
+                if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
+                    size = 1024 * int(line.split()[1])
+                    out.update({"bytes": size, f"{who}_bytes": size})  # adds
+        except OSError:
+            pass  # it has ended
+    return out
+
+
+def describe(times: np.ndarray, values: np.ndarray) -> dict[str, float]:
+    """Medians of the second and the last fifth, trend, its interval, and whether it grows."""
+    fifth = (times * 5 / times[-1]).astype(int)
+    t, v = times[fifth > 0] / 60, values[fifth > 0]
+    n, (i, j) = len(t), np.triu_indices(len(t), 1)
+    reach = 1.96 * math.sqrt(n * (n - 1) * (2 * n + 5) / 18) / 2 / len(i)  # by Kendall's statistic
+    ranks = np.clip([0.5 - reach, 0.5, 0.5 + reach], 0, 1)
+    low, trend, high = np.quantile((v[j] - v[i]) / (t[j] - t[i]), ranks).round(2).tolist()
+    start, end = float(np.median(values[fifth == 1])), float(np.median(values[fifth >= 4]))
+    grows = bool(low > 0 and trend * (t[-1] - t[0]) >= 0.01 * np.median(v))
+    return dict(start=start, end=end, per_minute=trend, low=low, high=high, grows=grows)
+
+
+def soak(collector: DVLACollector, policy: Any, duration_s: float, folder: str) -> tuple[Any, Any]:
+    """Learn until ``duration_s`` is over; the samples, and how often each thing was done."""
+    # Steps so small that the work stays the same.
+    loss, optimizer = GRPOLoss(policy), torch.optim.AdamW(policy.parameters(), lr=1e-6)
+    checkpoints = RunCheckpoints(folder, policy=policy, optimizer=optimizer, collector=collector)
+    episodes = [EpisodeSpec("default", seed=10**9 + k) for k in range(4)]
+    victims = ("dvla-env-0", "dvla-inference", "dvla-env-1")
+    samples, counts = list[dict[str, float]](), Counter[str]()
+
+    def kill() -> None:
+        log(f"{counts['updates']} updates, {samples[-1]}")
+        for process in multiprocessing.active_children():
+            if process.name == victims[counts["kills"] % 3]:
+                process.kill()
+
+    for _ in range(100_000):
+        collector.timeline.add("gradient", time.monotonic(), time.monotonic(), track="learner")
+    chores = {
+        "samples": (min(2.0, duration_s / 100), lambda: samples.append(sample())),
+        "evaluations": (5.0, lambda: collector.evaluate(episodes).result(120.0)),
+        "checkpoints": (5.0, lambda: checkpoints.save(collector.policy_version)),
+        "kills": (10.0, kill),
+    }
+    start_s = time.monotonic()
+    while (elapsed_s := time.monotonic() - start_s) < duration_s:
+        for batch in collector.replay_buffer:
+            loss(batch)["loss_objective"].backward()
+            optimizer.step(), optimizer.zero_grad()
+        collector.update_policy_weights_()
+        counts["updates"] += 1
+        for name, (every_s, do) in chores.items():
+            if elapsed_s >= every_s * (counts[name] + 1):
+                do()
+                counts[name] += 1
+        stats = collector.stats()
+    return samples, counts + Counter({k: v for k, v in stats.items() if k.startswith("faults/")})
+
+
+def main() -> None:
+    args = arguments(__doc__, "20 seconds", minutes=10.0)
+    minutes = 1 / 3 if args.quick else args.minutes
+    torch.set_num_threads(1)
+    ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: 2 MiB of noise a huge page
+    policy = tiny_token_policy(2, 4, vocab_size=8)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        DVLACollector(
+            # Half right is a success and never ends the episode: contrast, and one length.
+            functools.partial(CountingChunkEnv, required_fraction=0.5, stop_on_success=False),
+            policy,
+            replay_buffer=PooledReplayBuffer(batch_size=32),
+            group=GroupConfig(group_size=4, groups_per_update=2, on_no_signal="keep"),
+            workers=WorkerConfig(num_workers=2, envs_per_worker=2, max_decisions=4),
+        ) as collector,
+    ):
+        samples, counts = soak(collector, policy, 60 * minutes, folder)
+    times = np.array([one["time_s"] - samples[0]["time_s"] for one in samples])
+    names = [name for name in samples[0] if name != "time_s"]
+    series = {name: describe(times, np.array([one[name] for one in samples])) for name in names}
+    raw = {f"growth_{name}": one["end"] - one["start"] for name, one in series.items()}
+    growing = [name for name, one in series.items() if one["grows"]]
+    result = {"growth": len(growing), "growing": growing, **raw}
+    result |= {"growth_bytes_per_minute": series["bytes"]["per_minute"], "minutes": minutes}
+    report("collector_soak", result | {"counts": counts, "series": series}, args.quick)
+    raise SystemExit(len(growing) > 0)
+
+
+if __name__ == "__main__":
+    main()
