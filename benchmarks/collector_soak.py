@@ -70,7 +70,7 @@ def sample() -> dict[str, float]:
     return out
 
 
-def describe(times: np.ndarray, values: np.ndarray) -> dict[str, float]:
+def describe(times: np.ndarray, values: np.ndarray) -> dict[str, Any]:
     """Medians of the second and the last fifth, trend, its interval, and whether it grows."""
     fifth = (times * 5 / times[-1]).astype(int)
     t, v = times[fifth > 0] / 60, values[fifth > 0]
@@ -80,7 +80,8 @@ def describe(times: np.ndarray, values: np.ndarray) -> dict[str, float]:
     low, trend, high = np.quantile((v[j] - v[i]) / (t[j] - t[i]), ranks).round(2).tolist()
     start, end = float(np.median(values[fifth == 1])), float(np.median(values[fifth >= 4]))
     grows = bool(low > 0 and trend * (t[-1] - t[0]) >= 0.01 * np.median(v))
-    return dict(start=start, end=end, per_minute=trend, low=low, high=high, grows=grows)
+    interval = [low, high]
+    return {"start": start, "end": end, "per_minute": trend, "interval": interval, "grows": grows}
 
 
 def soak(collector: DVLACollector, policy: Any, duration_s: float, folder: str) -> tuple[Any, Any]:
