@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from tensordict import TensorDict
 
 from torchrl_dvla.memory.arena import SharedArena
 from torchrl_dvla.memory.available_memory import format_bytes
-from torchrl_dvla.memory.pages import PageLedger, PageState
+from torchrl_dvla.memory.pages import Page, PageLedger, PageState
 from torchrl_dvla.memory.row_layout import RowLayout
 
 __all__ = ["EnvironmentPool", "WorkerView"]
@@ -73,8 +73,31 @@ class EnvironmentPool(PageLedger):
         self._arena.pin()
         # Shared memory begins zeroed, as the ledger's own arrays do: every page is free.
         self._states, self._generations = _header(self._arena, num_pages)
-        #: Zero-copy views of every row ``[num_rows]``; writes are visible to all processes.
-        self.rows: TensorDict = layout.rows(self._arena, self.num_rows, _header_bytes(num_pages))
+        self._rows: TensorDict = layout.rows(self._arena, self.num_rows, _header_bytes(num_pages))
+
+    @property
+    def rows(self) -> TensorDict:
+        """Zero-copy views of every row ``[num_rows]``; writes are visible to all processes.
+
+        Raises:
+            RuntimeError: after :meth:`close`. Views taken before read zeros then.
+        """
+        self._require_open()
+        return self._rows
+
+    def lease(
+        self, owner: Hashable, rollout_id: Hashable = None, *, reserved: bool | None = None
+    ) -> Page:
+        """As :meth:`PageLedger.lease`; after :meth:`close` there is no page either."""
+        self._require_open()
+        return super().lease(owner, rollout_id, reserved=reserved)
+
+    def _require_open(self) -> None:
+        if self._arena.closed:
+            raise RuntimeError(
+                "The environment pool was closed by its owner, such as a collector's shutdown(): "
+                "its rows are gone. Make a new one."
+            )
 
     @staticmethod
     def nbytes_for(layout: RowLayout, num_pages: int, rows_per_page: int) -> int:
