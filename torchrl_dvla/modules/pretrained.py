@@ -54,7 +54,7 @@ _COPY_AGAIN = "copy the checkpoint again, with all its files"
 
 
 class PretrainedMixin(nn.Module):
-    """Mixin with ``save_pretrained``, ``from_pretrained`` and ``load_weights``.
+    """Mixin with ``save_pretrained``, ``from_pretrained``, ``load_weights``, ``read_weights``.
 
     The class it is mixed into takes ``(config, *, tokenizer, **kwargs)``.
     """
@@ -155,11 +155,22 @@ class PretrainedMixin(nn.Module):
             )
             with torch.random.fork_rng(devices=[]), no_init_weights():
                 policy = cls(dataclasses.replace(config, **given), tokenizer=tokenizer, **kwargs)
-        policy._load(weights, source=folder)
+        policy.load_state_dict(policy._checked(weights, source=folder))
         return policy
 
     def load_weights(self, folder: str | os.PathLike[str]) -> None:
         """Load a checkpoint's weights into this policy, in place.
+
+        Args:
+            folder (path): the checkpoint folder.
+
+        Raises:
+            FileNotFoundError, ValueError: as :meth:`read_weights`; nothing has changed then.
+        """
+        self.load_state_dict(self.read_weights(folder))
+
+    def read_weights(self, folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+        """State dict of a checkpoint that fits this policy, which it is not loaded into yet.
 
         Args:
             folder (path): the checkpoint folder.
@@ -176,9 +187,11 @@ class PretrainedMixin(nn.Module):
                 f"differences: {join_some(problems, limit=12)}. Use "
                 f"{type(self).__name__}.from_pretrained to build the policy it was saved from."
             )
-        self._load(weights, source=folder)
+        return self._checked(weights, source=folder)
 
-    def _load(self, weights: dict[str, torch.Tensor], source: str | os.PathLike[str]) -> None:
+    def _checked(
+        self, weights: dict[str, torch.Tensor], source: str | os.PathLike[str]
+    ) -> dict[str, torch.Tensor]:
         own, saved = (
             {name: list(tensor.shape) for name, tensor in tensors.items()}
             for tensors in (self.state_dict(), weights)
@@ -195,7 +208,7 @@ class PretrainedMixin(nn.Module):
                 f"config.json, got {len(problems)} difference(s): {join_some(problems)}. The "
                 "checkpoint was put together from two, or written by another version."
             )
-        self.load_state_dict(weights)
+        return weights
 
 
 def _read_folder(

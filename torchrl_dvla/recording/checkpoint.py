@@ -99,7 +99,7 @@ class RunCheckpoints:
 
     def register(self, name: str, component: Any) -> None:
         """Add a component that is made later than the others, such as the collector."""
-        is_pretrained = hasattr(component, "save_pretrained") and hasattr(component, "load_weights")
+        is_pretrained = hasattr(component, "save_pretrained") and hasattr(component, "read_weights")
         adapter = (_PretrainedFolder if is_pretrained else _StateFile)(name, self._digests)
         self._checkpoint.register(name, component, adapter=adapter)
         self._adapters[name] = adapter
@@ -303,9 +303,12 @@ class _DigestedAdapter(CheckpointAdapter):
     def read(self, component: Any, path: Path) -> list[str]:
         """Read the files; what does not fit ``component``."""
 
+    def load(self, component: Any, path: Path, **kwargs: Any) -> None:
+        component.load_state_dict(self.state)
+
 
 class _PretrainedFolder(_DigestedAdapter):
-    """A policy by its own ``save_pretrained`` and ``load_weights``."""
+    """A policy by its own ``save_pretrained`` and ``read_weights``."""
 
     adapter_id = "torchrl_dvla.pretrained"
 
@@ -313,10 +316,8 @@ class _PretrainedFolder(_DigestedAdapter):
         component.save_pretrained(path)
 
     def read(self, component: Any, path: Path) -> list[str]:
-        return []  # load_weights compares before it copies
-
-    def load(self, component: Any, path: Path, **kwargs: Any) -> None:
-        component.load_weights(path)
+        self.state = component.read_weights(path)  # compares them with its own
+        return []
 
 
 class _StateFile(_DigestedAdapter):
@@ -367,9 +368,6 @@ class _StateFile(_DigestedAdapter):
         else:
             form = {object: object}  # its load_state_dict is to check the rest
         return form_problems(form, self.state, self._name)
-
-    def load(self, component: Any, path: Path, **kwargs: Any) -> None:
-        component.load_state_dict(self.state)
 
 
 def _optimizer_problems(optimizer: Optimizer, state: Any, name: str) -> list[str]:
