@@ -610,3 +610,18 @@ def test_a_foreign_entry_is_refused_and_changes_nothing(plane, entry, value):
     assert new.pool.num_free_pages == 40 and not new.groups.stored and len(new.table) == 2
     new.buffer.load_state_dict(old.buffer.state_dict())
     assert [len(rows) for rows in new.update()] == [1]  # the second minibatch of five rows
+
+
+def test_a_pool_that_was_closed_is_not_read_as_zeros(plane):
+    plane = plane()
+    plane.add()
+    plane.pool.close()
+    for use in (
+        plane.buffer.sample,
+        plane.buffer.state_dict,
+        lambda: len(plane.buffer),
+        lambda: plane.buffer[:],
+        lambda: next(iter(plane.buffer)),
+    ):
+        with pytest.raises(RuntimeError, match="pool was closed by its owner"):
+            use()

@@ -629,6 +629,7 @@ class GroupQueue:
             raise RuntimeError(
                 f"The replay buffer was closed: {self._ended_because}"
             ) from self._error
+        self.pool.require_open()
 
     # -- checkpoints ----------------------------------------------------------------------------
 

@@ -82,17 +82,22 @@ class EnvironmentPool(PageLedger):
         Raises:
             RuntimeError: after :meth:`close`. Views taken before read zeros then.
         """
-        self._require_open()
+        self.require_open()
         return self._rows
 
     def lease(
         self, owner: Hashable, rollout_id: Hashable = None, *, reserved: bool | None = None
     ) -> Page:
         """As :meth:`PageLedger.lease`; after :meth:`close` there is no page either."""
-        self._require_open()
+        self.require_open()
         return super().lease(owner, rollout_id, reserved=reserved)
 
-    def _require_open(self) -> None:
+    def require_open(self) -> None:
+        """Refuse to go on once the memory is given back.
+
+        Raises:
+            RuntimeError: naming who closes a pool.
+        """
         if self._arena.closed:
             raise RuntimeError(
                 "The environment pool was closed by its owner, such as a collector's shutdown(): "
