@@ -49,8 +49,10 @@ class Number:
         if value is None:
             return self.optional
         is_number = isinstance(value, int if self.whole else (int, float))
-        if not is_number or isinstance(value, bool) or not abs(value) < 2**1000:
-            return False  # no number, NaN, infinity, or too large to become a float
+        if not is_number or isinstance(value, bool):
+            return False
+        if not abs(value) < (2**63 if self.whole else 2**1000):
+            return False  # NaN, infinity, or no number of 64 bits
         return self.low <= value <= self.high
 
     def __str__(self) -> str:
@@ -58,7 +60,7 @@ class Number:
 
 
 #: Form of a count, an index or a version.
-COUNT = Number(0, 2**63 - 1, whole=True)
+COUNT = Number(0, whole=True)
 
 
 def form_of(state: Any, *, whole: bool = True) -> Any:

@@ -460,9 +460,10 @@ class PooledReplayBuffer(ReplayBuffer):
         groups = self.groups.check_state(state_dict["_groups"])
         num_rows = sum(group.num_rows for group in groups)
         self._storage.check_state(state_dict.get("_storage"), num_rows)
-        if state_dict.get("_batch_size") != self._batch_size:
+        batch_size = state_dict.get("_batch_size")
+        if isinstance(batch_size, torch.Tensor) or batch_size != self._batch_size:
             raise ValueError(
-                f"batch_size must equal the checkpoint's {state_dict.get('_batch_size')}, got "
+                f"batch_size must equal the checkpoint's {batch_size}, got "
                 f"{self._batch_size}. An update that was begun goes on with its own minibatches."
             )
         own, plan = super().state_dict(), state_dict.get("_plan")
@@ -476,7 +477,8 @@ class PooledReplayBuffer(ReplayBuffer):
         }
         if plan is not None:
             form["_plan"] = form_of(vars(CohortPlan(1, 1, 1, 0, 0)))
-            form["_plan"] |= {"batch_size": Number(1, whole=True), "seed": Number(whole=True)}
+            form["_plan"] |= dict.fromkeys(("batch_size", "num_epochs"), Number(1, whole=True))
+            form["_plan"] |= {"seed": Number(whole=True), "shuffle": bool}
         require_form(form, state_dict, "buffer")
         in_hand = sum(group.num_rows for group in groups if group.state is GroupState.IN_HAND)
         num_updates = state_dict["_groups"]["counts"]["updates"]

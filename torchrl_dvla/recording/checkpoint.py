@@ -338,9 +338,12 @@ class _StateFile(_DigestedAdapter):
                     f"lazy {name!r}. Call the policy on one batch first."
                 )
         try:
-            torch.save(tree_map_only(torch.Tensor, _without_rest, state), path / _STATE)
-        except RuntimeError as error:  # PyTorch's writer does not say what the disk said
-            raise OSError(errno.EIO, str(error).partition("\n")[0]) from error
+            with (path / _STATE).open("wb") as file:
+                torch.save(tree_map_only(torch.Tensor, _without_rest, state), file)
+        except RuntimeError as error:  # PyTorch's, which hides what the disk said
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
         try:
             read_state(path / _STATE, mmap=True)
         except ValueError as error:
