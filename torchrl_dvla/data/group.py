@@ -431,13 +431,7 @@ def judge(group: Group, config: GroupConfig, *, keep_all: bool = False) -> str |
 def contradictions(
     state: Mapping[str, Any], config: GroupConfig, tasks: Collection[str]
 ) -> list[str]:
-    """Entries of a queue's saved state that contradict others, or the bound on staleness.
-
-    Args:
-        state (Mapping): what ``GroupQueue.state_dict`` returns, each entry of its form.
-        config (GroupConfig): the settings.
-        tasks (collection of str): what may be sampled.
-    """
+    """Entries of a queue's saved state that contradict others, or the bound on staleness."""
     problems, last_id = [], -1
     for number, group in enumerate(state["groups"]):
         kept, num_candidates = group["kept"], len(group["candidates"])

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from tensordict import TensorDict
 
 from torchrl_dvla.memory.arena import SharedArena
 from torchrl_dvla.memory.available_memory import format_bytes
-from torchrl_dvla.memory.pages import Page, PageLedger, PageState
+from torchrl_dvla.memory.pages import PageLedger, PageState
 from torchrl_dvla.memory.row_layout import RowLayout
 
 __all__ = ["EnvironmentPool", "WorkerView"]
@@ -84,13 +84,6 @@ class EnvironmentPool(PageLedger):
         """
         self.require_open()
         return self._rows
-
-    def lease(
-        self, owner: Hashable, rollout_id: Hashable = None, *, reserved: bool | None = None
-    ) -> Page:
-        """As :meth:`PageLedger.lease`; after :meth:`close` there is no page either."""
-        self.require_open()
-        return super().lease(owner, rollout_id, reserved=reserved)
 
     def require_open(self) -> None:
         """Refuse to go on once the memory is given back.
