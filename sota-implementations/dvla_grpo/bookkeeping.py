@@ -24,6 +24,7 @@ from torchrl_dvla import DVLACollector
 from torchrl_dvla.collectors import EvaluationResult
 from torchrl_dvla.data import Group, GroupQueue
 from torchrl_dvla.recording import RunReport, SuccessRate, TensorBoardRecorder
+from torchrl_dvla.saved_state import Number, form_of, require_form
 
 #: Of all that the collector counts, what is worth a chart.
 _LOGGED = re.compile(
@@ -69,8 +70,15 @@ class RunState:
         return asdict(self)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken."""
-        vars(self).update(vars(RunState(**state_dict)))
+        """Go on where ``state_dict`` was taken.
+
+        Raises:
+            ValueError: if it holds something else.
+        """
+        form = form_of(asdict(RunState())) | {"before": [bool], "after": [bool]}
+        form |= {"counts": {str: Number(0)}, "lane_busy_s": {str: Number(0)}}
+        require_form(form, state_dict, "run")
+        vars(self).update(state_dict)
 
 
 class Meter:

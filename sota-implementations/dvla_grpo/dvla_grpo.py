@@ -105,9 +105,10 @@ def train(cfg: DictConfig, stop: GracefulStop) -> None:
         # A learner that waits for groups does not see a signal: this wakes it.
         stop.on_request(buffer.shutdown)
 
-        def save() -> None:
+        def save(**kwargs: str) -> None:
             settings = OmegaConf.to_container(cfg, resolve=True)
-            state.checkpoint = str(checkpoints.save(state.num_updates, config=settings))
+            path = checkpoints.save(state.num_updates, config=settings, **kwargs)
+            state.checkpoint = str(path or state.checkpoint)
 
         def evaluate_all() -> list[bool]:
             with stop.interruptible():
@@ -144,7 +145,7 @@ def train(cfg: DictConfig, stop: GracefulStop) -> None:
                         record(recorder, "eval_subset", evaluation.result(), step=state.num_updates)
                         evaluation = None
                     if state.num_updates % cfg.checkpoint.every_updates == 0:
-                        save()
+                        save(on_disk_error="warn")  # the next one tries again
             collector.timeline.export_chrome_trace(run_folder / "timeline.json")
             with collector.pause(), stop.interruptible():
                 save()

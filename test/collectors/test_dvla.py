@@ -346,7 +346,7 @@ def test_a_resumed_collector_begins_unfinished_groups_anew(make_collector):
     assert begun[: len(running)] == running[: len(begun)]
 
 
-def test_a_collector_that_was_shut_down_says_so(make_collector):
+def test_a_collector_that_was_shut_down_says_so(make_collector, tmp_path):
     collector = make_collector()
     collector.start()
     for _ in collector.replay_buffer:
@@ -356,13 +356,25 @@ def test_a_collector_that_was_shut_down_says_so(make_collector):
         collector.state_dict,
         collector.update_policy_weights_,
         collector.start,
+        lambda: collector.pause().__enter__(),
+        lambda: collector.evaluate([EpisodeSpec("default", 0)]),
+        lambda: collector.set_seed(0),
+        lambda: collector.load_state_dict({}),
+        lambda: collector.memory.environment.rows,
+        lambda: collector.memory.model.empty((1,)),
+        lambda: collector._updater.reader("late"),
+        collector._updater.publish,
         lambda: len(collector.replay_buffer),
         collector.replay_buffer.sample,
         lambda: next(iter(collector.replay_buffer)),
         lambda: next(iter(collector)),
     ):
-        with pytest.raises(RuntimeError, match="shut down"):
+        with pytest.raises(RuntimeError, match="shut down|closed by"):
             call()
+    # What the run was like can still be told.
+    assert collector.stats()["frames"] > 0 and collector.policy_version == 0
+    collector.timeline.export_chrome_trace(tmp_path / "timeline.json")
+    assert "infer" in (tmp_path / "timeline.json").read_text()
 
 
 def test_what_is_inherited_is_honoured_or_refused(make_collector):
@@ -436,5 +448,18 @@ def test_a_checkpoint_without_the_buffer_is_refused(make_collector):
     with pytest.raises(ValueError, match=r"'buffer', got \['counters', 'num_batches'.*Load the po"):
         collector.load_state_dict(state)
     assert next(collector.schedule).seed == cursor + 1, "nothing was taken over"
-    collector.load_state_dict({**state, "buffer": buffer})
+    state["buffer"] = buffer
+    for damage in (
+        {"num_batches": [0, -1]},
+        {"num_batches": [0]},
+        {"counters": {"totals": {"collector/episodes": float("nan")}, "episodes": []}},
+        {"counters": {"totals": {}, "episodes": [[True]]}},
+        {"foreign": 1},
+        {"buffer": [1]},
+    ):
+        with pytest.raises(ValueError, match=r"'(collector|buffer)\b.*is damaged"):
+            collector.load_state_dict({**state, **damage})
+    with pytest.raises(ValueError, match="'collector' must be a mapping, got None"):
+        collector.load_state_dict(None)
+    collector.load_state_dict(state)
     assert next(collector.schedule).seed == cursor

@@ -6,8 +6,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tensordict import TensorDict
 from torchrl.data.vla import UniformActionTokenizer
 
@@ -58,11 +62,38 @@ def test_a_truncated_file_is_named(tmp_path):
 
 
 def test_a_foreign_file_is_refused(tmp_path):
-    from safetensors.torch import save_file
-
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="must be a demonstration file"):
         Demonstration.load(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("image", torch.zeros(3, 3, 8, 8)),
+        ("state", torch.zeros(2, 2)),
+        ("state", torch.full((3, 2), float("nan"))),
+        ("chunk", torch.zeros(3, 4)),
+        ("chunk", torch.zeros(())),
+        ("action_is_pad", torch.zeros(3, 5, dtype=torch.bool)),
+        ("task_id", -1),
+        ("success", "yes"),
+        ("foreign", 1),
+    ],
+)
+def test_entries_that_do_not_belong_together_are_refused(tmp_path, name, value):
+    path = tmp_path / "0.safetensors"
+    make_demo().save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in list(file.keys())}
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value
+    else:
+        metadata["info"] = json.dumps(json.loads(metadata["info"]) | {name: value})
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(ValueError, match=rf"whole demonstration file, got .*{name}"):
+        Demonstration.load(path)
 
 
 def test_only_successes_are_learned_from(tmp_path):

@@ -6,7 +6,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
+import operator
 import pickle
 from itertools import chain, islice
 from multiprocessing.synchronize import SemLock
@@ -538,3 +541,77 @@ def test_checkpoints_that_do_not_fit_change_nothing(plane):
         with pytest.raises(ValueError, match="must come from the same specs"):
             buffer.load_state_dict(state)
         assert pool.num_free_pages == 40
+
+
+NAN = float("nan")
+# fmt: off
+DAMAGE = {
+    "_storage": ["text"],
+    "_storage.fields": [[]],
+    "_storage.fields.0": [torch.zeros(4, 1, dtype=torch.int64), torch.zeros(5, 1)],
+    "_storage.fields.2": [torch.full((5, 1), 2)],  # an instruction that there is not
+    "_storage.fields.3": [torch.full((5, 1), NAN)],
+    "_sampler": [None],
+    "_writer._cursor": [-1, 2**80],
+    "_transforms": [{}, {"transforms.0._extra_state": {"texts": [1]}}],
+    "_batch_size": ["text", torch.ones(3)],
+    "_rng": [5],
+    "_plan": [[]],
+    "_plan.position": [-1],
+    "_plan.num_rows": [4],
+    "_plan.batch_size": [0],
+    "_plan.foreign": [1],
+    "_groups": [None],
+    "_groups.version": [-1, 1.0],
+    "_groups.max_policy_lag": ["text"],
+    "_groups.num_admitted": [0],
+    "_groups.num_rollouts": [1],
+    "_groups.schedule": [{"cursor": NAN, "seed": 0}],
+    "_groups.counts": [{}],
+    "_groups.counts.updates": [NAN],
+    "_groups.drops": [{"late": [0, 1.0]}],
+    "_groups.reopened": [[["nowhere", 0, -1]], [["task", "x", -1]]],
+    "_groups.groups.0": [7],
+    "_groups.groups.0.deadline": [9],
+    "_groups.groups.0.state": ["lost", "complete"],
+    "_groups.groups.0.kept": [[0, 2], [0, 0], []],
+    "_groups.groups.0.advantages": [[0.5], [0.5, NAN]],
+    "_groups.groups.0.spec": [["task", 5, -1]],
+    "_groups.groups.0.candidates.0.num_rows": [2, 10**15],
+    "_groups.groups.0.candidates.0.episode_return": [NAN],
+    "_groups.groups.0.candidates.0.finished": [False],
+    "_groups.groups.0.candidates.0.first_policy_version": [3],
+    "_groups.groups.0.candidates.0.pages": [[0]],
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("entry", DAMAGE)
+def test_a_foreign_entry_is_refused_and_changes_nothing(plane, entry):
+    old, new = plane(groups=1), plane(groups=1)
+    old.add()
+    next(iter(old.buffer))
+    *parents, last = (int(part) if part.isdecimal() else part for part in entry.split("."))
+    for value in DAMAGE[entry]:
+        state = copy.deepcopy(old.buffer.state_dict())
+        functools.reduce(operator.getitem, parents, state)[last] = value
+        with pytest.raises(ValueError, match="damaged|must (equal|fit)"):
+            new.buffer.load_state_dict(state)
+        assert new.pool.num_free_pages == 40 and not new.groups.stored and len(new.table) == 2
+    new.buffer.load_state_dict(old.buffer.state_dict())
+    assert [len(rows) for rows in new.update()] == [1]  # the second minibatch of five rows
+
+
+def test_a_pool_that_was_closed_is_not_read_as_zeros(plane):
+    plane = plane()
+    plane.add()
+    plane.pool.close()
+    for use in (
+        plane.buffer.sample,
+        plane.buffer.state_dict,
+        lambda: len(plane.buffer),
+        lambda: plane.buffer[:],
+        lambda: next(iter(plane.buffer)),
+    ):
+        with pytest.raises(RuntimeError, match="pool was closed by its owner"):
+            use()

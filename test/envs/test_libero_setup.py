@@ -19,6 +19,7 @@ import yaml
 from torchrl_dvla.envs import libero_setup
 from torchrl_dvla.envs.libero_setup import (
     LIBERO_SUITES,
+    LiberoTask,
     check_init_state_id,
     choose_gl_backend,
     libero_tasks,
@@ -118,6 +119,64 @@ def test_upstream_keeps_its_own_files(upstream, tmp_path):
     paths.config_file.write_text(text)
     setup_libero()
     assert paths.config_file.read_text() == text
+
+
+def _task(file: Path) -> LiberoTask:
+    return LiberoTask("suite", 0, "task", "do it", file, file)
+
+
+@pytest.mark.parametrize("states", [STATES, STATES.astype(np.float32)])
+def test_init_states_are_read_whatever_wrote_them(tmp_path, states):
+    file = tmp_path / "task.pruned_init"
+    torch.save(states, file)
+    np.testing.assert_array_equal(load_init_states(_task(file)), states)
+    torch.save(states, file, _use_new_zipfile_serialization=False)
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"numpy._core.", b"numpy.core."))  # as NumPy 1 names itself
+    assert file.read_bytes() != content
+    np.testing.assert_array_equal(load_init_states(_task(file)), states)
+
+
+@pytest.mark.parametrize(
+    "states",
+    [
+        np.zeros(3),
+        np.zeros((0, 3)),
+        np.full((2, 3), np.nan),
+        np.array([["a", "b"]]),
+        np.array([[object, object]]),
+        {"states": 1},
+        b"PK",
+        b"",
+    ],
+    ids=str,
+)
+def test_init_states_that_are_none_are_refused(tmp_path, states):
+    file = tmp_path / "task.pruned_init"
+    file.write_bytes(states) if isinstance(states, bytes) else torch.save(states, file)
+    with pytest.raises(ValueError, match="task.pruned_init.* must (hold finite|be a whole file)"):
+        load_init_states(_task(file))
+
+
+def test_a_cache_that_others_wrote_runs_nothing(wheel, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    file = setup_libero().init_states / LIBERO_SUITES[0] / "task.pruned_init"
+    for payload in (Payload(), np.array([[Payload()]])):
+        torch.save(payload, file)
+        with pytest.raises(ValueError, match="holds objects that would run code"):
+            load_init_states(_task(setup_libero().init_states / LIBERO_SUITES[0] / file.name))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "text", "{", "!!python/object/apply:os.getcwd []"])
+def test_a_damaged_config_is_named(upstream, content):
+    config = setup_libero().config_file
+    config.write_text(content)
+    with pytest.raises(ValueError, match=r"config\.yaml must map names to folders, got"):
+        setup_libero()
 
 
 def test_missing_assets_are_named(upstream):

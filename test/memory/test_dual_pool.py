@@ -246,7 +246,7 @@ def test_use_and_peak_follow_what_is_alive():
     pool.close()
     pool.close()
     assert (pool.stats()["used_bytes"], pool.stats()["peak_bytes"]) == (0, 960)
-    with pytest.raises(RuntimeError, match="Raise model_bytes"):
+    with pytest.raises(RuntimeError, match="was closed by its owner"):
         pool.empty((1,))
 
 

@@ -69,10 +69,13 @@ def test_only_the_view_travels(pool):
 def test_the_ledger_outlives_the_memory():
     pool = EnvironmentPool(LAYOUT, 2, 2)
     page = pool.lease("worker")
-    pool.rows["state"].fill_(1.0)
+    view = pool.rows["state"].fill_(1.0)
     pool.close()
     pool.close()
-    assert not pool.rows["state"].any()
+    assert not view.any()
+    for use in (lambda: pool.rows, pool.worker_view):
+        with pytest.raises(RuntimeError, match="closed"):
+            use()
     pool.free([page])  # a late clean-up is no crash
     pool.check()
 

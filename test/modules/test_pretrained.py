@@ -7,17 +7,19 @@
 from __future__ import annotations
 
 import json
+import resource
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from torchrl.data.vla import UniformActionTokenizer, VocabTailActionTokenizer
+from transformers import AutoModel
 
 from torchrl_dvla.modules import TransformersVLA, TransformersVLAConfig, pretrained
 from torchrl_dvla.modules.config import action_tokenizer_from_dict, action_tokenizer_to_dict
 
-from .policies import make_observation, make_policy
+from .policies import make_observation, make_policy, smolvlm
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_a_writer_that_dies_leaves_the_old_checkpoint(folder, monkeypatch, dies_
         move(source, target)
 
     monkeypatch.setattr(pretrained, "_move", failing)
-    with pytest.raises(RuntimeError, match=r"No space left.*previous checkpoint"):
+    with pytest.raises(OSError, match=r"No space left.*previous checkpoint"):
         make_policy(seed=1).save_pretrained(folder)
     expected = make_policy(seed=0).query_head.queries
     assert torch.equal(TransformersVLA.from_pretrained(folder).query_head.queries, expected)
@@ -81,7 +83,7 @@ def test_a_writer_that_dies_leaves_the_old_checkpoint(folder, monkeypatch, dies_
 
 def test_folder_that_cannot_be_written(policy, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RuntimeError, match="could not be written to"):
+    with pytest.raises(OSError, match="could not be written to"):
         policy.save_pretrained(tmp_path / "file" / "inside")
 
 
@@ -154,6 +156,20 @@ def _zero_weights(folder):
         ),
         (_edit_config(format_version=99), r"format_version .* must be 1, got 99"),
         (_edit_config(new_field=1), r"unknown \['new_field'\] and missing \[\]"),
+        (_edit_config(weights=None), r"weights' must be a mapping, got None"),
+        (
+            _edit_config(weights={"file": "a", "num_bytes": -1, "crc32": 0}),
+            r"num_bytes' must be a wh",
+        ),
+        (
+            _edit_config(
+                weights={"file": "../weights-00000000.safetensors", "num_bytes": 1, "crc32": ""}
+            ),
+            r"must be the name of a file beside it, got '\.\./weights-",
+        ),
+        (_edit_config(config=[1]), r"config' must be a mapping, got \[1\]"),
+        (_edit_config(chunk_size="x"), "must describe a policy, got TypeError"),
+        (_replace_config("[]"), "Point to a torchrl_dvla checkpoint"),
         (_edit_config(chunk_size=5), r"queries' is \[4, 32\] instead of \[5, 32\]"),
     ],
 )
@@ -161,6 +177,67 @@ def test_a_damaged_or_foreign_folder_is_refused(folder, damage, message):
     damage(folder)
     with pytest.raises(ValueError, match=message):
         TransformersVLA.from_pretrained(folder)
+
+
+def test_weights_that_are_not_finite_are_refused(policy, tmp_path):
+    policy.query_head.queries.data[0, 0] = float("nan")
+    policy.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'query_head\.queries' holds NaN or infinity"):
+        make_policy().load_weights(tmp_path)
+
+
+def test_a_full_disk_is_an_error_of_the_disk(folder):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match="could not be written .*a previous checkpoint"):
+            make_policy(seed=1).save_pretrained(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    make_policy(seed=1).load_weights(folder)
+
+
+@pytest.fixture
+def payload(tmp_path, monkeypatch):
+    """Code of a module that makes a file when it is imported; asking whether to is an error."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    yield f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n"
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer/tokenizer_config.json"])
+def test_a_policy_folder_runs_no_code_of_its_own(folder, payload, file):
+    path = folder / file
+    data = json.loads(path.read_text())
+    target = data["config"]["backbone"] if file == "config.json" else data
+    target["auto_map"] = {name: ["own.Own", "own.Own"] for name in ("AutoTokenizer", "AutoModel")}
+    data["tokenizer_class"] = "Own"
+    path.write_text(json.dumps(data))
+    (path.parent / "own.py").write_text(payload)
+    with pytest.raises(ValueError, match=r"config\.json must name no code of its own"):
+        TransformersVLA.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "processor_config.json"])
+def test_a_backbone_folder_runs_no_code_of_its_own(tmp_path, payload, name):
+    auto = {"AutoConfig": "own.Own", "AutoTokenizer": [None, "own.Own"]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own"}))
+    (tmp_path / name).write_text(json.dumps({"model_type": "own", "nested": {"auto_map": auto}}))
+    (tmp_path / "own.py").write_text(payload)
+    with pytest.raises(ValueError, match=rf"{name} must name no code of its own"):
+        pretrained.resolve_backbone(tmp_path, None, None, torch.float32, {})
+    with pytest.raises(ValueError, match="trust_remote_code must be False, got True"):
+        pretrained.resolve_backbone(
+            tmp_path, None, None, torch.float32, {"trust_remote_code": True}
+        )
+
+
+def test_weights_of_a_backbone_are_safetensors_only(tmp_path):
+    model = AutoModel.from_config(smolvlm())
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        pretrained.resolve_backbone(tmp_path, None, ["lift it"], torch.float32, {})
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,11 @@ def test_resuming_with_another_architecture(settings, ends_early, training_check
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("components/*-optimizer/state.pt", ValueError, "optimizer/state.pt' is .*: truncated, or"),
+        (
+            "components/*-optimizer/state.pt",
+            CheckpointError,
+            "optimizer/state.pt' is .*: truncated, or",
+        ),
         ("manifest.json", CheckpointError, "Invalid checkpoint manifest"),
     ],
 )

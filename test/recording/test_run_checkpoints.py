@@ -4,9 +4,15 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
+import hashlib
 import json
+import operator
 import os
 import random
+import resource
 import shutil
 import sys
 
@@ -240,13 +246,13 @@ def test_a_damaged_file_is_found(checkpoint, component, damage, message):
     file.unlink()
     if damage is not None:
         file.write_bytes(damage(content))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         _load(checkpoint)
 
 
 def test_a_file_that_was_added_is_found(checkpoint):
     (checkpoint / "components" / "extra.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"'components/extra\.pt' is unknown"):
+    with pytest.raises(CheckpointError, match=r"'components/extra\.pt' is unknown"):
         _load(checkpoint)
 
 
@@ -268,14 +274,208 @@ def test_a_damaged_manifest_is_found(checkpoint):
 def test_another_architecture_is_refused_and_nothing_is_copied(checkpoint):
     wider = _policy(width=4)
     before = wider[1].bias.clone()
-    message = r"'0\.weight' is \[3, 2\] instead of \[4, 2\].*Use the policy settings"
+    message = r"'policy\.0\.weight' must be float32 \[4, 2\], got .* \[3, 2\].*settings"
     with pytest.raises(CheckpointError, match=message):
         _load(checkpoint, policy=wider)
     assert torch.equal(wider[1].bias, before)
-    with pytest.raises(CheckpointError, match=r"'weight' is missing; .*'0\.weight' is unknown"):
+    with pytest.raises(
+        CheckpointError, match=r"'policy\.weight' is missing; .*policy\.0\.weight' is unk"
+    ):
         _load(checkpoint, policy=nn.Linear(2, 1))
 
 
+def _components():
+    """What a run saves, after one step."""
+    policy = _policy()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    policy(torch.ones(1, 2)).sum().backward()
+    optimizer.step(), scheduler.step()
+    parts = {"policy": policy, "optimizer": optimizer, "scheduler": scheduler}
+    return parts | {"rng": GlobalRNGState()}
+
+
+def _rewrite(path, component, content):
+    """Put ``content``, a state or bytes, into a component's file, with its digest made anew."""
+    (file,) = path.glob(f"components/*-{component}/state.pt")
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    manifest = json.loads((path / "manifest.json").read_text())
+    name = file.relative_to(path).as_posix()
+    manifest["metadata"]["sha256"][name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+REMOVED = object()
+NAN, ONES = float("nan"), torch.ones(3, 2)
+WORDS = torch.ones(624, dtype=torch.int64)
+# fmt: off
+DAMAGE = {
+    "policy/0.weight": [REMOVED, ONES.T.clone(), ONES.double(), ONES * NAN, "text"],
+    "policy/foreign": [ONES],
+    "optimizer/param_groups": [REMOVED, []],
+    "optimizer/param_groups/0/lr": [REMOVED, NAN, -0.1, "fast"],
+    "optimizer/param_groups/0/eps": [10**400],
+    "optimizer/param_groups/0/betas": [(0.9, 5.0), (0.9,)],
+    "optimizer/param_groups/0/amsgrad": [7],
+    "optimizer/param_groups/0/params": [[0, 1, 3, 2], [0, 1, 2]],
+    "optimizer/param_groups/0/momentum": [0.9],
+    "optimizer/state": [[1, 2]],
+    "optimizer/state/9": [{"step": torch.tensor(1.0)}],
+    "optimizer/state/0": ["text"],
+    "optimizer/state/0/exp_avg": [REMOVED, torch.ones(1, 2), ONES * NAN],
+    "optimizer/state/0/exp_avg_sq": [-ONES],
+    "optimizer/state/0/max_exp_avg_sq": [ONES],
+    "optimizer/state/0/step": [torch.tensor(-1.0), torch.tensor(float("inf"))],
+    "scheduler/last_epoch": [-1, 1.5, "text"],
+    "scheduler/_step_count": [REMOVED],
+    "scheduler/base_lrs": [[NAN], [0.1, 0.1]],
+    "scheduler/_last_lr": [0.1],
+    "scheduler/optimizer": [3],
+    "rng/torch_cpu": [REMOVED, *(torch.zeros(size, dtype=torch.uint8) for size in (9, 5056))],
+    "rng/python": [(3, (1, 2), None), (3, (-1,) * 625, None), (3, (1,) * 624 + (0,), "text")],
+    "rng/numpy": [
+        ("PCG64", WORDS, 0, 0, 0.0), ("MT19937", WORDS * 2**32, 0, 0, 0.0),
+        ("MT19937", WORDS, 625, 0, 0.0), ("MT19937", WORDS, 0, 0, NAN),
+    ],
+}
+# fmt: on
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return RunCheckpoints(tmp_path_factory.mktemp("run"), **_components()).save(5)
+
+
+@pytest.mark.parametrize("entry", DAMAGE)
+def test_a_foreign_entry_is_refused_by_name_and_nothing_is_loaded(whole, tmp_path, entry):
+    path = shutil.copytree(whole, tmp_path / "copy")
+    component, *parts = entry.split("/")
+    (file,) = path.glob(f"components/*-{component}/state.pt")
+    *parents, last = (int(part) if part.isdecimal() else part for part in parts)
+    for value in DAMAGE[entry]:
+        state = torch.load(whole / file.relative_to(path), weights_only=True)
+        node = functools.reduce(operator.getitem, parents, state)
+        node[last] = value
+        if value is REMOVED:
+            del node[last]
+        _rewrite(path, component, state)
+        live = _components()
+        before = [copy.deepcopy(live[name].state_dict()) for name in ("policy", "optimizer")]
+        generators = torch.get_rng_state()
+        with pytest.raises(CheckpointError, match="Resume from an older checkpoint") as info:
+            RunCheckpoints(path.parent, **live).load(path)
+        named = f"'{entry.replace('/', '.')}"
+        assert named in str(info.value) or "a generator refuses" in str(info.value)
+        after = [live[name].state_dict() for name in ("policy", "optimizer")]
+        assert str(after) == str(before) and torch.equal(torch.get_rng_state(), generators)
+
+
+@pytest.mark.parametrize("component", ["policy", "optimizer", "scheduler", "rng"])
+def test_a_damaged_file_with_its_digest_made_anew_is_refused(whole, tmp_path, component):
+    path = shutil.copytree(whole, tmp_path / "copy")
+    (file,) = path.glob(f"components/*-{component}/state.pt")
+    content = file.read_bytes()
+    refused = [b"", content[: len(content) // 2], b"text", [1, 2], "text", None, {}, {1: 2}]
+    flipped = [
+        content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
+        for at in range(0, len(content), max(1, len(content) // 60))
+    ]
+    for damaged in (*refused, *flipped):
+        _rewrite(path, component, damaged)
+        try:
+            RunCheckpoints(path.parent, **_components()).load(path)
+        except CheckpointError as error:
+            assert f"{component}" in str(error)
+        else:
+            assert damaged in flipped, "only the value of a number may have changed"
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "3", "{}", '{"format": 1}', "\0", '{"metadata": {}}', "x" * 99]
+)
+@pytest.mark.parametrize("is_metadata", [False, True])
+def test_a_manifest_of_anything_else_counts_for_nothing(checkpoint, content, is_metadata):
+    manifest = checkpoint / "manifest.json"
+    whole = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(whole | {"metadata": content}) if is_metadata else content)
+    with pytest.raises(CheckpointError, match="manifest|TorchRL checkpoint"):
+        _load(checkpoint)
+    assert find_latest_checkpoint(checkpoint.parents[1]) is None
+    assert _save(checkpoint.parent, 6) == RunCheckpoints(checkpoint.parent).latest()
+
+
+def test_other_optimizers_and_schedules_round_trip(tmp_path):
+    for number, (kind, options) in enumerate(
+        [
+            (torch.optim.SGD, {"momentum": 0.9}),
+            (torch.optim.SGD, {}),
+            (torch.optim.Adagrad, {}),
+            (torch.optim.Adafactor, {}),
+            (torch.optim.Adam, {"amsgrad": True}),
+            (torch.optim.LBFGS, {}),
+        ]
+    ):
+        parts = []
+        for _ in range(2):
+            policy = _policy()
+            optimizer = kind(policy.parameters(), lr=0.01, **options)
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            parts.append({"optimizer": optimizer, "scheduler": schedule, "policy": policy})
+
+        def closure(policy=parts[0]["policy"]):
+            loss = policy(torch.ones(1, 2)).square().sum()
+            loss.backward()
+            return loss
+
+        closure()
+        parts[0]["optimizer"].step(closure)
+        parts[0]["scheduler"].step(1.0)
+        path = RunCheckpoints(tmp_path / str(number), **parts[0]).save(1)
+        _load(path, **parts[1])
+        assert str(parts[1]["optimizer"].state_dict()) == str(parts[0]["optimizer"].state_dict())
+        assert parts[1]["scheduler"].best == 1.0
+
+
+# -- a full disk ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _full_disk(num_bytes):
+    """No file of more than ``num_bytes`` can be written: the kernel refuses, as for a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("num_bytes", [0, 100, 5_000, 20_000])
+def test_a_full_disk_is_named_and_the_next_save_tries_again(tmp_path, caplog, num_bytes):
+    policy = nn.Linear(100, 100)  # 40,400 bytes
+    checkpoints = RunCheckpoints(tmp_path, policy=policy)
+    checkpoints.save(1)
+    with _full_disk(num_bytes):
+        with pytest.raises(OSError, match="it needs 40400 bytes, and .* are free.*Earlier") as info:
+            checkpoints.save(2)
+        assert str(tmp_path) in str(info.value)
+        assert checkpoints.save(3, on_disk_error="warn") is None
+    assert "The checkpoint of update 3 must be written" in caplog.text
+    assert "Training goes on, and the next save tries again." in caplog.text
+    assert _visible(tmp_path) == ["update-00000001"]
+    _load(checkpoints.latest(), policy=nn.Linear(100, 100))
+    assert checkpoints.save(4) == checkpoints.latest()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="must be written to .*got Not a directory"):
+        _save(tmp_path / "file" / "checkpoints", 1)
+
+
 def test_keep_last_must_be_positive(tmp_path):
-    with pytest.raises(ValueError, match="keep_last must be greater than zero"):
+    with pytest.raises(ValueError, match="keep_last must be at least 1, got 0"):
         RunCheckpoints(tmp_path, keep_last=0)

@@ -70,6 +70,23 @@ def test_camera_images_stand_side_by_side(tmp_path):
     assert (event.width, event.height) == (30, 8)
 
 
+def test_a_closed_recorder_begins_no_other_file(tmp_path):
+    with TensorBoardRecorder(tmp_path) as recorder:
+        pass
+    recorder.close()
+    image = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    for write in (
+        lambda: recorder.scalars({"a": 1.0}, step=0),
+        lambda: recorder.text("a", "b"),
+        lambda: recorder.images("a", image, step=0),
+        lambda: recorder.video("a", image, step=0),
+        recorder.flush,
+    ):
+        with pytest.raises(RuntimeError, match=r"The recorder was closed by close\(\)"):
+            write()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_the_dashboard_opens_arranged(tmp_path):
     TensorBoardRecorder(tmp_path / "tb").close()
     (event,) = _events(tmp_path / "tb").Tensors("custom_scalars__config__")

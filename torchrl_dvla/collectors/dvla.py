@@ -44,6 +44,7 @@ from torchrl_dvla.data import (
 )
 from torchrl_dvla.data.schema import INSTRUCTION_ID_KEY, INSTRUCTION_KEY
 from torchrl_dvla.memory import DualPool, Plan
+from torchrl_dvla.saved_state import form_of, require_form
 from torchrl_dvla.swimlane import EnvProcesses, InferenceProcess, Timeline
 from torchrl_dvla.weight_update import AsyncWeightUpdater, WeightReader
 
@@ -261,6 +262,7 @@ class DVLACollector(BaseCollector):
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Begin no new group inside this context; groups that have begun are finished."""
+        self._require_open()
         was_paused = self._groups.paused
         self._groups.set_paused(True)
         try:
@@ -314,9 +316,12 @@ class DVLACollector(BaseCollector):
     def _on_error(self, error: BaseException) -> None:
         self._groups.end(f"the collection ended with an error:\n{error}", error)
 
-    def _require_running(self) -> None:
+    def _require_open(self) -> None:
         if self._closed:
             raise RuntimeError("The collector was shut down. Build a new one.")
+
+    def _require_running(self) -> None:
+        self._require_open()
         if self._loop.error is not None:
             raise RuntimeError(
                 "The collection has ended with an error. Build a new collector."
@@ -421,14 +426,16 @@ class DVLACollector(BaseCollector):
             int: the seed for the next collector, as TorchRL's; ``seed`` itself with
             ``static_seed``.
         """
+        self._require_open()
         self.schedule.seed = self._seed = self._loop.batcher.seed = seed
         return seed if static_seed else int(seed_generator(seed))
 
     def stats(self) -> dict[str, Any]:
         """Totals and gauges by TensorBoard name; see the guide's page on metrics.
 
-        Reading changes nothing. Rates are for the reader to compute from two calls, as TorchRL's
-        ``LoggerMonitor`` does.
+        Reading changes nothing. After :meth:`shutdown` the totals are still there; the pools are
+        empty. Rates are for the reader to compute from two calls, as TorchRL's ``LoggerMonitor``
+        does.
         """
         out: dict[str, Any] = {
             "frames": self._counters.totals["collector/decisions"],
@@ -466,11 +473,17 @@ class DVLACollector(BaseCollector):
 
         Raises:
             RuntimeError: if a group was begun already.
-            ValueError: if it does not hold the replay buffer, as older checkpoints do not.
+            ValueError: if it does not hold the replay buffer, as older checkpoints do not, or does
+                not fit; nothing has changed then.
         """
+        self._require_open()
         if self._groups.num_admitted:
             raise RuntimeError("load_state_dict must be called before start().")
+        require_form({str: object}, state_dict, "collector")
         check_state(state_dict)
+        form = form_of(self.state_dict())
+        form |= {"buffer": {str: object}, "counters": CollectionCounters.STATE_FORM}
+        require_form(form, state_dict, "collector")
         self.replay_buffer.load_state_dict(state_dict["buffer"])
         self._counters.load_state_dict(state_dict["counters"])
         self._loop.batcher.num_batches[:] = state_dict["num_batches"]

@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from typing import Any
+from typing import Any, ClassVar
 
+from torchrl_dvla.saved_state import COUNT, Number
 from torchrl_dvla.swimlane import Timeline
 from torchrl_dvla.weight_update import AsyncWeightUpdater
 
@@ -31,6 +32,12 @@ class CollectionCounters:
         >>> stats["collector/episode_env_steps"]
         60.0
     """
+
+    #: Form of its state, see :mod:`torchrl_dvla.saved_state`.
+    STATE_FORM: ClassVar[dict[str, Any]] = {
+        "totals": {str: Number(0)},
+        "episodes": [(bool, COUNT)],
+    }
 
     def __init__(self, *, window: int = 64) -> None:
         self.totals: Counter[str] = Counter()
@@ -61,7 +68,7 @@ class CollectionCounters:
         return {"totals": dict(self.totals), "episodes": list(self._episodes)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting from ``state_dict``."""
+        """Go on counting from ``state_dict``, which is of :data:`STATE_FORM`."""
         self.totals = Counter(state_dict["totals"])
         self._episodes.clear()
         self._episodes.extend(tuple(entry) for entry in state_dict["episodes"])

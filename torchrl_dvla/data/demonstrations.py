@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +36,7 @@ from torchrl_dvla.data.schema import (
     INSTRUCTION_ID_KEY,
     STATE_KEY,
 )
+from torchrl_dvla.saved_state import COUNT, require_form
 
 __all__ = [
     "Demonstration",
@@ -127,7 +129,9 @@ class Demonstration:
                         f"{metadata.get('format')!r}. Record it with Demonstration.save."
                     )
                 tensors = {name: file.get_tensor(name) for name in _ENTRIES}
-        except SafetensorError as err:
+            info = json.loads(metadata["info"])
+            _check(tensors, info)
+        except (SafetensorError, ValueError, KeyError) as err:
             raise ValueError(
                 f"path must be a whole demonstration file, got {path} ({err}). "
                 "Delete it and record it again."
@@ -135,7 +139,23 @@ class Demonstration:
         rows = TensorDict({}, batch_size=[len(tensors["state"])])
         for name, key in _ENTRIES.items():
             rows.set(key, tensors[name])
-        return cls(rows, DemonstrationInfo(**json.loads(metadata["info"])))
+        return cls(rows, DemonstrationInfo(**info))
+
+
+def _check(tensors: dict[str, torch.Tensor], info: Any) -> None:
+    """Require that the entries of a file are those of one episode."""
+    image, state, chunk, pad = (tensors[name] for name in _ENTRIES)
+    rows = chunk.shape[:1]
+    finite = all(t.is_floating_point() and bool(t.isfinite().all()) for t in (state, chunk))
+    if not (
+        (image.dtype, image.ndim, image.shape[:2]) == (torch.uint8, 4, (*rows, 3))
+        and (state.ndim, state.shape[:1], chunk.ndim, finite) == (2, rows, 3, True)
+        and (pad.dtype, pad.shape) == (torch.bool, chunk.shape[:2])
+    ):
+        found = {name: (str(t.dtype), list(t.shape)) for name, t in tensors.items()}
+        raise ValueError(f"its rows must be finite and belong together, got {found}")
+    form = {"instruction": str, "task_suite": str, "task_id": COUNT, "seed": COUNT}
+    require_form(form | {"success": bool, "num_env_steps": COUNT}, info, "info")
 
 
 def load_demonstrations(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, pvariance
 from typing import Any, Literal, NamedTuple, get_args
@@ -17,14 +17,17 @@ import torch
 
 from torchrl_dvla.functional.advantage import group_advantage, has_contrast
 from torchrl_dvla.memory import EnvironmentPool, Page
+from torchrl_dvla.saved_state import COUNT, Number, form_of, require_form
 
 __all__ = [
+    "SPEC_FORM",
     "EpisodeSpec",
     "Group",
     "GroupConfig",
     "GroupState",
     "InitStateSchedule",
     "Rollout",
+    "contradictions",
     "judge",
     "max_variance_subset",
 ]
@@ -131,6 +134,10 @@ class EpisodeSpec(NamedTuple):
     init_state_id: int = -1
 
 
+#: Form of a saved spec, see :mod:`torchrl_dvla.saved_state`.
+SPEC_FORM = (str, COUNT, Number(-1, whole=True))
+
+
 class InitStateSchedule(Iterator[EpisodeSpec]):
     """An endless, repeatable sequence of initial states, task after task.
 
@@ -185,8 +192,13 @@ class InitStateSchedule(Iterator[EpisodeSpec]):
         return {"cursor": self._cursor, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken."""
-        self._cursor, self.seed = int(state_dict["cursor"]), int(state_dict["seed"])
+        """Go on where ``state_dict`` was taken.
+
+        Raises:
+            ValueError: if it holds something else.
+        """
+        require_form({"cursor": COUNT, "seed": Number(whole=True)}, state_dict, "schedule")
+        self._cursor, self.seed = state_dict["cursor"], state_dict["seed"]
 
 
 @dataclass(eq=False)
@@ -328,6 +340,24 @@ class Group:
         rollouts = self.rollouts
         return pool.row_index_of([r.pages for r in rollouts], [r.num_rows for r in rollouts])
 
+    @staticmethod
+    def state_form() -> dict[str, Any]:
+        """What :meth:`state_dict` returns, as a form of :mod:`torchrl_dvla.saved_state`."""
+        rollout = form_of(asdict(Rollout(EpisodeSpec("", 0), 0, 0)))
+        return {
+            "group_id": COUNT,
+            "spec": SPEC_FORM,
+            "deadline": COUNT,
+            "state": str,
+            "advantages": [Number()],
+            "candidates": [
+                rollout
+                | {"spec": SPEC_FORM, "episode_return": Number(), "pages": ()}
+                | {"success": bool, "finished": bool}
+            ],
+            "kept": [COUNT],
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """A complete group as plain data, without pages, which mean nothing to another process."""
         return {
@@ -396,6 +426,41 @@ def judge(group: Group, config: GroupConfig, *, keep_all: bool = False) -> str |
     else:
         group.advantages = torch.zeros(len(chosen))
     return None
+
+
+def contradictions(
+    state: Mapping[str, Any], config: GroupConfig, tasks: Collection[str]
+) -> list[str]:
+    """Entries of a queue's saved state that contradict others, or the bound on staleness."""
+    problems, last_id = [], -1
+    for number, group in enumerate(state["groups"]):
+        kept, num_candidates = group["kept"], len(group["candidates"])
+        ahead = group["deadline"] - state["version"]
+        rules = {
+            "group_id": last_id < group["group_id"] < state["num_admitted"],
+            "deadline": 0 <= ahead <= config.max_policy_lag
+            and number < (ahead + 1) * config.groups_per_update,
+            "state": group["state"] in (GroupState.COMPLETE.value, GroupState.IN_HAND.value),
+            "kept": len(kept) == len(set(kept)) == len(group["advantages"])
+            and 0 <= max(kept, default=-1) < num_candidates,
+            "candidates": all(
+                rollout["finished"]
+                and rollout["num_rows"] >= 1
+                and rollout["rollout_id"] < state["num_rollouts"]
+                and rollout["group_id"] == group["group_id"]
+                and list(rollout["spec"]) == list(group["spec"])
+                and rollout["first_policy_version"] <= rollout["last_policy_version"]
+                for rollout in group["candidates"]
+            ),
+        }
+        last_id = group["group_id"]
+        problems += [f"'groups.{number}.{name}'" for name, fits in rules.items() if not fits]
+    num_in_hand = [group["state"] for group in state["groups"]].count(GroupState.IN_HAND.value)
+    if num_in_hand not in (0, config.groups_per_update):
+        problems.append(f"{num_in_hand} groups in the learner's hand")
+    if unknown := {spec[0] for spec in state["reopened"]}.difference(tasks):
+        problems.append(f"'reopened' of unknown tasks {sorted(unknown)}")
+    return problems
 
 
 def max_variance_subset(returns: Sequence[float], size: int) -> list[int]:

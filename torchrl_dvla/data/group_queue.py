@@ -18,16 +18,20 @@ from typing import Any
 import numpy as np
 
 from torchrl_dvla.data.group import (
+    SPEC_FORM,
     EpisodeSpec,
     Group,
     GroupConfig,
     GroupState,
     InitStateSchedule,
     Rollout,
+    contradictions,
     judge,
 )
 from torchrl_dvla.data.schema import ADVANTAGE_KEY
+from torchrl_dvla.differences import join_some
 from torchrl_dvla.memory import EnvironmentPool
+from torchrl_dvla.saved_state import Number, form_of, require_form
 
 __all__ = ["GroupQueue", "Publication"]
 
@@ -625,6 +629,7 @@ class GroupQueue:
             raise RuntimeError(
                 f"The replay buffer was closed: {self._ended_because}"
             ) from self._error
+        self.pool.require_open()
 
     # -- checkpoints ----------------------------------------------------------------------------
 
@@ -656,11 +661,11 @@ class GroupQueue:
 
         Raises:
             RuntimeError: if a group is running.
-            ValueError: if it was taken with other bounds, or does not fit in the free pages.
+            ValueError: if it was taken with other bounds, does not fit in the free pages, or is
+                damaged; nothing has changed then.
         """
         with self.lock:
-            self.require_open()
-            groups = self._check_state(state_dict)
+            groups = self.check_state(state_dict)
             for group in self.stored:
                 self.pool.free(group.pages)
             self._groups = {group.group_id: group for group in groups}
@@ -681,9 +686,21 @@ class GroupQueue:
             self._wait_s = state_dict["wait_s"]
         self._notify()
 
-    def _check_state(self, state_dict: Mapping[str, Any]) -> list[Group]:
+    def check_state(self, state_dict: Mapping[str, Any]) -> list[Group]:
+        """The groups of a checkpoint, without pages, once all of it is known to fit.
+
+        Raises:
+            RuntimeError, ValueError: as :meth:`load_state_dict`.
+        """
+        self.require_open()
         if self.running:
             raise RuntimeError("load_state_dict must be called before the first group begins.")
+        form = form_of(self.state_dict()) | {
+            "groups": [Group.state_form()],
+            "reopened": [SPEC_FORM],
+            "drops": {str: (Number(1), Number(0))},
+        }
+        require_form(form, state_dict, "groups")
         for name in ("groups_per_update", "max_policy_lag"):
             if state_dict[name] != getattr(self.config, name):
                 raise ValueError(
@@ -691,6 +708,12 @@ class GroupQueue:
                     f"{getattr(self.config, name)}. Its deadlines were given under that bound: "
                     "start the buffer empty to change it."
                 )
+        if problems := contradictions(state_dict, self.config, self.schedule.tasks):
+            raise ValueError(
+                f"The checkpoint's groups must fit together, got {join_some(problems)}. It is "
+                "damaged, or of a run with other tasks: load an older one, or start the buffer "
+                "empty."
+            )
         groups = [Group.from_state_dict(state) for state in state_dict["groups"]]
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         num_pages = sum(-(-rollout.num_rows // self.pool.rows_per_page) for rollout in rollouts)

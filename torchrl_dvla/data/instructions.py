@@ -15,6 +15,7 @@ from tensordict import NonTensorData, NonTensorStack, TensorDictBase
 from torchrl.envs.transforms import Transform
 
 from torchrl_dvla.data.schema import INSTRUCTION_ID_KEY, INSTRUCTION_KEY
+from torchrl_dvla.saved_state import require_form
 
 __all__ = ["InstructionTable", "InstructionTransform"]
 
@@ -98,8 +99,9 @@ class InstructionTable:
         """Add the strings of a checkpoint under their old ids.
 
         Raises:
-            ValueError: if an id already stands for another string.
+            ValueError: if an id already stands for another string, or a string is none.
         """
+        require_form({"texts": [str]}, state_dict, "instructions")
         texts = list(state_dict["texts"])
         with self._lock:
             for ours, theirs in zip(self._texts, texts):

@@ -20,12 +20,14 @@ from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.writers import RoundRobinWriter
 from torchrl.envs.transforms import Transform
 
-from torchrl_dvla.data.group import Group
+from torchrl_dvla.data.group import Group, GroupState
 from torchrl_dvla.data.group_queue import GroupQueue
 from torchrl_dvla.data.instructions import InstructionTable, InstructionTransform
+from torchrl_dvla.data.schema import INSTRUCTION_ID_KEY
 from torchrl_dvla.data.storage import READ_ONLY, PooledStorage
 from torchrl_dvla.memory import EnvironmentPool, ModelPool
 from torchrl_dvla.memory.row_access import RowFields
+from torchrl_dvla.saved_state import Number, form_of, read_state, require_form
 
 __all__ = ["PooledReplayBuffer"]
 
@@ -443,8 +445,10 @@ class PooledReplayBuffer(ReplayBuffer):
 
         Raises:
             ValueError: if the checkpoint has other specs, another staleness bound or another batch
-                size, does not fit, or is one of a buffer that was not bound.
+                size, does not fit, is damaged, or is one of a buffer that was not bound; nothing
+                has changed then.
         """
+        require_form({object: object}, state_dict, "buffer")
         if self.is_bound != ("_groups" in state_dict):
             raise ValueError(
                 f"The checkpoint must come from a buffer that was {'' if self.is_bound else 'not '}"
@@ -453,15 +457,46 @@ class PooledReplayBuffer(ReplayBuffer):
         if self.groups is None:
             super().load_state_dict(state_dict)
             return
-        self._storage.check_state(state_dict["_storage"])
-        if state_dict["_batch_size"] != self._batch_size:
+        groups = self.groups.check_state(state_dict["_groups"])
+        num_rows = sum(group.num_rows for group in groups)
+        self._storage.check_state(state_dict.get("_storage"), num_rows)
+        batch_size = state_dict.get("_batch_size")
+        if isinstance(batch_size, torch.Tensor) or batch_size != self._batch_size:
             raise ValueError(
-                f"batch_size must equal the checkpoint's {state_dict['_batch_size']}, got "
+                f"batch_size must equal the checkpoint's {batch_size}, got "
                 f"{self._batch_size}. An update that was begun goes on with its own minibatches."
             )
+        own, plan = super().state_dict(), state_dict.get("_plan")
+        form = form_of(own) | dict.fromkeys(("_storage", "_groups", "_batch_size", "_plan"), object)
+        form["_transforms"] = {
+            # Instructions are added as they come.
+            key: {"texts": [str]}
+            if isinstance(value, dict) and "texts" in value
+            else form_of(value)
+            for key, value in own["_transforms"].items()
+        }
+        if plan is not None:
+            form["_plan"] = form_of(vars(CohortPlan(1, 1, 1, 0, 0)))
+            form["_plan"] |= dict.fromkeys(("batch_size", "num_epochs"), Number(1, whole=True))
+            form["_plan"] |= {"seed": Number(whole=True), "shuffle": bool}
+        require_form(form, state_dict, "buffer")
+        in_hand = sum(group.num_rows for group in groups if group.state is GroupState.IN_HAND)
+        num_updates = state_dict["_groups"]["counts"]["updates"]
+        if plan is not None and plan["update"] == num_updates and plan["num_rows"] != in_hand:
+            raise ValueError(
+                f"'buffer._plan.num_rows' must be the {in_hand} rows in the learner's hand, got "
+                f"{plan['num_rows']}. The checkpoint is damaged: load an older one."
+            )
+        ids = dict(zip(self.pool.layout, state_dict["_storage"]["fields"])).get(INSTRUCTION_ID_KEY)
+        for key in [key for key, value in form["_transforms"].items() if value == {"texts": [str]}]:
+            num_texts = len(state_dict["_transforms"][key]["texts"])
+            if ids is not None and not ((ids >= 0) & (ids < num_texts)).all():
+                raise ValueError(
+                    f"'{INSTRUCTION_ID_KEY}' must be below {num_texts}, the number of "
+                    "instructions, in every row. The checkpoint is damaged: load an older one."
+                )
         self.groups.load_state_dict(state_dict["_groups"])
         super().load_state_dict(state_dict)
-        plan = state_dict["_plan"]
         self._plan = None if plan is None else CohortPlan(**plan)
 
     def dumps(self, path: Path | str) -> None:
@@ -478,4 +513,4 @@ class PooledReplayBuffer(ReplayBuffer):
         if not self.is_bound:
             super().loads(path)
             return
-        self.load_state_dict(torch.load(Path(path) / _CHECKPOINT, weights_only=True))
+        self.load_state_dict(read_state(Path(path) / _CHECKPOINT))

@@ -16,6 +16,7 @@ from torchrl.data.replay_buffers.storages import Storage, TensorStorage
 
 from torchrl_dvla.data.group_queue import GroupQueue
 from torchrl_dvla.memory.row_access import RowFields
+from torchrl_dvla.saved_state import require_form
 
 __all__ = ["READ_ONLY", "PooledStorage"]
 
@@ -123,19 +124,31 @@ class PooledStorage(TensorStorage):
             "fields": [rows.get(key) for key in layout],
         }
 
-    def check_state(self, state_dict: Mapping[str, Any]) -> None:
-        """Refuse the rows of a checkpoint that was made with other specs.
+    def check_state(self, state_dict: Mapping[str, Any], num_rows: int) -> None:
+        """Refuse the rows of a checkpoint that was made with other specs, or is damaged.
+
+        Args:
+            state_dict (Mapping): what :meth:`state_dict` returned.
+            num_rows (int): rows of its groups.
 
         Raises:
-            ValueError: showing both.
+            ValueError: showing both specs, or naming the field.
         """
         layout = self.groups.pool.layout
+        form = {"signature": str, "layout": str, "fields": [torch.Tensor]}
+        require_form(form, state_dict, "storage")
         if state_dict["signature"] != layout.signature:
             raise ValueError(
                 f"The checkpoint must come from the same specs, got rows "
                 f"of\n{state_dict['layout']}\nfor a pool of\n{layout!r}\nBuild the pool "
                 "as that run did, or start the buffer empty."
             )
+        # Without the memory of so many rows.
+        rows = {
+            key: torch.zeros((), dtype=dtype).expand(num_rows, *shape)
+            for key, (shape, dtype) in layout.items()
+        }
+        require_form(rows, dict(zip(layout, state_dict["fields"])), "storage")
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Copy the rows of a checkpoint onto the pages of its groups, which are loaded already."""

@@ -9,6 +9,7 @@ Nothing here imports a simulator, so a launcher may call it before it forks or s
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import ctypes.util
 import dataclasses
@@ -22,6 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from torchrl_dvla.saved_state import read_state
 
 __all__ = [
     "LIBERO_SUITES",
@@ -142,13 +145,13 @@ def _write_atomically(path: Path, data: bytes) -> None:
 
 
 def _convert_init_states(source: Path, target: Path) -> Path:
-    """Write the wheel's ``*.pruned_init.npz`` as the torch-pickled arrays that LiberoEnv loads."""
+    """Write the wheel's ``*.pruned_init.npz`` in the format of an upstream installation."""
     for suite in LIBERO_SUITES:
         for file in sorted((source / suite).glob("*.pruned_init.npz")):
             out = target / suite / file.name.removesuffix(".npz")
             if not out.exists():
                 buffer = io.BytesIO()
-                with np.load(file) as archive:
+                with np.load(file, allow_pickle=False) as archive:
                     torch.save(archive["states"], buffer)
                 _write_atomically(out, buffer.getvalue())
     return target
@@ -190,7 +193,13 @@ def setup_libero() -> LiberoPaths:
     config_file = Path(folder).expanduser() / "config.yaml"
     config: dict[str, Any] = {}
     if config_file.is_file():
-        config = dict(yaml.safe_load(config_file.read_text(encoding="utf-8")) or {})
+        try:
+            config = dict(yaml.safe_load(config_file.read_text(encoding="utf-8")) or {})
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{config_file} must map names to folders, got {error}. Delete it to have it "
+                "written anew."
+            ) from error
     before = dict(config)
 
     def keep_or(key: str, default: Path | None) -> Path:
@@ -359,15 +368,31 @@ def load_init_states(task: LiberoTask) -> np.ndarray:
 
     Raises:
         FileNotFoundError: if the installation ships none for this task.
+        ValueError: if the file holds anything else; nothing in it is run.
     """
     if task.init_states_file.is_file():
-        # A pickled array that ships with the benchmark, as LIBERO itself loads it
-        return np.asarray(torch.load(task.init_states_file, weights_only=False))
+        # LIBERO and TorchRL would run what the file brings, and others may write to the cache.
+        states = read_state(task.init_states_file, safe_globals=_array_globals())
+        if getattr(states, "ndim", 0) != 2 or not states.size or not np.isfinite(states).all():
+            raise ValueError(
+                f"{task.init_states_file} must hold finite states [N, D], got "
+                f"{getattr(states, 'shape', type(states))}. Delete the file to have it written "
+                "anew, or reinstall LIBERO."
+            )
+        return np.asarray(states)
     raise FileNotFoundError(
         f"init states of {task.suite} task {task.task_id} must exist, got no file at "
         f"{task.init_states_file}. Reinstall LIBERO, or delete "
         f"{task.init_states_file.parent.parent} to have it written anew."
     )
+
+
+def _array_globals() -> list[Any]:
+    """What arrays of floats are pickled by, under its names in NumPy 1 and 2; none runs code."""
+    rebuild, names = np.zeros(0).__reduce__()[0], ("numpy.core", "numpy._core")
+    arrays = [(rebuild, f"{name}.multiarray._reconstruct") for name in names]
+    dtypes = [type(np.dtype(name)) for name in ("float32", "float64")]
+    return [*arrays, np.ndarray, np.dtype, *dtypes, codecs.encode]
 
 
 def check_init_state_id(index: int, num_states: int) -> int:

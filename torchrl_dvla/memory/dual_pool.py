@@ -126,6 +126,7 @@ class ModelPool:
         self._arenas: list[tuple[str, SharedArena]] = []
         self._peak_bytes = 0
         self._padding_bytes = 0
+        self._is_closed = False
 
     def arena(self, nbytes: int, name: str = "arena") -> SharedArena:
         """A block of shared memory, which can be sent to other processes.
@@ -139,6 +140,8 @@ class ModelPool:
             RuntimeError: if the budget is spent, or the machine has not so much memory; nothing
                 has changed then.
         """
+        if self._is_closed:
+            raise RuntimeError("The model pool was closed by its owner. Make a new one.")
         used = sum(self.used_by_name().values())
         if used + nbytes > self.nbytes:
             raise RuntimeError(
@@ -217,7 +220,7 @@ class ModelPool:
         """Give the memory back; safe to call twice. Tensors that live on read zeros."""
         for _, arena in self._arenas:
             arena.close()
-        self.nbytes = 0  # nothing more can be taken
+        self.nbytes, self._is_closed = 0, True
 
 
 class DualPool:

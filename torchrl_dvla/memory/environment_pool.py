@@ -73,8 +73,29 @@ class EnvironmentPool(PageLedger):
         self._arena.pin()
         # Shared memory begins zeroed, as the ledger's own arrays do: every page is free.
         self._states, self._generations = _header(self._arena, num_pages)
-        #: Zero-copy views of every row ``[num_rows]``; writes are visible to all processes.
-        self.rows: TensorDict = layout.rows(self._arena, self.num_rows, _header_bytes(num_pages))
+        self._rows: TensorDict = layout.rows(self._arena, self.num_rows, _header_bytes(num_pages))
+
+    @property
+    def rows(self) -> TensorDict:
+        """Zero-copy views of every row ``[num_rows]``; writes are visible to all processes.
+
+        Raises:
+            RuntimeError: after :meth:`close`. Views taken before read zeros then.
+        """
+        self.require_open()
+        return self._rows
+
+    def require_open(self) -> None:
+        """Refuse to go on once the memory is given back.
+
+        Raises:
+            RuntimeError: naming who closes a pool.
+        """
+        if self._arena.closed:
+            raise RuntimeError(
+                "The environment pool was closed by its owner, such as a collector's shutdown(): "
+                "its rows are gone. Make a new one."
+            )
 
     @staticmethod
     def nbytes_for(layout: RowLayout, num_pages: int, rows_per_page: int) -> int:

@@ -16,12 +16,15 @@ dies, and whenever a reader comes, the folder therefore holds the old policy or 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
+import re
 import tempfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +37,7 @@ from torchrl_dvla.differences import differences, join_some
 from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle, backbone_class
 from torchrl_dvla.modules.config import TransformersVLAConfig
 from torchrl_dvla.modules.prompt import word_tokenizer
+from torchrl_dvla.saved_state import COUNT, require_form
 
 if TYPE_CHECKING:
     from typing import Self
@@ -45,11 +49,12 @@ __all__ = ["PretrainedMixin", "backbone_from_dict", "backbone_to_dict", "resolve
 _CONFIG = "config.json"
 _TOKENIZER = "tokenizer"
 _FORMAT_VERSION = 1
+_WEIGHTS_FILE = re.compile(r"weights-[0-9a-f]{8}\.safetensors")
 _COPY_AGAIN = "copy the checkpoint again, with all its files"
 
 
 class PretrainedMixin(nn.Module):
-    """Mixin with ``save_pretrained``, ``from_pretrained`` and ``load_weights``.
+    """Mixin with ``save_pretrained``, ``from_pretrained``, ``load_weights``, ``read_weights``.
 
     The class it is mixed into takes ``(config, *, tokenizer, **kwargs)``.
     """
@@ -64,18 +69,19 @@ class PretrainedMixin(nn.Module):
             folder (path): the checkpoint folder; made if missing.
 
         Raises:
-            RuntimeError: if the folder cannot be written.
+            OSError: if the folder cannot be written.
         """
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
                 self._write(folder, Path(scratch))
-        except OSError as error:
-            raise RuntimeError(
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                getattr(error, "errno", None) or errno.EIO,
                 f"the checkpoint could not be written to {str(folder)!r} ({error}). Free some disk "
                 "space, mend the folder's permissions or choose another one; a previous checkpoint "
-                "there is untouched."
+                "there is untouched.",
             ) from error
 
     def _write(self, folder: Path, scratch: Path) -> None:
@@ -142,16 +148,29 @@ class PretrainedMixin(nn.Module):
         given["dtype"] = dtype
         given = {name: value for name, value in given.items() if value is not None}
         _require_file(folder, f"{_TOKENIZER}/tokenizer_config.json")
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(Path(folder) / _TOKENIZER), local_files_only=True, trust_remote_code=False
-        )
-        with torch.random.fork_rng(devices=[]), no_init_weights():
-            policy = cls(dataclasses.replace(config, **given), tokenizer=tokenizer, **kwargs)
-        policy._load(weights, source=folder)
+        _refuse_code(Path(folder) / _TOKENIZER)
+        with _refuse_damage(Path(folder)):
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(Path(folder) / _TOKENIZER), local_files_only=True, trust_remote_code=False
+            )
+            with torch.random.fork_rng(devices=[]), no_init_weights():
+                policy = cls(dataclasses.replace(config, **given), tokenizer=tokenizer, **kwargs)
+        policy.load_state_dict(policy._checked(weights, source=folder))
         return policy
 
     def load_weights(self, folder: str | os.PathLike[str]) -> None:
         """Load a checkpoint's weights into this policy, in place.
+
+        Args:
+            folder (path): the checkpoint folder.
+
+        Raises:
+            FileNotFoundError, ValueError: as :meth:`read_weights`; nothing has changed then.
+        """
+        self.load_state_dict(self.read_weights(folder))
+
+    def read_weights(self, folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+        """State dict of a checkpoint that fits this policy, which it is not loaded into yet.
 
         Args:
             folder (path): the checkpoint folder.
@@ -168,21 +187,28 @@ class PretrainedMixin(nn.Module):
                 f"differences: {join_some(problems, limit=12)}. Use "
                 f"{type(self).__name__}.from_pretrained to build the policy it was saved from."
             )
-        self._load(weights, source=folder)
+        return self._checked(weights, source=folder)
 
-    def _load(self, weights: dict[str, torch.Tensor], source: str | os.PathLike[str]) -> None:
+    def _checked(
+        self, weights: dict[str, torch.Tensor], source: str | os.PathLike[str]
+    ) -> dict[str, torch.Tensor]:
         own, saved = (
             {name: list(tensor.shape) for name, tensor in tensors.items()}
             for tensors in (self.state_dict(), weights)
         )
         problems = differences(own, saved)
+        problems += [
+            f"{name!r} holds NaN or infinity"
+            for name, _ in self.named_parameters()  # a buffer may be a mask
+            if name in weights and not weights[name].isfinite().all()
+        ]
         if problems:
             raise ValueError(
                 f"the weights in {str(source)!r} must be those of the architecture in its "
                 f"config.json, got {len(problems)} difference(s): {join_some(problems)}. The "
                 "checkpoint was put together from two, or written by another version."
             )
-        self.load_state_dict(weights)
+        return weights
 
 
 def _read_folder(
@@ -211,7 +237,40 @@ def _read_folder(
             f"{path} must be a safetensors file, got an error: {error}. The file is corrupt: "
             f"{_COPY_AGAIN}."
         ) from error
-    return TransformersVLAConfig.from_dict(data["config"]), weights
+    with _refuse_damage(folder):
+        return TransformersVLAConfig.from_dict(data["config"]), weights
+
+
+@contextlib.contextmanager
+def _refuse_damage(folder: Path) -> Iterator[None]:
+    """Errors of what is built from the files of ``folder``, as errors about the folder."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"the files of {str(folder)!r} must describe a policy, got {type(error).__name__} "
+            f"({error}). They are damaged, or an argument does not fit: {_COPY_AGAIN}."
+        ) from error
+
+
+def _refuse_code(folder: Path) -> None:
+    """Refuse a folder whose files name Python code to import, before transformers asks for it."""
+    for path in sorted(folder.glob("*config.json")):
+        keys: set[str] = set()
+        try:
+            json.loads(path.read_text(encoding="utf-8"), object_hook=keys.update)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path} must be valid JSON, got an error: {error}. The file is damaged: "
+                f"{_COPY_AGAIN}."
+            ) from error
+        if "auto_map" in keys:
+            raise ValueError(
+                f"{path} must name no code of its own, got an 'auto_map'. Nothing that is loaded "
+                "here runs code: use a model whose classes are part of transformers."
+            )
 
 
 def _read_config(folder: Path, architecture: str) -> dict[str, Any]:
@@ -242,6 +301,15 @@ def _read_config(folder: Path, architecture: str) -> dict[str, Any]:
             f"format_version in {path} must be {_FORMAT_VERSION}, got {version!r}. Use the version "
             "of torchrl_dvla that wrote the checkpoint."
         )
+    weights = {"file": str, "num_bytes": COUNT, "crc32": str}
+    form = {"weights": weights, "config": {str: object}}
+    require_form(form, {key: data.get(key) for key in form}, str(path))
+    if not _WEIGHTS_FILE.fullmatch(data["weights"]["file"]):
+        raise ValueError(
+            f"'weights.file' in {path} must be the name of a file beside it, got "
+            f"{data['weights']['file']!r}. The file is damaged: {_COPY_AGAIN}."
+        )
+    _refuse_code(Path(folder))
     return data
 
 
@@ -321,7 +389,9 @@ def backbone_from_dict(data: dict[str, Any], *, dtype: torch.dtype) -> PreTraine
 
     backbone_class(data["model_type"])
     config = CONFIG_MAPPING[data["model_type"]].from_dict(dict(data))
-    return AutoModel.from_config(config, dtype=dtype, attn_implementation=_attention(config))
+    return AutoModel.from_config(
+        config, dtype=dtype, attn_implementation=_attention(config), trust_remote_code=False
+    )
 
 
 def resolve_backbone(
@@ -348,13 +418,22 @@ def resolve_backbone(
         :class:`TransformersVLAConfig`.
 
     Raises:
-        ValueError: if there is no adapter for the model type, or no tokenizer.
+        ValueError: if there is no adapter for the model type, or no tokenizer, or the source brings
+            code of its own.
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
     model = source if isinstance(source, PreTrainedModel) else None
     is_path = model is None and not isinstance(source, PreTrainedConfig)
+    if hub_kwargs.get("trust_remote_code"):
+        raise ValueError(
+            "trust_remote_code must be False, got True. Nothing that is loaded here runs code: use "
+            "a model whose classes are part of transformers."
+        )
+    hub_kwargs = {**hub_kwargs, "trust_remote_code": False}
     if is_path:
+        if Path(source).is_dir():
+            _refuse_code(Path(source))
         config = AutoConfig.from_pretrained(source, **hub_kwargs)
     else:
         config = source if model is None else model.config
@@ -367,7 +446,7 @@ def resolve_backbone(
             config=config,
             dtype=dtype,
             attn_implementation=_attention(config),
-            **hub_kwargs,
+            **{**hub_kwargs, "use_safetensors": True},
         )
     if instructions is not None:
         tokenizer, prompt_style = word_tokenizer(instructions), PromptStyle()

@@ -7,28 +7,45 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import errno
 import fcntl
 import hashlib
+import logging
 import os
-import pickle
+import random
 import shutil
-import tempfile
+import uuid
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch.utils._pytree import tree_map_only
-from torchrl.checkpoint import Checkpoint, CheckpointAdapter, CheckpointRotation
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torchrl.checkpoint import Checkpoint, CheckpointAdapter, CheckpointError, GlobalRNGState
 
 from torchrl_dvla._version import __version__
 from torchrl_dvla.differences import differences, join_some
+from torchrl_dvla.saved_state import COUNT, Number, form_of, form_problems, read_state
 
 __all__ = ["RunCheckpoints", "find_latest_checkpoint"]
 
 _PREFIX = "update"
 _STATE = "state.pt"
+_METADATA = {"update": COUNT, "torchrl_dvla": str, "config": {str: object}, "sha256": {str: str}}
+_REMEDY = (
+    "Resume from an older checkpoint of the run, with the settings it was made with, or start anew "
+    "from its policy alone."
+)
+#: Entries of an optimizer's state that are counts or sums of squares.
+_NON_NEGATIVE = {"step", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
+
+_log = logging.getLogger("torchrl_dvla")
 
 
 class RunCheckpoints:
@@ -69,9 +86,12 @@ class RunCheckpoints:
     def __init__(
         self, directory: str | os.PathLike[str], *, keep_last: int = 2, **components: Any
     ) -> None:
-        self.directory = Path(directory)
-        self._rotation = CheckpointRotation(directory, keep_last=keep_last, prefix=_PREFIX)
+        if keep_last < 1:
+            raise ValueError(f"keep_last must be at least 1, got {keep_last}. Keep the newest one.")
+        self.directory = Path(directory).expanduser().absolute()
+        self.keep_last = keep_last
         self._checkpoint = Checkpoint()
+        self._adapters: dict[str, _DigestedAdapter] = {}
         self._digests: dict[str, str] = {}
         self._verified: Path | None = None
         for name, component in components.items():
@@ -79,15 +99,34 @@ class RunCheckpoints:
 
     def register(self, name: str, component: Any) -> None:
         """Add a component that is made later than the others, such as the collector."""
-        is_pretrained = hasattr(component, "save_pretrained") and hasattr(component, "load_weights")
-        adapter = _PretrainedFolder if is_pretrained else _StateFile
-        self._checkpoint.register(name, component, adapter=adapter(self._digests))
+        is_pretrained = hasattr(component, "save_pretrained") and hasattr(component, "read_weights")
+        adapter = (_PretrainedFolder if is_pretrained else _StateFile)(name, self._digests)
+        self._checkpoint.register(name, component, adapter=adapter)
+        self._adapters[name] = adapter
 
     def latest(self) -> Path | None:
         """The complete checkpoint of the most updates, or ``None``."""
-        return self._rotation.latest()
+        return next(reversed(self._complete()), None)
 
-    def save(self, update: int, *, config: Mapping[str, Any] | None = None) -> Path:
+    def _complete(self) -> list[Path]:
+        """The complete checkpoints, that of the most updates last."""
+        found = []
+        for path in self.directory.glob(f"{_PREFIX}-*"):
+            digits = path.name.removeprefix(f"{_PREFIX}-")
+            # A folder whose manifest is damaged counts for nothing; TorchRL's own rotation raises.
+            with contextlib.suppress(CheckpointError, OSError):
+                if digits.isdecimal():
+                    _manifest(path)
+                    found.append((int(digits), len(digits), path))
+        return [path for *_, path in sorted(found)]
+
+    def save(
+        self,
+        update: int,
+        *,
+        config: Mapping[str, Any] | None = None,
+        on_disk_error: Literal["raise", "warn"] = "raise",
+    ) -> Path | None:
         """Write a checkpoint, then remove what it replaces.
 
         That is: one of the same update, those of more updates (they belong to a run that was
@@ -98,44 +137,74 @@ class RunCheckpoints:
 
         Keyword Args:
             config (Mapping, optional): configuration of the run, as plain data.
+            on_disk_error (str): ``"warn"`` for a save that is followed by others: a disk that is
+                full or not writable is warned about, and training goes on. Defaults to ``"raise"``.
 
         Returns:
-            The folder written.
+            The folder written, or ``None`` after a warning.
 
         Raises:
             TypeError: if a component's state holds something else than data.
             ValueError: if a lazy layer of the policy was never initialised.
-            OSError: if the disk is full or not writable; no partial folder stays.
+            OSError: if the disk is full or not writable. Earlier checkpoints are whole, and no
+                partial folder stays.
         """
+        try:
+            with self._lock():
+                return self._save(update, dict(config or {}))
+        except OSError as error:
+            message = self._explain(update, error)
+            if on_disk_error == "raise":
+                raise OSError(error.errno or errno.EIO, message) from error
+            _log.warning("%s Training goes on, and the next save tries again.", message)
+            return None
+
+    def _save(self, update: int, config: dict[str, Any]) -> Path:
         self._digests.clear()
         metadata = {
             "update": update,
             "torchrl_dvla": __version__,
-            "config": dict(config or {}),
+            "config": config,
             # Filled in by the adapters: the manifest is written after the components.
             "sha256": self._digests,
         }
-        with self._lock():
-            path = self.directory / f"{_PREFIX}-{update:08d}"
-            # TorchRL replaces a folder by two renames, and a process killed between them would
-            # leave none. With one more zero the name is of the same update and replaces nothing.
-            while path.exists():
-                path = path.with_name(path.name.replace("-", "-0"))
-            self._checkpoint.save(path, metadata=metadata)
-            for written in (path / "manifest.json", path, self.directory):
-                _flush_to_disk(written)
-            # TorchRL's rotation keeps the highest steps, whichever was written last.
-            for other in self.directory.glob(f"{_PREFIX}-*"):
-                step = other.name.removeprefix(f"{_PREFIX}-")
-                if other != path and step.isdigit() and int(step) >= update:
-                    _remove(other)
-            self._rotation.prune()
+        path = self.directory / f"{_PREFIX}-{update:08d}"
+        # TorchRL replaces a folder by two renames, and a process killed between them would leave
+        # none. With one more zero the name is of the same update and replaces nothing.
+        while path.exists():
+            path = path.with_name(path.name.replace("-", "-0"))
+        self._checkpoint.save(path, metadata=metadata)
+        for written in (path / "manifest.json", path, self.directory):
+            _flush_to_disk(written)
+        # Those of more updates first: the one just written may not be the highest.
+        for other in self.directory.glob(f"{_PREFIX}-*"):
+            digits = other.name.removeprefix(f"{_PREFIX}-")
+            if other != path and digits.isdecimal() and int(digits) >= update:
+                _remove(other)
+        for other in self._complete()[: -self.keep_last]:
+            _remove(other)
         return path
+
+    def _explain(self, update: int, error: OSError) -> str:
+        components = self._checkpoint.components.values()
+        leaves = tree_leaves([dict(component.state_dict()) for component in components])
+        num_bytes = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+        folder = next(path for path in (self.directory, *self.directory.parents) if path.exists())
+        return (
+            f"The checkpoint of update {update} must be written to {str(self.directory)!r}, got "
+            f"{error.strerror or error}: it needs {num_bytes} bytes, and "
+            f"{shutil.disk_usage(folder).free} are free. Free some space, lower keep_last, or mend "
+            "the folder's permissions. Earlier checkpoints are whole."
+        )
 
     def load(
         self, path: str | os.PathLike[str], components: Collection[str] | None = None
     ) -> dict[str, Any]:
-        """Verify the digest of every file, then load components in the order of registration.
+        """Check a whole checkpoint, then load components in the order of registration.
+
+        The digest of every file is compared, and the states of policy, optimizer, schedule and
+        random generators with the live objects: keys, types, shapes, finite values, ranges. Nothing
+        is loaded before all of them have passed. Others check their own in ``load_state_dict``.
 
         Args:
             path (str or os.PathLike): a folder that :meth:`save` wrote.
@@ -146,19 +215,41 @@ class RunCheckpoints:
 
         Raises:
             FileNotFoundError: if there is no checkpoint.
-            ValueError: if a file is missing, truncated or changed.
-            torchrl.checkpoint.CheckpointError: if the manifest is damaged, or a component cannot
-                be loaded.
+            torchrl.checkpoint.CheckpointError: if a file is missing, truncated or changed, or a
+                component does not fit; it names the file or the entry.
         """
         path = Path(path)
-        metadata = Checkpoint.manifest(path)["metadata"]
+        manifest = _manifest(path)
+        metadata: dict[str, Any] = manifest["metadata"]
         if path != self._verified:
-            _verify(path, metadata.get("sha256", {}))
+            _verify(path, metadata["sha256"])
             self._verified = path
-        for name in self._checkpoint.components:
-            if components is None or name in components:
-                self._checkpoint.load(path, components=[name], map_location="cpu")
+        names = [name for name in self._adapters if components is None or name in components]
+        try:
+            for name in names:
+                self._check(path, name, manifest["components"].get(name))
+            for name in names:
+                self._checkpoint.load(path, components=[name])
+        finally:
+            for adapter in self._adapters.values():
+                adapter.state = None
         return metadata
+
+    def _check(self, path: Path, name: str, record: Mapping[str, Any] | None) -> None:
+        """Have a component's adapter read and check its files."""
+        adapter, component = self._adapters[name], self._checkpoint.components[name]
+        if record is None or record["adapter"] != adapter.adapter_id:
+            problems = [f"none, or one written for another class than {type(component).__name__}"]
+        else:
+            try:
+                problems = adapter.read(component, path / record["path"])
+            except Exception as error:  # whatever a damaged file leads to
+                raise CheckpointError(f"{name!r} of {str(path)!r}: {error} {_REMEDY}") from error
+        if problems:
+            raise CheckpointError(
+                f"{str(path)!r} must hold the state of this {type(component).__name__} as "
+                f"{name!r}, got: {join_some(problems)}. {_REMEDY}"
+            )
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -192,8 +283,10 @@ def find_latest_checkpoint(runs: str | os.PathLike[str]) -> Path | None:
 class _DigestedAdapter(CheckpointAdapter):
     """Adapter whose files are on disk, with their SHA-256 in ``digests``, when it has saved."""
 
-    def __init__(self, digests: dict[str, str]) -> None:
-        self._digests = digests
+    def __init__(self, name: str, digests: dict[str, str]) -> None:
+        self._name, self._digests = name, digests
+        #: What :meth:`read` has found, until it is loaded.
+        self.state: Any = None
 
     def save(self, component: Any, path: Path, *, args: Any, kwargs: Any) -> None:
         path.mkdir(parents=True)
@@ -206,17 +299,25 @@ class _DigestedAdapter(CheckpointAdapter):
     @abstractmethod
     def _write(self, component: Any, path: Path) -> None: ...
 
+    @abstractmethod
+    def read(self, component: Any, path: Path) -> list[str]:
+        """Read the files; what does not fit ``component``."""
+
+    def load(self, component: Any, path: Path, **kwargs: Any) -> None:
+        component.load_state_dict(self.state)
+
 
 class _PretrainedFolder(_DigestedAdapter):
-    """A policy by its own ``save_pretrained`` and ``load_weights``."""
+    """A policy by its own ``save_pretrained`` and ``read_weights``."""
 
     adapter_id = "torchrl_dvla.pretrained"
 
     def _write(self, component: Any, path: Path) -> None:
         component.save_pretrained(path)
 
-    def load(self, component: Any, path: Path, **kwargs: Any) -> None:
-        component.load_weights(path)
+    def read(self, component: Any, path: Path) -> list[str]:
+        self.state = component.read_weights(path)  # compares them with its own
+        return []
 
 
 class _StateFile(_DigestedAdapter):
@@ -236,35 +337,126 @@ class _StateFile(_DigestedAdapter):
                     f"{type(component).__name__} must be initialised before it is saved, got a "
                     f"lazy {name!r}. Call the policy on one batch first."
                 )
-        torch.save(tree_map_only(torch.Tensor, _without_rest, state), path / _STATE)
         try:
-            torch.load(path / _STATE, weights_only=True, mmap=True)
-        except pickle.UnpicklingError as error:
-            cause = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0]
+            with (path / _STATE).open("wb") as file:
+                torch.save(tree_map_only(torch.Tensor, _without_rest, state), file)
+        except RuntimeError as error:  # PyTorch's, which hides what the disk said
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+        try:
+            read_state(path / _STATE, mmap=True)
+        except ValueError as error:
+            cause = str(error).partition("something else: ")[2].partition(" It is")[0]
             raise TypeError(
                 f"{type(component).__name__}.state_dict() must return tensors, numbers, strings "
                 f"and containers of them, got something else: {cause}"
             ) from error
 
-    def load(self, component: Any, path: Path, *, map_location: Any, **kwargs: Any) -> None:
-        state = torch.load(path / _STATE, map_location=map_location, weights_only=True)
-        if isinstance(component, torch.nn.Module):
-            _require_same_shapes(component, state)
-        component.load_state_dict(state)
+    def read(self, component: Any, path: Path) -> list[str]:
+        self.state = read_state(path / _STATE)
+        if isinstance(component, Optimizer):
+            return _optimizer_problems(component, self.state, self._name)
+        if isinstance(component, GlobalRNGState):
+            return _rng_problems(component.state_dict(), self.state, self._name)
+        if isinstance(component, LRScheduler):
+            form = form_of(component.state_dict(), whole=False)
+            form |= {key: COUNT for key in ("last_epoch", "_step_count") if key in form}
+        elif isinstance(component, torch.nn.Module):
+            state = component.state_dict()
+            form = {
+                key: object if key.endswith("_extra_state") else form_of(value)
+                for key, value in state.items()
+            }
+        else:
+            form = {object: object}  # its load_state_dict is to check the rest
+        return form_problems(form, self.state, self._name)
 
 
-def _require_same_shapes(module: torch.nn.Module, state: Mapping[str, Any]) -> None:
-    """Raise before anything is copied; ``load_state_dict`` would have copied what fits."""
-    own, saved = (
-        {name: list(tensor.shape) for name, tensor in tensors.items()}
-        for tensors in (module.state_dict(), state)
-    )
-    problems = differences(own, saved)
-    if problems:
-        raise ValueError(
-            f"the checkpoint must hold the parameters of this {type(module).__name__}, got another "
-            f"architecture: {join_some(problems)}. Use the policy settings it was made with."
+def _optimizer_problems(optimizer: Optimizer, state: Any, name: str) -> list[str]:
+    """Hyper-parameters as this optimizer has them, and the state that its next step expects."""
+    groups = []
+    for group in optimizer.state_dict()["param_groups"]:
+        form = form_of(group, whole=False)
+        form["params"] = tuple(Number(index, index, whole=True) for index in group["params"])
+        if "betas" in group:
+            form["betas"] = (Number(0, 1 - 1e-12),) * len(group["betas"])
+        groups.append(form)
+    form = {"state": {int: {str: object}}, "param_groups": tuple(groups)}
+    if problems := form_problems(form, state, name):
+        return problems
+    left = dict(state["state"])
+    for own, saved in zip(optimizer.param_groups, state["param_groups"]):
+        for index, parameter in zip(saved["params"], own["params"]):
+            if not (entry := left.pop(index, None)):
+                continue  # it had no gradient yet
+            if (expected := _state_after_a_step(optimizer, saved, parameter)) is not None:
+                problems += form_problems(form_of(expected), entry, f"{name}.state.{index}")
+            problems += [
+                f"'{name}.state.{index}.{key}' must be at least 0, got a negative value"
+                for key in _NON_NEGATIVE.intersection(entry)
+                if isinstance(entry[key], torch.Tensor) and (entry[key] < 0).any()
+            ]
+    return problems + [f"'{name}.state.{index}' is unknown" for index in left]
+
+
+def _state_after_a_step(
+    optimizer: Optimizer, group: Mapping[str, Any], parameter: torch.Tensor
+) -> Any:
+    """What the optimizer keeps for a parameter like this one; ``None`` if it cannot be tried."""
+    twin, zeros = copy.copy(optimizer), torch.zeros_like(parameter, requires_grad=True)
+    zeros.grad = torch.zeros_like(parameter)
+    twin.state, twin.param_groups = defaultdict(dict), [{**group, "params": [zeros]}]
+    try:
+        twin.step()
+    except Exception:  # LBFGS, which steps with a closure
+        return None
+    return dict(twin.state[zeros])
+
+
+def _rng_problems(own: Mapping[str, Any], state: Any, name: str) -> list[str]:
+    """Whether the generators take their states: tried on generators of its own."""
+    word, bit = Number(0, 2**32 - 1, whole=True), Number(0, 1, whole=True)
+    position = Number(0, 624, whole=True)
+    form = {
+        "python": (Number(3, 3, whole=True), (*[word] * 624, position), Number(optional=True)),
+        "numpy": (own["numpy"][0], own["numpy"][1], position, bit, Number()),
+        "torch_cpu": own["torch_cpu"],
+    }
+    devices = ("torch_cuda", "torch_xpu", "torch_mps")  # those of the machine it was made on
+    form |= {key: object for key in devices if isinstance(state, Mapping) and key in state}
+    if problems := form_problems(form, state, name):
+        return problems
+    algorithm, words, *rest = state["numpy"]
+    if words.min() < 0 or words.max() >= 2**32:
+        return [f"'{name}.numpy.1' must hold words of 32 bits, got others"]
+    try:
+        random.Random().setstate(state["python"])
+        np.random.RandomState().set_state((algorithm, words.numpy().astype(np.uint32), *rest))
+        torch.Generator().set_state(state["torch_cpu"])
+    except Exception as error:  # each says it in its own way
+        return [f"'{name}', which a generator refuses: {error}"]
+    return []
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a complete checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        CheckpointError: if it is damaged.
+    """
+    try:
+        manifest = Checkpoint.manifest(path)
+    except (CheckpointError, OSError):
+        raise
+    except Exception as error:  # not text, or no mapping
+        raise CheckpointError(f"Invalid checkpoint manifest at {path}. {_REMEDY}") from error
+    if problems := form_problems(_METADATA, manifest.get("metadata"), "metadata"):
+        raise CheckpointError(
+            f"Invalid checkpoint manifest at {path}: {join_some(problems)}. {_REMEDY}"
         )
+    return manifest
 
 
 def _verify(path: Path, digests: Mapping[str, str]) -> None:
@@ -272,10 +464,9 @@ def _verify(path: Path, digests: Mapping[str, str]) -> None:
     found = {file.relative_to(path).as_posix(): _sha256(file) for file in files}
     problems = differences(digests, found)
     if problems:
-        raise ValueError(
+        raise CheckpointError(
             f"{str(path)!r} must hold the files whose SHA-256 is in its manifest.json, got "
-            f"{join_some(problems)}: truncated, or changed after it was written. Resume from "
-            "another checkpoint of the run, or start anew from its policy alone."
+            f"{join_some(problems)}: truncated, or changed after it was written. {_REMEDY}"
         )
 
 
@@ -301,7 +492,8 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    # Renamed first: a process killed meanwhile leaves no half of it under its name.
-    hidden = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}-", dir=path.parent))
-    path.rename(hidden / path.name)
+    # Renamed first: a process killed meanwhile leaves no half of it under its name. It takes no
+    # space, which a full disk would not have.
+    hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    path.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)

@@ -160,7 +160,7 @@ class TensorBoardRecorder:
 
     def __init__(self, log_dir: str | os.PathLike[str], *, start_step: int | None = None) -> None:
         folder = check_writable(log_dir, name="log_dir")
-        self.logger = get_logger(
+        self._logger = get_logger(
             "tensorboard", logger_name=str(folder.parent), experiment_name=folder.name
         )
         self.log_dir = folder
@@ -171,6 +171,17 @@ class TensorBoardRecorder:
             for category, charts in DASHBOARD.items()
         }
         self._writer.add_custom_scalars(layout)
+
+    @property
+    def logger(self) -> Any:
+        """TorchRL's logger.
+
+        Raises:
+            RuntimeError: after :meth:`close`: TensorBoard's writer would begin another file.
+        """
+        if self._logger is None:
+            raise RuntimeError("The recorder was closed by close(). Make another for more events.")
+        return self._logger
 
     @property
     def _writer(self) -> Any:
@@ -212,8 +223,10 @@ class TensorBoardRecorder:
         self._writer.flush()
 
     def close(self) -> None:
-        """Flush and close the event file."""
-        self._writer.close()
+        """Flush and close the event file; safe to call twice."""
+        if self._logger is not None:
+            self._writer.close()
+        self._logger = None
 
     def __enter__(self) -> TensorBoardRecorder:
         return self

@@ -321,7 +321,10 @@ class Timeline:
             ]
 
     def export_chrome_trace(self, path: str | os.PathLike[str]) -> None:
-        """Write the spans kept as a Chrome trace, which Perfetto and ``chrome://tracing`` open."""
+        """Write the spans kept as a Chrome trace, which Perfetto and ``chrome://tracing`` open.
+
+        The spans are in this process: they can be written after a collector's shutdown, too.
+        """
         trace = chrome_trace(self.spans(), origin_s=self._started_s)
         Path(path).write_text(json.dumps(trace))
 

@@ -482,7 +482,10 @@ class WeightStore:
                 "from one learner; give children WeightStore.reader()."
             )
         if self._is_closed:
-            raise RuntimeError("WeightStore is closed. Make a new one.")
+            raise RuntimeError(
+                "WeightStore was closed by close() or the shutdown() of its updater or collector. "
+                "Make a new one."
+            )
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
