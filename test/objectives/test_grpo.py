@@ -529,6 +529,16 @@ def test_networks_of_a_loss_module():
     with pytest.raises(NotImplementedError, match="without a value estimator.*group_advantage"):
         loss.make_value_estimator()
 
+    batch, params = make_batch(policy), TensorDict.from_module(loss).data
+
+    def objective(params):
+        with params.to_module(loss):
+            return loss(batch)["loss_objective"]
+
+    drift(policy)
+    found = torch.vmap(objective)(torch.stack([params, params.clone()]))
+    torch.testing.assert_close(found, loss(batch)["loss_objective"].detach().expand(2))
+
 
 def test_only_the_actor_is_trained():
     policy = make_policy()

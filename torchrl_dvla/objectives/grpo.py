@@ -40,6 +40,8 @@ KLEstimator = Literal["k2", "k3", "exact"]
 #: Largest magnitude of advantages and weights. With log-ratios within their bound, losses and
 #: gradients are then finite in float32 and bfloat16.
 _LARGEST = 1e6
+#: Logits below it count as it, so that the product with a probability of zero is zero.
+_LEAST_LOGIT = -200.0
 #: Mean difference of log-probabilities up to which two runs of one policy agree; 1e-3 in float32.
 _AGREEMENT = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
@@ -378,7 +380,10 @@ class GRPOLoss(LossModule):
         )
         out["loss_objective"] = -reduce(gain if weight is None else weight * gain)
 
-        entropy = _entropy(dist)
+        # A weight of zero needs no gradient; on an accelerator, to ask would be to wait.
+        is_zero = self.entropy_coeff.device.type == "cpu" and can_check() and not self.entropy_coeff
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_zero):
+            entropy = _entropy(dist)
         out["entropy"] = F.masked_mean(entropy.detach(), mask)
         out["loss_entropy"] = -self.entropy_coeff * reduce(self._level_mean(entropy, mask))
         if self.kl_to_ref_coeff is not None:
@@ -591,17 +596,17 @@ def _leaves(tensordict: TensorDictBase) -> list[NestedKey]:
 
 
 def _entropy(dist: d.Distribution) -> torch.Tensor:
-    """Entropy ``[*B, chunk, A]``; in torch's, logits of ``-inf`` can overflow the gradient."""
+    """Entropy ``[*B, chunk, A]``; torch clamps at -3e38, which can overflow the gradient."""
     if not isinstance(dist, d.Categorical):
         return dist.entropy()
-    return -(dist.probs * dist.logits.masked_fill(dist.probs == 0, 0.0)).sum(-1)
+    return -(dist.probs * dist.logits.clamp_min(_LEAST_LOGIT)).sum(-1)
 
 
 def _exact_kl(dist: d.Distribution, ref: d.Distribution) -> torch.Tensor:
     """Divergence ``[*B, chunk, A]``, with clamped log-ratios: no category makes it infinite."""
     if not isinstance(dist, d.Categorical) or not isinstance(ref, d.Categorical):
         return d.kl_divergence(dist, ref)
-    ours, theirs = (x.logits.masked_fill(dist.probs == 0, 0.0) for x in (dist, ref))
+    ours, theirs = (x.logits.clamp_min(_LEAST_LOGIT) for x in (dist, ref))
     return (dist.probs * F.log_ratio(ours, theirs)).sum(-1)
 
 
