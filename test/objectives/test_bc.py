@@ -75,3 +75,13 @@ def test_sequence_level_policies_are_refused():
     loss = ActionTokenBCLoss(TablePolicy(LOGITS, token_level=False))
     with pytest.raises(ValueError, match='log_probs_mode="token"'):
         loss(batch())
+
+
+def test_what_cannot_be_an_experts_token_is_refused_unless_padded():
+    data = batch(pad=(False, True))
+    data["vla_action", "tokens"][1, 1] = -100
+    loss = ActionTokenBCLoss(TablePolicy(LOGITS))
+    assert loss(data)["loss_bc"].isfinite()
+    data["vla_action", "tokens"][1, 0] = 3
+    with pytest.raises(ValueError, match="action tokens must be .* got 3 in 1 of 2 rows"):
+        loss(data)

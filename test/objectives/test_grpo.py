@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tensordict import NonTensorStack, TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import distributions as d
@@ -138,6 +141,7 @@ def test_metrics_by_hand(table):
     assert out["ESS"].item() == pytest.approx(3.5**2 / (3 * (4 + 0.25 + 1)))
     k3 = (2 - 1 - math.log(2)) + (0.5 - 1 + math.log(2)) + 0
     assert out["kl_approx"].item() == pytest.approx(k3 / 3, rel=1e-5)
+    assert out["log_prob_difference"].item() == pytest.approx(2 * math.log(2) / 3, rel=1e-5)
     assert out["advantage_mean"].item() == -0.5
     assert out["advantage_std"].item() == 1.5
 
@@ -291,7 +295,7 @@ def test_what_was_never_executed_does_not_count(level, garbage):
     grads = gradients(policy)
     pad = batch["action_is_pad"]
     batch["vla_action", "log_probs"][pad] = garbage
-    batch["vla_action", "tokens"][pad] = 0
+    batch["vla_action", "tokens"][pad] = -100
     out = loss(batch)
     out["loss_objective"].backward()
     torch.testing.assert_close(out.detach(), expected.detach())
@@ -323,13 +327,219 @@ def test_any_batch_size_and_impossible_behaviour_stay_finite(num_rows, log_prob)
     batch = make_batch(policy, num_rows)
     batch["vla_action", "log_probs"][0] = log_prob
     for level in LEVELS:
-        out = GRPOLoss(policy, ratio_level=level, dual_clip=3.0, entropy_coeff=0.1)(batch)
+        options = {"dual_clip": 3.0, "entropy_coeff": 0.1, "check_finite": False}
+        out = GRPOLoss(policy, ratio_level=level, **options)(batch)
         (out["loss_objective"] + out["loss_entropy"]).backward()
         assert all(value.shape == () and bool(value.isfinite()) for value in out.values())
         assert all(bool(grad.isfinite().all()) for grad in gradients(policy))
 
 
+# -- the finite check ------------------------------------------------------------------------------
+TOKENS, LOG_PROBS = ("vla_action", "tokens"), ("vla_action", "log_probs")
+
+
+def make_full_batch(policy):
+    """Six decisions of groups 40 to 45 with every entry that the loss can read, and the loss."""
+    loss = GRPOLoss(policy, importance="decoupled", kl_to_ref_coeff=0.1)
+    loss.set_keys(weight="weight")
+    batch = loss.write_proximal_log_prob(make_batch(policy))
+    batch["ref_log_prob"] = batch["proximal_log_prob"].clone()
+    batch["weight"] = torch.ones(6, 1)
+    batch["group_id"] = torch.arange(40, 46).unsqueeze(-1)
+    batch["policy_version"] = torch.zeros(6, 1, dtype=torch.int64)
+    batch["collector", "mask"] = torch.ones(6, 1, dtype=torch.bool)
+    return loss, batch
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (TOKENS, 8, "action tokens must be finite, at least 0, at most 7, got 8"),
+        (LOG_PROBS, torch.nan, "sample_log_prob must be finite, at most 0.001, got nan"),
+        (LOG_PROBS, -torch.inf, "sample_log_prob must be .* got -inf"),
+        ("proximal_log_prob", torch.nan, "proximal_log_prob must be .* got nan"),
+        ("ref_log_prob", 1.0, "ref_log_prob must be .* got 1"),
+        ("advantage", torch.inf, "advantage must be .* at most 1e\\+06, got inf"),
+        ("advantage", 1e30, "advantage must be .* got 1e\\+30"),
+        ("weight", -1.0, "weight must be finite, at least 0, .* got -1"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name_and_row(key, value, message):
+    loss, batch = make_full_batch(make_policy())
+    batch.get(key)[[2, 4]] = value
+    with pytest.raises(ValueError, match=f"{message} in 2 of 6 rows, first in row 2, group_id 42"):
+        loss(batch)
+
+
+def test_a_token_that_the_policy_forbids_and_what_has_no_rows():
+    policy = make_policy()
+    loss, batch = make_full_batch(policy)
+    for normaliser in (math.nan, -1.0):
+        with pytest.raises(ValueError, match="normaliser must be finite, at least 0, got .*loss.n"):
+            loss(batch, normaliser=normaliser)
+    loss.entropy_coeff = math.nan
+    with pytest.raises(ValueError, match="loss_entropy must be finite, got nan. Are coefficients"):
+        loss(batch)
+    loss.check_finite = False
+    assert loss(batch)["loss_entropy"].isnan()
+    mask = torch.ones(6, CHUNK, 2, 8, dtype=torch.bool)
+    batch["vla_action", "mask"] = mask.scatter_(-1, batch[TOKENS].unsqueeze(-1), False)
+    with pytest.raises(ValueError, match="of the policy must be .* -inf in 6 of 6 .*forbid"):
+        GRPOLoss(policy)(batch)
+
+
+@pytest.mark.parametrize(
+    ("key", "dtype", "message"),
+    [
+        ("advantage", torch.complex64, "advantage must hold real .* got torch.complex64"),
+        ("advantage", torch.int64, "advantage must hold real .* got torch.int64"),
+        (LOG_PROBS, torch.complex64, "sample_log_prob must hold real"),
+        ("weight", torch.int64, "weight must hold real"),
+        (TOKENS, torch.float32, "action must hold integers for a Categorical .* torch.float32"),
+        (TOKENS, torch.bool, "action must hold integers"),
+        ("policy_version", torch.float32, "policy_version must hold integers"),
+        ("action_is_pad", torch.uint8, "action_is_pad must be boolean"),
+        (("collector", "mask"), torch.float32, "must hold one boolean for each decision"),
+    ],
+)
+def test_wrong_dtypes(key, dtype, message):
+    loss, batch = make_full_batch(make_policy())
+    batch[key] = batch[key].to(dtype)
+    with pytest.raises(ValueError, match=message):
+        loss(batch)
+
+
+def test_empty_batches_and_distributions_that_would_broadcast(table):
+    policy, batch = table
+    with pytest.raises(ValueError, match=r"at least one token, got tokens \[0, 2, 1\]"):
+        GRPOLoss(policy)(batch[:0])
+    batch[TOKENS], batch[LOG_PROBS] = (batch[key].expand(2, 2, 3) for key in (TOKENS, LOG_PROBS))
+    with pytest.raises(ValueError, match=r"for each token, of shape \[2, 2, 3\], got \[2, 2, 1\]"):
+        GRPOLoss(policy)(batch)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_whatever_is_in_range_gives_finite_losses_and_gradients(data):
+    extreme = st.floats(-1e4, 1e4, width=32)
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    policy, reference = TablePolicy([0.5, 0.25, 0.25]).to(dtype), TablePolicy([0.2, 0.2, 0.6])
+    policy.logits.data[:2] = torch.tensor(data.draw(st.tuples(extreme, extreme)))
+    policy.logits.data[2] = data.draw(extreme | st.just(-torch.inf))
+    reference.logits.data[:] = torch.tensor(data.draw(st.tuples(extreme, extreme, extreme)))
+    log_probs = data.draw(st.lists(st.floats(-(2.0**126), 0, width=32), min_size=4, max_size=4))
+    vla_action = {"tokens": torch.tensor(data.draw(st.tuples(*[st.integers(0, 1)] * 4)))}
+    vla_action |= {"log_probs": torch.tensor(log_probs).to(dtype)}
+    batch = TensorDict(
+        {
+            "observation": torch.zeros(2, 1),
+            "vla_action": {key: value.reshape(2, 2, 1) for key, value in vla_action.items()},
+            "advantage": torch.tensor(data.draw(st.tuples(*[st.floats(-1e6, 1e6)] * 2)))[:, None],
+        },
+        [2],
+    )
+    loss = GRPOLoss(
+        policy,
+        dual_clip=data.draw(st.sampled_from([None, 3.0])),
+        ratio_level=data.draw(st.sampled_from(LEVELS)),
+        reduction=data.draw(st.sampled_from([*REDUCTIONS, "sum"])),
+        kl_estimator=data.draw(st.sampled_from(["k2", "k3", "exact"])),
+        entropy_coeff=10.0,
+        kl_to_ref_coeff=10.0,
+        reference_network=reference,
+    )
+    out = loss(batch)
+    sum(value for key, value in out.items() if key.startswith("loss_")).backward()
+    assert all(bool(value.isfinite()) for value in out.values())
+    assert bool(policy.logits.grad.isfinite().all())
+
+
+# -- train and eval mode ---------------------------------------------------------------------------
+class LayerPolicy(TablePolicy):
+    """A table whose logits go through a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__([0.5, 0.25, 0.25])
+        self.layer = layer
+
+    def get_dist(self, tensordict):
+        logits = super().get_dist(tensordict).logits
+        return d.Categorical(logits=self.layer(logits.flatten(0, 2)).view_as(logits))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        # on equal rows a batch norm in training mode gives 1/3 to every token: log 3/2, 2 log 4/3
+        (nn.BatchNorm1d(3, momentum=0.0), r"of 0\.33 .* version 0.*eval\(\).* \(BatchNorm1d\)"),
+        (nn.Dropout(0.5), r"layer \(Dropout\)"),
+    ],
+)
+def test_another_mode_than_the_inference_lanes_is_told_once(table, layer, message):
+    torch.manual_seed(0)
+    batch, policy = table[1], LayerPolicy(layer)
+    batch["policy_version"] = torch.tensor([[0], [0]])
+    # as the lane writes them, in eval mode
+    batch[LOG_PROBS] = torch.tensor([[[0.5], [0.25]], [[0.25], [0.25]]]).log()
+    loss = GRPOLoss(policy)
+    with pytest.warns(UserWarning, match=message):
+        assert loss(batch)["log_prob_difference"].item() > 1e-3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(batch)
+        GRPOLoss(policy)(batch.set("policy_version", torch.tensor([[3], [4]])))  # others may differ
+        loss = GRPOLoss(policy.eval())
+        loss.version = 3
+        loss(batch)
+        policy.train()
+        loss(batch)  # where an optimiser step would have come between
+    loss.version = 4  # published
+    with pytest.warns(UserWarning, match="at version 4"):
+        loss(batch)
+
+
 # -- as a LossModule -------------------------------------------------------------------------------
+def test_coefficients_may_be_set_at_any_time(table):
+    policy, batch = table
+    batch["ref_log_prob"] = torch.tensor([[[0.25], [0.25]], [[0.5], [0.9]]]).log()
+    loss = GRPOLoss(policy)
+    assert loss(batch)["loss_entropy"].item() == 0.0
+    loss.entropy_coeff, loss.kl_to_ref_coeff, loss.clip_epsilon = 0.5, 0.5, (0.1, 0.5)
+    out = loss(batch)
+    assert set(out.keys()) == set(loss.out_keys)
+    assert "ref_log_prob" in loss.in_keys
+    assert out["loss_entropy"].item() == pytest.approx(-0.5 * 1.5 * math.log(2), rel=1e-5)
+    assert out["loss_kl"].item() == pytest.approx(0.5 * 0.5 / 3, rel=1e-5)  # as by hand above
+    assert out["loss_objective"].item() == pytest.approx(-(1.5 + 0.5 - 2) / 3, abs=1e-6)
+    loss.load_state_dict(GRPOLoss(policy, entropy_coeff=0.25).state_dict())
+    assert loss(batch)["loss_entropy"].item() == pytest.approx(-0.25 * 1.5 * math.log(2), rel=1e-5)
+    with pytest.raises(ValueError, match="0 <= low < 1"):
+        loss.clip_epsilon = 1.5
+
+
+def test_networks_of_a_loss_module():
+    policy = make_policy()
+    loss = GRPOLoss(policy, kl_to_ref_coeff=0.1, reference_network=copy.deepcopy(policy))
+    other = copy.deepcopy(loss.get_stateful_net("actor_network"))
+    drift(other)
+    loss.from_stateful_net("actor_network", other)
+    torch.testing.assert_close(list(policy.parameters()), list(other.parameters()))
+    loss.reset_parameters_recursive()
+    assert any((a != b).any() for a, b in zip(policy.parameters(), other.parameters(), strict=True))
+    with pytest.raises(NotImplementedError, match="without a value estimator.*group_advantage"):
+        loss.make_value_estimator()
+
+    batch, params = make_batch(policy), TensorDict.from_module(loss).data
+
+    def objective(params):
+        with params.to_module(loss):
+            return loss(batch)["loss_objective"]
+
+    drift(policy)
+    found = torch.vmap(objective)(torch.stack([params, params.clone()]))
+    torch.testing.assert_close(found, loss(batch)["loss_objective"].detach().expand(2))
+
+
 def test_only_the_actor_is_trained():
     policy = make_policy()
     reference = copy.deepcopy(policy)
@@ -517,13 +727,15 @@ def test_wrong_shapes():
         ({"clip_epsilon": 1.0}, "0 <= low < 1"),
         ({"clip_epsilon": (0.2, -0.1)}, "high >= 0"),
         ({"dual_clip": 1.2}, "dual_clip must be greater than 1"),
+        ({"dual_clip": math.inf}, "dual_clip must be greater than 1"),
         ({"behavior_weight_cap": 0.5}, "behavior_weight_cap must be at least 1"),
         ({"ratio_level": "word"}, "ratio_level must be one of"),
         ({"importance": "prox"}, "importance must be one of"),
         ({"reduction": "mean"}, "reduction must be one of"),
         ({"kl_estimator": "k1"}, "kl_estimator must be one of"),
         ({"kl_to_ref_coeff": -1.0}, "kl_to_ref_coeff must not be negative"),
-        ({"kl_to_ref_coeff": 0.1, "kl_estimator": "exact"}, "without a reference_network"),
+        ({"kl_to_ref_coeff": math.nan}, "kl_to_ref_coeff must not be negative"),
+        ({"kl_estimator": "exact"}, "without a reference_network"),
     ],
 )
 def test_options_out_of_range(options, message):

@@ -35,7 +35,7 @@ __all__ = [
 NoSignalPolicy = Literal["warn", "keep", "raise"]
 
 #: Returns that differ by at most this, relative to the largest of them or to 1, count as equal.
-_RETURN_TOLERANCE = 1e-6
+_RETURN_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import dispatch
+from tensordict.nn import TensorDictModuleBase, dispatch
 from torchrl.objectives import BCLoss
 
 from torchrl_dvla.data.schema import ACTION_IS_PAD_KEY, ACTION_TOKENS_KEY
+from torchrl_dvla.functional import executed_mask
+from torchrl_dvla.objectives.validation import check_ranges, log_prob_of
 
 __all__ = ["ActionTokenBCLoss"]
 
@@ -31,6 +35,9 @@ class ActionTokenBCLoss(BCLoss):
     Keyword Args:
         reduction (str, optional): ``"mean"`` (default), ``"sum"`` or ``"none"``, over the tokens of
             unpadded env steps.
+        check_finite (bool): refuse tokens outside of the vocabulary, and log-probabilities that are
+            not finite. Not done inside of ``torch.compile`` and ``torch.vmap``. Defaults to
+            ``True``.
 
     Returns:
         A tensordict with ``"loss_bc"``, the loss, and ``"accuracy"``, the share of tokens whose
@@ -79,6 +86,16 @@ class ActionTokenBCLoss(BCLoss):
     default_keys = _AcceptedKeys
     out_keys = ["loss_bc", "accuracy"]
 
+    def __init__(
+        self,
+        actor_network: TensorDictModuleBase,
+        *,
+        reduction: Literal["mean", "sum", "none"] | None = None,
+        check_finite: bool = True,
+    ) -> None:
+        super().__init__(actor_network, reduction=reduction)
+        self.check_finite = check_finite
+
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Compute the loss of a batch of expert decisions.
@@ -90,21 +107,20 @@ class ActionTokenBCLoss(BCLoss):
             TensorDict with ``"loss_bc"`` and ``"accuracy"``.
 
         Raises:
-            ValueError: if the policy's log-probabilities are not token-level.
+            ValueError: if the policy's log-probabilities are not token-level, or values are out of
+                range (see *check_finite*).
         """
         tokens = tensordict.get(self.tensor_keys.action)
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
             dist = self.actor_network.get_dist(tensordict)
-        log_prob = dist.log_prob(tokens)
-        if log_prob.shape != tokens.shape:
-            raise ValueError(
-                "actor_network must have token-level log-probabilities of the tokens' shape "
-                f"{tuple(tokens.shape)}, got {tuple(log_prob.shape)}. "
-                'Build the policy with log_probs_mode="token".'
-            )
         pad_key = self.tensor_keys.pad_mask
         pad = None if pad_key is None else tensordict.get(pad_key, None)
-        valid = None if pad is None else ~pad
+        if pad is None:
+            pad = torch.zeros(tokens.shape[:-1], dtype=torch.bool, device=tokens.device)
+        valid = executed_mask(pad, tokens.shape[-1])
+        log_prob, ranges = log_prob_of(tokens, dist, valid, check=self.check_finite)
+        if self.check_finite:
+            check_ranges(ranges, tensordict, tokens.shape[:-2].numel())
         hit = (dist.mode == tokens).to(log_prob.dtype)
         out = TensorDict(
             {

@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
@@ -16,15 +18,32 @@ from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import distributions as d
 from torch import nn
 from torchrl.objectives.common import LossModule
+from torchrl.objectives.utils import RANDOM_MODULE_LIST
 
 from torchrl_dvla import functional as F
 from torchrl_dvla.data import schema
+from torchrl_dvla.objectives.validation import (
+    FINITE,
+    INTEGERS,
+    Range,
+    can_check,
+    check_ranges,
+    log_prob_of,
+)
 
 __all__ = ["GRPOLoss"]
 
 RatioLevel = Literal["token", "sequence", "sequence_mean"]
 Importance = Literal["behavior", "decoupled"]
 KLEstimator = Literal["k2", "k3", "exact"]
+
+#: Largest magnitude of advantages and weights. With log-ratios within their bound, losses and
+#: gradients are then finite in float32 and bfloat16.
+_LARGEST = 1e6
+#: Logits below it count as it, so that the product with a probability of zero is zero.
+_LEAST_LOGIT = -200.0
+#: Mean difference of log-probabilities up to which two runs of one policy agree; 1e-3 in float32.
+_AGREEMENT = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 #: Who writes what the loss reads, for the error of an entry that is missing.
 _WRITERS = {
@@ -57,6 +76,10 @@ class GRPOLoss(LossModule):
     were never executed because the episode ended inside the chunk. The actor runs once per call.
     Log-ratios are clamped (:data:`~torchrl_dvla.functional.LOG_RATIO_BOUND`): no ratio overflows.
 
+    In the first forward of each version, decisions of that version must get the log-probabilities
+    that the inference lane gave them, whose policy is in eval mode. If they do not, a warning names
+    the modules to blame: call ``policy.eval()`` before the loop.
+
     Gradient accumulation: give every micro-batch the normaliser of the whole batch, and their
     losses and gradients sum to those of the whole batch::
 
@@ -84,21 +107,26 @@ class GRPOLoss(LossModule):
         behavior_weight_cap (float, optional): bound of that weight. Defaults to ``5.0``.
         reduction (str): ``"token_mean"``, ``"sequence_mean"``, ``"fixed_length"``, ``"sum"`` or
             ``"none"``. Defaults to ``"token_mean"``.
-        entropy_coeff (float): weight of the entropy bonus; ``0`` writes no ``loss_entropy``.
-            Defaults to ``0.0``.
+        entropy_coeff (float): weight of the entropy bonus. Defaults to ``0.0``.
         kl_to_ref_coeff (float, optional): weight of the divergence from a reference policy;
-            ``None`` writes no ``loss_kl``.
+            ``None`` writes no ``loss_kl``. Like *clip_epsilon*, *dual_clip* and *entropy_coeff* it
+            is an attribute that may be set at any time.
         kl_estimator (str): ``"k3"``, ``"k2"`` (from the sampled tokens) or ``"exact"`` (sum over
             the vocabulary; needs *reference_network*). Defaults to ``"k3"``.
         reference_network (TensorDictModuleBase, optional): frozen reference policy. Without it,
             the reference's log-probabilities are read from the batch.
+        check_finite (bool): refuse tokens outside of the vocabulary, log-probabilities that are not
+            finite or (of tokens) positive, advantages and weights that are not finite or above 1e6
+            in magnitude, and losses that are not finite. Not done inside of ``torch.compile`` and
+            ``torch.vmap``. Defaults to ``True``.
 
     The output holds ``loss_objective``, ``loss_entropy`` and ``loss_kl`` (if enabled) and,
     detached: ``kl_approx`` (k3 estimate of the divergence from the behaviour policy),
-    ``clip_fraction`` (ratios outside of the clip range), ``entropy``, ``ESS`` (share of effective
-    samples), ``max_ratio``, ``advantage_mean``, ``advantage_std``, ``kl_to_ref`` (if enabled) and
-    ``behavior_weight`` (mean; decoupled only). Once ``loss.version`` is set to the learner's
-    version and the batch carries ``policy_version``, also ``policy_lag_mean``, ``policy_lag_max``.
+    ``log_prob_difference`` (mean magnitude of the log-ratio to it), ``clip_fraction`` (ratios
+    outside of the clip range), ``entropy``, ``ESS`` (share of effective samples), ``max_ratio``,
+    ``advantage_mean``, ``advantage_std``, ``kl_to_ref`` (if enabled) and ``behavior_weight`` (mean;
+    decoupled only). Once ``loss.version`` is set to the learner's version and the batch carries
+    ``policy_version``, also ``policy_lag_mean``, ``policy_lag_max``.
 
     Raises:
         ValueError: for an actor without token distribution, or an option out of range.
@@ -182,6 +210,7 @@ class GRPOLoss(LossModule):
         kl_to_ref_coeff: float | None = None,
         kl_estimator: KLEstimator = "k3",
         reference_network: TensorDictModuleBase | None = None,
+        check_finite: bool = True,
     ) -> None:
         _check_actor(actor_network)
         clip_low, clip_high = _check_clip(clip_epsilon, dual_clip, behavior_weight_cap)
@@ -206,16 +235,32 @@ class GRPOLoss(LossModule):
         self.behavior_weight_cap = behavior_weight_cap
         self.reduction = reduction
         self.kl_estimator = kl_estimator
-        self._use_entropy = entropy_coeff != 0
-        self._use_kl = kl_to_ref_coeff is not None
+        self.check_finite = check_finite
+        self._compared_version: int | None = -1
         device = next((p.device for p in self.parameters()), None)
         for name, value in (
             ("clip_epsilon_low", clip_low),
             ("clip_epsilon_high", clip_high),
             ("entropy_coeff", entropy_coeff),
-            ("kl_to_ref_coeff", kl_to_ref_coeff or 0.0),
+            ("kl_to_ref_coeff", kl_to_ref_coeff),
         ):
-            self.register_buffer(name, torch.tensor(float(value), device=device))
+            self.register_coeff_buffer(name, value, device=device, dtype=torch.float32)
+
+    @property
+    def clip_epsilon(self) -> Any:
+        """Clip range ``(low, high)``; may be set to a number or a pair."""
+        return self.clip_epsilon_low, self.clip_epsilon_high
+
+    @clip_epsilon.setter
+    def clip_epsilon(self, value: Any) -> None:
+        self.clip_epsilon_low, self.clip_epsilon_high = _check_clip(value, self.dual_clip, None)
+
+    def make_value_estimator(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: there is no critic whose value could be estimated."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must be used without a value estimator. Its advantages come "
+            "from groups: torchrl_dvla.functional.group_advantage."
+        )
 
     # -- keys ------------------------------------------------------------------------------------
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
@@ -224,18 +269,18 @@ class GRPOLoss(LossModule):
     @property
     def in_keys(self) -> list[NestedKey]:
         """Entries that are read, optional ones included."""
-        if self._in_keys is None:
-            keys = self.tensor_keys
-            wanted = [keys.action, keys.sample_log_prob, keys.advantage, keys.pad_mask]
-            wanted.append(keys.policy_version)
-            if self.importance == "decoupled":
-                wanted.append(keys.proximal_log_prob)
-            if self._use_kl and self.reference_network is None:
-                wanted.append(keys.ref_log_prob)
-            if keys.weight is not None:
-                wanted.append(keys.weight)
-            self._in_keys = list(dict.fromkeys([*self.actor_network.in_keys, *wanted]))
-        return self._in_keys
+        if self._in_keys is not None:
+            return self._in_keys
+        keys = self.tensor_keys
+        wanted = [keys.action, keys.sample_log_prob, keys.advantage, keys.pad_mask]
+        wanted.append(keys.policy_version)
+        if self.importance == "decoupled":
+            wanted.append(keys.proximal_log_prob)
+        if self.kl_to_ref_coeff is not None and self.reference_network is None:
+            wanted.append(keys.ref_log_prob)
+        if keys.weight is not None:
+            wanted.append(keys.weight)
+        return list(dict.fromkeys([*self.actor_network.in_keys, *wanted]))
 
     @in_keys.setter
     def in_keys(self, values: list[NestedKey]) -> None:
@@ -244,14 +289,13 @@ class GRPOLoss(LossModule):
     @property
     def out_keys(self) -> list[NestedKey]:
         """Entries that are always written."""
-        if self._out_keys is None:
-            self._out_keys = ["loss_objective"]
-            self._out_keys += ["loss_entropy"] if self._use_entropy else []
-            self._out_keys += ["loss_kl", "kl_to_ref"] if self._use_kl else []
-            self._out_keys += ["behavior_weight"] if self.importance == "decoupled" else []
-            self._out_keys += ["kl_approx", "clip_fraction", "entropy", "ESS", "max_ratio"]
-            self._out_keys += ["advantage_mean", "advantage_std"]
-        return self._out_keys
+        if self._out_keys is not None:
+            return self._out_keys
+        keys: list[NestedKey] = ["loss_objective", "loss_entropy"]
+        keys += ["loss_kl", "kl_to_ref"] if self.kl_to_ref_coeff is not None else []
+        keys += ["behavior_weight"] if self.importance == "decoupled" else []
+        keys += ["kl_approx", "log_prob_difference", "clip_fraction", "entropy", "ESS", "max_ratio"]
+        return [*keys, "advantage_mean", "advantage_std"]
 
     @out_keys.setter
     def out_keys(self, values: list[NestedKey]) -> None:
@@ -278,22 +322,37 @@ class GRPOLoss(LossModule):
 
         Raises:
             KeyError: if an entry is missing.
-            ValueError: if shapes do not fit together.
+            ValueError: if shapes or dtypes do not fit together, or values are out of range (see
+                *check_finite*).
         """
         tokens = self._get(tensordict, "action")
         behavior = self._get(tensordict, "sample_log_prob")
         advantage = self._get(tensordict, "advantage")
-        _check_shapes(tokens, behavior, advantage)
+        version = tensordict.get(self.tensor_keys.policy_version, None)
+        _check_layout(tokens, behavior, advantage, version)
         mask = self._mask(tensordict, tokens)
         dist = self._dist(tensordict, self.actor_network, self.actor_network_params)
-        log_prob = dist.log_prob(tokens)
+        log_prob, ranges = log_prob_of(tokens, dist, mask, check=self.check_finite)
+        highest = ranges[-1].high
 
-        token_log_ratio = _masked_log_ratio(log_prob, behavior, mask)
+        def masked(name: str, value: torch.Tensor) -> torch.Tensor:
+            value = value.masked_fill(~mask, 0.0)  # whatever the padding holds
+            remedy = "Is it the logarithm of a probability, of a policy with finite weights?"
+            ranges.append(Range(name, value, -FINITE, highest, remedy))
+            return value
+
+        behavior = masked("sample_log_prob", behavior)
+        token_log_ratio = F.log_ratio(log_prob, behavior)
         behavior_log_ratio = self._to_level(token_log_ratio, mask)
         level_mask = self._level_mask(mask)
         row_weight = self._row_weight(tensordict)
         total = self.normaliser(tensordict) if normaliser is None else normaliser
         total = torch.as_tensor(total, dtype=torch.get_default_dtype(), device=tokens.device)
+        remedy = "Are the rewards finite, and the advantages normalised?"
+        ranges.append(Range("advantage", advantage, -_LARGEST, _LARGEST, remedy))
+        if row_weight is not None:
+            ranges.append(Range("weight", row_weight, 0.0, _LARGEST, "Clamp or normalise it."))
+        ranges.append(Range("normaliser", total, 0.0, FINITE, "Take it from loss.normaliser()."))
         total = torch.where(total > 0, total, torch.ones_like(total))
 
         def reduce(values: torch.Tensor) -> torch.Tensor:
@@ -306,9 +365,10 @@ class GRPOLoss(LossModule):
         out: dict[str, torch.Tensor] = {}
         trust_log_ratio, weight = behavior_log_ratio, None
         if self.importance == "decoupled":
-            proximal = self._get(tensordict, "proximal_log_prob")
-            trust_log_ratio = self._to_level(_masked_log_ratio(log_prob, proximal, mask), mask)
-            proximal_log_ratio = self._to_level(_masked_log_ratio(proximal, behavior, mask), mask)
+            proximal = self._get(tensordict, "proximal_log_prob", tokens.shape)
+            proximal = masked("proximal_log_prob", proximal)
+            trust_log_ratio = self._to_level(F.log_ratio(log_prob, proximal), mask)
+            proximal_log_ratio = self._to_level(F.log_ratio(proximal, behavior), mask)
             weight = F.behavior_weight(proximal_log_ratio, cap=self.behavior_weight_cap)
             out["behavior_weight"] = F.masked_mean(weight, level_mask)
         gain = F.clipped_surrogate(
@@ -320,15 +380,27 @@ class GRPOLoss(LossModule):
         )
         out["loss_objective"] = -reduce(gain if weight is None else weight * gain)
 
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._use_entropy):
-            entropy = dist.entropy()
+        # A weight of zero needs no gradient; on an accelerator, to ask would be to wait.
+        is_zero = self.entropy_coeff.device.type == "cpu" and can_check() and not self.entropy_coeff
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_zero):
+            entropy = _entropy(dist)
         out["entropy"] = F.masked_mean(entropy.detach(), mask)
-        if self._use_entropy:
-            out["loss_entropy"] = -self.entropy_coeff * reduce(self._level_mean(entropy, mask))
-        if self._use_kl:
-            kl = self._kl_to_ref(tensordict, dist, log_prob, tokens, mask)
+        out["loss_entropy"] = -self.entropy_coeff * reduce(self._level_mean(entropy, mask))
+        if self.kl_to_ref_coeff is not None:
+            ref = self._reference(tensordict, tokens, mask)
+            if isinstance(ref, d.Distribution):
+                kl = _exact_kl(dist, ref)
+            else:  # the estimators want log p - log q for tokens drawn from q, the learner's policy
+                log_ratio = -F.log_ratio(log_prob, masked("ref_log_prob", ref))
+                kl = F.kl_k2(log_ratio) if self.kl_estimator == "k2" else F.kl_k3(log_ratio)
             out["kl_to_ref"] = F.masked_mean(kl.detach(), mask)
             out["loss_kl"] = self.kl_to_ref_coeff * reduce(self._level_mean(kl, mask))
+        if self.check_finite:
+            remedy = "Are coefficients and normaliser of a usual size?"
+            losses = [(key, out[key]) for key in out if key.startswith("loss_")]
+            ranges += [Range(key, value, -FINITE, FINITE, remedy) for key, value in losses]
+            check_ranges(ranges, tensordict, advantage.numel())
+            self._compare_log_probs(token_log_ratio.detach().abs(), mask, version)
 
         with torch.no_grad():
             outside = F.outside_clip(
@@ -336,11 +408,14 @@ class GRPOLoss(LossModule):
             )
             out["clip_fraction"] = F.masked_mean(outside.to(log_prob.dtype), level_mask)
             out["kl_approx"] = F.masked_mean(F.kl_k3(token_log_ratio), mask)
+            out["log_prob_difference"] = F.masked_mean(token_log_ratio.abs(), mask)
             out["ESS"] = F.effective_sample_size(behavior_log_ratio, level_mask)
             out["max_ratio"] = behavior_log_ratio.masked_fill(~level_mask, -torch.inf).amax().exp()
             out["advantage_mean"] = advantage.mean()
             out["advantage_std"] = advantage.std(correction=0)
-            out.update(self._policy_lag(tensordict))
+            if self.version is not None and version is not None:
+                lag = (self.version - version).float()
+                out |= {"policy_lag_mean": lag.mean(), "policy_lag_max": lag.max()}
         td_out = TensorDict(out)
         self._clear_weakrefs(tensordict, td_out, "actor_network_params", "reference_network_params")
         return td_out
@@ -379,13 +454,22 @@ class GRPOLoss(LossModule):
         return F.masked_mean(values, mask, dim=(-2, -1))[..., None, None]
 
     # -- reading a batch -------------------------------------------------------------------------
-    def _get(self, tensordict: TensorDictBase, name: str) -> torch.Tensor:
+    def _get(
+        self, tensordict: TensorDictBase, name: str, shape: Sequence[int] | None = None
+    ) -> torch.Tensor:
         key = getattr(self.tensor_keys, name)
         value = tensordict.get(key, None)
         if value is None:
             raise KeyError(
                 f"the batch must hold {name} under {key!r}, got {_leaves(tensordict)}. "
                 f"{_WRITERS[name]}."
+            )
+        is_real = value.is_floating_point() or name == "action"
+        if not is_real or (shape is not None and value.shape != shape):
+            of_shape = "" if shape is None else f" of shape {list(shape)}"
+            raise ValueError(
+                f"{name} must hold real floating-point numbers{of_shape}, got {value.dtype} "
+                f"{list(value.shape)}. {_WRITERS[name]}."
             )
         return value
 
@@ -405,22 +489,46 @@ class GRPOLoss(LossModule):
         # Padding that TorchRL's own samplers leave behind, see LossModule.loss_mask_key.
         for key in self._loss_mask_keys():
             valid = tensordict.get(key, None)
-            if valid is not None:
-                valid = valid.reshape(*tokens.shape[:-2], 1, 1)
-                mask = mask & valid
+            if valid is None:
+                continue
+            if valid.dtype != torch.bool or valid.numel() != tokens.shape[:-2].numel():
+                raise ValueError(
+                    f"{key!r} must hold one boolean for each decision, got {valid.dtype} "
+                    f"{list(valid.shape)}. True marks those that count; see loss.loss_mask_key."
+                )
+            mask = mask & valid.reshape(*tokens.shape[:-2], 1, 1)
         return mask
 
     def _row_weight(self, tensordict: TensorDictBase) -> torch.Tensor | None:
         if self.tensor_keys.weight is None:
             return None
-        return self._get(tensordict, "weight").unsqueeze(-1)
+        batch_shape = self._get(tensordict, "action").shape[:-2]
+        return self._get(tensordict, "weight", (*batch_shape, 1)).unsqueeze(-1)
 
-    def _policy_lag(self, tensordict: TensorDictBase) -> dict[str, torch.Tensor]:
-        stamped = tensordict.get(self.tensor_keys.policy_version, None)
-        if self.version is None or stamped is None:
-            return {}
-        lag = (self.version - stamped).float()
-        return {"policy_lag_mean": lag.mean(), "policy_lag_max": lag.max()}
+    def _compare_log_probs(
+        self, difference: torch.Tensor, mask: torch.Tensor, stamped: torch.Tensor | None
+    ) -> None:
+        """Warn, once, if this is not the policy that took the decisions of the same version."""
+        version = self.version or 0  # which is where a learner begins
+        if self._compared_version in (None, version) or stamped is None or not can_check():
+            return
+        self._compared_version = version  # later in this version, optimiser steps come between
+        found = F.masked_mean(difference, mask & (stamped == version).unsqueeze(-1)).item()
+        dtypes = {value.dtype for value in self.actor_network_params.values(True, True)}
+        allowed = max(_AGREEMENT.get(dtype, 1e-3) for dtype in dtypes)
+        if found <= allowed:
+            return
+        self._compared_version = None
+        modules = self.actor_network.named_modules()
+        in_training = [f"{k} ({type(m).__name__})" for k, m in modules if _depends_on_mode(m)]
+        warnings.warn(
+            "the policy must give decisions of its own version the log-probabilities that they "
+            f"were sampled with, got a mean difference of {found:.2g} (up to {allowed:g} is "
+            f"rounding) at version {version}. Call policy.eval() before the loop (in training: "
+            f"{', '.join(in_training) or 'no module that depends on it'}), and compare dtype, "
+            "temperature, tokenizer and image processing with those of the inference lane.",
+            stacklevel=2,
+        )
 
     # -- running a policy ------------------------------------------------------------------------
     def _dist(
@@ -463,43 +571,52 @@ class GRPOLoss(LossModule):
         Returns:
             TensorDictBase: *tensordict*, with ``proximal_log_prob`` ``[*B, chunk, A]``.
         """
+        tokens = self._get(tensordict, "action")
+        mask = self._mask(tensordict, tokens)
         dist = self._dist(tensordict, self.actor_network, self.actor_network_params)
-        log_prob = dist.log_prob(self._get(tensordict, "action"))
+        # Tokens outside of the vocabulary are reported by forward, with the other entries.
+        log_prob, _ = log_prob_of(tokens, dist, mask, check=self.check_finite)
         return tensordict.set(self.tensor_keys.proximal_log_prob, log_prob)
 
-    def _kl_to_ref(
-        self,
-        tensordict: TensorDictBase,
-        dist: d.Distribution,
-        log_prob: torch.Tensor,
-        tokens: torch.Tensor,
-        mask: torch.Tensor,
-    ) -> torch.Tensor:
-        """Divergence of the learner's policy from the reference ``[*B, chunk, A]``."""
+    @torch.no_grad()
+    def _reference(
+        self, tensordict: TensorDictBase, tokens: torch.Tensor, mask: torch.Tensor
+    ) -> d.Distribution | torch.Tensor:
+        """The reference's distribution if it is needed, or log-probs ``[*B, chunk, A]``."""
         if self.reference_network is None:
-            ref_log_prob = self._get(tensordict, "ref_log_prob")
-        else:
-            with torch.no_grad():
-                ref_dist = self._dist(
-                    tensordict, self.reference_network, self.reference_network_params
-                )
-            if self.kl_estimator == "exact":
-                return d.kl_divergence(dist, ref_dist)
-            ref_log_prob = ref_dist.log_prob(tokens)
-        # The estimators want log p - log q for tokens drawn from q, the learner's policy.
-        log_ratio = -_masked_log_ratio(log_prob, ref_log_prob, mask)
-        return F.kl_k2(log_ratio) if self.kl_estimator == "k2" else F.kl_k3(log_ratio)
+            return self._get(tensordict, "ref_log_prob", tokens.shape)
+        dist = self._dist(tensordict, self.reference_network, self.reference_network_params)
+        if self.kl_estimator == "exact":
+            return dist
+        return log_prob_of(tokens, dist, mask, check=self.check_finite)[0]
 
 
 def _leaves(tensordict: TensorDictBase) -> list[NestedKey]:
     return list(tensordict.keys(include_nested=True, leaves_only=True))
 
 
-def _masked_log_ratio(
-    log_prob: torch.Tensor, other: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """Log-ratios ``[*B, chunk, A]``; zero where masked, whatever the padding holds."""
-    return F.log_ratio(log_prob.masked_fill(~mask, 0.0), other.masked_fill(~mask, 0.0))
+def _entropy(dist: d.Distribution) -> torch.Tensor:
+    """Entropy ``[*B, chunk, A]``; torch clamps at -3e38, which can overflow the gradient."""
+    if not isinstance(dist, d.Categorical):
+        return dist.entropy()
+    return -(dist.probs * dist.logits.clamp_min(_LEAST_LOGIT)).sum(-1)
+
+
+def _exact_kl(dist: d.Distribution, ref: d.Distribution) -> torch.Tensor:
+    """Divergence ``[*B, chunk, A]``, with clamped log-ratios: no category makes it infinite."""
+    if not isinstance(dist, d.Categorical) or not isinstance(ref, d.Categorical):
+        return d.kl_divergence(dist, ref)
+    ours, theirs = (x.logits.clamp_min(_LEAST_LOGIT) for x in (dist, ref))
+    return (dist.probs * F.log_ratio(ours, theirs)).sum(-1)
+
+
+def _depends_on_mode(module: nn.Module) -> bool:
+    """Whether a module is in training mode and computes something else in it."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.training
+    name = "p" if isinstance(module, RANDOM_MODULE_LIST) else "dropout"  # of recurrent layers, too
+    share = getattr(module, name, 0.0)
+    return module.training and isinstance(share, float) and share > 0
 
 
 # -- refusals, so that a bad argument ends a run before it starts ----------------------------------
@@ -545,7 +662,7 @@ def _check_clip(
             f"clip_epsilon must satisfy 0 <= low < 1 and high >= 0, got ({low}, {high}). Ratios "
             "are clipped to [1 - low, 1 + high] and are never negative."
         )
-    if dual_clip is not None and not dual_clip > 1 + high:
+    if dual_clip is not None and not 1 + high < dual_clip < math.inf:
         raise ValueError(
             f"dual_clip must be greater than 1 + high = {1 + high}, got {dual_clip}. A bound "
             "inside of the clip range would silence fresh samples; 3.0 is usual."
@@ -565,13 +682,13 @@ def _check_reference(
     kl_estimator: str,
 ) -> None:
     """Refuse a reference that is unused, missing, or the trained policy itself."""
-    if kl_to_ref_coeff is not None and not kl_to_ref_coeff >= 0:
+    if kl_to_ref_coeff is not None and not 0 <= kl_to_ref_coeff < math.inf:
         raise ValueError(
-            f"kl_to_ref_coeff must not be negative, got {kl_to_ref_coeff}. A negative weight would "
-            "drive the policy away from its reference."
+            f"kl_to_ref_coeff must not be negative or infinite, got {kl_to_ref_coeff}. A negative "
+            "weight would drive the policy away from its reference."
         )
     if reference_network is None:
-        if kl_to_ref_coeff is not None and kl_estimator == "exact":
+        if kl_estimator == "exact":
             raise ValueError(
                 "kl_estimator must be 'k2' or 'k3' without a reference_network, got 'exact'. The "
                 "log-probabilities of the sampled tokens do not hold the whole distribution."
@@ -580,7 +697,7 @@ def _check_reference(
     if kl_to_ref_coeff is None:
         raise ValueError(
             "reference_network must come with kl_to_ref_coeff, got None. Without a weight the "
-            "reference would be run for nothing."
+            "reference would be run for nothing; 0.0 keeps it for a schedule."
         )
     _check_actor(reference_network)
     trained = {p.data_ptr() for p in actor_network.parameters() if p.numel()}
@@ -592,8 +709,18 @@ def _check_reference(
         )
 
 
-def _check_shapes(tokens: torch.Tensor, log_prob: torch.Tensor, advantage: torch.Tensor) -> None:
-    """Refuse tokens ``[*B, chunk, A]`` with log-probabilities or advantages of another shape."""
+def _check_layout(
+    tokens: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantage: torch.Tensor,
+    version: torch.Tensor | None,
+) -> None:
+    """Refuse tokens ``[*B, chunk, A]`` with log-probs, advantages or versions of another shape."""
+    if not tokens.numel():
+        raise ValueError(
+            f"the batch must hold at least one token, got tokens {list(tokens.shape)}. Its loss "
+            "would be a mean over nothing."
+        )
     if tokens.ndim < 2 or log_prob.shape != tokens.shape:
         raise ValueError(
             "sample_log_prob must have the shape of the tokens [*B, chunk, A], got "
@@ -605,4 +732,9 @@ def _check_shapes(tokens: torch.Tensor, log_prob: torch.Tensor, advantage: torch
             f"advantage must have shape {[*tokens.shape[:-2], 1]}, one value per decision, got "
             f"{list(advantage.shape)}. A missing last dimension would pair every decision with "
             "every advantage: use advantage.unsqueeze(-1)."
+        )
+    if version is not None and (version.shape != advantage.shape or version.dtype not in INTEGERS):
+        raise ValueError(
+            f"policy_version must hold integers of shape {list(advantage.shape)}, got "
+            f"{version.dtype} {list(version.shape)}. The inference lane writes it."
         )
