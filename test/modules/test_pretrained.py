@@ -194,9 +194,9 @@ def test_config_survives_json(policy):
         (
             "image_size",
             (0, 32),
-            r"image_size must be a positive \(height, width\), got \(0, 32\)",
+            r"image_size must be at least 1, got \(0, 32\)",
         ),
-        ("num_cameras", 3, "num_cameras must be 1 or 2, got 3"),
+        ("num_cameras", 3, "num_cameras must be at most 2, got 3"),
         ("state_dim", -1, "state_dim must be at least 0, got -1"),
         ("dtype", "int8", "dtype must be one of"),
         ("backbone", {}, "must contain 'model_type'"),

@@ -291,7 +291,7 @@ def test_number_of_instructions(policy):
     [
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"temperature": -1.0}, "temperature must be positive"),
-        ({"temperature": float("nan")}, "temperature must be positive"),
+        ({"temperature": float("nan")}, "temperature must be a finite number"),
         ({"tokens_per_step": 4}, "must be a divisor of action_dim=6, got 4"),
     ],
 )

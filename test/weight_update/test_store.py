@@ -227,7 +227,7 @@ def test_a_narrow_transport_is_widened_by_the_reader() -> None:
 
 
 def test_bad_sizes() -> None:
-    with pytest.raises(ValueError, match="num_slots must be from 3"):
+    with pytest.raises(ValueError, match="num_slots must be at least 3"):
         WeightStore(nn.Linear(1, 1), num_slots=2)
     with pytest.raises(ValueError, match="max_readers"):
         WeightStore(nn.Linear(1, 1), max_readers=0)

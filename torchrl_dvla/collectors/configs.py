@@ -11,15 +11,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from torchrl_dvla.memory import parse_bytes
+from torchrl_dvla.validation import COUNT, DURATION, THREADS, Range, check_fields
 
 __all__ = ["InferenceConfig", "WorkerConfig"]
-
-
-def _require_positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}. Set it to 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ class WorkerConfig:
         start_method (str): how processes are started.
 
     Raises:
-        ValueError: for a number that is not positive.
+        ValueError: for a setting of another type or out of range.
     """
 
     num_workers: int = 2
@@ -68,21 +62,19 @@ class WorkerConfig:
     start_method: Literal["forkserver", "spawn"] = "forkserver"
 
     def __post_init__(self) -> None:
-        _require_positive(
+        timeouts = ("reset_timeout_s", "step_timeout_s", "start_timeout_s", "stop_timeout_s")
+        counts = ("num_workers", "envs_per_worker", "max_decisions")
+        failures = ("max_failures", "max_rollout_failures", "max_task_failures")
+        fork = "A forked copy of the learner's process would share its threads' locks."
+        check_fields(
             self,
-            *("num_workers", "envs_per_worker", "max_decisions", "num_threads"),
-            *("max_failures", "max_rollout_failures", "max_task_failures"),
-            *("reset_timeout_s", "step_timeout_s", "start_timeout_s", "stop_timeout_s"),
+            num_threads=THREADS,
+            start_method=Range(remedy=fork),
+            **dict.fromkeys(counts + failures, COUNT),
+            **dict.fromkeys(timeouts, DURATION),
         )
-        if self.max_rss_bytes is not None and parse_bytes(self.max_rss_bytes) <= 0:
-            raise ValueError(
-                f"max_rss_bytes must be positive, got {self.max_rss_bytes}. None sets no limit."
-            )
-        if self.start_method not in ("forkserver", "spawn"):
-            raise ValueError(
-                f"start_method must be 'forkserver' or 'spawn', got {self.start_method!r}. A "
-                "forked copy of the learner's process would share its threads' locks."
-            )
+        if self.max_rss_bytes is not None and parse_bytes(self.max_rss_bytes, "max_rss_bytes") == 0:
+            raise ValueError("max_rss_bytes must be positive, got 0. None sets no limit.")
 
 
 @dataclass(frozen=True)
@@ -109,7 +101,7 @@ class InferenceConfig:
     Sampled tokens are drawn from a seed of each policy call.
 
     Raises:
-        ValueError: for a number that is out of range.
+        ValueError: for a setting of another type or out of range.
     """
 
     max_batch_size: int | None = None
@@ -120,12 +112,14 @@ class InferenceConfig:
     deterministic: bool | None = None
 
     def __post_init__(self) -> None:
-        _require_positive(self, "max_batch_size", "num_threads", "timeout_s", "start_timeout_s")
-        if not self.max_wait_s >= 0:
-            raise ValueError(
-                f"max_wait_s must be at least 0, got {self.max_wait_s}. 0 calls the policy as soon "
-                "as it is free."
-            )
+        check_fields(
+            self,
+            max_batch_size=COUNT,
+            max_wait_s=Range(0, DURATION.most, remedy="0 calls the policy as soon as it is free."),
+            num_threads=THREADS,
+            timeout_s=DURATION,
+            start_timeout_s=DURATION,
+        )
 
     def is_deterministic(self, max_policy_lag: int) -> bool:
         """Whether the run works in lockstep.

@@ -23,6 +23,7 @@ from torchrl_dvla.data.schema import (
 from torchrl_dvla.envs.expert import ExpertConfig, ExpertScene, PickPlaceExpert
 from torchrl_dvla.envs.expert_grasp import FloatArray
 from torchrl_dvla.envs.libero_env import LiberoChunkEnv
+from torchrl_dvla.validation import COUNT, Range, check_fields
 
 __all__ = ["ActionNoise", "chunk_labels", "record_demonstration"]
 
@@ -49,6 +50,9 @@ class ActionNoise:
     push: float = 0.3
     push_steps: int = 6
     jitter: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_fields(self, push=Range(0), push_steps=COUNT, jitter=Range(0))
 
     def sequence(self, num_env_steps: int, rng: np.random.Generator) -> FloatArray:
         """Draw the noise of an episode.

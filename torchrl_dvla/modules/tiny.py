@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torchrl.data.vla import UniformActionTokenizer
 from torchrl.modules.vla import TinyVLA
+
+from torchrl_dvla.validation import COUNT, Range, check_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, SmolVLMConfig
@@ -108,6 +110,8 @@ class TinyBackboneConfig:
     scale_factor: int = 2
 
     def __post_init__(self) -> None:
+        sizes = dict.fromkeys((field.name for field in fields(self)), COUNT)
+        check_fields(self, **sizes | {"mlp_ratio": Range(above=0)})
         for name in ("vision_size", "text_size"):
             if getattr(self, name) % self.head_size:
                 raise ValueError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
@@ -19,6 +19,7 @@ from torchrl.objectives.common import LossModule
 
 from torchrl_dvla import functional as F
 from torchrl_dvla.data import schema
+from torchrl_dvla.validation import Range, check
 
 __all__ = ["GRPOLoss"]
 
@@ -184,11 +185,12 @@ class GRPOLoss(LossModule):
         reference_network: TensorDictModuleBase | None = None,
     ) -> None:
         _check_actor(actor_network)
-        clip_low, clip_high = _check_clip(clip_epsilon, dual_clip, behavior_weight_cap)
-        _check_choice("ratio_level", ratio_level, get_args(RatioLevel))
-        _check_choice("importance", importance, get_args(Importance))
-        _check_choice("reduction", reduction, get_args(F.Reduction))
-        _check_choice("kl_estimator", kl_estimator, get_args(KLEstimator))
+        clip_low, clip_high = check_clip(clip_epsilon, dual_clip, behavior_weight_cap)
+        check("ratio_level", ratio_level, RatioLevel)
+        check("importance", importance, Importance)
+        check("reduction", reduction, F.Reduction)
+        check("kl_estimator", kl_estimator, KLEstimator)
+        entropy_coeff = check("entropy_coeff", entropy_coeff, float)
         _check_reference(actor_network, reference_network, kl_to_ref_coeff, kl_estimator)
         super().__init__()
         self._in_keys: list[NestedKey] | None = None
@@ -503,14 +505,6 @@ def _masked_log_ratio(
 
 
 # -- refusals, so that a bad argument ends a run before it starts ----------------------------------
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Refuse a *value* that is none of the *choices*."""
-    if value not in choices:
-        raise ValueError(
-            f"{name} must be one of {list(choices)}, got {value!r}. Leave it out for the default."
-        )
-
-
 def _check_actor(actor_network: nn.Module) -> None:
     """Refuse a policy that has no distribution over action tokens."""
     if not callable(getattr(actor_network, "get_dist", None)):
@@ -527,19 +521,15 @@ def _check_actor(actor_network: nn.Module) -> None:
         )
 
 
-def _check_clip(
+def check_clip(
     clip_epsilon: float | Sequence[float], dual_clip: float | None, cap: float | None
 ) -> tuple[float, float]:
     """Return ``(low, high)``, or refuse a clip range, dual clip or cap without meaning."""
-    if isinstance(clip_epsilon, Sequence):
-        if len(clip_epsilon) != 2:
-            raise ValueError(
-                f"clip_epsilon must be a number or a pair, got {clip_epsilon!r}. "
-                "Pass (low, high), for instance (0.2, 0.28)."
-            )
-        low, high = (float(value) for value in clip_epsilon)
-    else:
-        low = high = float(clip_epsilon)
+    pair = Range(remedy="Pass a number or (low, high), for instance (0.2, 0.28).")
+    clip = check("clip_epsilon", clip_epsilon, float | tuple[float, float], pair)
+    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    dual_clip = check("dual_clip", dual_clip, float | None)
+    cap = check("behavior_weight_cap", cap, float | None)
     if not 0 <= low < 1 or not high >= 0:
         raise ValueError(
             f"clip_epsilon must satisfy 0 <= low < 1 and high >= 0, got ({low}, {high}). Ratios "
@@ -565,11 +555,8 @@ def _check_reference(
     kl_estimator: str,
 ) -> None:
     """Refuse a reference that is unused, missing, or the trained policy itself."""
-    if kl_to_ref_coeff is not None and not kl_to_ref_coeff >= 0:
-        raise ValueError(
-            f"kl_to_ref_coeff must not be negative, got {kl_to_ref_coeff}. A negative weight would "
-            "drive the policy away from its reference."
-        )
+    remedy = "A negative weight would drive the policy away from its reference."
+    check("kl_to_ref_coeff", kl_to_ref_coeff, float | None, Range(0, remedy=remedy))
     if reference_network is None:
         if kl_to_ref_coeff is not None and kl_estimator == "exact":
             raise ValueError(
