@@ -187,7 +187,7 @@ def from_mapping(cls: type[_T], data: Mapping[str, Any], path: str = "") -> _T:
     try:
         return cls(**values)
     except ValueError as error:
-        raise ValueError(f"{dot}{error}") from error
+        raise ValueError(f"{dot}{error}") from None
 
 
 def _convert(value: Any, kind: Any, *, from_text: bool = False) -> Any:

@@ -19,7 +19,6 @@ from torchrl_dvla.collectors import (
     GroupConfig,
     InferenceConfig,
     InitStateSchedule,
-    WorkerConfig,
 )
 from torchrl_dvla.collectors.validation import check_episodes
 from torchrl_dvla.memory import DualPool, EnvironmentPool, RowLayout

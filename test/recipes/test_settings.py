@@ -1,0 +1,241 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Settings of both recipes: every value is refused by its dotted name, or is what the run uses."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging.config
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+RECIPES = Path(__file__).resolve().parents[2] / "sota-implementations"
+CONFIGS = sorted(RECIPES.glob("*/config/*.yaml"))
+#: No setting is all of these, and few are any.
+MALFORMED = (
+    None, True, 1.5, -0.5, 0, -1, 2**70, -(2**70), math.nan, math.inf, 1e308, "", "abc", "nan",
+    "../../escaped", "a\0b", [], [1, "x"], [math.nan], {"a": 1}, {},
+)  # fmt: skip
+
+
+def load(recipe):
+    """The settings module of a recipe, by itself."""
+    path = RECIPES / recipe / "settings.py"
+    spec = importlib.util.spec_from_file_location(f"{recipe}_settings", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where annotations are looked up
+    spec.loader.exec_module(module)
+    return module
+
+
+def compose_plain(path, *overrides):
+    overrides = [*overrides, "++policy.checkpoint=x"] if "openvla" in path.stem else overrides
+    with initialize_config_dir(version_base="1.3", config_dir=str(path.parent)):
+        return OmegaConf.to_container(compose(path.stem, list(overrides)))
+
+
+def replace(data, path, value):
+    """A copy of nested dicts with another value at ``path``."""
+    head, *rest = path
+    return data | {head: replace(data[head], rest, value) if rest else value}
+
+
+def paths(data, before=()):
+    """Every setting and every section."""
+    for name, value in data.items():
+        yield (*before, name)
+        if isinstance(value, dict) and name != "env_kwargs":
+            yield from paths(value, (*before, name))
+
+
+def as_used(settings, path):
+    for name in path:
+        settings = settings[name] if isinstance(settings, dict) else getattr(settings, name)
+    return settings
+
+
+@pytest.mark.parametrize(
+    "config", [path for path in CONFIGS if "openvla" not in path.stem], ids=lambda path: path.stem
+)
+def test_a_malformed_value_is_refused_by_name_or_used_as_it_is(config, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    settings_from = load(config.parents[1].name).settings_from
+    plain = compose_plain(config)
+    num_refused = num_accepted = 0
+    for path in paths(plain):
+        dotted = ".".join(path)
+        for value in MALFORMED:
+            try:
+                used = as_used(settings_from(replace(plain, path, value)), path)
+            except ValueError as error:
+                # By its dotted name, or by that of a setting that does not fit to it.
+                assert all(name in str(error) for name in path), (dotted, value, error)
+                assert " must " in str(error) and ", got " in str(error)
+                num_refused += 1
+            else:
+                num_accepted += 1
+                if isinstance(value, dict):
+                    assert not value or used == value
+                elif isinstance(value, list):
+                    assert used == tuple(map(type(used[0]), value)) if value else not used
+                elif dotted != "log.dir":  # made absolute
+                    assert used in (value, str(value)) and (used is True) == (value is True)
+                    assert not isinstance(used, float) or math.isfinite(used)
+    assert num_refused > num_accepted > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_value_is_accepted_and_kept(config, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    plain = compose_plain(config)
+    settings = load(config.parents[1].name).settings_from(plain)
+    for path in paths(plain):
+        value, used = as_used(plain, path), as_used(settings, path)
+        if not isinstance(value, dict) and path != ("log", "dir"):
+            assert used == (tuple(value) if isinstance(value, list) else value), path
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.num_updates=1.5", "train.num_updates must be a whole number.*, got 1.5"),
+        ("train.num_updates=2.0", "train.num_updates must be a whole number.*, got 2.0"),
+        ("train.num_updates=abc", "train.num_updates must be a whole number.*, got 'abc'"),
+        ("train.max_minutes=0", "train.max_minutes must be positive, got 0.0?. Use null for no li"),
+        ("+inference.timeout_s=nan", "inference.timeout_s must be a finite number, got nan"),
+        ("workers.step_timeout_s=1e9", "workers.step_timeout_s must be at most 2000000"),
+        ("optim.micro_batch_size=0", "optim.micro_batch_size must be at least 1, got 0"),
+        ("optim.micro_batch_size=65", "optim.micro_batch_size must be at most minibatch_size=64"),
+        ("optim.betas=[0.9,1]", r"optim.betas must be below 1, got \(0.9, 1.0\)"),
+        ("optim.betas=[0.9]", "optim.betas must be a list of"),
+        ("optim.final_lr_share=1.1", "optim.final_lr_share must be at most 1, got 1.1"),
+        ("policy.temperature=inf", "policy.temperature must be a finite number, got inf"),
+        ("policy.backbone.text_layers=0", "policy.backbone.text_layers must be at least 1, got 0"),
+        ("policy.backbone.vision_layers=-1", "policy.backbone.vision_layers must be at least 1"),
+        ("policy.kind=rnn", r"policy.kind must be one of \['checkpoint', 'tiny', 'tiny_vla'\], g"),
+        ("policy.kind=checkpoint", "policy.checkpoint must be given, got nothing"),
+        ("policy.action_dim=3", "policy.action_dim must be 2, as in env, got 3"),
+        ("policy.state_std=[1]", "policy.state_std must have state_dim=4 entries"),
+        ("eval.num_episodes=-1", "eval.num_episodes must be at least 0, got -1"),
+        ("eval.num_episodes=8", "eval.subset_episodes must be at most num_episodes=8, got 16"),
+        ("name=../../escaped", "name must be the name of one folder, got '../../escaped'"),
+        ("name=..", "name must be the name of one folder"),
+        ("device=null", "device must be a text, got None"),
+        ("device=gpu", "device must be a torch device, got 'gpu'"),
+        ("seed=4294967296", "seed must be at most 4294967295"),
+        ("+foo=1", "foo must be a setting, got an unknown name. There are name, "),
+        ("+group.group_sise=8", r"group.group_sise must be a setting, .* mean group.group_size\?"),
+        ("~train.num_updates", "train.num_updates must be given, got nothing"),
+        (
+            "env.backend=maniskill",
+            r"env.backend must be one of \['toy', 'libero'\], got 'maniskill",
+        ),
+        ("env.backend=libero", "env.action_dim must be a setting, got an unknown name"),
+        ("group.group_size=1", "group.group_size must be at least 2, got 1"),
+        ("group.max_policy_lag=-1", "group.max_policy_lag must be at least 0, got -1"),
+        ("+inference.deterministic=true", "inference.deterministic must be None or False"),
+        ("+workers.start_method=fork", "workers.start_method must be one of .*, got 'fork'"),
+        ("+workers.max_rss_bytes=0", "workers.max_rss_bytes must be positive, got 0"),
+        ("memory.env_bytes=manyGB", "memory.env_bytes must be a number of bytes"),
+        ("memory.env_bytes=infGB", "memory.env_bytes must be a number of bytes"),
+        ("loss.dual_clip=1.1", "loss.dual_clip must be greater than 1"),
+        ("loss.reduction=none", "loss.reduction must not be 'none'"),
+        ("loss.clip_epsilon=1", "loss.clip_epsilon must satisfy 0 <= low < 1"),
+    ],
+)
+def test_what_is_refused(settings, override, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        settings("toy", override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("env.max_episode_steps=512", "workers.max_decisions must be at least 64, got 15"),
+        ("env.replan_interval=9", "env.replan_interval must be from 1 to chunk_size=8, got 9"),
+        ("env.task_suite=libero_kitchen", "env.task_suite must be one of libero_spatial"),
+        ("env.task_ids=[]", r"env.task_ids must name at least one task, and each once, got \[\]"),
+        ("env.task_ids=[3,3]", "env.task_ids must name at least one task, and each once"),
+        ("env.camera_height=0", "env.camera_height must be at least 1, got 0"),
+        ("env.cameras=agentview", "env.cameras must be a list of a text, got 'agentview'"),
+        ("policy.kind=tiny_vla", "policy.kind=tiny_vla must be used with env.backend=toy"),
+    ],
+)
+def test_what_is_refused_with_libero(settings, override, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        settings("libero", override)
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("seed=4294967295", "seed", 2**32 - 1),
+        ("name=2026", "name", "2026"),
+        ("train.num_updates=1", "train.num_updates", 1),
+        ("train.max_minutes=1", "train.max_minutes", 1.0),
+        ("eval.num_episodes=0", "eval.num_episodes", 0),
+        ("optim.lr=1e-3", "optim.lr", 1e-3),
+        ("optim.lr='1e-3'", "optim.lr", 1e-3),
+        ("optim.betas=[0,0]", "optim.betas", (0.0, 0.0)),
+        ("optim.final_lr_share=0", "optim.final_lr_share", 0.0),
+        ("optim.final_lr_share=1", "optim.final_lr_share", 1.0),
+        ("optim.micro_batch_size='16'", "optim.micro_batch_size", 16),
+        ("loss.clip_epsilon=0.2", "loss.clip_epsilon", 0.2),
+        ("group.return_bounds=[0,1]", "group.return_bounds", (0.0, 1.0)),
+        ("memory.env_bytes=4GB", "memory.env_bytes", "4GB"),
+        ("+workers.env_vars={A:1}", "workers.env_vars", {"A": "1"}),
+        ("device=cuda:7", "device", "cuda:7"),  # whether it is there is asked of the machine
+        ("checkpoint.resume=auto", "checkpoint.resume", "auto"),
+    ],
+)
+def test_what_is_accepted(settings, override, path, value):
+    used = as_used(settings("toy", override), path.split("."))
+    assert used == value and type(used) is type(value)
+
+
+def test_a_relative_log_folder_is_one_of_the_working_directory(
+    settings, recipe, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    cfg = settings("toy", "log.dir=runs/here")
+    assert cfg.log.dir == str(tmp_path / "runs/here")
+    folder = recipe.utils.make_run_folder(cfg, None)
+    assert folder.parent == tmp_path / "runs/here/toy"
+
+
+def test_what_a_checkpoint_holds_gives_the_same_settings(settings, recipe):
+    cfg = settings("toy", "group.return_bounds=[0,1]")
+    plain = recipe.settings.to_dict(cfg)
+    assert type(plain["group"]) is dict and plain["group"]["return_bounds"] == [0.0, 1.0]
+    assert recipe.settings.settings_from(plain) == cfg
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_multirun_runs_every_job_and_tells_of_one_that_fails(recipe, monkeypatch, tmp_path, fails):
+    seeds = []
+
+    def train(cfg, stop):
+        seeds.append(cfg.seed)
+        if fails and cfg.seed == 0:
+            raise ArithmeticError("injected")
+
+    monkeypatch.setattr(recipe.dvla_grpo, "train", train)
+    monkeypatch.setattr(logging.config, "dictConfig", lambda config: None)
+    argv = f"--config-path={RECIPES}/dvla_grpo/config --config-name=toy -m seed=0,1"
+    monkeypatch.setattr(sys, "argv", ["dvla_grpo.py", *argv.split(), f"log.dir={tmp_path}/runs"])
+    if fails:
+        with pytest.raises(SystemExit) as caught:
+            recipe.dvla_grpo.main()
+        assert caught.value.code == 1
+    else:
+        recipe.dvla_grpo.main()
+    assert seeds == [0, 1]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
