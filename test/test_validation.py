@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ from torchrl_dvla.envs import ToyChunkEnv
 from torchrl_dvla.envs.libero_expert import ActionNoise
 from torchrl_dvla.memory import DualPool
 from torchrl_dvla.modules import TinyBackboneConfig
-from torchrl_dvla.validation import Range, check, check_fields, check_path, from_mapping
+from torchrl_dvla.validation import Count, Range, check, check_fields, from_mapping
 from torchrl_dvla.weight_update import WeightStore
 
 
@@ -42,15 +42,12 @@ from torchrl_dvla.weight_update import WeightStore
         (torch.tensor(3), int, 3),
         (3, float, 3.0),
         (np.float32(0.5), float, 0.5),
-        (torch.tensor(0.5), float | None, 0.5),
         (None, float | None, None),
         (np.bool_(True), bool, True),
         ("64KB", int | str, "64KB"),
         ([1, 2], tuple[float, float], (1.0, 2.0)),
-        ([], tuple[int, ...], ()),
         (0.2, float | tuple[float, float], 0.2),
         ({"A": "1"}, Mapping[str, str], {"A": "1"}),
-        ({"a": [1]}, dict[str, Any], {"a": [1]}),
         ("warn", Literal["warn", "keep"], "warn"),
     ],
 )
@@ -64,16 +61,13 @@ def test_accepted_as_declared(value, kind, expected):
     [
         (True, int, "a whole number of at most 63 bits, got True"),
         (2.0, int, "a whole number of at most 63 bits, got 2.0"),
-        ("2", int, "a whole number of at most 63 bits, got '2'"),
         (2**63, int, "a whole number of at most 63 bits, got 9223372036854775808"),
         (torch.tensor([1, 2]), int, r"a whole number of at most 63 bits, got tensor\(\[1, 2\]\)"),
-        (False, float, "a finite number, got False"),
         (math.nan, float, "a finite number, got nan"),
         (torch.tensor(math.inf), float, r"a finite number, got tensor\(inf\)"),
         (10**400, float, "a finite number, got 1000"),
         (1, bool, "true or false, got 1"),
         (1, str, "a text, got 1"),
-        (None, str, "a text, got None"),
         ([1.0], tuple[float, float], "a list of a finite number and a finite number, got"),
         ({1: "a"}, Mapping[str, str], "a mapping, got"),
         (["warn"], Literal["warn", "keep"], r"one of \['warn', 'keep'\], got \['warn'\]"),
@@ -103,11 +97,11 @@ def test_range(bounds, bad, good, words):
 
 @dataclass(frozen=True)
 class Inner:
-    size: int
-    share: float | None = 0.5
+    size: Count
+    share: Annotated[float, Range(0, 1)] | None = 0.5
 
     def __post_init__(self) -> None:
-        check_fields(self, size=Range(1), share=Range(0, 1))
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -128,7 +122,6 @@ def test_a_dataclass_from_texts():
         ({"inner": {"size": 1}}, "name must be given, got nothing. Pass name=<value>."),
         ({"name": "???", "inner": {"size": 1}}, "name must be given"),
         ({"name": "a", "inner": {"size": 0}}, "inner.size must be at least 1, got 0. Correct it."),
-        ({"name": "a", "inner": {"size": "x"}}, "inner.size must be a whole number"),
         ({"name": "a", "inner": {"size": 1, "share": 2}}, "inner.share .* The default is 0.5."),
         ({"name": "a", "inner": {"siz": 1}}, r"inner.siz must be .* Did you mean inner.size\?"),
         ({"name": "a", "inner": {"zzz": 1}}, "inner.zzz must be .* There are size, share."),
@@ -137,13 +130,6 @@ def test_a_dataclass_from_texts():
 def test_errors_have_dotted_names(data, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         from_mapping(Outer, data)
-
-
-@pytest.mark.parametrize("path", ["", " ", "a\0b"])
-def test_paths(path):
-    check_path("x", None)
-    with pytest.raises(ValueError, match="x must be a path, got "):
-        check_path("x", path)
 
 
 COUNTS, TIMES = (0, -1, 1.5, math.nan, True, "3", 2**70), (0, -1.0, math.nan, math.inf, True, "3")

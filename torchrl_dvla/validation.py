@@ -11,16 +11,19 @@ import difflib
 import functools
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from math import inf, isfinite
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
-    "COUNT",
-    "DURATION",
-    "THREADS",
+    "Count",
+    "Natural",
+    "NonNegative",
+    "Positive",
     "Range",
+    "Seconds",
+    "Threads",
     "check",
     "check_fields",
     "check_path",
@@ -28,7 +31,9 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
-_kinds_of: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
+_kinds_of: Callable[[Any], dict[str, Any]] = functools.cache(
+    functools.partial(get_type_hints, include_extras=True)
+)
 _WORDS = {bool: "true or false", int: "a whole number of at most 63 bits", str: "a text"}
 _WORDS |= {float: "a finite number", NoneType: "None"}
 
@@ -65,12 +70,13 @@ class Range:
         return ""
 
 
-#: How many: 1 or more.
-COUNT = Range(1)
-#: Threads of one process.
-THREADS = Range(1, 4096)
-#: Seconds to wait. The kernel's calls count milliseconds in 32 bits, which is 24 days.
-DURATION = Range(above=0, most=2_000_000)
+Count = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+Threads = Annotated[int, Range(1, 4096)]
+Positive = Annotated[float, Range(above=0)]
+NonNegative = Annotated[float, Range(0)]
+#: A time to wait. The kernel's calls count milliseconds in 32 bits, which is 24 days.
+Seconds = Annotated[float, Range(above=0, most=2_000_000)]
 
 
 def check(name: str, value: Any, kind: Any, bounds: Range = Range()) -> Any:
@@ -84,14 +90,14 @@ def check(name: str, value: Any, kind: Any, bounds: Range = Range()) -> Any:
         name (str): the setting, for the error.
         value (Any): what it was given.
         kind (Any): ``bool``, ``int``, ``float``, ``str``, a class, or a ``Literal``, ``Union``,
-            ``tuple`` or ``Mapping`` of them.
-        bounds (Range): what its numbers may be.
+            ``tuple`` or ``Mapping`` of them; ``Annotated[kind, Range(...)]`` bounds its numbers.
+        bounds (Range): the same for all of it.
 
     Raises:
         ValueError: for another type, or a number out of range.
 
     Examples:
-        >>> check("optim.lr", 1, float), check("optim.betas", [0, 0.5], tuple[float, float])
+        >>> check("optim.lr", 1, Positive), check("optim.betas", [0, 0.5], tuple[float, float])
         (1.0, (0.0, 0.5))
         >>> check("optim.lr", float("nan"), float | None)
         Traceback (most recent call last):
@@ -99,35 +105,29 @@ def check(name: str, value: Any, kind: Any, bounds: Range = Range()) -> Any:
         ValueError: optim.lr must be a finite number or None, got nan. Correct it.
     """
     try:
-        converted = _convert(value, kind)
-        numbers = converted if isinstance(converted, tuple) else (converted,)
-        found = (bounds.violated_by(each) for each in numbers if type(each) in (int, float))
-        requirement = next(filter(None, found), "")
-        if not requirement:
-            return converted
-    except TypeError:
-        requirement = _describe(kind)
+        return _within(bounds, _convert(value, kind))
+    except TypeError as error:
+        requirement = str(error) or _describe(kind)
     shown = repr(value)
     shown = shown if len(shown) < 200 else f"{shown[:200]}..."
-    raise ValueError(f"{name} must be {requirement}, got {shown}. {bounds.remedy or 'Correct it.'}")
+    remedy = _remedy_of(kind) or bounds.remedy or "Correct it."
+    raise ValueError(f"{name} must be {requirement}, got {shown}. {remedy}")
 
 
-def check_fields(config: Any, **bounds: Range) -> None:
+def check_fields(config: Any) -> None:
     """:func:`check` for each field of a dataclass, by its annotation; for its ``__post_init__``.
 
     Args:
         config (Any): the dataclass, whose fields get their values in the right type.
-        **bounds (Range): what the numbers of a field may be.
 
     Raises:
         ValueError: as :func:`check`; it names the default if there is no other remedy.
     """
     kinds = _kinds_of(type(config))
     for field in fields(config):
-        allowed = bounds.get(field.name, Range())
-        if not allowed.remedy and field.default is not MISSING:
-            allowed = replace(allowed, remedy=f"The default is {field.default!r}.")
-        value = check(field.name, getattr(config, field.name), kinds[field.name], allowed)
+        default = "" if field.default is MISSING else f"The default is {field.default!r}."
+        value = getattr(config, field.name)
+        value = check(field.name, value, kinds[field.name], Range(remedy=default))
         object.__setattr__(config, field.name, value)
 
 
@@ -191,13 +191,19 @@ def from_mapping(cls: type[_T], data: Mapping[str, Any], path: str = "") -> _T:
 
 
 def _convert(value: Any, kind: Any, *, from_text: bool = False) -> Any:
-    """``value`` as a ``kind``, or a ``TypeError``."""
+    """``value`` as a ``kind``, or a ``TypeError`` with what it must be if its type is right."""
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
+        found = TypeError()
         for option in args:
-            with contextlib.suppress(TypeError):
+            try:
                 return _convert(value, option, from_text=from_text)
-    elif origin is tuple and isinstance(value, list | tuple):
+            except TypeError as error:
+                found = error if str(error) else found
+        raise found
+    if origin is Annotated:
+        return _within(args[1], _convert(value, args[0], from_text=from_text))
+    if origin is tuple and isinstance(value, list | tuple):
         kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
         if len(kinds) == len(value):
             return tuple(_convert(v, k, from_text=from_text) for v, k in zip(value, kinds))
@@ -231,9 +237,24 @@ def _convert_scalar(value: Any, kind: type, from_text: bool) -> Any:
     return kind(value)
 
 
+def _within(bounds: Range, value: Any) -> Any:
+    for number in value if isinstance(value, tuple) else (value,):
+        if type(number) in (int, float) and (words := bounds.violated_by(number)):
+            raise TypeError(words)
+    return value
+
+
+def _remedy_of(kind: Any) -> str:
+    if get_origin(kind) is Annotated:
+        return str(get_args(kind)[1].remedy)
+    return next(filter(None, map(_remedy_of, get_args(kind))), "")
+
+
 def _describe(kind: Any) -> str:
     """A type in words."""
     origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _describe(args[0])
     if origin in (Union, UnionType):
         return " or ".join(map(_describe, args))
     if origin is Literal:

@@ -14,7 +14,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -26,33 +26,41 @@ from torchrl_dvla.memory import DualPool
 from torchrl_dvla.modules import TinyBackboneConfig
 from torchrl_dvla.objectives.grpo import KLEstimator, RatioLevel, check_clip
 from torchrl_dvla.validation import (
-    COUNT,
-    DURATION,
-    THREADS,
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
     Range,
+    Seconds,
+    Threads,
     check,
     check_fields,
     check_path,
     from_mapping,
 )
 
-SIZE = Range(1, 4096)
+Size = Annotated[int, Range(1, 4096)]
+Beta = Annotated[float, Range(0, below=1)]
 
 
 @dataclass(frozen=True)
-class ToySettings:
+class Section:
+    """A part of the settings, whose fields are of the types and ranges they are declared with."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class ToySettings(Section):
     """Arguments of :class:`~torchrl_dvla.envs.ToyChunkEnv`."""
 
     backend: Literal["toy"]
-    action_dim: int
-    chunk_size: int
-    image_size: int
-    success_steps: int
-    success_tol: float
-
-    def __post_init__(self) -> None:
-        sizes = dict.fromkeys(("action_dim", "chunk_size", "image_size", "success_steps"), SIZE)
-        check_fields(self, success_tol=Range(above=0), **sizes)
+    action_dim: Size
+    chunk_size: Size
+    image_size: Size
+    success_steps: Count
+    success_tol: Positive
 
     @property
     def state_dim(self) -> int:
@@ -66,22 +74,22 @@ class ToySettings:
 
 
 @dataclass(frozen=True)
-class LiberoSettings:
+class LiberoSettings(Section):
     """Arguments of :class:`~torchrl_dvla.envs.LiberoChunkEnv`, one for each of ``task_ids``."""
 
     backend: Literal["libero"]
-    task_suite: str
-    task_ids: tuple[int, ...]
-    chunk_size: int
-    max_episode_steps: int
-    replan_interval: int | None = None
-    camera_height: int = 128
-    camera_width: int = 128
+    task_suite: Literal[LIBERO_SUITES]
+    task_ids: tuple[Natural, ...]
+    chunk_size: Count
+    max_episode_steps: Count
+    replan_interval: Count | None = None
+    camera_height: Size = 128
+    camera_width: Size = 128
     cameras: tuple[str, ...] = ("agentview",)
-    settle_steps: int = 10
+    settle_steps: Natural = 10
     shadows: bool = True
     msaa: bool = True
-    max_mesh_faces: int | None = None
+    max_mesh_faces: Count | None = None
     env_kwargs: Mapping[str, Any] | None = None
 
     action_dim: ClassVar[int] = 7
@@ -89,22 +97,7 @@ class LiberoSettings:
     state_dim: ClassVar[int] = 9
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            task_ids=Range(0, remedy="Use [0]."),
-            chunk_size=COUNT,
-            max_episode_steps=COUNT,
-            replan_interval=COUNT,
-            camera_height=SIZE,
-            camera_width=SIZE,
-            settle_steps=Range(0),
-            max_mesh_faces=COUNT,
-        )
-        if self.task_suite not in LIBERO_SUITES:
-            raise ValueError(
-                f"task_suite must be one of {', '.join(LIBERO_SUITES)}, got {self.task_suite!r}. "
-                "Correct the name."
-            )
+        super().__post_init__()
         if not self.task_ids or len(set(self.task_ids)) < len(self.task_ids):
             raise ValueError(
                 "task_ids must name at least one task, and each once, got "
@@ -133,37 +126,29 @@ class LiberoSettings:
 
 
 @dataclass(frozen=True)
-class PolicySettings:
+class PolicySettings(Section):
     """The policy; which of the settings count depends on ``kind``."""
 
     kind: Literal["checkpoint", "tiny", "tiny_vla"]
     checkpoint: str | None = None
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     freeze_vision: bool | None = None
     freeze_language: bool | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    action_dim: int = 2
-    state_dim: int = 0
-    state_std: tuple[float, ...] | None = None
-    vocab_size: int = 256
-    hidden_dim: int = 128
+    action_dim: Size = 2
+    state_dim: Natural = 0
+    state_std: tuple[Positive, ...] | None = None
+    vocab_size: Annotated[int, Range(2)] = 256
+    hidden_dim: Count = 128
     backbone: TinyBackboneConfig | None = None
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            temperature=Range(above=0),
-            action_dim=SIZE,
-            state_dim=Range(0, SIZE.most),
-            state_std=Range(above=0),
-            vocab_size=Range(2),
-            hidden_dim=COUNT,
-        )
+        super().__post_init__()
         check_path("checkpoint", self.checkpoint)
         if self.kind == "checkpoint" and self.checkpoint is None:
             raise ValueError(
                 "checkpoint must be given, got nothing. Make one with the dvla_sft recipe "
-                " and pass policy.checkpoint=<its folder>."
+                "and pass policy.checkpoint=<its folder>."
             )
         if self.state_std is not None and len(self.state_std) != self.state_dim:
             raise ValueError(
@@ -173,20 +158,20 @@ class PolicySettings:
 
 
 @dataclass(frozen=True)
-class MemorySettings:
+class MemorySettings(Section):
     """Arguments of :class:`~torchrl_dvla.memory.DualPool`, and the size of its pages."""
 
-    rows_per_page: int = 4
+    rows_per_page: Count = 4
     env_bytes: int | str | None = None
     model_bytes: int | str | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, rows_per_page=COUNT)
+        super().__post_init__()
         DualPool(self.env_bytes, self.model_bytes)
 
 
 @dataclass(frozen=True)
-class LossSettings:
+class LossSettings(Section):
     """Arguments of :class:`~torchrl_dvla.GRPOLoss`; the policy at the start is its reference."""
 
     clip_epsilon: float | tuple[float, float] = (0.2, 0.28)
@@ -194,45 +179,33 @@ class LossSettings:
     ratio_level: RatioLevel = "token"
     reduction: Reduction = "token_mean"
     entropy_coeff: float = 0.0
-    kl_to_ref_coeff: float | None = None
+    kl_to_ref_coeff: NonNegative | None = None
     kl_estimator: KLEstimator = "k3"
 
     def __post_init__(self) -> None:
-        check_fields(self, kl_to_ref_coeff=Range(0))
+        super().__post_init__()
         check_clip(self.clip_epsilon, self.dual_clip, None)
         if self.reduction == "none":
             raise ValueError("reduction must not be 'none', got 'none'. A step needs one loss.")
 
 
 @dataclass(frozen=True)
-class OptimSettings:
+class OptimSettings(Section):
     """AdamW, its schedule and its minibatches."""
 
-    lr: float
-    minibatch_size: int
-    final_lr_share: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    max_grad_norm: float = 1.0
-    micro_batch_size: int | None = None
-    num_epochs: int = 1
-    num_threads: int = 1
+    lr: Positive
+    minibatch_size: Count
+    final_lr_share: Annotated[float, Range(0, 1)] = 1.0
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    weight_decay: NonNegative = 0.0
+    warmup_steps: Natural = 0
+    max_grad_norm: Positive = 1.0
+    micro_batch_size: Count | None = None
+    num_epochs: Count = 1
+    num_threads: Threads = 1
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            lr=Range(above=0),
-            final_lr_share=Range(0, 1),
-            betas=Range(0, below=1),
-            weight_decay=Range(0),
-            warmup_steps=Range(0),
-            max_grad_norm=Range(above=0),
-            minibatch_size=COUNT,
-            micro_batch_size=COUNT,
-            num_epochs=COUNT,
-            num_threads=THREADS,
-        )
+        super().__post_init__()
         if (self.micro_batch_size or 1) > self.minibatch_size:
             raise ValueError(
                 f"micro_batch_size must be at most minibatch_size={self.minibatch_size}, got "
@@ -241,39 +214,27 @@ class OptimSettings:
 
 
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(Section):
     """Budgets of the training."""
 
-    num_updates: int
-    max_minutes: float | None = None
-    timeout_s: float = 900.0
-
-    def __post_init__(self) -> None:
-        minutes = Range(above=0, remedy="Use null for no limit.")
-        check_fields(self, num_updates=COUNT, max_minutes=minutes, timeout_s=DURATION)
+    num_updates: Count
+    max_minutes: Annotated[float, Range(above=0, remedy="Use null for no limit.")] | None = None
+    timeout_s: Seconds = 900.0
 
 
 @dataclass(frozen=True)
-class EvalSettings:
+class EvalSettings(Section):
     """Greedy evaluations."""
 
-    num_episodes: int
-    subset_episodes: int = 0
-    every_minutes: float = 5.0
-    num_videos: int = 2
-    video_fps: float = 5.0
-    timeout_s: float = 1800.0
+    num_episodes: Annotated[int, Range(0, 10**6, remedy="0 evaluates nothing.")]
+    subset_episodes: Natural = 0
+    every_minutes: NonNegative = 5.0
+    num_videos: Natural = 2
+    video_fps: Annotated[float, Range(0.01, 1000)] = 5.0
+    timeout_s: Seconds = 1800.0
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            num_episodes=Range(0, 10**6, remedy="0 evaluates nothing."),
-            subset_episodes=Range(0),
-            every_minutes=Range(0),
-            num_videos=Range(0),
-            video_fps=Range(0.01, 1000),
-            timeout_s=DURATION,
-        )
+        super().__post_init__()
         if 0 < self.num_episodes < self.subset_episodes:
             raise ValueError(
                 f"subset_episodes must be at most num_episodes={self.num_episodes}, got "
@@ -282,37 +243,37 @@ class EvalSettings:
 
 
 @dataclass(frozen=True)
-class CheckpointSettings:
+class CheckpointSettings(Section):
     """Training checkpoints."""
 
     resume: str | None = None
-    every_updates: int = 25
-    keep: int = 2
+    every_updates: Count = 25
+    keep: Count = 2
 
     def __post_init__(self) -> None:
-        check_fields(self, every_updates=COUNT, keep=COUNT)
+        super().__post_init__()
         check_path("resume", self.resume)
 
 
 @dataclass(frozen=True)
-class LogSettings:
+class LogSettings(Section):
     """Where a run is recorded; a relative ``dir`` is one of the working directory."""
 
     dir: str = "runs"
-    line_every_s: float = 15.0
+    line_every_s: NonNegative = 15.0
 
     def __post_init__(self) -> None:
-        check_fields(self, line_every_s=Range(0))
+        super().__post_init__()
         check_path("dir", self.dir)
         object.__setattr__(self, "dir", str(Path(self.dir).expanduser().absolute()))
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Section):
     """All settings of a run."""
 
     name: str
-    seed: int
+    seed: Annotated[int, Range(0, 2**32 - 1, remedy="NumPy takes 32 bits.")]
     device: str
     env: ToySettings | LiberoSettings
     policy: PolicySettings
@@ -329,8 +290,7 @@ class Settings:
     log: LogSettings = field(default_factory=LogSettings)
 
     def __post_init__(self) -> None:
-        seeds = Range(0, 2**32 - 1, remedy="NumPy takes 32 bits.")
-        check_fields(self, seed=seeds)
+        super().__post_init__()
         is_folder_name = self.name.isprintable() and not set("/\\") & set(self.name)
         if not is_folder_name or self.name.strip(". ") == "" or len(self.name.encode()) > 200:
             raise ValueError(

@@ -12,39 +12,52 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
 from torchrl_dvla.envs import LIBERO_SUITES
 from torchrl_dvla.envs.libero_expert import ActionNoise
 from torchrl_dvla.modules import TinyBackboneConfig
-from torchrl_dvla.validation import COUNT, THREADS, Range, check_fields, check_path, from_mapping
+from torchrl_dvla.validation import (
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Range,
+    Threads,
+    check_fields,
+    check_path,
+    from_mapping,
+)
 
 ACTION_DIM = 7
+Seed = Annotated[int, Range(0, 2**31 - 1)]
 
 
 @dataclass(frozen=True)
-class EnvSettings:
+class Section:
+    """A part of the settings, whose fields are of the types and ranges they are declared with."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class EnvSettings(Section):
     """Arguments of :class:`~torchrl_dvla.envs.LiberoChunkEnv`, one for each of ``task_ids``."""
 
-    task_suite: str
-    task_ids: tuple[int, ...]
-    chunk_size: int
-    max_episode_steps: int
-    image_size: int
+    task_suite: Literal[LIBERO_SUITES]
+    task_ids: tuple[Natural, ...]
+    chunk_size: Count
+    max_episode_steps: Count
+    image_size: Annotated[int, Range(1, 4096)]
     shadows: bool = True
     msaa: bool = True
     env_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        sizes = {"chunk_size": COUNT, "max_episode_steps": COUNT, "image_size": Range(1, 4096)}
-        check_fields(self, task_ids=Range(0), **sizes)
-        if self.task_suite not in LIBERO_SUITES:
-            raise ValueError(
-                f"task_suite must be one of {', '.join(LIBERO_SUITES)}, got {self.task_suite!r}. "
-                "Correct the name."
-            )
+        super().__post_init__()
         if not self.task_ids or len(set(self.task_ids)) < len(self.task_ids):
             raise ValueError(
                 "task_ids must name at least one task, and each once, got "
@@ -53,32 +66,31 @@ class EnvSettings:
 
 
 @dataclass(frozen=True)
-class DemonstrationSettings:
+class DemonstrationSettings(Section):
     """Episodes of the scripted expert."""
 
     folder: str
-    num_per_task: int
-    first_seed: int
-    label_interval: int
-    num_processes: int = 2
+    num_per_task: Count
+    first_seed: Seed
+    label_interval: Count
+    num_processes: Count = 2
     noise: ActionNoise = field(default_factory=ActionNoise)
 
     def __post_init__(self) -> None:
-        counts = dict.fromkeys(("num_per_task", "label_interval", "num_processes"), COUNT)
-        check_fields(self, first_seed=Range(0, 2**31 - 1), **counts)
+        super().__post_init__()
         check_path("folder", self.folder)
 
 
 @dataclass(frozen=True)
-class PolicySettings:
+class PolicySettings(Section):
     """Sizes of the policy."""
 
-    num_bins: int
+    num_bins: Annotated[int, Range(2)]
     backbone: TinyBackboneConfig
-    tokens_per_step: int = 1
+    tokens_per_step: Count = 1
 
     def __post_init__(self) -> None:
-        check_fields(self, num_bins=Range(2), tokens_per_step=COUNT)
+        super().__post_init__()
         if ACTION_DIM % self.tokens_per_step:
             raise ValueError(
                 f"tokens_per_step must be a divisor of {ACTION_DIM}, the action dimension, got "
@@ -87,37 +99,25 @@ class PolicySettings:
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
+class TrainingSettings(Section):
     """Behaviour cloning."""
 
-    num_steps: int
-    decay_steps: int
-    batch_size: int
-    lr: float
-    weight_decay: float = 0.0
-    num_warmup_steps: int = 0
-    max_grad_norm: float = 1.0
-    max_shift: int = 0
-    state_noise: float = 0.0
-    num_threads: int = 1
-    num_validation_demonstrations: int = 1
-    validate_every: int = 100
-    snapshot_steps: tuple[int, ...] = ()
+    num_steps: Count
+    decay_steps: Count
+    batch_size: Count
+    lr: Positive
+    weight_decay: NonNegative = 0.0
+    num_warmup_steps: Natural = 0
+    max_grad_norm: Positive = 1.0
+    max_shift: Natural = 0
+    state_noise: NonNegative = 0.0
+    num_threads: Threads = 1
+    num_validation_demonstrations: Count = 1
+    validate_every: Count = 100
+    snapshot_steps: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:
-        names = ("num_steps", "decay_steps", "batch_size", "validate_every", "snapshot_steps")
-        check_fields(
-            self,
-            lr=Range(above=0),
-            weight_decay=Range(0),
-            num_warmup_steps=Range(0),
-            max_grad_norm=Range(above=0),
-            max_shift=Range(0),
-            state_noise=Range(0),
-            num_threads=THREADS,
-            num_validation_demonstrations=COUNT,
-            **dict.fromkeys(names, COUNT),
-        )
+        super().__post_init__()
         if self.decay_steps < self.num_steps:
             raise ValueError(
                 f"decay_steps must be at least num_steps={self.num_steps}, got {self.decay_steps}. "
@@ -126,24 +126,20 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
+class EvaluationSettings(Section):
     """Episodes on the benchmark's init states."""
 
-    num_episodes: int
-    temperature: float = 1.0
-    num_processes: int = 2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        counts = {"num_episodes": COUNT, "num_processes": COUNT}
-        check_fields(self, temperature=Range(above=0), seed=Range(0, 2**31 - 1), **counts)
+    num_episodes: Count
+    temperature: Positive = 1.0
+    num_processes: Count = 2
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Section):
     """All settings of a run."""
 
-    seed: int
+    seed: Seed
     env: EnvSettings
     demonstrations: DemonstrationSettings
     policy: PolicySettings
@@ -152,7 +148,7 @@ class Settings:
     checkpoint: str | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, seed=Range(0, 2**32 - 1))
+        super().__post_init__()
         check_path("checkpoint", self.checkpoint)
         if self.demonstrations.label_interval > self.env.chunk_size:
             raise ValueError(

@@ -74,11 +74,6 @@ def test_no_shared_memory_left(settings, ends_early):
     ends_early(cfg, ValueError, r"env_bytes must fit in memory, got .* lower .*group_size")
 
 
-def test_a_checkpoint_that_has_to_be_made_first(settings):
-    with pytest.raises(ValueError, match="policy.checkpoint must be given"):
-        settings("libero_openvla_oft")
-
-
 # -- checkpoints ----------------------------------------------------------------------------------
 
 

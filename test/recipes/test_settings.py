@@ -103,75 +103,51 @@ def test_every_shipped_value_is_accepted_and_kept(config, monkeypatch, tmp_path)
             assert used == (tuple(value) if isinstance(value, list) else value), path
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("train.num_updates=1.5", "train.num_updates must be a whole number.*, got 1.5"),
-        ("train.num_updates=2.0", "train.num_updates must be a whole number.*, got 2.0"),
-        ("train.num_updates=abc", "train.num_updates must be a whole number.*, got 'abc'"),
-        ("train.max_minutes=0", "train.max_minutes must be positive, got 0.0?. Use null for no li"),
-        ("+inference.timeout_s=nan", "inference.timeout_s must be a finite number, got nan"),
-        ("workers.step_timeout_s=1e9", "workers.step_timeout_s must be at most 2000000"),
-        ("optim.micro_batch_size=0", "optim.micro_batch_size must be at least 1, got 0"),
-        ("optim.micro_batch_size=65", "optim.micro_batch_size must be at most minibatch_size=64"),
-        ("optim.betas=[0.9,1]", r"optim.betas must be below 1, got \(0.9, 1.0\)"),
-        ("optim.betas=[0.9]", "optim.betas must be a list of"),
-        ("optim.final_lr_share=1.1", "optim.final_lr_share must be at most 1, got 1.1"),
-        ("policy.temperature=inf", "policy.temperature must be a finite number, got inf"),
-        ("policy.backbone.text_layers=0", "policy.backbone.text_layers must be at least 1, got 0"),
-        ("policy.backbone.vision_layers=-1", "policy.backbone.vision_layers must be at least 1"),
-        ("policy.kind=rnn", r"policy.kind must be one of \['checkpoint', 'tiny', 'tiny_vla'\], g"),
-        ("policy.kind=checkpoint", "policy.checkpoint must be given, got nothing"),
-        ("policy.action_dim=3", "policy.action_dim must be 2, as in env, got 3"),
-        ("policy.state_std=[1]", "policy.state_std must have state_dim=4 entries"),
-        ("eval.num_episodes=-1", "eval.num_episodes must be at least 0, got -1"),
-        ("eval.num_episodes=8", "eval.subset_episodes must be at most num_episodes=8, got 16"),
-        ("name=../../escaped", "name must be the name of one folder, got '../../escaped'"),
-        ("name=..", "name must be the name of one folder"),
-        ("device=null", "device must be a text, got None"),
-        ("device=gpu", "device must be a torch device, got 'gpu'"),
-        ("seed=4294967296", "seed must be at most 4294967295"),
-        ("+foo=1", "foo must be a setting, got an unknown name. There are name, "),
-        ("+group.group_sise=8", r"group.group_sise must be a setting, .* mean group.group_size\?"),
-        ("~train.num_updates", "train.num_updates must be given, got nothing"),
-        (
-            "env.backend=maniskill",
-            r"env.backend must be one of \['toy', 'libero'\], got 'maniskill",
-        ),
-        ("env.backend=libero", "env.action_dim must be a setting, got an unknown name"),
-        ("group.group_size=1", "group.group_size must be at least 2, got 1"),
-        ("group.max_policy_lag=-1", "group.max_policy_lag must be at least 0, got -1"),
-        ("+inference.deterministic=true", "inference.deterministic must be None or False"),
-        ("+workers.start_method=fork", "workers.start_method must be one of .*, got 'fork'"),
-        ("+workers.max_rss_bytes=0", "workers.max_rss_bytes must be positive, got 0"),
-        ("memory.env_bytes=manyGB", "memory.env_bytes must be a number of bytes"),
-        ("memory.env_bytes=infGB", "memory.env_bytes must be a number of bytes"),
-        ("loss.dual_clip=1.1", "loss.dual_clip must be greater than 1"),
-        ("loss.reduction=none", "loss.reduction must not be 'none'"),
-        ("loss.clip_epsilon=1", "loss.clip_epsilon must satisfy 0 <= low < 1"),
-    ],
-)
-def test_what_is_refused(settings, override, message):
-    with pytest.raises(ValueError, match=f"^{message}"):
-        settings("toy", override)
+REFUSED = [
+    ("toy", "train.num_updates=1.5", "train.num_updates must be a whole number.*, got 1.5"),
+    ("toy", "train.num_updates=abc", "train.num_updates must be a whole number.*, got 'abc'"),
+    ("toy", "train.max_minutes=0", "train.max_minutes must be positive, got 0. Use null"),
+    ("toy", "+inference.timeout_s=nan", "inference.timeout_s must be a finite number, got nan"),
+    ("toy", "workers.step_timeout_s=1e9", "workers.step_timeout_s must be at most 2000000"),
+    ("toy", "optim.micro_batch_size=65", "optim.micro_batch_size must be at most minibatch_size"),
+    ("toy", "optim.betas=[0.9,1]", r"optim.betas must be below 1, got \[0.9, 1\]"),
+    ("toy", "optim.betas=[0.9]", "optim.betas must be a list of"),
+    ("toy", "policy.temperature=inf", "policy.temperature must be a finite number, got inf"),
+    ("toy", "policy.backbone.text_layers=0", "policy.backbone.text_layers must be at least 1"),
+    ("toy", "policy.kind=checkpoint", "policy.checkpoint must be given, got nothing"),
+    ("toy", "policy.action_dim=3", "policy.action_dim must be 2, as in env, got 3"),
+    ("toy", "policy.state_std=[1]", "policy.state_std must have state_dim=4 entries"),
+    ("toy", "eval.num_episodes=-1", "eval.num_episodes must be at least 0, got -1. 0 evaluates"),
+    ("toy", "eval.num_episodes=8", "eval.subset_episodes must be at most num_episodes=8, got 16"),
+    ("toy", "name=../../escaped", "name must be the name of one folder, got '../../escaped'"),
+    ("toy", "name=..", "name must be the name of one folder"),
+    ("toy", "device=null", "device must be a text, got None"),
+    ("toy", "device=gpu", "device must be a torch device, got 'gpu'"),
+    ("toy", "seed=4294967296", "seed must be at most 4294967295"),
+    ("toy", "+foo=1", "foo must be a setting, got an unknown name. There are name, "),
+    ("toy", "+group.group_sise=8", r"group.group_sise must be .* mean group.group_size\?"),
+    ("toy", "~train.num_updates", "train.num_updates must be given, got nothing"),
+    ("toy", "env.backend=x", r"env.backend must be one of \['toy', 'libero'\], got 'x'"),
+    ("toy", "env.backend=libero", "env.action_dim must be a setting, got an unknown name"),
+    ("toy", "+inference.deterministic=true", "inference.deterministic must be None or False"),
+    ("toy", "+workers.start_method=fork", "workers.start_method must be one of .*, got 'fork'"),
+    ("toy", "memory.env_bytes=infGB", "memory.env_bytes must be a number of bytes"),
+    ("toy", "loss.dual_clip=1.1", "loss.dual_clip must be greater than 1"),
+    ("libero", "env.max_episode_steps=512", "workers.max_decisions must be at least 64, got 15"),
+    ("libero", "env.replan_interval=9", "env.replan_interval must be from 1 to chunk_size=8"),
+    ("libero", "env.task_suite=x", r"env.task_suite must be one of \['libero_spatial', "),
+    ("libero", "env.task_ids=[]", "env.task_ids must name at least one task, and each once"),
+    ("libero", "env.task_ids=[3,3]", "env.task_ids must name at least one task, and each once"),
+    ("libero", "env.cameras=agentview", "env.cameras must be a list of a text, got 'agentview'"),
+    ("libero", "policy.kind=tiny_vla", "policy.kind=tiny_vla must be used with env.backend=toy"),
+    ("libero_openvla_oft", "seed=0", "policy.checkpoint must be given, got nothing"),
+]
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("env.max_episode_steps=512", "workers.max_decisions must be at least 64, got 15"),
-        ("env.replan_interval=9", "env.replan_interval must be from 1 to chunk_size=8, got 9"),
-        ("env.task_suite=libero_kitchen", "env.task_suite must be one of libero_spatial"),
-        ("env.task_ids=[]", r"env.task_ids must name at least one task, and each once, got \[\]"),
-        ("env.task_ids=[3,3]", "env.task_ids must name at least one task, and each once"),
-        ("env.camera_height=0", "env.camera_height must be at least 1, got 0"),
-        ("env.cameras=agentview", "env.cameras must be a list of a text, got 'agentview'"),
-        ("policy.kind=tiny_vla", "policy.kind=tiny_vla must be used with env.backend=toy"),
-    ],
-)
-def test_what_is_refused_with_libero(settings, override, message):
+@pytest.mark.parametrize(("config", "override", "message"), REFUSED, ids=lambda text: text)
+def test_what_is_refused(settings, config, override, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        settings("libero", override)
+        settings(config, override)
 
 
 @pytest.mark.parametrize(
@@ -179,21 +155,17 @@ def test_what_is_refused_with_libero(settings, override, message):
     [
         ("seed=4294967295", "seed", 2**32 - 1),
         ("name=2026", "name", "2026"),
-        ("train.num_updates=1", "train.num_updates", 1),
         ("train.max_minutes=1", "train.max_minutes", 1.0),
         ("eval.num_episodes=0", "eval.num_episodes", 0),
         ("optim.lr=1e-3", "optim.lr", 1e-3),
         ("optim.lr='1e-3'", "optim.lr", 1e-3),
         ("optim.betas=[0,0]", "optim.betas", (0.0, 0.0)),
         ("optim.final_lr_share=0", "optim.final_lr_share", 0.0),
-        ("optim.final_lr_share=1", "optim.final_lr_share", 1.0),
         ("optim.micro_batch_size='16'", "optim.micro_batch_size", 16),
         ("loss.clip_epsilon=0.2", "loss.clip_epsilon", 0.2),
         ("group.return_bounds=[0,1]", "group.return_bounds", (0.0, 1.0)),
-        ("memory.env_bytes=4GB", "memory.env_bytes", "4GB"),
         ("+workers.env_vars={A:1}", "workers.env_vars", {"A": "1"}),
         ("device=cuda:7", "device", "cuda:7"),  # whether it is there is asked of the machine
-        ("checkpoint.resume=auto", "checkpoint.resume", "auto"),
     ],
 )
 def test_what_is_accepted(settings, override, path, value):

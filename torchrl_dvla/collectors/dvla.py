@@ -45,7 +45,7 @@ from torchrl_dvla.data import (
 from torchrl_dvla.data.schema import INSTRUCTION_ID_KEY, INSTRUCTION_KEY
 from torchrl_dvla.memory import DualPool, Plan
 from torchrl_dvla.swimlane import EnvProcesses, InferenceProcess, Timeline
-from torchrl_dvla.validation import COUNT, check
+from torchrl_dvla.validation import Count, check
 from torchrl_dvla.weight_update import AsyncWeightUpdater, WeightReader
 
 __all__ = ["DVLACollector"]
@@ -139,7 +139,7 @@ class DVLACollector(BaseCollector):
         check("inference", inference, InferenceConfig)
         check("memory", memory, DualPool | None)
         check("replay_buffer", replay_buffer, PooledReplayBuffer | None)
-        rows_per_page = check("rows_per_page", rows_per_page, int, COUNT)
+        rows_per_page = check("rows_per_page", rows_per_page, Count)
         seed = check("seed", seed, int)
         tasks = create_env_fn if isinstance(create_env_fn, Mapping) else {"default": create_env_fn}
         self._factories = dict(tasks)

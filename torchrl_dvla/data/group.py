@@ -11,13 +11,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, pvariance
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 
 from torchrl_dvla.functional.advantage import group_advantage, has_contrast
 from torchrl_dvla.memory import EnvironmentPool, Page
-from torchrl_dvla.validation import COUNT, Range, check, check_fields
+from torchrl_dvla.validation import Count, Range, check, check_fields
 
 __all__ = [
     "EpisodeSpec",
@@ -31,6 +31,9 @@ __all__ = [
 ]
 
 NoSignalPolicy = Literal["warn", "keep", "raise"]
+_SEVERAL = Range(
+    2, remedy="A group compares rollouts of one initial state: one rollout has no advantage."
+)
 
 #: Returns that differ by at most this, relative to the largest of them or to 1, count as equal.
 _RETURN_TOLERANCE = 1e-6
@@ -72,25 +75,17 @@ class GroupConfig:
 state: one rollout has no advantage.
     """
 
-    group_size: int = 8
+    group_size: Annotated[int, _SEVERAL] = 8
     candidate_group_size: int | None = None
-    groups_per_update: int = 4
-    max_policy_lag: int = 1
+    groups_per_update: Count = 4
+    max_policy_lag: Annotated[int, Range(0, remedy="0 is the synchronous loop.")] = 1
     return_bounds: tuple[float, float] | None = None
     normalise_std: bool = True
-    max_no_signal_groups: int = 16
+    max_no_signal_groups: Count = 16
     on_no_signal: NoSignalPolicy = "warn"
 
     def __post_init__(self) -> None:
-        remedy = "A group compares rollouts of one initial state: one rollout has no advantage."
-        check_fields(
-            self,
-            group_size=Range(2, remedy=remedy),
-            groups_per_update=COUNT,
-            max_policy_lag=Range(0, remedy="0 is the synchronous loop."),
-            max_no_signal_groups=COUNT,
-            on_no_signal=Range(remedy="'warn' samples on."),
-        )
+        check_fields(self)
         if self.candidate_group_size is not None and self.candidate_group_size < self.group_size:
             raise ValueError(
                 f"candidate_group_size must be at least group_size ({self.group_size}), got "

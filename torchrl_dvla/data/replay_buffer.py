@@ -26,7 +26,7 @@ from torchrl_dvla.data.instructions import InstructionTable, InstructionTransfor
 from torchrl_dvla.data.storage import READ_ONLY, PooledStorage
 from torchrl_dvla.memory import EnvironmentPool, ModelPool
 from torchrl_dvla.memory.row_access import RowFields
-from torchrl_dvla.validation import COUNT, DURATION, Range, check
+from torchrl_dvla.validation import Count, Range, Seconds, check
 
 __all__ = ["PooledReplayBuffer"]
 
@@ -198,14 +198,14 @@ class PooledReplayBuffer(ReplayBuffer):
         transform: Transform | None = None,
         **kwargs: Any,
     ) -> None:
-        batch_size = check("batch_size", batch_size, int | None, COUNT)
+        batch_size = check("batch_size", batch_size, Count | None)
         staging = "2 lets one batch travel to the device while the next is gathered."
         self.num_epochs = check("num_epochs", num_epochs, int, Range(1, remedy="1 is one pass."))
-        self.timeout_s = check("timeout_s", timeout_s, float | None, DURATION)
+        self.timeout_s = check("timeout_s", timeout_s, Seconds | None)
         self.seed = check("seed", seed, int)
         self.shuffle = check("shuffle", shuffle, bool)
         self.num_staging = check("num_staging", num_staging, int, Range(1, remedy=staging))
-        max_size = check("max_size", max_size, int, COUNT)
+        max_size = check("max_size", max_size, Count)
         self._has_own_storage = "storage" in kwargs
         #: The groups of the collector that the buffer is bound to.
         self.groups: GroupQueue | None = None

@@ -31,7 +31,7 @@ from torchrl_dvla.envs.libero_setup import (
     quiet_stdout,
     validate_libero,
 )
-from torchrl_dvla.validation import Range, check
+from torchrl_dvla.validation import Natural, Range, check
 
 __all__ = ["LiberoChunkEnv"]
 
@@ -143,7 +143,7 @@ class LiberoChunkEnv(LiberoEnv):
             )
         check("max_episode_steps", max_episode_steps, int, Range(1, remedy="Count env steps."))
         check("max_mesh_faces", max_mesh_faces, int | None, Range(1, remedy="Try 4000."))
-        check("settle_steps", settle_steps, int, Range(0))
+        check("settle_steps", settle_steps, Natural)
         check("shadows", shadows, bool)
         check("msaa", msaa, bool)
         choose_gl_backend()

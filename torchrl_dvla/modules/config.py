@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torchrl.data.vla import (
@@ -19,7 +19,7 @@ from torchrl.data.vla import (
 
 from torchrl_dvla.differences import differences
 from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle
-from torchrl_dvla.validation import COUNT, Range, check_fields
+from torchrl_dvla.validation import Count, Natural, Range, check_fields
 
 __all__ = ["TransformersVLAConfig", "action_tokenizer_from_dict", "action_tokenizer_to_dict"]
 
@@ -59,13 +59,13 @@ class TransformersVLAConfig:
     """
 
     backbone: dict[str, Any]
-    action_dim: int
-    chunk_size: int
+    action_dim: Count
+    chunk_size: Count
     action_tokenizer: dict[str, Any]
-    image_size: tuple[int, int]
-    state_dim: int = 0
-    num_cameras: int = 1
-    tokens_per_step: int = 1
+    image_size: tuple[Count, Count]
+    state_dim: Natural = 0
+    num_cameras: Annotated[int, Range(1, 2)] = 1
+    tokens_per_step: Count = 1
     prompt_style: PromptStyle = field(default_factory=PromptStyle)
     pixel_style: PixelStyle = field(default_factory=PixelStyle)
     bidirectional_prompt: bool = False
@@ -74,17 +74,7 @@ class TransformersVLAConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
-        spec = "Take it from the environment's action spec."
-        check_fields(
-            self,
-            action_dim=Range(1, remedy=spec),
-            chunk_size=Range(1, remedy=spec),
-            image_size=Range(1, remedy="Give the height and width of the cameras."),
-            state_dim=Range(0, remedy="Use 0 for no proprioception."),
-            num_cameras=Range(1, 2, remedy="The second is a wrist camera."),
-            tokens_per_step=COUNT,
-            dtype=Range(remedy="Use float32 on CPUs."),
-        )
+        check_fields(self)
         if self.action_dim % self.tokens_per_step:
             raise ValueError(
                 f"tokens_per_step must be a divisor of action_dim={self.action_dim}, got "

@@ -73,7 +73,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 
-from torchrl_dvla.validation import COUNT, Range, check
+from torchrl_dvla.validation import Count, Natural, Range, check
 from torchrl_dvla.weight_update.reader import WeightReader
 from torchrl_dvla.weight_update.segment import (
     MAX_SLOTS,
@@ -100,8 +100,8 @@ _SLOTS_REMEDY = (
 )
 _OPTIONS: dict[str, tuple[Any, Range]] = {
     "num_slots": (int, Range(3, MAX_SLOTS, remedy=_SLOTS_REMEDY)),
-    "max_readers": (int, COUNT),
-    "first_version": (int, Range(0)),
+    "max_readers": (Count, Range()),
+    "first_version": (Natural, Range()),
     "transport_dtype": (torch.dtype | None, Range()),
 }
 _OPTIONS |= dict.fromkeys(("trainable_only", "lora_only", "check_finite"), (bool, Range()))

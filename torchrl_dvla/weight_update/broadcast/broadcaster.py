@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from torchrl_dvla.validation import DURATION, check
+from torchrl_dvla.validation import Seconds, check
 from torchrl_dvla.weight_update.broadcast.channel import Channel, Peers, format_address
 from torchrl_dvla.weight_update.broadcast.edge import Rendezvous
 from torchrl_dvla.weight_update.broadcast.rounds import LEARNER, RoundResult, Rounds
@@ -190,7 +190,7 @@ class WeightBroadcast:
         shapes: Sequence[str] = ("chain", "binomial"),
         timeout_s: float = 10.0,
     ) -> None:
-        timeout_s = check("timeout_s", timeout_s, float, DURATION)
+        timeout_s = check("timeout_s", timeout_s, Seconds)
         num_bytes = reader.layout.slot_bytes
         self._rounds = Rounds(
             lambda num_nodes: choose_tree(num_nodes, num_bytes, link=link, shapes=shapes)
