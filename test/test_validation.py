@@ -79,22 +79,6 @@ def test_refused_for_its_type(value, kind, message):
         check("x", value, kind)
 
 
-@pytest.mark.parametrize(
-    ("bounds", "bad", "good", "words"),
-    [
-        (Range(1), 0, 1, "at least 1"),
-        (Range(most=5), 6, 5, "at most 5"),
-        (Range(above=0), 0, 1e-300, "positive"),
-        (Range(above=1.5), 1.5, 1.6, "above 1.5"),
-        (Range(0, below=1), 1, 0, "below 1"),
-    ],
-)
-def test_range(bounds, bad, good, words):
-    assert (bounds.violated_by(bad), bounds.violated_by(good)) == (words, "")
-    with pytest.raises(ValueError, match=f"x must be {words}, got "):
-        check("x", (good, bad), tuple[float, ...], bounds)
-
-
 @dataclass(frozen=True)
 class Inner:
     size: Count
@@ -140,6 +124,10 @@ def store(**kwargs):
     return WeightStore(nn.Linear(1, 1), **kwargs)
 
 
+def collector(**kwargs):  # before a worker is started
+    return DVLACollector(ToyChunkEnv, nn.Linear(1, 1), **kwargs)
+
+
 @pytest.mark.parametrize(
     ("target", "names", "values"),
     [
@@ -176,6 +164,10 @@ def store(**kwargs):
         (ActionNoise, "push_steps", COUNTS),
         (RandomShift, "max_shift", COUNTS[1:]),
         (StateNoise, "scale", TIMES[1:]),
+        (collector, "group workers inference", ({"group_size": 4}, DualPool(), None)),
+        (collector, "memory replay_buffer", ("4GB", 64, GroupConfig())),
+        (collector, "rows_per_page", COUNTS),
+        (collector, "seed", SEEDS),
     ],
 )
 def test_every_part_refuses_by_name(target, names, values):
@@ -183,20 +175,3 @@ def test_every_part_refuses_by_name(target, names, values):
         for value in values:
             with pytest.raises(ValueError, match=f"^{name} must .*, got .*[.]"):
                 target(**{name: value})
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("group", {"group_size": 4}),
-        ("workers", None),
-        ("inference", WorkerConfig()),
-        ("memory", "4GB"),
-        ("replay_buffer", 64),
-        ("rows_per_page", 0),
-        ("seed", 2**70),
-    ],
-)
-def test_a_collector_refuses_before_it_starts_a_worker(name, value):
-    with pytest.raises(ValueError, match=f"^{name} must be .*, got "):
-        DVLACollector(ToyChunkEnv, nn.Linear(1, 1), **{name: value})

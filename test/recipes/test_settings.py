@@ -61,16 +61,16 @@ def as_used(settings, path):
     return settings
 
 
-@pytest.mark.parametrize(
-    "config", [path for path in CONFIGS if "openvla" not in path.stem], ids=lambda path: path.stem
-)
-def test_a_malformed_value_is_refused_by_name_or_used_as_it_is(config, monkeypatch, tmp_path):
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_value_is_refused_by_name_or_used_as_it_is(config, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     settings_from = load(config.parents[1].name).settings_from
     plain = compose_plain(config)
-    num_refused = num_accepted = 0
+    shipped, num_refused, num_accepted = settings_from(plain), 0, 0
     for path in paths(plain):
-        dotted = ".".join(path)
+        dotted, value, used = ".".join(path), as_used(plain, path), as_used(shipped, path)
+        if not isinstance(value, dict) and dotted != "log.dir":  # which is made absolute
+            assert used == (tuple(value) if isinstance(value, list) else value), dotted
         for value in MALFORMED:
             try:
                 used = as_used(settings_from(replace(plain, path, value)), path)
@@ -85,22 +85,11 @@ def test_a_malformed_value_is_refused_by_name_or_used_as_it_is(config, monkeypat
                     assert not value or used == value
                 elif isinstance(value, list):
                     assert used == tuple(map(type(used[0]), value)) if value else not used
-                elif dotted != "log.dir":  # made absolute
+                elif dotted != "log.dir":
                     assert used in (value, str(value)) and (used is True) == (value is True)
                     assert not isinstance(used, float) or math.isfinite(used)
     assert num_refused > num_accepted > 0
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_value_is_accepted_and_kept(config, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    plain = compose_plain(config)
-    settings = load(config.parents[1].name).settings_from(plain)
-    for path in paths(plain):
-        value, used = as_used(plain, path), as_used(settings, path)
-        if not isinstance(value, dict) and path != ("log", "dir"):
-            assert used == (tuple(value) if isinstance(value, list) else value), path
 
 
 REFUSED = [
@@ -111,7 +100,6 @@ REFUSED = [
     ("toy", "workers.step_timeout_s=1e9", "workers.step_timeout_s must be at most 2000000"),
     ("toy", "optim.micro_batch_size=65", "optim.micro_batch_size must be at most minibatch_size"),
     ("toy", "optim.betas=[0.9,1]", r"optim.betas must be below 1, got \[0.9, 1\]"),
-    ("toy", "optim.betas=[0.9]", "optim.betas must be a list of"),
     ("toy", "policy.temperature=inf", "policy.temperature must be a finite number, got inf"),
     ("toy", "policy.backbone.text_layers=0", "policy.backbone.text_layers must be at least 1"),
     ("toy", "policy.kind=checkpoint", "policy.checkpoint must be given, got nothing"),
@@ -120,7 +108,6 @@ REFUSED = [
     ("toy", "eval.num_episodes=-1", "eval.num_episodes must be at least 0, got -1. 0 evaluates"),
     ("toy", "eval.num_episodes=8", "eval.subset_episodes must be at most num_episodes=8, got 16"),
     ("toy", "name=../../escaped", "name must be the name of one folder, got '../../escaped'"),
-    ("toy", "name=..", "name must be the name of one folder"),
     ("toy", "device=null", "device must be a text, got None"),
     ("toy", "device=gpu", "device must be a torch device, got 'gpu'"),
     ("toy", "seed=4294967296", "seed must be at most 4294967295"),
@@ -131,12 +118,10 @@ REFUSED = [
     ("toy", "env.backend=libero", "env.action_dim must be a setting, got an unknown name"),
     ("toy", "+inference.deterministic=true", "inference.deterministic must be None or False"),
     ("toy", "+workers.start_method=fork", "workers.start_method must be one of .*, got 'fork'"),
-    ("toy", "memory.env_bytes=infGB", "memory.env_bytes must be a number of bytes"),
     ("toy", "loss.dual_clip=1.1", "loss.dual_clip must be greater than 1"),
     ("libero", "env.max_episode_steps=512", "workers.max_decisions must be at least 64, got 15"),
     ("libero", "env.replan_interval=9", "env.replan_interval must be from 1 to chunk_size=8"),
     ("libero", "env.task_suite=x", r"env.task_suite must be one of \['libero_spatial', "),
-    ("libero", "env.task_ids=[]", "env.task_ids must name at least one task, and each once"),
     ("libero", "env.task_ids=[3,3]", "env.task_ids must name at least one task, and each once"),
     ("libero", "env.cameras=agentview", "env.cameras must be a list of a text, got 'agentview'"),
     ("libero", "policy.kind=tiny_vla", "policy.kind=tiny_vla must be used with env.backend=toy"),
@@ -190,24 +175,19 @@ def test_what_a_checkpoint_holds_gives_the_same_settings(settings, recipe):
     assert recipe.settings.settings_from(plain) == cfg
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_multirun_runs_every_job_and_tells_of_one_that_fails(recipe, monkeypatch, tmp_path, fails):
+def test_multirun_runs_every_job_and_tells_of_one_that_fails(recipe, monkeypatch, tmp_path):
     seeds = []
 
     def train(cfg, stop):
         seeds.append(cfg.seed)
-        if fails and cfg.seed == 0:
+        if cfg.seed == 1:
             raise ArithmeticError("injected")
 
     monkeypatch.setattr(recipe.dvla_grpo, "train", train)
     monkeypatch.setattr(logging.config, "dictConfig", lambda config: None)
-    argv = f"--config-path={RECIPES}/dvla_grpo/config --config-name=toy -m seed=0,1"
+    argv = f"--config-path={RECIPES}/dvla_grpo/config --config-name=toy -m seed=0,1,2"
     monkeypatch.setattr(sys, "argv", ["dvla_grpo.py", *argv.split(), f"log.dir={tmp_path}/runs"])
-    if fails:
-        with pytest.raises(SystemExit) as caught:
-            recipe.dvla_grpo.main()
-        assert caught.value.code == 1
-    else:
+    with pytest.raises(SystemExit, match="1"):
         recipe.dvla_grpo.main()
-    assert seeds == [0, 1]
+    assert seeds == [0, 1, 2]
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
