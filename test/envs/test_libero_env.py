@@ -251,7 +251,7 @@ def test_each_environment_renders_its_own_images(env):
         ({"cameras": ()}, "cameras must be a sequence of one or two names"),
         ({"cameras": "agentview"}, "cameras must be a sequence of one or two names"),
         ({"max_episode_steps": 0}, "max_episode_steps must be at least 1"),
-        ({"max_mesh_faces": 0}, "max_mesh_faces must be at least 1 or None"),
+        ({"max_mesh_faces": 0}, "max_mesh_faces must be at least 1"),
     ],
 )
 def test_bad_arguments_end_before_the_simulator_starts(arguments, message, monkeypatch):

@@ -266,15 +266,8 @@ def test_config_survives_json(policy):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("action_dim", 0, "action_dim must be at least 1, got 0"),
-        ("chunk_size", 0, "chunk_size must be at least 1"),
-        (
-            "image_size",
-            (0, 32),
-            r"image_size must be a positive \(height, width\), got \(0, 32\)",
-        ),
-        ("num_cameras", 3, "num_cameras must be 1 or 2, got 3"),
-        ("state_dim", -1, "state_dim must be at least 0, got -1"),
+        ("image_size", (0, 32), r"image_size must be at least 1, got \(0, 32\)"),
+        ("num_cameras", 3, "num_cameras must be at most 2, got 3"),
         ("dtype", "int8", "dtype must be one of"),
         ("backbone", {}, "must contain 'model_type'"),
     ],

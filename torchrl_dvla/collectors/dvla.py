@@ -46,6 +46,7 @@ from torchrl_dvla.data.schema import INSTRUCTION_ID_KEY, INSTRUCTION_KEY
 from torchrl_dvla.memory import DualPool, Plan
 from torchrl_dvla.saved_state import form_of, require_form
 from torchrl_dvla.swimlane import EnvProcesses, InferenceProcess, Timeline
+from torchrl_dvla.validation import Count, check
 from torchrl_dvla.weight_update import AsyncWeightUpdater, WeightReader
 
 __all__ = ["DVLACollector"]
@@ -134,6 +135,13 @@ class DVLACollector(BaseCollector):
     ) -> None:
         super().__init__()
         self.total_frames = -1  # it collects without end
+        check("group", group, GroupConfig)
+        check("workers", workers, WorkerConfig)
+        check("inference", inference, InferenceConfig)
+        check("memory", memory, DualPool | None)
+        check("replay_buffer", replay_buffer, PooledReplayBuffer | None)
+        rows_per_page = check("rows_per_page", rows_per_page, Count)
+        seed = check("seed", seed, int)
         tasks = create_env_fn if isinstance(create_env_fn, Mapping) else {"default": create_env_fn}
         self._factories = dict(tasks)
         self.schedule = schedule or InitStateSchedule(tuple(self._factories), seed=seed)

@@ -31,6 +31,7 @@ from torchrl_dvla.envs.libero_setup import (
     quiet_stdout,
     validate_libero,
 )
+from torchrl_dvla.validation import Natural, Range, check
 
 __all__ = ["LiberoChunkEnv"]
 
@@ -140,14 +141,11 @@ class LiberoChunkEnv(LiberoEnv):
                 "cameras must be a sequence of one or two names, got "
                 f"{cameras!r}. The first becomes 'image', the second 'wrist_image'."
             )
-        if max_episode_steps < 1:
-            raise ValueError(
-                f"max_episode_steps must be at least 1, got {max_episode_steps}. Count env steps."
-            )
-        if max_mesh_faces is not None and max_mesh_faces < 1:
-            raise ValueError(
-                f"max_mesh_faces must be at least 1 or None, got {max_mesh_faces}. Try 4000."
-            )
+        check("max_episode_steps", max_episode_steps, int, Range(1, remedy="Count env steps."))
+        check("max_mesh_faces", max_mesh_faces, int | None, Range(1, remedy="Try 4000."))
+        check("settle_steps", settle_steps, Natural)
+        check("shadows", shadows, bool)
+        check("msaa", msaa, bool)
         choose_gl_backend()
         self._task = task
         self.chunk_size = chunk_size
