@@ -46,7 +46,7 @@ def test_round_trip_is_exact(tmp_path):
     # Buffers that are not stored must have been computed, not left empty.
     for (name, one), (_, other) in zip(policy.named_buffers(), again.named_buffers()):
         assert torch.equal(one, other), name
-    td = make_observation(3, instructions=["lift it", "unknown words", "Open the drawer"])
+    td = make_observation(3, instructions=["lift it", "lift unknown words", "Open the drawer"])
     assert torch.equal(policy.action_logits(td), again.action_logits(td))
 
 

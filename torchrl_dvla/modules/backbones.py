@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -71,9 +72,10 @@ class PixelStyle:
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
         object.__setattr__(self, "std", tuple(float(value) for value in self.std))
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        sizes, finite = (len(self.mean), len(self.std)), map(math.isfinite, self.mean + self.std)
+        if sizes != (3, 3) or not all(finite) or min(self.std) <= 0:
             raise ValueError(
-                "mean and std must have three entries and std must be positive, got "
+                "mean and std must have three entries, be finite and std positive, got "
                 f"mean={self.mean}, std={self.std}. Copy them from the preprocessor_config.json "
                 "of the checkpoint."
             )
