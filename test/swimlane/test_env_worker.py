@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from multiprocessing import Pipe
@@ -114,6 +115,17 @@ def test_two_environments_of_one_worker_do_not_mix(worker_and_rows):
     assert rows["observation", "image"][5, 0, 0, 0] == env.scene(3, 2).scene_id
 
 
+@contextlib.contextmanager
+def working(make):
+    """A worker with one environment, and its rows."""
+    with EnvironmentPool(layout_of(make()), num_pages=1, rows_per_page=4) as pool:
+        pool.lease("w")
+        worker = EnvWorker({"default": make}, num_envs=1)
+        worker.use_pool(pool.worker_view())
+        yield worker, pool.rows
+        worker.close()
+
+
 class BufferedEnv(CountingChunkEnv):
     """Draws into one buffer, step after step, as a renderer does; the buffer may be shared."""
 
@@ -190,10 +202,7 @@ class WrongEnv(CountingChunkEnv):
 )
 def test_what_no_learner_may_see_is_refused_by_name_and_ends_the_rollout(wrong, message):
     factory = functools.partial(WrongEnv, wrong, chunk_size=4, max_env_steps=10)
-    with EnvironmentPool(layout_of(make_env()), num_pages=1, rows_per_page=4) as pool:
-        pool.lease("w")
-        worker = EnvWorker({"default": factory}, num_envs=1)
-        worker.use_pool(pool.worker_view())
+    with working(factory) as (worker, _):
         worker.reset(reset(0, 1, row=0))
         where = ".* environment 0 of task 'default', at step 1 of the rollout"
         with pytest.raises(RefusedError, match=message + where):
@@ -201,20 +210,15 @@ def test_what_no_learner_may_see_is_refused_by_name_and_ends_the_rollout(wrong, 
         with pytest.raises(RuntimeError, match="must be reset before it is stepped"):
             worker.step(step(0, row=0, next_row=1))
         assert worker.reset(reset(0, 1, row=0)).env_index == 0, "it goes on"
-        worker.close()
 
 
 def test_an_instruction_that_changes_travels_with_the_step():
     wrong = {"language_instruction": NonTensorData("turn back")}
     factory = functools.partial(WrongEnv, wrong, chunk_size=4, max_env_steps=12)
-    with EnvironmentPool(layout_of(make_env()), num_pages=1, rows_per_page=4) as pool:
-        pool.lease("w")
-        worker = EnvWorker({"default": factory}, num_envs=1)
-        worker.use_pool(pool.worker_view())
+    with working(factory) as (worker, _):
         assert worker.reset(reset(0, 1, row=0)).instruction == make_env().instruction
         assert worker.step(step(0, row=0, next_row=1)).instruction == "turn back"
         assert worker.step(step(0, row=1, next_row=2)).instruction is None, "it stays"
-        worker.close()
 
 
 def test_rows_of_pages_that_are_not_leased_are_refused():
@@ -266,51 +270,35 @@ def observe(key, spec):
     return lambda env: env.observation_spec.__setitem__(key, spec)
 
 
+def put(name, **specs):
+    return lambda env: setattr(env, name, Composite(**specs))
+
+
 def act(spec):
-    return lambda env: setattr(env, "full_action_spec", Composite(vla_action=Composite(chunk=spec)))
-
-
-def empty_observation(env):
-    env.observation_spec["observation"] = Composite()
-
-
-def flat_observation(env):
-    env.observation_spec = Composite(observation=Unbounded(4))
+    return put("full_action_spec", vla_action=Composite(chunk=spec))
 
 
 STATE = ("observation", "state")
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("change", "message"),
     [
-        (observe(STATE, Unbounded(4, dtype=torch.bfloat16)), TypeError, "'state.*bfloat16"),
-        (observe(STATE, Unbounded((0, 3))), ValueError, r"'state.*positive sizes, got \[0, 3\]"),
-        (observe(STATE, Unbounded((-1, 3))), ValueError, r"'state.*static shape.*\[-1, 3\]"),
-        (flat_observation, ValueError, r"tensors under 'observation', got \['observation'\]"),
-        (empty_observation, ValueError, "tensors under 'observation'"),
-        (act(Unbounded(())), ValueError, r"floating point \[chunk_size, action_dim\], got \[\]"),
-        (act(Unbounded((4, 2), dtype=torch.int64)), ValueError, r"floating .*\[4, 2\] torch.int64"),
-        (act(Bounded(1.0, torch.nan, (4, 2))), ValueError, r"low <= high, got \[1.0"),
-        (
-            lambda env: setattr(env, "full_reward_spec", Composite(pay=Unbounded(1))),
-            ValueError,
-            "one 'reward' at the root",
-        ),
-        (
-            lambda env: setattr(env, "full_done_spec", Composite(done=Binary(3))),
-            ValueError,
-            "one 'done' at the root",
-        ),
-        (
-            observe("action_mask", Binary(8, dtype=torch.bool)),
-            ValueError,
-            r"must lie under 'observation', got \[\('action_mask',\)\].*RenameTransform",
-        ),
+        (observe(STATE, Unbounded(4, dtype=torch.bfloat16)), "'state.*bfloat16"),
+        (observe(STATE, Unbounded((0, 3))), r"'state.*positive sizes, got \[0, 3\]"),
+        (observe(STATE, Unbounded((-1, 3))), r"'state.*static shape.*\[-1, 3\]"),
+        (observe("observation", Composite()), "group of tensors under 'observation'"),
+        (observe("action_mask", Binary(8)), r"under 'observation', got .*mask.*RenameTransform"),
+        (put("observation_spec", observation=Unbounded(4)), "group of tensors under 'observation'"),
+        (put("full_reward_spec", pay=Unbounded(1)), "one 'reward' at the root"),
+        (put("full_done_spec", done=Binary(3)), "one 'done' at the root"),
+        (act(Unbounded(())), r"floating point \[chunk_size, action_dim\], got \[\]"),
+        (act(Unbounded((4, 2), dtype=torch.int64)), r"floating .*\[4, 2\] torch.int64"),
+        (act(Bounded(1.0, torch.nan, (4, 2))), r"low <= high, got \[1.0"),
     ],
 )
-def test_specs_that_no_row_can_hold_are_refused_by_name(change, error, message):
-    with pytest.raises(error, match=message):
+def test_specs_that_no_row_can_hold_are_refused_by_name(change, message):
+    with pytest.raises((TypeError, ValueError), match=message):
         describe_env(make_with(change))
 
 
@@ -362,10 +350,7 @@ def make_undeclared():
     ],
 )
 def test_the_initial_state_that_is_asked_for_is_played_or_refused(make, message):
-    with EnvironmentPool(layout_of(make_env()), num_pages=1, rows_per_page=4) as pool:
-        pool.lease("w")
-        worker = EnvWorker({"default": make}, num_envs=1)
-        worker.use_pool(pool.worker_view())
+    with working(make) as (worker, rows):
         worker.reset(reset(0, -1, row=0))  # any of them may sample
         assert describe_env(make()).has_init_states == (message is None or "asked" in message)
         if message is not None:
@@ -373,11 +358,10 @@ def test_the_initial_state_that_is_asked_for_is_played_or_refused(make, message)
                 worker.reset(reset(0, 1, row=0))
         else:
             worker.reset(reset(0, 1, row=0))
-            image = pool.rows["observation", "image"]
+            image = rows["observation", "image"]
             assert image[0, 0, 0, 0] == make_env().scene(3, 1).scene_id
             worker.step(step(0, row=0, next_row=1))
             assert image[1, :, 0, 0].tolist()[:2] == [make_env().scene(3, 1).scene_id, 1]
-        worker.close()
 
 
 class RecordingEnv(CountingChunkEnv):
@@ -399,21 +383,17 @@ def test_actions_outside_of_the_action_spec_are_clipped_and_counted(bounds):
         return env
 
     RecordingEnv.chunks.clear()
-    with EnvironmentPool(layout_of(make()), num_pages=1, rows_per_page=4) as pool:
-        pool.lease("w")
-        worker = EnvWorker({"default": make}, num_envs=1)
-        worker.use_pool(pool.worker_view())
+    with working(make) as (worker, rows):
         worker.reset(reset(0, 1, row=0))
         written = torch.tensor([[0.5], [1.0], [-7.0], [1e30]])
-        pool.rows["vla_action", "chunk"][:2] = written
+        rows["vla_action", "chunk"][:2] = written
         events = [worker.step(step(0, row, next_row=row + 1)) for row in range(2)]
         is_bounded = float(bounds.space.high.max()) == 1.0
         executed = [[0.5], [1.0], [-1.0], [1.0]] if is_bounded else written.tolist()
         assert RecordingEnv.chunks == [executed, executed]
         # Of the second chunk two env steps are executed, within the bounds.
         assert [event.num_clipped for event in events] == [2 * is_bounded, 0]
-        assert torch.equal(pool.rows["vla_action", "chunk"][0], written), "what the policy wrote"
-        worker.close()
+        assert torch.equal(rows["vla_action", "chunk"][0], written), "what the policy wrote"
 
 
 @pytest.fixture
