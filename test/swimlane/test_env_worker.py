@@ -186,8 +186,16 @@ class WrongEnv(CountingChunkEnv):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"reward": torch.tensor([torch.nan])}, "reward must be finite, got nan"),
-        ({"reward": torch.tensor([1e39], dtype=torch.float64)}, "must be finite, got 1e\\+39"),
+        ({"reward": torch.tensor([torch.nan])}, "reward must be finite, got tensor\\(\\[nan\\]\\)"),
+        (
+            {"reward": torch.tensor([1e39], dtype=torch.float64)},
+            r"must be finite, got tensor\(\[1.0000e\+39\]",
+        ),
+        ({"reward": NonTensorData("one")}, "reward must be finite, got NonTensorData"),
+        ({"reward": torch.ones(2)}, "'reward', .* must have the shape of their specs"),
+        ({"success": torch.tensor([0.5])}, r"'success' must be one torch.bool, got tensor\(\[0.5"),
+        ({"action_is_pad": torch.zeros(3).bool()}, r"must be \[4\] torch.bool, got \[3\]"),
+        ({"observation": torch.zeros(4)}, r"'image'\) must be in what is written, got none"),
         (
             {("observation", "state"): torch.full((4,), torch.inf)},
             r"must be finite, got \[inf, inf",

@@ -218,6 +218,8 @@ class _OpenRollout:
     #: What its next step starts from.
     tensordict: TensorDictBase
     instruction: str
+    #: Whether its specs have one, which every step returns then.
+    has_instruction: bool
     num_decisions: int = 0
 
 
@@ -281,7 +283,8 @@ class EnvWorker:
         env.set_seed(command.seed, static_seed=True)
         request = TensorDict({INIT_STATE_ID_KEY: torch.tensor([command.init_state_id])})
         tensordict = env.reset(request)
-        rollout = _OpenRollout(command.task, env, tensordict, "")
+        has_instruction = INSTRUCTION_KEY in set(env.observation_spec.keys())
+        rollout = _OpenRollout(command.task, env, tensordict, "", has_instruction)
         try:
             if _takes_init_states(env):
                 _require_init_state(int(tensordict[INIT_STATE_ID_KEY]), command.init_state_id)
@@ -289,7 +292,7 @@ class EnvWorker:
                 require_init_states(command.task, [command.init_state_id], declared=False)
                 tensordict.pop(INIT_STATE_ID_KEY)  # a request is no state: it ends here
             self._observations.write_from(command.row, command.generation, tensordict)
-            rollout.instruction = _instruction(tensordict.get(INSTRUCTION_KEY, ""))
+            rollout.instruction = _instruction(tensordict, rollout)
         except (KeyError, TypeError, ValueError) as error:
             raise self._refuse(error, command.env_index, rollout) from error
         self._open[command.env_index] = rollout
@@ -313,7 +316,16 @@ class EnvWorker:
         rollout.num_decisions += 1
         chunk = self._chunks[command.row].clone()
         outside = _clip(chunk, self._bounds[rollout.task])
-        tensordict = rollout.env.step(rollout.tensordict.set(ACTION_CHUNK_KEY, chunk))
+        try:
+            tensordict = rollout.env.step(rollout.tensordict.set(ACTION_CHUNK_KEY, chunk))
+        except RuntimeError as error:
+            if "is invalid for input of size" not in str(error):  # TorchRL reshapes them to theirs
+                raise
+            message = (
+                "'reward', 'done', 'terminated' and 'truncated' must have the shape of their specs, "
+                "got another."
+            )
+            raise self._refuse(ValueError(message), command.env_index, rollout) from error
         try:
             event = self._record(command, rollout, tensordict)
         except (KeyError, TypeError, ValueError) as error:
@@ -331,17 +343,23 @@ class EnvWorker:
         assert self._observations is not None and self._outcomes is not None, "reset() checks it"
         following = tensordict.get("next")
         entries = dict(following.items())  # once for all: get() has a price of its own
-        reward = float(entries["reward"].sum())
+        paid = entries["reward"]
+        reward = float(paid.sum()) if isinstance(paid, torch.Tensor) else float("nan")
         if not abs(reward) < _LARGEST:
             raise ValueError(
-                f"reward must be finite, got {reward}. The simulator may have become unstable: end "
-                "such an episode as a failure."
+                f"reward must be finite, got {paid!r:.99}. The simulator may have become unstable: "
+                "end such an episode as a failure."
             )
-        changed = _instruction(entries.get(INSTRUCTION_KEY, rollout.instruction))
-        done = bool(entries["done"])
-        terminated = bool(entries.get("terminated", done))
-        success = bool(entries.get("success", terminated))
+        changed = _instruction(entries, rollout)
+        done = _flag(entries, "done")
+        terminated = _flag(entries, "terminated") if "terminated" in entries else done
+        success = _flag(entries, "success") if "success" in entries else terminated
         is_pad = entries.get(ACTION_IS_PAD_KEY, self._no_pad).flatten()
+        if is_pad.dtype is not torch.bool or is_pad.shape != self._no_pad.shape:
+            raise ValueError(
+                f"{ACTION_IS_PAD_KEY!r} must be {list(self._no_pad.shape)} torch.bool, got "
+                f"{list(is_pad.shape)} {is_pad.dtype}. Mark each env step of the chunk."
+            )
         # A rollout that may take no further decision ends here, whether the environment agrees or
         # not: for the learner that is a truncation.
         is_over = done or command.next_row < 0
@@ -372,12 +390,13 @@ class EnvWorker:
         self._envs.clear()
 
 
-def _instruction(text: Any) -> str:
+def _instruction(entries: Any, rollout: _OpenRollout) -> str:
     """What a rollout is asked to do.
 
     Raises:
         TypeError: if it is not a string.
     """
+    text = entries.get(INSTRUCTION_KEY, None if rollout.has_instruction else rollout.instruction)
     if is_non_tensor(text):
         text = getattr(text, "data", text)  # a stack of several has none
     if not isinstance(text, str):
@@ -386,6 +405,15 @@ def _instruction(text: Any) -> str:
             "it in the environment."
         )
     return str(text)
+
+
+def _flag(entries: Mapping[str, Any], name: str) -> bool:
+    flag = entries[name]
+    if not isinstance(flag, torch.Tensor) or flag.dtype is not torch.bool or flag.numel() != 1:
+        raise ValueError(
+            f"{name!r} must be one torch.bool, got {flag!r:.99}. Return [True] or [False]."
+        )
+    return bool(flag)
 
 
 def _require_init_state(played: int, wanted: int) -> None:
