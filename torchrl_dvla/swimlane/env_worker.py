@@ -322,8 +322,8 @@ class EnvWorker:
             if "is invalid for input of size" not in str(error):  # TorchRL reshapes them to theirs
                 raise
             message = (
-                "'reward', 'done', 'terminated' and 'truncated' must have the shape of their specs, "
-                "got another."
+                "'reward', 'done', 'terminated' and 'truncated' must have the shape of their "
+                "specs, got another."
             )
             raise self._refuse(ValueError(message), command.env_index, rollout) from error
         try:
