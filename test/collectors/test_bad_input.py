@@ -12,10 +12,12 @@ import multiprocessing
 import pytest
 import torch
 from tensordict.nn import TensorDictModule
+from torchrl.data import Composite
 from torchrl.envs import ToyVLAEnv
 
 from torchrl_dvla.collectors import (
     DVLACollector,
+    EpisodeSpec,
     GroupConfig,
     InferenceConfig,
     InitStateSchedule,
@@ -80,6 +82,33 @@ def test_an_environment_without_chunks(refuse):
         error=RuntimeError,
         create_env_fn=ToyVLAEnv,
     )
+
+
+def test_numbered_initial_states_that_the_environment_would_not_hear_of(refuse, make_collector):
+    def make():  # nested, so that it is pickled by value
+        env = CountingChunkEnv(**ENV_KWARGS)
+        env.set_spec_lock_(False)
+        env.state_spec = Composite()
+        return env
+
+    message = r"task 'default' must declare 'init_state_id' .* start from init state 4\. Set self"
+    schedule = InitStateSchedule(init_state_ids=[-1, 4])
+    refuse(message, create_env_fn=make, schedule=schedule)
+    collector = make_collector(make)
+    with pytest.raises(ValueError, match=message):
+        collector.evaluate([EpisodeSpec("default", 0), EpisodeSpec("default", 0, 4)])
+    assert len(collector.evaluate([EpisodeSpec("default", 0)]).result(60.0).successes) == 1
+
+
+def test_an_environment_without_instructions_is_said_once(make_collector, caplog):
+    def make():
+        env = CountingChunkEnv(**ENV_KWARGS)
+        env.set_spec_lock_(False)
+        del env.observation_spec["language_instruction"]
+        return env
+
+    make_collector(make, workers={"num_workers": 2})
+    assert caplog.text.count("have no 'language_instruction', which the policy reads") == 1
 
 
 def test_specs_that_differ_between_workers(refuse):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.envs import RewardSum, StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_dvla.envs.libero_env import LiberoChunkEnv
@@ -142,6 +143,17 @@ def test_group_shares_its_scene_whatever_came_before(env, init_state_id: int | N
     assert np.array_equal(scene_of(env), scene)
     assert (again["observation"] == first["observation"]).all()
     assert (decide(env, again, LOWER)["observation"] == future["observation"]).all()
+
+
+def test_init_state_arrives_through_transforms(env):
+    inner = TransformedEnv(env, StepCounter())
+    wrapped = TransformedEnv(inner, RewardSum(), auto_unwrap=False)
+    check_env_specs(wrapped)
+    for index in (0, 1):
+        expected = reset(env, 3, index)["observation"]
+        td = reset(wrapped, 3, index)
+        assert (td["observation"] == expected).all() and int(td["init_state_id"]) == index
+    assert int(reset(wrapped, 3)["init_state_id"]) == -1
 
 
 def test_seed_moves_the_fixtures_of_an_init_state(env):

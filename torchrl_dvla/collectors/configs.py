@@ -36,7 +36,8 @@ class WorkerConfig:
             failure.
         max_rollout_failures (int): failures of one rollout after which its group is dropped.
         max_task_failures (int): groups of one task dropped in a row for failures, without a
-            finished rollout of it, after which the run goes on without the task.
+            finished rollout of it, after which the run goes on without the task. A group that is
+            dropped for a refused rollout counts as one of ``max_rollout_failures``.
         max_rss_bytes (int or str, optional): private resident memory at which a worker is replaced
             by a new one, between two rollouts. Memory that it shares with others does not count.
             Defaults to no limit.

@@ -75,7 +75,7 @@ class PixelStyle:
         check_fields(self)
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(
-                "mean and std must have three entries and std must be positive, got "
+                "mean and std must have three entries, be finite and std positive, got "
                 f"mean={self.mean}, std={self.std}. Copy them from the preprocessor_config.json "
                 "of the checkpoint."
             )
