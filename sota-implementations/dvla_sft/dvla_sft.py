@@ -24,10 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from torchrl_dvla.data.demonstrations import load_demonstrations
+from torchrl_dvla.streams import drop_unwritable_output
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="libero_object")
 def main(cfg: DictConfig) -> None:
+    drop_unwritable_output()
     torch.manual_seed(cfg.seed)
     torch.set_num_threads(cfg.training.num_threads)
     run_folder = utils.make_run_folder(cfg)
