@@ -436,5 +436,7 @@ def test_a_checkpoint_without_the_buffer_is_refused(make_collector):
     with pytest.raises(ValueError, match=r"'buffer', got \['counters', 'num_batches'.*Load the po"):
         collector.load_state_dict(state)
     assert next(collector.schedule).seed == cursor + 1, "nothing was taken over"
+    with pytest.raises(ValueError, match="seed must equal the checkpoint's 7, got "):
+        collector.load_state_dict({**state, "buffer": buffer, "seed": 7})
     collector.load_state_dict({**state, "buffer": buffer})
     assert next(collector.schedule).seed == cursor

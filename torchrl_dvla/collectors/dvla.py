@@ -452,6 +452,7 @@ class DVLACollector(BaseCollector):
         """
         with self._groups.lock:
             return OrderedDict(
+                seed=self._seed,
                 counters=self._counters.state_dict(),
                 num_batches=list(self._loop.batcher.num_batches),
                 buffer=self.replay_buffer.state_dict(),
@@ -466,11 +467,12 @@ class DVLACollector(BaseCollector):
 
         Raises:
             RuntimeError: if a group was begun already.
-            ValueError: if it does not hold the replay buffer, as older checkpoints do not.
+            ValueError: if seed, groups or schedule differ from those that it was taken with, by
+                name; or if it does not hold the replay buffer, as older checkpoints do not.
         """
         if self._groups.num_admitted:
             raise RuntimeError("load_state_dict must be called before start().")
-        check_state(state_dict)
+        check_state(state_dict, self._seed)
         self.replay_buffer.load_state_dict(state_dict["buffer"])
         self._counters.load_state_dict(state_dict["counters"])
         self._loop.batcher.num_batches[:] = state_dict["num_batches"]
