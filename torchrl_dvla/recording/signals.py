@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from torchrl_dvla.swimlane.managed_process import STOP_SIGNALS
+from torchrl_dvla.swimlane.managed_process import STOP_SIGNALS, stop_signals_blocked
 
 __all__ = ["GracefulStop", "StopRequested"]
 
@@ -124,6 +124,8 @@ class GracefulStop:
                 "GracefulStop must be entered in the main thread, got "
                 f"{threading.current_thread().name!r}. Only the main thread receives signals."
             )
+        with stop_signals_blocked():  # starts multiprocessing's tracker, for it to block them, too
+            pass
         self._thread = threading.Thread(target=self._watch, name="graceful-stop", daemon=True)
         self._thread.start()
         for number in (signal.SIGINT, *STOP_SIGNALS):

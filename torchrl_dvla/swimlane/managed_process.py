@@ -31,7 +31,7 @@ import torch
 from torchrl_dvla.streams import drop_unwritable_output
 from torchrl_dvla.swimlane.messages import Stop
 
-__all__ = ["STOP_SIGNALS", "ManagedProcess"]
+__all__ = ["STOP_SIGNALS", "ManagedProcess", "pickled", "stop_signals_blocked"]
 
 _log = logging.getLogger("torchrl_dvla")
 
@@ -110,7 +110,7 @@ class ManagedProcess:
             daemon=True,
         )
         try:
-            with _stop_signals_blocked():
+            with stop_signals_blocked():
                 _start(self.process)
         except BaseException:
             self.connection.close()
@@ -310,7 +310,7 @@ def _remove_socket() -> None:
 
 
 @contextlib.contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
+def stop_signals_blocked() -> Iterator[None]:
     """Block STOP_SIGNALS in this thread, and so in every process that is started meanwhile.
 
     They come to all processes of a run at once. Only the parent may act on them, as with Ctrl-C: a
