@@ -37,12 +37,3 @@ def test_a_process_that_is_killed_leaves_no_lock(tmp_path):
             RunLock(tmp_path)
         process.kill()
     RunLock(tmp_path)
-
-
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
-    def flock(*args):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", flock)
-    RunLock(tmp_path)
-    assert "cannot be locked ([Errno 37] No locks available)" in caplog.text

@@ -36,7 +36,7 @@ class GracefulStop:
 
     Beside SIGINT and SIGTERM that is SIGHUP, of a terminal that is closed, and SIGUSR1 and SIGUSR2,
     with which batch schedulers announce the end. Those three are left to whoever handles, or
-    ignores, them already: ``nohup``, :mod:`faulthandler`, the script.
+    ignores, them already: ``nohup``, ``faulthandler``, the script.
 
     A signal may arrive in the middle of an optimizer step or of a write to the replay buffer, when
     raising an exception would leave half of it behind. So the handler only sets a flag. Three

@@ -59,7 +59,7 @@ class ManagedProcess:
     """A process with one duplex pipe, which ends for certain: by :meth:`stop`, or with its parent.
 
     Its stack can be read from outside while it hangs, see :meth:`stack`. It ignores Ctrl-C and
-    :data:`STOP_SIGNALS`, which reach the whole process group: only the parent acts on them, and
+    ``STOP_SIGNALS``, which reach the whole process group: only the parent acts on them, and
     ends its processes in order. When the parent's interpreter exits, whatever has not been stopped
     is killed before ``multiprocessing`` waits for it; when the parent is killed, the kernel kills
     the process.
