@@ -515,7 +515,7 @@ def test_checkpoints_that_do_not_fit_change_nothing(plane):
     state = old.buffer.state_dict()
     other = plane(groups=3)
     other.add()
-    with pytest.raises(ValueError, match="groups_per_update must equal the checkpoint's 2, got 3"):
+    with pytest.raises(ValueError, match="'groups_per_update' is 3 instead of 2"):
         other.buffer.load_state_dict(state)
     assert xs(other.buffer[:]) == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="batch_size must equal the checkpoint's 4, got 3"):

@@ -444,7 +444,7 @@ class CollectionLoop:
         if self._task is not None:
             self._call(self._task.cancel)
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join()  # it ends: each of its waits has a limit, see ManagedProcess
         else:
             self._close()
 

@@ -231,11 +231,11 @@ def check_episodes(
         )
 
 
-def check_state(state_dict: Mapping[str, Any]) -> None:
-    """Require a collector's state to hold that of its replay buffer.
+def check_state(state_dict: Mapping[str, Any], seed: int) -> None:
+    """Require a collector's state to hold that of its replay buffer, and to be of the same seed.
 
     Raises:
-        ValueError: if it was taken before it did, or from something else.
+        ValueError: if it was taken before it did, with another seed, or from something else.
     """
     if "buffer" not in state_dict:
         raise ValueError(
@@ -243,4 +243,9 @@ def check_state(state_dict: Mapping[str, Any]) -> None:
             " Checkpoints of older versions kept collector and buffer apart, taken at two "
             "instants: going on from them could learn from a group twice. Load the policy and the "
             "optimizer alone, and start with an empty buffer."
+        )
+    if state_dict.get("seed", seed) != seed:
+        raise ValueError(
+            f"seed must equal the checkpoint's {state_dict['seed']}, got {seed}. Build the "
+            "collector with it, or call set_seed first; with another seed, start anew."
         )
