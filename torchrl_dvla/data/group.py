@@ -186,9 +186,10 @@ class InitStateSchedule(Iterator[EpisodeSpec]):
         """Go on where ``state_dict`` was taken.
 
         Raises:
-            ValueError: if it holds something else.
+            ValueError: if it holds something else, or is of other tasks or init states.
         """
-        require_form({"cursor": COUNT, "seed": Number(whole=True)}, state_dict, "schedule")
+        form = form_of(self.state_dict()) | {"cursor": COUNT, "seed": Number(whole=True)}
+        require_form(form, state_dict, "schedule")
         self._cursor, self.seed = state_dict["cursor"], state_dict["seed"]
 
 
