@@ -2,16 +2,17 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Environments of TorchRL's, as they come, in whole runs."""
+"""Environments that are not ours, in whole runs."""
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import cloudpickle
+import pytest
 import torch
-from torchrl.envs import Compose, MultiAction, StepCounter, SuccessReward, TransformedEnv
-from torchrl.envs.custom import ToyVLAEnv
+from torchrl.envs import SuccessReward, ToyVLAEnv, TransformedEnv
 
 from torchrl_dvla.collectors import GroupConfig
 from torchrl_dvla.data.schema import (
@@ -21,18 +22,18 @@ from torchrl_dvla.data.schema import (
     ROLLOUT_ID_KEY,
     STATE_KEY,
 )
+from torchrl_dvla.envs import ChunkEnv
+from torchrl_dvla.testing import CountingChunkEnv
 
-from .counting_task import make_policy
+from .counting_task import ENV_KWARGS, make_policy
 
 # Workers cannot import this module: they get its functions whole.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def make_toy():
-    """Single actions become chunks by a transform; the rest of the schema the environment has."""
     env = ToyVLAEnv(action_dim=2, state_dim=4, success_steps=20)
-    transforms = (MultiAction.from_vla(stack_rewards=False), SuccessReward(), StepCounter(3))
-    return TransformedEnv(env, Compose(*transforms))
+    return ChunkEnv(TransformedEnv(env, SuccessReward()), chunk_size=4)
 
 
 def test_a_group_of_the_toy_task_is_learned(make_collector):
@@ -57,3 +58,29 @@ def test_a_group_of_the_toy_task_is_learned(make_collector):
     assert torch.equal(first[STATE_KEY][0], first[STATE_KEY][1]), "a group shares its scene"
     assert set(rows[INSTRUCTION_KEY]) == {make_toy().reset()[INSTRUCTION_KEY]}
     assert (rows[ADVANTAGE_KEY] == 0).all()
+
+
+class Unseeded(CountingChunkEnv):
+    """Its scenes follow from the process and its resets alone, and it says not what is solved."""
+
+    def __init__(self):
+        super().__init__(**ENV_KWARGS, seed=id(self))
+        del self.observation_spec["success"]
+
+    def _set_seed(self, seed):
+        if self._num_resets == 0:
+            super()._set_seed(seed)
+
+    def _observe(self, success, num_executed):
+        out = super()._observe(success, num_executed)
+        del out["success"]
+        return out
+
+
+def test_an_environment_that_ignores_its_seed_ends_the_run(make_collector, caplog):
+    with caplog.at_level(logging.WARNING, "torchrl_dvla"):
+        collector = make_collector(lambda: Unseeded(), workers={"envs_per_worker": 2})
+    assert caplog.text.count("no 'success'") == 1 and "ChunkEnv(success=...)" in caplog.text
+    collector.start()
+    with pytest.raises(RuntimeError, match=r"(?s)same observation.*task 'default' ignores its see"):
+        next(iter(collector.replay_buffer))

@@ -170,7 +170,8 @@ class DVLACollector(BaseCollector):
             if not specs.has_success:
                 _log.warning(
                     "The environment's specs have no 'success': a rollout counts as solved when it "
-                    "terminates. Return 'success' if it may also terminate on failure."
+                    "terminates. If it may also terminate on failure, return 'success', or say by "
+                    "torchrl_dvla.envs.ChunkEnv(success=...) where it is found."
                 )
             layout = match_policy(policy, specs)
             #: Sizes of the pools, see :class:`~torchrl_dvla.memory.Plan`.

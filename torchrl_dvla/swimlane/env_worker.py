@@ -18,7 +18,7 @@ import cloudpickle
 import torch
 from tensordict import TensorDict, TensorDictBase, is_non_tensor
 from torchrl.data import NonTensor
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, MultiAction
 
 from torchrl_dvla.data.schema import (
     ACTION_CHUNK_KEY,
@@ -75,8 +75,7 @@ def describe_env(env: EnvBase) -> EnvSpecs:
             one decision.
 
     Raises:
-        ValueError: if it does not; the message names what is missing and the transform that adds
-        it.
+        ValueError: if it does not; the message names what is missing and what adds it.
     """
     if env.batch_size:
         raise ValueError(
@@ -86,9 +85,10 @@ def describe_env(env: EnvBase) -> EnvSpecs:
     if ACTION_CHUNK_KEY not in env.action_keys:
         raise ValueError(
             f"create_env_fn must return an environment whose action is {ACTION_CHUNK_KEY} "
-            f"[chunk_size, action_dim], got actions {list(env.action_keys)}. Append "
-            "MultiAction.from_vla(stack_rewards=False) to a single-step environment."
+            f"[chunk_size, action_dim], got actions {list(env.action_keys)}. Wrap a single-step "
+            "environment in torchrl_dvla.envs.ChunkEnv."
         )
+    _check_chunking(env)
     spec = env.full_action_spec[ACTION_CHUNK_KEY]
     # MultiAction leaves the length of the chunk open in its spec; only the policy knows it then.
     chunk_size = int(spec.shape[-2]) if len(spec.shape) >= 2 else -1
@@ -112,6 +112,22 @@ def describe_env(env: EnvBase) -> EnvSpecs:
     return EnvSpecs(tuple(leaves), chunk_size, int(spec.shape[-1]), has_success)
 
 
+def _check_chunking(env: EnvBase) -> None:
+    """Require that env steps which were not executed are marked, and all others rewarded."""
+    remedy = "Wrap the single-step environment in torchrl_dvla.envs.ChunkEnv, without MultiAction."
+    if ACTION_IS_PAD_KEY not in env.observation_spec:
+        raise ValueError(
+            f"create_env_fn must return an environment that observes {ACTION_IS_PAD_KEY!r} "
+            "[chunk_size], True for env steps of the chunk that were not executed, got none: "
+            f"actions after the end of an episode would be learned from. {remedy}"
+        )
+    if any(isinstance(part, MultiAction) and not part.stack_rewards for part in env.modules()):
+        raise ValueError(
+            "stack_rewards of MultiAction must be True, got False: of a chunk it keeps the last "
+            f"env step's reward alone. {remedy}"
+        )
+
+
 class EnvWorker:
     """Environments of one worker, each in the middle of at most one rollout.
 
@@ -132,7 +148,6 @@ class EnvWorker:
         #: it is asked to do.
         self._open: list[tuple[str, TensorDictBase, str] | None] = [None] * num_envs
         self._chunks = torch.empty(0)
-        self._no_pad = torch.empty(0, dtype=torch.bool)
         self._observations: RowWriter | None = None
         self._outcomes: RowWriter | None = None
 
@@ -140,13 +155,14 @@ class EnvWorker:
         """The environment of ``env_index`` for ``task``, built at most once."""
         key = (env_index, task)
         if key not in self._envs:
-            self._envs[key] = self._factories[task]()
+            env = self._factories[task]()
+            describe_env(env)  # for its errors: the environment of every task is checked
+            self._envs[key] = env
         return self._envs[key]
 
     def use_pool(self, view: WorkerView) -> None:
         """Take the rows that chunks are read from and observations and outcomes written to."""
         self._chunks = view.rows.get(ACTION_CHUNK_KEY)
-        self._no_pad = torch.zeros(view.layout[ACTION_IS_PAD_KEY][0], dtype=torch.bool)
         keys = [key for key in view.layout if isinstance(key, tuple) and key[0] == OBSERVATION_KEY]
         self._observations = RowWriter(view, keys)
         self._outcomes = RowWriter(view, _OUTCOME_KEYS)
@@ -201,7 +217,7 @@ class EnvWorker:
         done = bool(entries["done"])
         terminated = bool(entries.get("terminated", done))
         success = bool(entries.get("success", terminated))
-        is_pad = entries.get(ACTION_IS_PAD_KEY, self._no_pad).flatten()
+        is_pad = following[ACTION_IS_PAD_KEY].flatten()
         # A rollout that may take no further decision ends here, whether the environment agrees or
         # not: for the learner that is a truncation.
         is_over = done or command.next_row < 0
