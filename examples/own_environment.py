@@ -72,13 +72,13 @@ def main() -> None:
     torch.manual_seed(0)
     policy = tiny_token_policy(action_dim=2, chunk_size=3, vocab_size=8)
     buffer = PooledReplayBuffer(batch_size=128, num_epochs=2)
-    held_out = [EpisodeSpec("default", seed=1_000 + k) for k in range(100)]
+    held_out = [EpisodeSpec("default", seed=1_000 + k) for k in range(50)]
     with DVLACollector(
         make_env,
         policy,
         replay_buffer=buffer,
         group=GroupConfig(group_size=8, groups_per_update=8, max_policy_lag=1),
-        workers=WorkerConfig(num_workers=2, envs_per_worker=8, max_decisions=4),
+        workers=WorkerConfig(num_workers=1, envs_per_worker=16, max_decisions=4),
     ) as collector:
         loss = GRPOLoss(policy)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
