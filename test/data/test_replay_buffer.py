@@ -529,7 +529,7 @@ def test_checkpoints_that_do_not_fit_change_nothing(plane):
         groups = GroupQueue(
             GroupConfig(group_size=2, groups_per_update=2),
             pool,
-            InitStateSchedule(),
+            InitStateSchedule(("task",)),
             pages_per_rollout=2,
         )
         buffer = PooledReplayBuffer(batch_size=4)

@@ -181,7 +181,8 @@ class DVLACollector(BaseCollector):
             if not specs.has_success:
                 _log.warning(
                     "The environment's specs have no 'success': a rollout counts as solved when it "
-                    "terminates. Return 'success' if it may also terminate on failure."
+                    "terminates. If it may also terminate on failure, return 'success', or say by "
+                    "torchrl_dvla.envs.ChunkEnv(success=...) where it is found."
                 )
             if not specs.has_instruction and INSTRUCTION_KEY in getattr(policy, "in_keys", ()):
                 _log.warning(
