@@ -44,6 +44,7 @@ _COUNTS = (
     "groups_kept",
     "no_signal_groups",
     "groups_kept_without_signal",
+    "rows_kept",
     "updates",
 )
 
@@ -390,6 +391,7 @@ class GroupQueue:
                 rollout.pages = []
         group.state = GroupState.COMPLETE
         self._counts["groups_kept"] += 1
+        self._counts["rows_kept"] += len(rows)
         self._kept_length += group.mean_length
 
     def _watch_signal(self, group: Group) -> str | None:
@@ -674,7 +676,7 @@ class GroupQueue:
             self.version = state_dict["version"]
             self.num_admitted = state_dict["num_admitted"]
             self.num_rollouts = state_dict["num_rollouts"]
-            self._counts = dict(state_dict["counts"])
+            self._counts = dict.fromkeys(_COUNTS, 0) | state_dict["counts"]
             self._kept_length = state_dict["kept_length"]
             self._drops = {reason: list(drops) for reason, drops in state_dict["drops"].items()}
             self._drops_since_update = {}
