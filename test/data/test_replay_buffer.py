@@ -301,7 +301,7 @@ def test_samplers_that_cannot_follow_groups_that_leave_are_refused_by_name(plane
 SETTINGS = {
     "storage": (LazyTensorStorage(4), lambda buffer: buffer.set_storage(LazyTensorStorage(4))),
     "writer": (RoundRobinWriter(), lambda buffer: buffer.set_writer(RoundRobinWriter())),
-    "shared": (True, lambda buffer: buffer.share()),
+    "shared": (True, None),
     "checkpointer": (TensorStorageCheckpointer(), None),
     "dim_extend": (1, None),
     "save hooks": (None, lambda buffer: buffer.register_save_hook(id)),
@@ -485,6 +485,9 @@ def test_it_is_torchrls_buffer_until_it_is_bound():
     assert ours.stats() == theirs.stats()
     assert all((a == b).all() for a, b in zip(islice(ours, 3), islice(theirs, 3), strict=True))
     empty = PooledReplayBuffer(batch_size=4)
+    with pytest.raises(RuntimeError, match="shared must be given to the constructor"):
+        ours.share()
+    assert PooledReplayBuffer(shared=True).share().shared
     for use in (lambda: next(iter(empty)), lambda: ours.cohort, lambda: ours.pool):
         with pytest.raises(RuntimeError, match=r"must be bound to a collector .* call sample\(\)"):
             use()

@@ -224,8 +224,10 @@ class PooledReplayBuffer(ReplayBuffer):
         self._own: list[str] = []
         #: The groups of the collector that the buffer is bound to.
         self.groups: GroupQueue | None = None
-        # Compilable: counters are plain numbers, not named semaphores in /dev/shm.
-        compilable = kwargs.get("compilable") is not False
+        # Compilable: counters are plain numbers of this process, not named semaphores in /dev/shm.
+        compilable = kwargs.get("compilable")
+        if compilable is None:
+            compilable = "storage" not in kwargs and not kwargs.get("shared")
         defaults = {
             "storage": LazyTensorStorage(max_size, compilable=compilable),
             "writer": RoundRobinWriter(compilable=compilable),
@@ -423,9 +425,22 @@ class PooledReplayBuffer(ReplayBuffer):
     __setitem__ = _unless_bound("__setitem__")
     set_storage = _unless_bound("set_storage", "storage")
     set_writer = _unless_bound("set_writer", "writer")
-    share = _unless_bound("share", "shared")
     register_save_hook = _unless_bound("register_save_hook", "save hooks")
     register_load_hook = _unless_bound("register_load_hook", "load hooks")
+
+    def share(self, shared: bool = True) -> PooledReplayBuffer:
+        """Let other processes write, too, as TorchRL's.
+
+        Raises:
+            RuntimeError: if it counts its rows in this process alone: they would be overwritten.
+        """
+        if shared and self._initialized and self._storage._compilable:
+            raise RuntimeError(
+                "shared must be given to the constructor, got a buffer that counts its rows in "
+                "this process alone. Make a PooledReplayBuffer(shared=True) for rows of your own."
+            )
+        super().share(shared)
+        return self
 
     def set_sampler(self, sampler: Sampler) -> None:
         """Replace the sampler, once it is bound by one that can follow groups that leave."""
