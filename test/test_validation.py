@@ -165,7 +165,7 @@ def collector(**kwargs):  # before a worker is started
         (RandomShift, "max_shift", COUNTS[1:]),
         (StateNoise, "scale", TIMES[1:]),
         (collector, "group workers inference", ({"group_size": 4}, DualPool(), None)),
-        (collector, "memory replay_buffer", ("4GB", 64, GroupConfig())),
+        (collector, "memory", ("4GB", 64, GroupConfig())),
         (collector, "rows_per_page", COUNTS),
         (collector, "seed", SEEDS),
     ],
