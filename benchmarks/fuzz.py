@@ -9,8 +9,8 @@
 
 A case is a valid input with one thing made wrong that the documentation rules out. It is *refused*
 by an exception of a documented class that names the wrong thing and says what it must be and what
-it got; else it is *unclear*, *silent* (accepted), a *hang* (over the case's limit) or a *crash* (the
-process died). *Accepted* is what looks wrong and the documentation allows (``ALLOWED`` says where).
+it got; else it is *unclear*, *silent* (accepted), a *hang* (over the case's limit) or a *crash*
+(the process died). *Accepted* is what looks wrong and the documentation allows (``ALLOWED``).
 Every eleventh case is valid and must be accepted. Cases run in a process of their own.
 
 settings
@@ -248,7 +248,7 @@ def settings(rng: random.Random, is_wrong: bool) -> Case:
     way = rng.choice(["value"] * 6 + ["class"] * 4 + ["name", "gone", "fit"]) if is_wrong else ""
     if way == "class":
         cls = rng.choice(CLASSES)
-        known = [name for name in inspect.signature(cls).parameters if name in KIND_OF]
+        known = [name for name in inspect.signature(cls.__init__).parameters if name in KIND_OF]
         name = rng.choice(known)
         value = rng.choice(WRONG[KIND_OF[name].strip("?")])
         first = (token_policy(),) if cls is GRPOLoss else ()
@@ -314,7 +314,7 @@ def batches(rng: random.Random, is_wrong: bool) -> Case:
     loss = GRPOLoss(policy, importance="decoupled", kl_to_ref_coeff=0.1)
     loss.set_keys(weight="weight")
     batch = batch_of(loss)
-    keys: dict[Any, tuple[str, ...]] = {TOKENS: ("action",), "action_is_pad": ("action_is_pad",)}
+    keys: dict[Any, Any] = {TOKENS: ("action", "token"), "action_is_pad": ("action_is_pad",)}
     keys |= {("observation", "state"): ("state",), ("observation", "image"): ("image",)}
     if is_grpo:
         names = ("advantage", "weight", "proximal_log_prob", "ref_log_prob", "policy_version")
@@ -330,21 +330,22 @@ def batches(rng: random.Random, is_wrong: bool) -> Case:
         elif text == "garbage in the padding":
             batch[LOG_PROBS][:, 3], batch[TOKENS][:, 3] = NAN, -100
     else:
+        is_observation = key[0] == "observation"
         ways = ["complex", "one row less", "one size more", "no dimension"]
-        is_optional = key in ("action_is_pad", "policy_version")
-        ways += [] if is_optional else ["missing"]
-        ways += ["float"] * (not value.is_floating_point())
+        ways += ["missing"] * (key not in ("action_is_pad", "policy_version"))
         if value.is_floating_point():
-            ways += ["nan", "inf", "int64", "bool", "huge"]
-        elif key == TOKENS:
-            ways += ["8", "-1", str(2**40), "bool"]
+            ways += ["nan", "inf"] + ["int64", "bool", "huge"] * (not is_observation)
+        elif not is_observation:
+            ways += ["float"] + ["8", "-1", str(2**40), "bool"] * (key == TOKENS)
         way, row = rng.choice(ways), rng.randrange(len(value))
         text = f"{'GRPOLoss' if is_grpo else 'ActionTokenBCLoss'} {key}: {way}"
         if way == "missing":
             del batch[key]
         elif way in ("one row less", "no dimension"):
-            other = value[1:] if way == "one row less" else value[:, 0]
-            batch = TensorDict(dict(batch.items())).set(key, other)  # which checks no size
+            batch.batch_size = []  # checks no size
+            for name in ("observation", "vla_action"):
+                batch[name].batch_size = []
+            batch[key] = value[1:] if way == "one row less" else value[:, 0]
         elif way == "one size more":
             batch[key] = torch.cat([value, value[..., :1]], -1)
         elif way in ("complex", "float", "int64", "bool"):
@@ -358,7 +359,7 @@ def batches(rng: random.Random, is_wrong: bool) -> Case:
     def call() -> None:
         if is_grpo:
             out = loss(batch)
-            total = sum(out[name] for name in out.keys() if name.startswith("loss_"))
+            total = sum(value for name, value in out.items() if name.startswith("loss_"))
         else:
             total = ActionTokenBCLoss(policy)(batch)["loss_bc"]
         total.backward()
@@ -367,7 +368,7 @@ def batches(rng: random.Random, is_wrong: bool) -> Case:
         if not all(bool(grad.isfinite().all()) for grad in (total, *grads)):
             raise ArithmeticError("the loss or a gradient is not finite")
 
-    shown = (*keys[key], str(key))
+    shown = (*keys[key], str(key), *["observation"] * (key[0] == "observation"))
     return Case(text, shown, call)
 
 
@@ -563,33 +564,44 @@ class Payload:
         return open, (str(self.path), "w")
 
 
-@functools.cache
-def saved_run(folder: str) -> tuple[Path, RunCheckpoints]:
+class SavedRun:
     """A checkpoint of a toy run, and what loads one into objects of the same settings."""
 
-    def make() -> tuple[DVLACollector, RunCheckpoints]:
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.renew()
+        parts = self.loader._checkpoint.components
+        self.collector.start()
+        loss = GRPOLoss(token_policy())
+        for _ in range(2):
+            for batch in self.collector.replay_buffer:
+                loss(batch)["loss_objective"].backward()
+                parts["optimizer"].step()
+            parts["scheduler"].step()
+            self.collector.update_policy_weights_()
+        time.sleep(1.0)  # another group
+        with self.collector.pause():
+            self.path = self.loader.save(5)
+        self.renew()
+
+    def renew(self) -> None:
+        """Another collector, for one loads no second time."""
+        with contextlib.suppress(AttributeError):
+            self.collector.shutdown()
         policy = token_policy()
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-        collector = DVLACollector(CountingChunkEnv, policy, **toy_settings(3))
-        components = {"policy": policy, "optimizer": optimizer, "rng": GlobalRNGState()}
-        components["scheduler"] = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-        return collector, RunCheckpoints(folder, **components, collector=collector)
+        self.collector = DVLACollector(CountingChunkEnv, policy, **toy_settings(3))
+        parts = {"policy": policy, "optimizer": optimizer, "rng": GlobalRNGState()}
+        parts["scheduler"] = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        self.loader = RunCheckpoints(self.folder, **parts, collector=self.collector)
 
-    collector, checkpoints = make()
-    collector.start()
-    loss, optimizer = GRPOLoss(token_policy()), checkpoints._checkpoint.components["optimizer"]
-    for _ in range(2):
-        for batch in collector.replay_buffer:
-            loss(batch)["loss_objective"].backward()
-            optimizer.step()
-        checkpoints._checkpoint.components["scheduler"].step()
-        collector.update_policy_weights_()
-    time.sleep(1.0)  # another group
-    with collector.pause():
-        path = checkpoints.save(5)
-    collector.shutdown()
-    assert path is not None
-    return path, make()[1]
+    def load(self, path: Path) -> None:
+        self.loader._verified = None
+        self.loader.load(path)
+        self.renew()
+
+
+saved_run = functools.cache(SavedRun)
 
 
 def descend(rng: random.Random, node: Any) -> tuple[tuple[Any, ...], Any]:
@@ -605,7 +617,7 @@ def foreign_values(path: tuple[Any, ...], value: Any) -> list[Any]:
     """Values that an entry like ``value`` must not have."""
     if isinstance(value, torch.Tensor):
         values = ["text", None, value.unsqueeze(0), value.to(torch.complex64)]
-        return values + [torch.full_like(value, NAN)] * value.is_floating_point()
+        return values + [value * NAN] * value.is_floating_point()
     if isinstance(value, bool):
         return ["text", 7]
     if isinstance(value, int | float):
@@ -619,7 +631,8 @@ def foreign_values(path: tuple[Any, ...], value: Any) -> list[Any]:
 
 
 def checkpoints(rng: random.Random, is_wrong: bool, folder: str = "") -> Case:
-    whole, loader = saved_run(folder)
+    run = saved_run(folder)
+    whole = run.path
     path = Path(folder) / "copy" / whole.name
     shutil.rmtree(path.parent, ignore_errors=True)
     shutil.copytree(whole, path)
@@ -643,11 +656,17 @@ def checkpoints(rng: random.Random, is_wrong: bool, folder: str = "") -> Case:
         record = json.loads(manifest.read_text())
         names = (component,)
         if way == "metadata":
-            key = rng.choice(list(record["metadata"]))
-            new = rng.choice([GONE, "text", None, NAN, -3, [1]])
-            new = -7 if isinstance(record["metadata"][key], str) and new == "text" else new
-            record, names = edit(record, ("metadata", key), new), (key,)
-            text = f"metadata.{key} = {new!r}"
+            name = rng.choice(list(record["components"]))
+            keys: list[Any] = [("metadata", key) for key in record["metadata"]]
+            keys += [("components",), ("components", name), ("format_version",)]
+            keys += [("components", name, key) for key in ("adapter", "path")]
+            key = rng.choice(keys)
+            new = rng.choice([GONE, -7, None, NAN, -3, [1], "../../escaped"])
+            while new == "../../escaped" and key == ("metadata", "torchrl_dvla"):
+                new = -7
+            names = (key[-1], name) if key[0] == "components" else (key[-1], "format")
+            record, key = edit(record, key, new), ".".join(key)
+            text = f"{key} = {new!r}"
         elif way == "bytes":
             size = rng.randrange(len(content))
             file.write_bytes(rng.choice([content[:size], b"", rng.randbytes(99), b"PK\3\4"]))
@@ -673,7 +692,7 @@ def checkpoints(rng: random.Random, is_wrong: bool, folder: str = "") -> Case:
             strings = [str(key) for key in entry if isinstance(key, str)]
             names = (strings[-1],) if strings else (component,)
             names += ("generator",) * (component == "rng")
-        digests = record["metadata"].get("sha256")
+        digests = record.get("metadata", {}).get("sha256")
         if isinstance(digests, dict):
             digests[file.relative_to(path).as_posix()] = hashlib.sha256(
                 file.read_bytes()
@@ -682,10 +701,7 @@ def checkpoints(rng: random.Random, is_wrong: bool, folder: str = "") -> Case:
 
     def call() -> None:
         try:
-            loader._verified = None
-            loader.load(path)
-            if is_wrong:
-                loader.load(whole)  # what was taken over must not count in the next case
+            run.load(path)
         finally:
             if marker.exists():
                 raise PayloadRan(text)
@@ -715,8 +731,9 @@ def judge(case: Case, is_wrong: bool) -> tuple[str, str]:
         text = str(error)
         if not is_wrong:
             return "valid_refused", repr(error)
-        says = re.search(r"\bmust\b.*\bgot\b", text, re.DOTALL) is not None
+        says = re.search(r"(?s)\bmust\b.*\bgot\b|' is (missing|unknown)", text) is not None
         is_named = any(name in text for name in case.names)
+        says |= isinstance(error, FileNotFoundError)  # by the file's name
         is_clear = isinstance(error, DOCUMENTED) and says and is_named
         return "refused" if is_clear else "unclear", repr(error)
     if is_wrong:
