@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from settings import Settings
 from tensordict import TensorDictBase
 from tqdm import tqdm
 
@@ -58,7 +58,7 @@ class RunState:
     ended_by: str = ""
     checkpoint: str = ""
 
-    def progress(self, cfg: DictConfig) -> float:
+    def progress(self, cfg: Settings) -> float:
         """Share of the budget of updates or of time, whichever is further, that is used up."""
         shares = [self.num_updates / cfg.train.num_updates]
         if cfg.train.max_minutes is not None:
@@ -86,7 +86,7 @@ class Meter:
 
     _COUNTS = ("collector/decisions", "collector/env_steps", "collector/episodes")
 
-    def __init__(self, cfg: DictConfig, state: RunState, collector: DVLACollector) -> None:
+    def __init__(self, cfg: Settings, state: RunState, collector: DVLACollector) -> None:
         self._cfg, self._state, self._collector = cfg, state, collector
         minutes = cfg.train.max_minutes
         self._max_s = math.inf if minutes is None else 60.0 * minutes
@@ -252,7 +252,7 @@ def record(
     log(f"greedy success ({name}, policy version {result.policy_version}): {success}")
 
 
-def report_of(cfg: DictConfig, state: RunState) -> RunReport:
+def report_of(cfg: Settings, state: RunState) -> RunReport:
     """Final report."""
     seconds = max(state.training_s, 1e-9)
     return RunReport(

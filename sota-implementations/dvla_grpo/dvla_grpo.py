@@ -34,6 +34,7 @@ from bookkeeping import (
     save_after,
 )
 from omegaconf import DictConfig, OmegaConf
+from settings import Settings, settings_from, to_dict
 from tensordict import TensorDictBase
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
@@ -53,19 +54,19 @@ from torchrl_dvla.recording import (
 
 @hydra.main(version_base="1.3", config_path="config", config_name="libero")
 def main(cfg: DictConfig) -> None:
+    settings = settings_from(cfg)
     with GracefulStop() as stop:
         try:
-            train(cfg, stop)
+            train(settings, stop)
         except StopRequested:
             log(f"{stop.reason}: ended before training began")
-    # Seconds on a busy machine: the interpreter's last collections walk half a million objects, all
-    # of which the kernel is about to take back anyway.
-    gc.freeze()
-    # 128 + the signal is what a shell expects of a program that one ended.
-    sys.exit(128 + signal.Signals[stop.reason] if stop.requested else 0)
+    if stop.requested:
+        # 128 + the signal is what a shell expects of a program that one ended; with --multirun, the
+        # runs that were to follow are left out.
+        sys.exit(128 + signal.Signals[stop.reason])
 
 
-def train(cfg: DictConfig, stop: GracefulStop) -> None:
+def train(cfg: Settings, stop: GracefulStop) -> None:
     # -- build: whatever is wrong with the settings ends the run here, before a process starts ----
     check_settings(cfg)
     utils.make_deterministic(cfg)
@@ -93,7 +94,8 @@ def train(cfg: DictConfig, stop: GracefulStop) -> None:
         recorder = stack.enter_context(
             TensorBoardRecorder(run_folder, start_step=state.num_updates + 1 if resumed else None)
         )
-        recorder.text("settings", f"```yaml\n{OmegaConf.to_yaml(cfg)}```", step=state.num_updates)
+        shown = OmegaConf.to_yaml(to_dict(cfg))
+        recorder.text("settings", f"```yaml\n{shown}```", step=state.num_updates)
         log(f"run folder: {run_folder}\nwatch it:   tensorboard --logdir {run_folder}")
         buffer = utils.make_replay_buffer(cfg)
         with stop.interruptible():
@@ -106,8 +108,7 @@ def train(cfg: DictConfig, stop: GracefulStop) -> None:
         stop.on_request(buffer.shutdown)
 
         def save(**kwargs: str) -> None:
-            settings = OmegaConf.to_container(cfg, resolve=True)
-            path = checkpoints.save(state.num_updates, config=settings, **kwargs)
+            path = checkpoints.save(state.num_updates, config=to_dict(cfg), **kwargs)
             state.checkpoint = str(path or state.checkpoint)
 
         def evaluate_all() -> list[bool]:
@@ -168,7 +169,7 @@ def train(cfg: DictConfig, stop: GracefulStop) -> None:
 
 
 def learn(
-    cfg: DictConfig,
+    cfg: Settings,
     loss: GRPOLoss,
     optimizer: Optimizer,
     scheduler: LRScheduler,
@@ -212,7 +213,7 @@ def learn(
 
 
 def evaluate(
-    cfg: DictConfig, collector: DVLACollector, episodes: Sequence[EpisodeSpec]
+    cfg: Settings, collector: DVLACollector, episodes: Sequence[EpisodeSpec]
 ) -> EvaluationResult:
     """Play held-out episodes greedily and wait for their outcome."""
     log(f"evaluating: {len(episodes)} held-out episodes")
@@ -223,4 +224,9 @@ def evaluate(
 if __name__ == "__main__":
     # `--quick` is the toy configuration, for a first look.
     sys.argv = ["--config-name=toy" if arg == "--quick" else arg for arg in sys.argv]
-    main()
+    try:
+        main()
+    finally:
+        # Seconds on a busy machine: the interpreter's last collections walk half a million objects,
+        # all of which the kernel is about to take back anyway.
+        gc.freeze()

@@ -10,12 +10,13 @@ import copy
 import functools
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from settings import Settings
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl.data.vla import UniformActionTokenizer
 from torchrl.envs import EnvBase
@@ -24,15 +25,12 @@ from torchrl.modules.vla import VLAWrapperBase
 from torchrl_dvla import (
     DVLACollector,
     EpisodeSpec,
-    GroupConfig,
     GRPOLoss,
-    InferenceConfig,
     PooledReplayBuffer,
-    WorkerConfig,
 )
 from torchrl_dvla.envs import LiberoChunkEnv, ToyChunkEnv, libero_tasks
 from torchrl_dvla.memory import DualPool
-from torchrl_dvla.modules import TinyBackboneConfig, TransformersVLA, tiny_token_policy
+from torchrl_dvla.modules import TransformersVLA, tiny_token_policy
 from torchrl_dvla.recording import RunCheckpoints, check_writable, find_latest_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -42,7 +40,7 @@ TOY_INSTRUCTION = "push the T-shaped block onto the target"
 LAST_SEED = 2**31 - 1
 
 
-def make_deterministic(cfg: DictConfig) -> None:
+def make_deterministic(cfg: Settings) -> None:
     """Seed every generator of this process, and share out the cores."""
     random.seed(cfg.seed)
     np.random.seed(cfg.seed)
@@ -51,7 +49,7 @@ def make_deterministic(cfg: DictConfig) -> None:
 
 
 def make_path(path: str) -> Path:
-    """A path of the settings: relative to where the recipe was started, else to the repository."""
+    """What a setting names: relative to where the recipe was started, else to the repository."""
     given = Path(path).expanduser()
     return given if given.is_absolute() or given.exists() else REPOSITORY / given
 
@@ -59,7 +57,7 @@ def make_path(path: str) -> Path:
 # -- environments ---------------------------------------------------------------------------------
 
 
-def make_instructions(cfg: DictConfig) -> list[str]:
+def make_instructions(cfg: Settings) -> list[str]:
     """What the policy will be told."""
     if cfg.env.backend == "toy":
         return [TOY_INSTRUCTION]
@@ -67,9 +65,9 @@ def make_instructions(cfg: DictConfig) -> list[str]:
     return [tasks[task_id].instruction for task_id in cfg.env.task_ids]
 
 
-def make_env_factories(cfg: DictConfig) -> dict[str, Callable[[], EnvBase]]:
+def make_env_factories(cfg: Settings) -> dict[str, Callable[[], EnvBase]]:
     """An environment factory for each task, by its name."""
-    kwargs = OmegaConf.to_container(cfg.env, resolve=True)
+    kwargs = asdict(cfg.env)
     if kwargs.pop("backend") == "toy":
         return {"toy": functools.partial(ToyChunkEnv, **kwargs)}
     suite, task_ids = kwargs.pop("task_suite"), kwargs.pop("task_ids")
@@ -79,7 +77,7 @@ def make_env_factories(cfg: DictConfig) -> dict[str, Callable[[], EnvBase]]:
     }
 
 
-def make_evaluation_episodes(cfg: DictConfig) -> tuple[list[EpisodeSpec], list[EpisodeSpec]]:
+def make_evaluation_episodes(cfg: Settings) -> tuple[list[EpisodeSpec], list[EpisodeSpec]]:
     """Held-out episodes, and an evenly spread subset of them for looks in between.
 
     LIBERO's are its benchmark init states, on which training never starts; the toy task's are
@@ -98,7 +96,7 @@ def make_evaluation_episodes(cfg: DictConfig) -> tuple[list[EpisodeSpec], list[E
 # -- policy ---------------------------------------------------------------------------------------
 
 
-def make_policy(cfg: DictConfig, device: str | None = None) -> VLAWrapperBase:
+def make_policy(cfg: Settings, device: str | None = None) -> VLAWrapperBase:
     """The policy, on ``device``; by default the learner's."""
     settings = cfg.policy
     if settings.kind == "checkpoint":
@@ -116,7 +114,7 @@ def make_policy(cfg: DictConfig, device: str | None = None) -> VLAWrapperBase:
             chunk_size=cfg.env.chunk_size,
             state_dim=settings.state_dim,
             action_tokenizer=UniformActionTokenizer(settings.vocab_size, low=-1.0, high=1.0),
-            backbone=TinyBackboneConfig(**settings.backbone),
+            backbone=settings.backbone,
             seed=cfg.seed,
             temperature=settings.temperature,
         )
@@ -133,17 +131,16 @@ def make_policy(cfg: DictConfig, device: str | None = None) -> VLAWrapperBase:
     return policy.to(device or cfg.device)
 
 
-def make_loss(cfg: DictConfig, policy: VLAWrapperBase) -> GRPOLoss:
+def make_loss(cfg: Settings, policy: VLAWrapperBase) -> GRPOLoss:
     """The objective; with a KL term, the policy as it is now is the reference."""
-    settings = OmegaConf.to_container(cfg.loss, resolve=True)
-    settings["clip_epsilon"] = tuple(settings["clip_epsilon"])
+    settings = asdict(cfg.loss)
     if settings["kl_to_ref_coeff"] is not None:
         settings["reference_network"] = copy.deepcopy(policy).requires_grad_(False)
     return GRPOLoss(policy, **settings)
 
 
 def make_optimizer(
-    cfg: DictConfig, loss: GRPOLoss, progress: Callable[[], float]
+    cfg: Settings, loss: GRPOLoss, progress: Callable[[], float]
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """AdamW over what is trained; the learning rate rises at first and falls with the budget.
 
@@ -154,7 +151,7 @@ def make_optimizer(
     optimizer = torch.optim.AdamW(
         [parameter for parameter in loss.parameters() if parameter.requires_grad],
         lr=settings.lr,
-        betas=tuple(settings.betas),
+        betas=settings.betas,
         weight_decay=settings.weight_decay,
     )
     warmup, final = max(1, settings.warmup_steps), settings.final_lr_share
@@ -168,22 +165,12 @@ def make_optimizer(
 # -- collection -----------------------------------------------------------------------------------
 
 
-def make_group_config(cfg: DictConfig) -> GroupConfig:
-    """Groups, and how stale they may be."""
-    return GroupConfig(**OmegaConf.to_container(cfg.group, resolve=True))
-
-
-def make_worker_config(cfg: DictConfig) -> WorkerConfig:
-    """Environment workers."""
-    return WorkerConfig(**OmegaConf.to_container(cfg.workers, resolve=True))
-
-
-def make_memory(cfg: DictConfig) -> DualPool:
+def make_memory(cfg: Settings) -> DualPool:
     """Budgets of the two pools; the collector plans and allocates them."""
     return DualPool(cfg.memory.env_bytes, cfg.memory.model_bytes)
 
 
-def make_replay_buffer(cfg: DictConfig) -> PooledReplayBuffer:
+def make_replay_buffer(cfg: Settings) -> PooledReplayBuffer:
     """The buffer between collection and learning."""
     return PooledReplayBuffer(
         batch_size=cfg.optim.minibatch_size, num_epochs=cfg.optim.num_epochs, seed=cfg.seed
@@ -191,7 +178,7 @@ def make_replay_buffer(cfg: DictConfig) -> PooledReplayBuffer:
 
 
 def make_collector(
-    cfg: DictConfig, policy: VLAWrapperBase, buffer: PooledReplayBuffer
+    cfg: Settings, policy: VLAWrapperBase, buffer: PooledReplayBuffer
 ) -> DVLACollector:
     """The collector, which fills ``buffer``: workers are up, nothing is collected yet."""
     policy_factory = None
@@ -202,9 +189,9 @@ def make_collector(
         policy,
         policy_factory=policy_factory,
         replay_buffer=buffer,
-        group=make_group_config(cfg),
-        workers=make_worker_config(cfg),
-        inference=InferenceConfig(**cfg.inference),
+        group=cfg.group,
+        workers=cfg.workers,
+        inference=cfg.inference,
         memory=make_memory(cfg),
         rows_per_page=cfg.memory.rows_per_page,
         seed=cfg.seed,
@@ -214,7 +201,7 @@ def make_collector(
 # -- what a run leaves behind ---------------------------------------------------------------------
 
 
-def find_resumed_checkpoint(cfg: DictConfig) -> Path | None:
+def find_resumed_checkpoint(cfg: Settings) -> Path | None:
     """The checkpoint to go on from, or ``None`` for a new run.
 
     Raises:
@@ -241,7 +228,7 @@ def find_resumed_checkpoint(cfg: DictConfig) -> Path | None:
     return path
 
 
-def make_run_folder(cfg: DictConfig, resumed: Path | None) -> Path:
+def make_run_folder(cfg: Settings, resumed: Path | None) -> Path:
     """The folder of this run: that of the resumed one, or a new one named after the time."""
     if resumed is not None:
         return check_writable(resumed.parents[1])

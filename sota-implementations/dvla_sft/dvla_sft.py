@@ -5,7 +5,7 @@
 """Supervised start of the main job: demonstrations, behaviour cloning, checkpoint.
 
     python sota-implementations/dvla_sft/dvla_sft.py
-    python sota-implementations/dvla_sft/dvla_sft.py training.num_steps=2000 env.task_ids=[0,3]
+    python sota-implementations/dvla_sft/dvla_sft.py training.num_steps=1200 env.task_ids=[0,3]
 
 Each stage takes up where it was interrupted: demonstrations that exist are not recorded again.
 Every setting is in ``config/libero_object.yaml``; README.md beside this file explains them.
@@ -14,20 +14,24 @@ Every setting is in ``config/libero_object.yaml``; README.md beside this file ex
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import hydra
 import torch
 import utils
 from episodes import PAUSE_S, evaluate, record_missing
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+from settings import settings_from
 from tqdm import tqdm
 
 from torchrl_dvla.data.demonstrations import load_demonstrations
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="libero_object")
-def main(cfg: DictConfig) -> None:
+def main(config: DictConfig) -> None:
+    cfg = settings_from(config)
+    utils.check_tasks(cfg)
     torch.manual_seed(cfg.seed)
     torch.set_num_threads(cfg.training.num_threads)
     run_folder = utils.make_run_folder(cfg)
@@ -84,7 +88,7 @@ def main(cfg: DictConfig) -> None:
         "num_decisions": len(training),
         "curve": curve,
         "evaluation": rows,
-        "config": OmegaConf.to_container(cfg, resolve=True),
+        "config": asdict(cfg),
     }
     (run_folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(f"checkpoint: {checkpoint}")

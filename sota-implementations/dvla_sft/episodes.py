@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import utils
-from omegaconf import DictConfig
+from settings import Settings
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from tqdm import tqdm
@@ -44,7 +44,7 @@ class EpisodeResult:
     num_env_steps: int
 
 
-def record_missing(cfg: DictConfig, folder: Path) -> None:
+def record_missing(cfg: Settings, folder: Path) -> None:
     """Record the demonstrations that *folder* does not hold yet."""
     for task_id in cfg.env.task_ids:
         paths = {
@@ -67,7 +67,7 @@ def record_missing(cfg: DictConfig, folder: Path) -> None:
                 bar.set_postfix_str(f"expert solved {num_solved}/{num_done}")
 
 
-def evaluate(cfg: DictConfig, checkpoint: Path, *, greedy: bool) -> list[EpisodeResult]:
+def evaluate(cfg: Settings, checkpoint: Path, *, greedy: bool) -> list[EpisodeResult]:
     """Play the benchmark's init states, which no demonstration starts from."""
     results: list[EpisodeResult] = []
     for task_id in cfg.env.task_ids:
@@ -86,7 +86,7 @@ def evaluate(cfg: DictConfig, checkpoint: Path, *, greedy: bool) -> list[Episode
 
 @contextmanager
 def _pool(
-    cfg: DictConfig, task_id: int, checkpoint: Path | None, num_processes: int
+    cfg: Settings, task_id: int, checkpoint: Path | None, num_processes: int
 ) -> Iterator[ProcessPoolExecutor]:
     # spawn: a simulator's GL context does not survive a fork
     pool = ProcessPoolExecutor(
@@ -112,7 +112,7 @@ def _finished(
 # ---- what runs in a child
 
 
-def _start(cfg: DictConfig, task_id: int, checkpoint: Path | None) -> None:
+def _start(cfg: Settings, task_id: int, checkpoint: Path | None) -> None:
     global _env, _policy
     torch.set_num_threads(1)
     _env = utils.make_env(cfg, task_id, recording=checkpoint is None)
@@ -122,13 +122,13 @@ def _start(cfg: DictConfig, task_id: int, checkpoint: Path | None) -> None:
         _policy = TransformersVLA.from_pretrained(checkpoint, temperature=temperature).eval()
 
 
-def _record(cfg: DictConfig, seed: int, path: Path) -> bool:
-    demonstration = record_demonstration(_env, seed=seed, noise=utils.make_noise(cfg))
+def _record(cfg: Settings, seed: int, path: Path) -> bool:
+    demonstration = record_demonstration(_env, seed=seed, noise=cfg.demonstrations.noise)
     demonstration.save(path)
     return demonstration.info.success
 
 
-def _play(cfg: DictConfig, init_state_id: int, greedy: bool) -> EpisodeResult:
+def _play(cfg: Settings, init_state_id: int, greedy: bool) -> EpisodeResult:
     assert _policy is not None
     torch.manual_seed(cfg.evaluation.seed + init_state_id)
     _env.set_seed(cfg.evaluation.seed + init_state_id)

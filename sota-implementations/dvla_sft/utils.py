@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import to_absolute_path
-from omegaconf import DictConfig, OmegaConf
+from settings import Settings
 from tensordict import TensorDictBase
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl.data import TensorDictReplayBuffer
@@ -25,28 +25,46 @@ from torchrl_dvla.data.demonstrations import (
     stack_demonstrations,
 )
 from torchrl_dvla.data.instructions import InstructionTable, InstructionTransform
-from torchrl_dvla.data.schema import ACTION_CHUNK_KEY, IMAGE_KEY, STATE_KEY
-from torchrl_dvla.envs import LiberoChunkEnv
-from torchrl_dvla.envs.libero_expert import ActionNoise
-from torchrl_dvla.modules import TinyBackboneConfig, TransformersVLA
+from torchrl_dvla.data.schema import ACTION_CHUNK_KEY, STATE_KEY
+from torchrl_dvla.envs import LiberoChunkEnv, validate_libero
+from torchrl_dvla.envs.libero_setup import load_init_states
+from torchrl_dvla.modules import TransformersVLA
 from torchrl_dvla.objectives.bc import ActionTokenBCLoss
 
 _MIN_STATE_STD = 0.02
 
 
-def make_run_folder(cfg: DictConfig) -> Path:
+def check_tasks(cfg: Settings) -> None:
+    """Require the tasks, and as many init states as are to be played.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for task_id in cfg.env.task_ids:
+        try:
+            task = validate_libero(cfg.env.task_suite, task_id)
+        except ValueError as error:
+            raise ValueError(f"env.task_ids must name tasks of the suite: {error}") from error
+        if cfg.evaluation.num_episodes > len(load_init_states(task)):
+            raise ValueError(
+                f"evaluation.num_episodes must be at most {len(load_init_states(task))}, got "
+                f"{cfg.evaluation.num_episodes}. The benchmark has no more scenes."
+            )
+
+
+def make_run_folder(cfg: Settings) -> Path:
     """Folder of snapshots and report: Hydra's output folder of this run."""
     return Path(HydraConfig.get().runtime.output_dir)
 
 
-def make_demonstration_folder(cfg: DictConfig) -> Path:
+def make_demonstration_folder(cfg: Settings) -> Path:
     """Folder that demonstrations of all runs share."""
     folder = Path(to_absolute_path(cfg.demonstrations.folder))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def make_env(cfg: DictConfig, task_id: int, *, recording: bool) -> LiberoChunkEnv:
+def make_env(cfg: Settings, task_id: int, *, recording: bool) -> LiberoChunkEnv:
     """One simulator, as for training; while recording it observes more often."""
     return LiberoChunkEnv(
         cfg.env.task_suite,
@@ -58,16 +76,11 @@ def make_env(cfg: DictConfig, task_id: int, *, recording: bool) -> LiberoChunkEn
         max_episode_steps=cfg.env.max_episode_steps,
         shadows=cfg.env.shadows,
         msaa=cfg.env.msaa,
-        env_kwargs=OmegaConf.to_container(cfg.env.env_kwargs),
+        env_kwargs=cfg.env.env_kwargs,
     )
 
 
-def make_noise(cfg: DictConfig) -> ActionNoise:
-    """Disturbance of recorded episodes."""
-    return ActionNoise(**cfg.demonstrations.noise)
-
-
-def make_demonstrations(cfg: DictConfig, found: list[Demonstration]) -> list[Demonstration]:
+def make_demonstrations(cfg: Settings, found: list[Demonstration]) -> list[Demonstration]:
     """Those of the folder that this run asks for."""
     seeds = range(
         cfg.demonstrations.first_seed,
@@ -82,7 +95,7 @@ def make_demonstrations(cfg: DictConfig, found: list[Demonstration]) -> list[Dem
     ]
 
 
-def make_tokenizer(cfg: DictConfig) -> UniformActionTokenizer:
+def make_tokenizer(cfg: Settings) -> UniformActionTokenizer:
     """Uniform bins whose outermost centres are -1 and +1.
 
     An odd number of bins has a centre at 0: standing still, full speed and both gripper commands
@@ -93,7 +106,7 @@ def make_tokenizer(cfg: DictConfig) -> UniformActionTokenizer:
 
 
 def make_splits(
-    cfg: DictConfig, demonstrations: list[Demonstration]
+    cfg: Settings, demonstrations: list[Demonstration]
 ) -> tuple[TensorDictBase, TensorDictBase, InstructionTable]:
     """Decisions to train on, decisions of other episodes to validate on, and the instructions."""
     step = max(2, len(demonstrations) // cfg.training.num_validation_demonstrations)
@@ -107,7 +120,7 @@ def make_splits(
 
 
 def make_policy(
-    cfg: DictConfig, instructions: InstructionTable, rows: TensorDictBase
+    cfg: Settings, instructions: InstructionTable, rows: TensorDictBase
 ) -> TransformersVLA:
     """A random policy of the sizes in the config, fitting the recorded data."""
     policy = TransformersVLA.tiny(
@@ -116,9 +129,7 @@ def make_policy(
         chunk_size=cfg.env.chunk_size,
         state_dim=rows.get(STATE_KEY).shape[-1],
         action_tokenizer=make_tokenizer(cfg),
-        backbone=TinyBackboneConfig(
-            image_size=rows.get(IMAGE_KEY).shape[-1], **cfg.policy.backbone
-        ),
+        backbone=cfg.policy.backbone,
         tokens_per_step=cfg.policy.tokens_per_step,
         seed=cfg.seed,
     )
@@ -129,7 +140,7 @@ def make_policy(
 
 
 def make_buffer(
-    cfg: DictConfig, rows: TensorDictBase, instructions: InstructionTable
+    cfg: Settings, rows: TensorDictBase, instructions: InstructionTable
 ) -> TensorDictReplayBuffer:
     """Replay buffer with the augmentations of the config."""
     return make_demonstration_buffer(
@@ -151,7 +162,7 @@ def make_loss(policy: TransformersVLA) -> ActionTokenBCLoss:
 
 
 def make_optimizer(
-    cfg: DictConfig, loss: ActionTokenBCLoss
+    cfg: Settings, loss: ActionTokenBCLoss
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """AdamW, warmed up, then a cosine down to a twentieth."""
     optimizer = torch.optim.AdamW(
@@ -162,7 +173,7 @@ def make_optimizer(
     )
 
     def scale(step: int) -> float:
-        warm_up = min(1.0, (step + 1) / cfg.training.num_warmup_steps)
+        warm_up = min(1.0, (step + 1) / max(1, cfg.training.num_warmup_steps))
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / cfg.training.decay_steps)
         return warm_up * (0.05 + 0.95 * cosine)
 

@@ -25,6 +25,7 @@ from torchrl_dvla.swimlane.messages import (
     EnvSpecs,
     Infer,
     Inferred,
+    Refused,
     ResetDone,
     Snapshot,
     StepDone,
@@ -53,6 +54,8 @@ class ScriptedWorkers:
         self.hold = False
         self.new_instruction: str | None = None
         self.fail_tasks: set[str] = set()
+        #: Of each step from now on, whether what it returned is refused.
+        self.refusals: list[bool] = []
         #: Commands that were sent, as ``(worker, command)``; those that are not answered yet.
         self.sent: list[tuple[int, Any]] = []
         self.held: list[tuple[int, Any]] = []
@@ -102,6 +105,8 @@ class ScriptedWorkers:
                 event = StepDone(
                     command.env_index, done, False, self._reward, 2, self.new_instruction
                 )
+            if isinstance(event, StepDone) and self.refusals and self.refusals.pop(0):
+                event = Refused(command.env_index, "NaN")
             if self._tasks[key] in self.fail_tasks:
                 self.crash(index)
                 continue
@@ -192,6 +197,7 @@ class Bench:
         hold_inference: bool = False,
         fail_tasks: tuple[str, ...] = (),
         new_instruction: str | None = None,
+        refusals: tuple[bool, ...] = (),
         inference: InferenceConfig = InferenceConfig(max_wait_s=0.0),
         workers: dict[str, Any] | None = None,
         **group: Any,
@@ -207,6 +213,7 @@ class Bench:
         self.processes = ScriptedWorkers(num_workers, num_decisions, tasks)
         self.processes.hold, self.processes.fail_tasks = hold, set(fail_tasks)
         self.processes.new_instruction = new_instruction
+        self.processes.refusals = list(refusals)
         self.inference = ScriptedInference()
         self.inference.hold = hold_inference
         self.timeline, self.counters = Timeline(), CollectionCounters()

@@ -12,14 +12,15 @@ import multiprocessing
 import pytest
 import torch
 from tensordict.nn import TensorDictModule
+from torchrl.data import Composite
 from torchrl.envs import ToyVLAEnv
 
 from torchrl_dvla.collectors import (
     DVLACollector,
+    EpisodeSpec,
     GroupConfig,
     InferenceConfig,
     InitStateSchedule,
-    WorkerConfig,
 )
 from torchrl_dvla.collectors.validation import check_episodes
 from torchrl_dvla.memory import DualPool, EnvironmentPool, RowLayout
@@ -81,6 +82,33 @@ def test_an_environment_without_chunks(refuse):
         error=RuntimeError,
         create_env_fn=ToyVLAEnv,
     )
+
+
+def test_numbered_initial_states_that_the_environment_would_not_hear_of(refuse, make_collector):
+    def make():  # nested, so that it is pickled by value
+        env = CountingChunkEnv(**ENV_KWARGS)
+        env.set_spec_lock_(False)
+        env.state_spec = Composite()
+        return env
+
+    message = r"task 'default' must declare 'init_state_id' .* start from init state 4\. Set self"
+    schedule = InitStateSchedule(init_state_ids=[-1, 4])
+    refuse(message, create_env_fn=make, schedule=schedule)
+    collector = make_collector(make)
+    with pytest.raises(ValueError, match=message):
+        collector.evaluate([EpisodeSpec("default", 0), EpisodeSpec("default", 0, 4)])
+    assert len(collector.evaluate([EpisodeSpec("default", 0)]).result(60.0).successes) == 1
+
+
+def test_an_environment_without_instructions_is_said_once(make_collector, caplog):
+    def make():
+        env = CountingChunkEnv(**ENV_KWARGS)
+        env.set_spec_lock_(False)
+        del env.observation_spec["language_instruction"]
+        return env
+
+    make_collector(make, workers={"num_workers": 2})
+    assert caplog.text.count("have no 'language_instruction', which the policy reads") == 1
 
 
 def test_specs_that_differ_between_workers(refuse):
@@ -166,13 +194,6 @@ def test_a_buffer_of_another_collector(refuse, make_collector):
 
 
 def test_settings_are_refused_before_a_process_starts(refuse, no_process):
-    with pytest.raises(ValueError, match="max_policy_lag must be at least 0"):
-        GroupConfig(max_policy_lag=-1)
-    with pytest.raises(ValueError, match="on_no_signal must be one of"):
-        GroupConfig(on_no_signal="stop")
-    for name in ("max_failures", "max_rollout_failures", "max_task_failures", "max_rss_bytes"):
-        with pytest.raises(ValueError, match=f"{name} must be positive"):
-            WorkerConfig(**{name: 0})
     refuse("deterministic must be", inference=InferenceConfig(deterministic=True))
     refuse("schedule must name tasks", schedule=InitStateSchedule(("other",)))
     refuse("weight_sync_schemes must be", weight_sync_schemes={"policy": object()})

@@ -111,6 +111,28 @@ async def test_a_task_that_keeps_failing_is_quarantined(bench):
     assert len(evaluation.result().successes) == 1
 
 
+@on_a_bench(num_workers=2, refusals=(True, True), max_policy_lag=1, lockstep=True)
+async def test_a_rollout_that_is_refused_costs_its_group_and_no_worker(bench):
+    await bench.until(lambda: len(bench.groups.stored) == 2)
+    assert [group.group_id for group in bench.groups.stored] == [1, 2], "no second try"
+    totals = bench.counters.totals
+    assert (totals["faults/rollouts_refused"], totals["faults/groups_dropped"]) == (2, 1)
+    assert bench.processes.num_replaced == 0
+    assert bench.pool.stats()["pages_reserved"] == 0
+
+
+@on_a_bench(num_workers=1, refusals=(True,) * 9, workers={"max_task_failures": 3})
+async def test_a_task_that_is_always_refused_ends_with_the_reason(bench):
+    await bench.until(bench._main.done)
+    error = bench._main.exception()
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert "failed max_task_failures (3) x max_rollout_failures (3) times in a row" in str(error)
+    assert "Worker 0: NaN" in str(error)
+    assert bench.counters.totals["faults/groups_dropped"] == 9
+    assert bench.processes.num_replaced == 0
+
+
 @on_a_bench(hold=True, num_workers=1, workers={"step_timeout_s": 0.05, "max_failures": 1})
 async def test_a_worker_that_hangs_is_replaced_until_there_were_too_many(bench):
     bench.processes.answer(0)  # the reset; the step never is
@@ -191,6 +213,22 @@ async def test_an_evaluation_that_keeps_failing_ends_with_its_error(bench):
     again = bench.evaluate(EpisodeSpec("task", 7))
     await bench.until(again.done)
     assert again.result().successes == [False]
+
+
+@on_a_bench(num_workers=1, workers={"max_rollout_failures": 2})
+async def test_an_evaluation_plays_a_refused_episode_again_before_it_ends(bench):
+    bench.groups.set_paused(True)
+    await bench.until(lambda: bench.groups.stored)
+    bench.processes.refusals = [True]
+    evaluation = bench.evaluate(EpisodeSpec("task", 7))
+    await bench.until(evaluation.done)
+    assert evaluation.result().num_env_steps == [4]
+    bench.processes.refusals = [True] * 2
+    evaluation = bench.evaluate(EpisodeSpec("task", 7))
+    await bench.until(evaluation.done)
+    with pytest.raises(RuntimeError, match=r"(?s)failed 2 times.*Worker 0: NaN"):
+        evaluation.result()
+    assert bench.pool.stats()["pages_reserved"] == 0
 
 
 def test_an_ended_collection_fails_its_evaluations():

@@ -6,11 +6,21 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import cloudpickle
+import pytest
 import torch
-from torchrl.envs import Compose, MultiAction, StepCounter, SuccessReward, TransformedEnv
+from torchrl.data import Binary
+from torchrl.envs import (
+    Compose,
+    MultiAction,
+    RenameTransform,
+    StepCounter,
+    SuccessReward,
+    TransformedEnv,
+)
 from torchrl.envs.custom import ToyVLAEnv
 
 from torchrl_dvla.collectors import GroupConfig
@@ -21,8 +31,10 @@ from torchrl_dvla.data.schema import (
     ROLLOUT_ID_KEY,
     STATE_KEY,
 )
+from torchrl_dvla.objectives import GRPOLoss
+from torchrl_dvla.testing import CountingChunkEnv
 
-from .counting_task import make_policy
+from .counting_task import ENV_KWARGS, make_policy
 
 # Workers cannot import this module: they get its functions whole.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -57,3 +69,39 @@ def test_a_group_of_the_toy_task_is_learned(make_collector):
     assert torch.equal(first[STATE_KEY][0], first[STATE_KEY][1]), "a group shares its scene"
     assert set(rows[INSTRUCTION_KEY]) == {make_toy().reset()[INSTRUCTION_KEY]}
     assert (rows[ADVANTAGE_KEY] == 0).all()
+
+
+class MaskedEnv(CountingChunkEnv):
+    """Forbids the even tokens of the first action dimension, at the root as TorchRL does."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.set_spec_lock_(False)
+        self.observation_spec["action_mask"] = Binary(shape=(4, 2, 8), dtype=torch.bool)
+        self.mask = torch.ones(4, 2, 8, dtype=torch.bool)
+        self.mask[:, 0, ::2] = False
+
+    def _observe(self, success, num_executed):
+        return super()._observe(success, num_executed) | {"action_mask": self.mask.clone()}
+
+
+def test_a_mask_of_actions_reaches_the_policy_in_the_lane_and_in_the_loss(make_collector):
+    with pytest.raises(RuntimeError, match="RenameTransform"):
+        make_collector(functools.partial(MaskedEnv, **ENV_KWARGS))
+    mask_key = ("observation", "action_mask")
+
+    def make():
+        return TransformedEnv(
+            MaskedEnv(**ENV_KWARGS), RenameTransform(["action_mask"], [mask_key], create_copy=False)
+        )
+
+    policy = make_policy().set_keys(action_mask=mask_key)
+    assert mask_key not in policy.in_keys
+    collector = make_collector(make, policy=policy)
+    collector.start()
+    loss = GRPOLoss(policy)
+    for batch in collector.replay_buffer:
+        tokens = batch["vla_action", "tokens"]
+        assert (tokens[..., 0] % 2 == 1).all() and (tokens[..., 1] % 2 == 0).any()
+        assert not batch[mask_key][..., 0, ::2].any() and batch[mask_key][..., 1, :].all()
+        torch.testing.assert_close(loss(batch)["max_ratio"], torch.tensor(1.0))

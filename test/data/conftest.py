@@ -55,7 +55,7 @@ class Plane:
         )
         self.groups.set_paused(False)
         self.table = InstructionTable(["open", "close"])
-        self.buffer = PooledReplayBuffer(**{"batch_size": 4, "timeout_s": 0.0, **options})
+        self.buffer = PooledReplayBuffer(**{"batch_size": 4, "timeout_s": 1e-3, **options})
         self.buffer.bind(self.groups, self.table, model_pool=model_pool)
         self.x = 0
 

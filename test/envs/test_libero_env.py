@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.envs import RewardSum, StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_dvla.envs.libero_env import LiberoChunkEnv
@@ -144,6 +145,17 @@ def test_group_shares_its_scene_whatever_came_before(env, init_state_id: int | N
     assert (decide(env, again, LOWER)["observation"] == future["observation"]).all()
 
 
+def test_init_state_arrives_through_transforms(env):
+    inner = TransformedEnv(env, StepCounter())
+    wrapped = TransformedEnv(inner, RewardSum(), auto_unwrap=False)
+    check_env_specs(wrapped)
+    for index in (0, 1):
+        expected = reset(env, 3, index)["observation"]
+        td = reset(wrapped, 3, index)
+        assert (td["observation"] == expected).all() and int(td["init_state_id"]) == index
+    assert int(reset(wrapped, 3)["init_state_id"]) == -1
+
+
 def test_seed_moves_the_fixtures_of_an_init_state(env):
     model = env.robosuite_env.sim.model._model
     cabinet = env.robosuite_env.obj_body_id["wooden_cabinet_1"]
@@ -251,7 +263,7 @@ def test_each_environment_renders_its_own_images(env):
         ({"cameras": ()}, "cameras must be a sequence of one or two names"),
         ({"cameras": "agentview"}, "cameras must be a sequence of one or two names"),
         ({"max_episode_steps": 0}, "max_episode_steps must be at least 1"),
-        ({"max_mesh_faces": 0}, "max_mesh_faces must be at least 1 or None"),
+        ({"max_mesh_faces": 0}, "max_mesh_faces must be at least 1"),
     ],
 )
 def test_bad_arguments_end_before_the_simulator_starts(arguments, message, monkeypatch):

@@ -266,7 +266,7 @@ def test_tasks_of_all_suites(suite: str):
         ({"task_suite": "libero_x"}, "task_suite must be one of libero_spatial.*got 'libero_x'"),
         ({"task_id": 10}, "task_id must be from 0 to 9 in libero_goal, got 10"),
         ({"task_id": -1}, "task_id must be from 0 to 9 in libero_goal, got -1"),
-        ({"camera_height": 0}, "camera_height must be a whole number from 1 to 4096, got 0"),
+        ({"camera_height": 0}, "camera_height must be at least 1, got 0"),
         ({"camera_width": 12.5}, "camera_width must be a whole number .*got 12.5"),
         ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
         (

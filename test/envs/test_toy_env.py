@@ -89,8 +89,3 @@ def test_the_image_shows_target_and_action():
     image = td["observation", "image"]
     column, row = ((td["observation", "state"][2:] + 1) / 2 * 31).round().long().tolist()
     assert image[:, row, column].tolist() == [60, 200, 60]
-
-
-def test_a_chunk_has_env_steps():
-    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
-        ToyChunkEnv(chunk_size=0)

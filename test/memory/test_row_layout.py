@@ -58,7 +58,18 @@ def test_bad_fields():
         RowLayout({})
     with pytest.raises(TypeError, match=r"'text' must have a torch\.dtype.*side table"):
         RowLayout({"text": ((1,), str)})
-    for shape in ((0, 3), (-1, 3)):
+    for dtype in (torch.complex64, torch.quint8, torch.bfloat16, torch.bits8, None, [torch.int8]):
+        with pytest.raises(TypeError, match="'x' must have a torch.dtype among bool, uint8"):
+            RowLayout({"x": ((1,), dtype)})
+    for key in (3, "", (), ("observation", 3), None):
+        with pytest.raises(TypeError, match="must be named by a string"):
+            RowLayout({key: ((1,), torch.int8)})
+    for keys in (("a", ("a",)), ("a", ("a", "b")), (("a", "b"), ("a", "b", "c"))):
+        with pytest.raises(ValueError, match="must be named once"):
+            RowLayout(dict.fromkeys(keys, ((1,), torch.int8)))
+    with pytest.raises(ValueError, match=f"at most {2**30} bytes, got {2**80} with field 'x'"):
+        RowLayout({"x": ((2**40, 2**40), torch.int8)})
+    for shape in ((0, 3), (-1, 3), (1.5, 3), ("3",)):
         with pytest.raises(ValueError, match=r"'chunk' must have a static shape"):
             RowLayout({"chunk": (shape, torch.float32)})
 

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -92,11 +94,14 @@ def test_sine_table_tells_cells_apart():
     [
         (lambda: PromptStyle(instruction="do it"), r"must contain '{instruction}', got 'do it'"),
         (lambda: PixelStyle(mean=(0.5,)), "three entries"),
-        (lambda: PixelStyle(interpolation="nearest"), "'bilinear' or 'bicubic', got 'nearest'"),
+        (lambda: PixelStyle(interpolation="nearest"), r"one of \['bilinear', .* got 'nearest'"),
         (
             lambda: StateProjector(2, 8).set_statistics(torch.zeros(2), torch.tensor([1.0, 0.0])),
             r"must be positive.*smallest std of 0",
         ),
+        (lambda: PixelStyle(mean=(0.5, 0.5, math.nan)), "mean must be .*finite"),
+        (lambda: PixelStyle(std=(math.nan, 0.5, 0.5)), "std must be .*finite"),
+        (lambda: PixelStyle(std=(0.5, 0.0, 0.5)), "be finite and std positive"),
         (lambda: word_tokenizer(["", "  "]), "at least one word"),
         (lambda: inverse_cdf_sample(torch.tensor([[0.5, torch.nan]])), "must be finite"),
         (lambda: TinyBackboneConfig(vision_size=100), "vision_size must be a multiple of head_siz"),
@@ -109,6 +114,31 @@ def test_sine_table_tells_cells_apart():
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ([0.0, 0.0], [1.0, 0.0]),
+        ([0.0, 0.0], [1.0, -1.0]),
+        ([0.0, 0.0], [1.0, math.nan]),
+        ([0.0, 0.0], [1.0, math.inf]),
+        ([0.0, math.nan], [1.0, 1.0]),
+        ([0.0], [1.0]),
+    ],
+)
+def test_statistics_that_would_spoil_every_state(mean, std):
+    projector = StateProjector(2, 8)
+    before = projector.state_dict()
+    with pytest.raises(
+        ValueError, match="^mean and std must have shape .2,. and be finite, and st"
+    ):
+        projector.set_statistics(torch.tensor(mean), torch.tensor(std))
+    saved = {f"0.{key}": value for key, value in before.items()}
+    saved |= {"0.mean": torch.tensor(mean), "0.std": torch.tensor(std)}
+    with pytest.raises(ValueError, match="^0.mean and 0.std must have"):
+        torch.nn.Sequential(projector).load_state_dict(saved)
+    assert projector.mean.tolist() == [0.0, 0.0] and projector.std.tolist() == [1.0, 1.0]
 
 
 # -- the token stream -----------------------------------------------------------------------------
@@ -177,6 +207,22 @@ def test_small_batches_are_remembered(policy):
     assert lay_out(prompt, "open it") is not first
     lay_out(prompt, "pick it")
     assert lay_out(prompt, "lift it") is not first  # only two are kept
+
+
+def test_words_that_the_tokenizer_does_not_know_are_said(policy, caplog):
+    prompt = builder(policy)
+    lay_out(prompt, "lift it, please", "open it")
+    lay_out(prompt, "lift it, please")
+    assert [record.getMessage() for record in caplog.records] == [
+        "The tokenizer does not know 'please' of 'lift it, please': the policy cannot tell them "
+        "apart."
+    ]
+    lay_out(prompt, "...")  # no word
+    with pytest.raises(
+        ValueError, match="must have a word that the tokenizer knows, got 'close that"
+    ):
+        lay_out(prompt, "close that")
+    assert len(caplog.records) == 1
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 RECIPE = Path(__file__).resolve().parents[2] / "sota-implementations" / "dvla_grpo"
-MODULES = ("utils", "validation", "bookkeeping", "dvla_grpo")
+MODULES = ("settings", "utils", "validation", "bookkeeping", "dvla_grpo")
 
 
 @pytest.fixture
@@ -29,11 +29,12 @@ def recipe(monkeypatch):
 
 
 @pytest.fixture
-def settings(tmp_path):
-    """Compose a configuration of the recipe with overrides, logging below ``tmp_path``."""
+def settings(recipe, tmp_path):
+    """Settings of the recipe from a configuration with overrides, logging below ``tmp_path``."""
 
     def build(name, *overrides):
         with initialize_config_dir(version_base="1.3", config_dir=str(RECIPE / "config")):
-            return compose(name, [f"log.dir={tmp_path / 'runs'}", *overrides])
+            cfg = compose(name, [f"log.dir={tmp_path / 'runs'}", *overrides])
+        return recipe.settings.settings_from(cfg)
 
     return build

@@ -6,16 +6,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from multiprocessing import Pipe
+from typing import ClassVar
 
 import cloudpickle
 import pytest
 import torch
-from tensordict import NonTensorData
-from torchrl.data import NonTensor
-from torchrl.envs import Compose, MultiAction, StepCounter, SuccessReward, TransformedEnv
+from tensordict import NonTensorData, NonTensorStack
+from torchrl.data import Binary, Bounded, Composite, NonTensor, Unbounded
+from torchrl.envs import (
+    Compose,
+    MultiAction,
+    RewardSum,
+    StepCounter,
+    SuccessReward,
+    TransformedEnv,
+)
 from torchrl.envs.custom import ToyVLAEnv
 
 from torchrl_dvla.data import decision_layout
@@ -24,6 +33,8 @@ from torchrl_dvla.swimlane import env_worker
 from torchrl_dvla.swimlane.env_worker import EnvWorker, describe_env, run_env_worker
 from torchrl_dvla.swimlane.messages import (
     Failed,
+    Refused,
+    RefusedError,
     Reset,
     ResetDone,
     Step,
@@ -104,6 +115,17 @@ def test_two_environments_of_one_worker_do_not_mix(worker_and_rows):
     assert rows["observation", "image"][5, 0, 0, 0] == env.scene(3, 2).scene_id
 
 
+@contextlib.contextmanager
+def working(make):
+    """A worker with one environment, and its rows."""
+    with EnvironmentPool(layout_of(make()), num_pages=1, rows_per_page=4) as pool:
+        pool.lease("w")
+        worker = EnvWorker({"default": make}, num_envs=1)
+        worker.use_pool(pool.worker_view())
+        yield worker, pool.rows
+        worker.close()
+
+
 class BufferedEnv(CountingChunkEnv):
     """Draws into one buffer, step after step, as a renderer does; the buffer may be shared."""
 
@@ -162,44 +184,49 @@ class WrongEnv(CountingChunkEnv):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "error", "message"),
+    ("wrong", "message"),
     [
+        ({"reward": torch.tensor([torch.nan])}, "reward must be finite, got tensor\\(\\[nan\\]\\)"),
         (
-            {"reward": torch.tensor([torch.nan])},
-            ValueError,
-            r"reward must be finite, got nan from a step of task 'default'",
+            {"reward": torch.tensor([1e39], dtype=torch.float64)},
+            r"must be finite, got tensor\(\[1.0000e\+39\]",
         ),
+        ({"reward": NonTensorData("one")}, "reward must be finite, got NonTensorData"),
+        ({"reward": torch.ones(2)}, "'reward', .* must have the shape of their specs"),
+        ({"success": torch.tensor([0.5])}, r"'success' must be one torch.bool, got tensor\(\[0.5"),
+        ({"action_is_pad": torch.zeros(3).bool()}, r"must be \[4\] torch.bool, got \[3\]"),
+        ({"observation": torch.zeros(4)}, r"'image'\) must be in what is written, got none"),
         (
             {("observation", "state"): torch.full((4,), torch.inf)},
-            ValueError,
-            r"state'\) must be finite, got \[inf, inf",
+            r"must be finite, got \[inf, inf",
         ),
-        ({"language_instruction": NonTensorData(["a", "list"])}, TypeError, "must be a string"),
+        ({("observation", "state"): torch.zeros(9)}, r"must be \[4\] torch.float32 .*got \[9\]"),
+        ({"language_instruction": NonTensorData(["a", "list"])}, "must be a string, got list"),
+        (
+            {"language_instruction": NonTensorStack("a", "b")},
+            "must be a string, got NonTensorStack",
+        ),
     ],
 )
-def test_what_no_learner_may_see_is_refused_by_name(wrong, error, message):
+def test_what_no_learner_may_see_is_refused_by_name_and_ends_the_rollout(wrong, message):
     factory = functools.partial(WrongEnv, wrong, chunk_size=4, max_env_steps=10)
-    with EnvironmentPool(layout_of(make_env()), num_pages=1, rows_per_page=4) as pool:
-        pool.lease("w")
-        worker = EnvWorker({"default": factory}, num_envs=1)
-        worker.use_pool(pool.worker_view())
+    with working(factory) as (worker, _):
         worker.reset(reset(0, 1, row=0))
-        with pytest.raises(error, match=message):
+        where = ".* environment 0 of task 'default', at step 1 of the rollout"
+        with pytest.raises(RefusedError, match=message + where):
             worker.step(step(0, row=0, next_row=1))
-        worker.close()
+        with pytest.raises(RuntimeError, match="must be reset before it is stepped"):
+            worker.step(step(0, row=0, next_row=1))
+        assert worker.reset(reset(0, 1, row=0)).env_index == 0, "it goes on"
 
 
 def test_an_instruction_that_changes_travels_with_the_step():
     wrong = {"language_instruction": NonTensorData("turn back")}
     factory = functools.partial(WrongEnv, wrong, chunk_size=4, max_env_steps=12)
-    with EnvironmentPool(layout_of(make_env()), num_pages=1, rows_per_page=4) as pool:
-        pool.lease("w")
-        worker = EnvWorker({"default": factory}, num_envs=1)
-        worker.use_pool(pool.worker_view())
+    with working(factory) as (worker, _):
         assert worker.reset(reset(0, 1, row=0)).instruction == make_env().instruction
         assert worker.step(step(0, row=0, next_row=1)).instruction == "turn back"
         assert worker.step(step(0, row=1, next_row=2)).instruction is None, "it stays"
-        worker.close()
 
 
 def test_rows_of_pages_that_are_not_leased_are_refused():
@@ -239,9 +266,55 @@ def test_stock_environments_are_understood():
     }
 
 
+def make_with(change):
+    """The counting environment with other specs."""
+    env = make_env()
+    env.set_spec_lock_(False)
+    change(env)
+    return env
+
+
+def observe(key, spec):
+    return lambda env: env.observation_spec.__setitem__(key, spec)
+
+
+def put(name, **specs):
+    return lambda env: setattr(env, name, Composite(**specs))
+
+
+def act(spec):
+    return put("full_action_spec", vla_action=Composite(chunk=spec))
+
+
+STATE = ("observation", "state")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (observe(STATE, Unbounded(4, dtype=torch.bfloat16)), "'state.*bfloat16"),
+        (observe(STATE, Unbounded((0, 3))), r"'state.*positive sizes, got \[0, 3\]"),
+        (observe(STATE, Unbounded((-1, 3))), r"'state.*static shape.*\[-1, 3\]"),
+        (observe("observation", Composite()), "group of tensors under 'observation'"),
+        (observe("action_mask", Binary(8)), r"under 'observation', got .*mask.*RenameTransform"),
+        (put("observation_spec", observation=Unbounded(4)), "group of tensors under 'observation'"),
+        (put("full_reward_spec", pay=Unbounded(1)), "one 'reward' at the root"),
+        (put("full_done_spec", done=Binary(3)), "one 'done' at the root"),
+        (act(Unbounded(())), r"floating point \[chunk_size, action_dim\], got \[\]"),
+        (act(Unbounded((4, 2), dtype=torch.int64)), r"floating .*\[4, 2\] torch.int64"),
+        (act(Bounded(1.0, torch.nan, (4, 2))), r"low <= high, got \[1.0"),
+    ],
+)
+def test_specs_that_no_row_can_hold_are_refused_by_name(change, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        describe_env(make_with(change))
+
+
 def test_an_environment_without_chunks_is_refused():
     with pytest.raises(ValueError, match=r"MultiAction\.from_vla"):
         describe_env(ToyVLAEnv())
+    with pytest.raises(TypeError, match="must return a TorchRL environment, got NoneType"):
+        describe_env(None)
 
 
 def test_strings_among_the_observations_are_refused_by_name():
@@ -252,6 +325,83 @@ def test_strings_among_the_observations_are_refused_by_name():
     env.observation_spec["observation", "note"] = NonTensor(shape=())
     with pytest.raises(ValueError, match=r"\('observation', 'note'\) of NonTensor.*id in a table"):
         describe_env(env)
+
+
+# -- numbered initial states, bounds of actions ---------------------------------------------------
+
+
+def twice(env):
+    inner = TransformedEnv(env, StepCounter())
+    return TransformedEnv(inner, RewardSum(), auto_unwrap=False)
+
+
+class ForgetfulEnv(TransformedEnv):
+    """A wrapper that does not pass the tensordict of a reset on."""
+
+    def _reset(self, tensordict=None, **kwargs):
+        return super()._reset(None, **kwargs)
+
+
+def make_undeclared():
+    return make_with(lambda env: setattr(env, "state_spec", Composite()))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (make_env, None),
+        (lambda: TransformedEnv(make_env(), StepCounter()), None),
+        (lambda: twice(make_env()), None),
+        (make_undeclared, "task 'default' must declare 'init_state_id' in its state_spec to start"),
+        (lambda: TransformedEnv(make_undeclared(), StepCounter()), "must declare 'init_state_id'"),
+        (lambda: ForgetfulEnv(make_env(), StepCounter()), "the 1 that was asked for, got -1 from"),
+    ],
+)
+def test_the_initial_state_that_is_asked_for_is_played_or_refused(make, message):
+    with working(make) as (worker, rows):
+        worker.reset(reset(0, -1, row=0))  # any of them may sample
+        assert describe_env(make()).has_init_states == (message is None or "asked" in message)
+        if message is not None:
+            with pytest.raises(RefusedError, match=message):
+                worker.reset(reset(0, 1, row=0))
+        else:
+            worker.reset(reset(0, 1, row=0))
+            image = rows["observation", "image"]
+            assert image[0, 0, 0, 0] == make_env().scene(3, 1).scene_id
+            worker.step(step(0, row=0, next_row=1))
+            assert image[1, :, 0, 0].tolist()[:2] == [make_env().scene(3, 1).scene_id, 1]
+
+
+class RecordingEnv(CountingChunkEnv):
+    """Keeps the chunks that it is given."""
+
+    chunks: ClassVar[list] = []
+
+    def _step(self, tensordict):
+        self.chunks.append(tensordict["vla_action", "chunk"].tolist())
+        return super()._step(tensordict)
+
+
+@pytest.mark.parametrize("bounds", [Bounded(-1.0, 1.0, (4, 1)), Unbounded((4, 1))])
+def test_actions_outside_of_the_action_spec_are_clipped_and_counted(bounds):
+    def make():
+        env = RecordingEnv(action_dim=1, chunk_size=4, max_env_steps=6, required_fraction=1.0)
+        env.set_spec_lock_(False)
+        act(bounds)(env)
+        return env
+
+    RecordingEnv.chunks.clear()
+    with working(make) as (worker, rows):
+        worker.reset(reset(0, 1, row=0))
+        written = torch.tensor([[0.5], [1.0], [-7.0], [1e30]])
+        rows["vla_action", "chunk"][:2] = written
+        events = [worker.step(step(0, row, next_row=row + 1)) for row in range(2)]
+        is_bounded = float(bounds.space.high.max()) == 1.0
+        executed = [[0.5], [1.0], [-1.0], [1.0]] if is_bounded else written.tolist()
+        assert RecordingEnv.chunks == [executed, executed]
+        # Of the second chunk two env steps are executed, within the bounds.
+        assert [event.num_clipped for event in events] == [2 * is_bounded, 0]
+        assert torch.equal(rows["vla_action", "chunk"][0], written), "what the policy wrote"
 
 
 @pytest.fixture
@@ -316,12 +466,14 @@ def test_cheap_events_share_a_message_and_long_ones_do_not(
 
 
 class BreakingEnv(CountingChunkEnv):
-    """Returns a state of another shape in one scene."""
+    """Returns NaN in one scene, and raises in another."""
 
     def _observe(self, success, num_executed):
         out = super()._observe(success, num_executed)
         if self.num_decisions and self.current_scene == self.scene(3, 2):
-            out["observation"]["state"] = torch.zeros(9)
+            out["observation"]["state"][0] = torch.nan
+        if self.num_decisions and self.current_scene == self.scene(3, 3):
+            raise OSError("the simulator is gone")
         return out
 
 
@@ -333,7 +485,14 @@ def test_a_failure_is_not_put_down_to_the_environments_before_it(monkeypatch, se
     ours.send(WorkerCommands([], [reset(0, 1, row=0), reset(1, 2, row=4)]))
     assert len(ours.recv().events) == 2
     ours.send(WorkerCommands([step(0, row=0, next_row=1), step(1, row=4, next_row=5)], []))
-    assert ours.recv().events == [StepDone(0, False, False, 0.0, 4)]
+    done, refused = ours.recv().events
+    assert done == StepDone(0, False, False, 0.0, 4)
+    assert isinstance(refused, Refused) and refused.env_index == 1
+    assert "'state') must be finite" in refused.reason, "its rollout ends, not the worker"
+    ours.send(WorkerCommands([], [reset(1, 3, row=4)]))
+    assert len(ours.recv().events) == 1
+    ours.send(WorkerCommands([step(0, row=1, next_row=2), step(1, row=4, next_row=5)], []))
+    assert [event.env_index for event in ours.recv().events] == [0]
     failure = ours.recv()
-    assert isinstance(failure, Failed) and "'state') must be" in failure.traceback
+    assert isinstance(failure, Failed) and "the simulator is gone" in failure.traceback
     assert pool.rows["observation", "image"][[1, 5], 1, 0, 0].tolist() == [1, 0]

@@ -131,6 +131,42 @@ def test_a_snapshot_must_have_been_taken(learner_and_engine):
         engine.infer(infer([0], use_snapshot=True))
 
 
+CHUNK, TOKENS, LOG_PROBS = (("vla_action", name) for name in ("chunk", "tokens", "log_probs"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (CHUNK, torch.nan, r"chunk'\) must be finite, got torch.float32 from nan .* of TinyVLA"),
+        (CHUNK, -torch.inf, r"chunk'\) must be finite, got .* from -inf to -0.375"),
+        (LOG_PROBS, torch.nan, r"log_probs'\) must be finite, got .* from nan"),
+        (LOG_PROBS, torch.inf, r"log_probs'\) must be finite, got .* to inf"),
+        (LOG_PROBS, -torch.inf, None),  # of a token that is never sampled
+        (TOKENS, -1, r"integers of the vocabulary, got .* from -1 to 2 of .*vocab_size=8"),
+        (TOKENS, NUM_BINS, r"integers of the vocabulary, got .* from 2 to 8"),
+        (TOKENS, 0.5, r"integers of the vocabulary, got torch.float32"),
+    ],
+)
+def test_decisions_that_nobody_may_execute_or_learn_are_refused(
+    rows, learner_and_engine, key, value, message
+):
+    _, _, engine = learner_and_engine
+
+    def spoil(policy, args, out):
+        values = out[key].float() if isinstance(value, float) else out[key].clone()
+        values[1, 0, 1] = value
+        return out.set(key, values)
+
+    engine._policy.register_forward_hook(spoil)
+    rows["policy_version"].fill_(-1)
+    if message is None:
+        engine.infer(infer([6, 1]))
+    else:
+        with pytest.raises(ValueError, match=message):
+            engine.infer(infer([6, 1]))
+        assert (rows["policy_version"] == -1).all(), "nothing reaches a row"
+
+
 def test_an_exception_in_the_policy_is_the_last_event():
     policy = make_policy()
     ours, theirs = Pipe()

@@ -4,10 +4,13 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.data.vla import UniformActionTokenizer
+from torchrl.envs import RewardSum, SerialEnv, StepCounter, TransformedEnv
 from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration_type
 from torchrl.modules.vla import TinyVLA
 
@@ -36,7 +39,11 @@ def play(env: CountingChunkEnv, right: list[list[bool]]) -> list[TensorDict]:
 
 @pytest.mark.parametrize("length", ["fixed", "heavy_tailed"])
 def test_specs(length):
-    check_env_specs(CountingChunkEnv(length=length, image_size=(8, 12), action_dim=3))
+    make = functools.partial(CountingChunkEnv, length=length, image_size=(8, 12), action_dim=3)
+    check_env_specs(make())
+    inner = TransformedEnv(make(), StepCounter())
+    check_env_specs(TransformedEnv(inner, RewardSum(), auto_unwrap=False))
+    check_env_specs(SerialEnv(2, make))
 
 
 def test_counting_by_hand():

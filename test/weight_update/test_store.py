@@ -225,13 +225,6 @@ def test_a_narrow_transport_is_widened_by_the_reader() -> None:
         assert exact.weight.item() == narrow.weight.item() == 1.0
 
 
-def test_bad_sizes() -> None:
-    with pytest.raises(ValueError, match="num_slots must be from 3"):
-        WeightStore(nn.Linear(1, 1), num_slots=2)
-    with pytest.raises(ValueError, match="max_readers"):
-        WeightStore(nn.Linear(1, 1), max_readers=0)
-
-
 def test_the_memory_can_come_from_a_pool(learner: nn.Linear) -> None:
     class Pool:
         def arena(self, nbytes: int, name: str) -> SharedArena:

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from torchrl_dvla.memory import parse_bytes
+from torchrl_dvla.validation import Count, Range, Seconds, Threads, check_fields
 
 __all__ = ["InferenceConfig", "WorkerConfig"]
 
-
-def _require_positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}. Set it to 1 or more.")
+_NO_FORK = Range(remedy="A fork of the learner's process would share its threads' locks.")
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,8 @@ class WorkerConfig:
             failure.
         max_rollout_failures (int): failures of one rollout after which its group is dropped.
         max_task_failures (int): groups of one task dropped in a row for failures, without a
-            finished rollout of it, after which the run goes on without the task.
+            finished rollout of it, after which the run goes on without the task. A group that is
+            dropped for a refused rollout counts as one of ``max_rollout_failures``.
         max_rss_bytes (int or str, optional): private resident memory at which a worker is replaced
             by a new one, between two rollouts. Memory that it shares with others does not count.
             Defaults to no limit.
@@ -49,40 +46,28 @@ class WorkerConfig:
         start_method (str): how processes are started.
 
     Raises:
-        ValueError: for a number that is not positive.
+        ValueError: for a setting of another type or out of range.
     """
 
-    num_workers: int = 2
-    envs_per_worker: int = 1
-    max_decisions: int = 64
-    reset_timeout_s: float = 120.0
-    step_timeout_s: float = 60.0
-    start_timeout_s: float = 300.0
-    stop_timeout_s: float = 3.0
-    max_failures: int = 5
-    max_rollout_failures: int = 3
-    max_task_failures: int = 3
+    num_workers: Count = 2
+    envs_per_worker: Count = 1
+    max_decisions: Count = 64
+    reset_timeout_s: Seconds = 120.0
+    step_timeout_s: Seconds = 60.0
+    start_timeout_s: Seconds = 300.0
+    stop_timeout_s: Seconds = 3.0
+    max_failures: Count = 5
+    max_rollout_failures: Count = 3
+    max_task_failures: Count = 3
     max_rss_bytes: int | str | None = None
-    num_threads: int = 1
+    num_threads: Threads = 1
     env_vars: Mapping[str, str] = field(default_factory=dict)
-    start_method: Literal["forkserver", "spawn"] = "forkserver"
+    start_method: Annotated[Literal["forkserver", "spawn"], _NO_FORK] = "forkserver"
 
     def __post_init__(self) -> None:
-        _require_positive(
-            self,
-            *("num_workers", "envs_per_worker", "max_decisions", "num_threads"),
-            *("max_failures", "max_rollout_failures", "max_task_failures"),
-            *("reset_timeout_s", "step_timeout_s", "start_timeout_s", "stop_timeout_s"),
-        )
-        if self.max_rss_bytes is not None and parse_bytes(self.max_rss_bytes) <= 0:
-            raise ValueError(
-                f"max_rss_bytes must be positive, got {self.max_rss_bytes}. None sets no limit."
-            )
-        if self.start_method not in ("forkserver", "spawn"):
-            raise ValueError(
-                f"start_method must be 'forkserver' or 'spawn', got {self.start_method!r}. A "
-                "forked copy of the learner's process would share its threads' locks."
-            )
+        check_fields(self)
+        if self.max_rss_bytes is not None and parse_bytes(self.max_rss_bytes, "max_rss_bytes") == 0:
+            raise ValueError("max_rss_bytes must be positive, got 0. None sets no limit.")
 
 
 @dataclass(frozen=True)
@@ -109,23 +94,18 @@ class InferenceConfig:
     Sampled tokens are drawn from a seed of each policy call.
 
     Raises:
-        ValueError: for a number that is out of range.
+        ValueError: for a setting of another type or out of range.
     """
 
-    max_batch_size: int | None = None
-    max_wait_s: float = 1e-2
-    num_threads: int = 1
-    timeout_s: float = 120.0
-    start_timeout_s: float = 300.0
+    max_batch_size: Count | None = None
+    max_wait_s: Annotated[float, Range(0, 2_000_000)] = 1e-2
+    num_threads: Threads = 1
+    timeout_s: Seconds = 120.0
+    start_timeout_s: Seconds = 300.0
     deterministic: bool | None = None
 
     def __post_init__(self) -> None:
-        _require_positive(self, "max_batch_size", "num_threads", "timeout_s", "start_timeout_s")
-        if not self.max_wait_s >= 0:
-            raise ValueError(
-                f"max_wait_s must be at least 0, got {self.max_wait_s}. 0 calls the policy as soon "
-                "as it is free."
-            )
+        check_fields(self)
 
     def is_deterministic(self, max_policy_lag: int) -> bool:
         """Whether the run works in lockstep.

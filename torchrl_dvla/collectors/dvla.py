@@ -46,6 +46,8 @@ from torchrl_dvla.data.schema import INSTRUCTION_ID_KEY, INSTRUCTION_KEY
 from torchrl_dvla.memory import DualPool, Plan
 from torchrl_dvla.saved_state import form_of, require_form
 from torchrl_dvla.swimlane import EnvProcesses, InferenceProcess, Timeline
+from torchrl_dvla.swimlane.env_worker import require_init_states
+from torchrl_dvla.validation import Count, check
 from torchrl_dvla.weight_update import AsyncWeightUpdater, WeightReader
 
 __all__ = ["DVLACollector"]
@@ -99,7 +101,8 @@ class DVLACollector(BaseCollector):
 
     Raises:
         ValueError: if an argument is out of range, if a budget cannot hold the groups of one
-            update, or if policy and environment do not fit each other.
+            update, or if policy and environment do not fit each other, or the schedule asks for
+            numbered initial states that the environment does not declare.
         RuntimeError: with the worker's traceback if an environment cannot be built.
 
     Examples:
@@ -134,6 +137,13 @@ class DVLACollector(BaseCollector):
     ) -> None:
         super().__init__()
         self.total_frames = -1  # it collects without end
+        check("group", group, GroupConfig)
+        check("workers", workers, WorkerConfig)
+        check("inference", inference, InferenceConfig)
+        check("memory", memory, DualPool | None)
+        check("replay_buffer", replay_buffer, PooledReplayBuffer | None)
+        rows_per_page = check("rows_per_page", rows_per_page, Count)
+        seed = check("seed", seed, int)
         tasks = create_env_fn if isinstance(create_env_fn, Mapping) else {"default": create_env_fn}
         self._factories = dict(tasks)
         self.schedule = schedule or InitStateSchedule(tuple(self._factories), seed=seed)
@@ -173,6 +183,16 @@ class DVLACollector(BaseCollector):
                     "The environment's specs have no 'success': a rollout counts as solved when it "
                     "terminates. Return 'success' if it may also terminate on failure."
                 )
+            if not specs.has_instruction and INSTRUCTION_KEY in getattr(policy, "in_keys", ()):
+                _log.warning(
+                    "The environment's specs have no %r, which the policy reads: every decision is "
+                    "taken for an empty one. Return the task's description.",
+                    INSTRUCTION_KEY,
+                )
+            #: The task whose environment has told its specs; those of others show in the workers.
+            self._described = (processes.first_task, specs)
+            ids = self.schedule.init_state_ids or ()
+            require_init_states(processes.first_task, ids, specs.has_init_states)
             layout = match_policy(policy, specs)
             #: Sizes of the pools, see :class:`~torchrl_dvla.memory.Plan`.
             self.plan: Plan = plan_memory(
@@ -378,6 +398,10 @@ class DVLACollector(BaseCollector):
 
         Returns:
             The evaluation; its ``result()`` waits.
+
+        Raises:
+            ValueError: for a task that is unknown or quarantined, or a numbered initial state of an
+                environment that does not declare it.
         """
         evaluation = Evaluation(episodes, greedy=greedy, num_frames_episodes=num_frames_episodes)
         self._require_running()
@@ -388,6 +412,8 @@ class DVLACollector(BaseCollector):
             num_frames_episodes,
             self.memory.environment,
         )
+        ids = [spec.init_state_id for spec in episodes if spec.task == self._described[0]]
+        require_init_states(self._described[0], ids, self._described[1].has_init_states)
         self._loop.add_evaluation(evaluation)
         return evaluation
 

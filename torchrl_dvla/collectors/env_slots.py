@@ -23,6 +23,8 @@ from torchrl_dvla.memory import EnvironmentPool, format_bytes, parse_bytes
 from torchrl_dvla.swimlane import EnvProcesses, Timeline
 from torchrl_dvla.swimlane.messages import (
     EnvSpecs,
+    Refused,
+    RefusedError,
     Reset,
     ResetDone,
     Step,
@@ -119,6 +121,7 @@ class EnvSlot:
 
         Raises:
             WorkerLostError: if the worker ends first.
+            RefusedError: if the observation is refused.
         """
         command = Reset(self.env_index, spec.task, spec.seed, spec.init_state_id, *row)
         answer = await self._command(command, "reset_timeout_s")
@@ -130,6 +133,7 @@ class EnvSlot:
 
         Raises:
             WorkerLostError: if the worker ends first, or has ended since the command before.
+            RefusedError: if what the environment returned is refused.
         """
         answer = await self._command(Step(self.env_index, *row, *next_row), "step_timeout_s")
         assert isinstance(answer, StepDone)
@@ -150,10 +154,13 @@ class EnvSlot:
             self._slots.answered.clear()
             await self._slots.answered.wait()
 
-    def answer(self, event: ResetDone | StepDone) -> None:
+    def answer(self, event: ResetDone | StepDone | Refused) -> None:
         """Pass the worker's answer on."""
         if self._answer is not None and not self._answer.done():
-            self._answer.set_result(event)
+            if isinstance(event, Refused):
+                self._answer.set_exception(RefusedError(f"Worker {self.worker}: {event.reason}"))
+            else:
+                self._answer.set_result(event)
 
     def mark_lost(self, error: WorkerLostError) -> None:
         """End the slot with its worker."""
@@ -224,7 +231,7 @@ class EnvSlots:
         self.idle: deque[EnvSlot] = deque()
         self.num_busy = 0
         self.answered = asyncio.Event()
-        self._held: list[tuple[EnvSlot, ResetDone | StepDone]] = []
+        self._held: list[tuple[EnvSlot, ResetDone | StepDone | Refused]] = []
         self._commands: list[list[Reset | Step]] = [[] for _ in range(config.num_workers)]
         self._reported_s = [0.0] * config.num_workers
         self._deadlines: list[asyncio.Timeout | None] = [None] * config.num_workers
@@ -362,6 +369,8 @@ class EnvSlots:
             if isinstance(event, StepDone):
                 self._counters.add("collector/decisions")
                 self._counters.add("collector/env_steps", event.num_env_steps)
+                if event.num_clipped:
+                    self._counters.add("collector/env_steps_clipped", event.num_clipped)
             if self._lockstep:
                 self._held.append((slot, event))
             else:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from torchrl_dvla.data import EpisodeSpec, Rollout
+from torchrl_dvla.validation import Natural, check
 
 __all__ = ["Evaluation", "EvaluationResult"]
 
@@ -60,7 +61,7 @@ class Evaluation:
             raise ValueError("episodes must hold at least one EpisodeSpec, got none. Add some.")
         self.episodes = list(episodes)
         self.greedy = greedy
-        self.num_frames_episodes = num_frames_episodes
+        self.num_frames_episodes = check("num_frames_episodes", num_frames_episodes, Natural)
         self._finished: dict[int, Rollout] = {}
         self._frames: dict[int, torch.Tensor] = {}
         self._future: Future[EvaluationResult] = Future()

@@ -100,9 +100,18 @@ class FailureLog:
         rollout.num_failures += 1
         if rollout.num_failures < self._max_rollout_failures:
             return FailureAction.RETRY
-        task = rollout.spec.task
-        self._by_task[task] += 1
         self._num_in_a_row = 0  # the cause is dealt with
-        if self._by_task[task] < self._max_task_failures:
+        return self._drop_group(rollout.spec.task, self._max_rollout_failures)
+
+    def record_refusal(self, task: str) -> FailureAction:
+        """Count a group of ``task`` that is dropped for what its environment returned.
+
+        It is one failure, where a crash drops a group for ``max_rollout_failures`` of them.
+        """
+        return self._drop_group(task, 1)
+
+    def _drop_group(self, task: str, num_failures: int) -> FailureAction:
+        self._by_task[task] += num_failures
+        if self._by_task[task] < self._max_task_failures * self._max_rollout_failures:
             return FailureAction.DROP_GROUP
         return FailureAction.QUARANTINE_TASK

@@ -35,6 +35,7 @@ from torchrl_dvla.data import EpisodeSpec, Group, GroupQueue, InstructionTable, 
 from torchrl_dvla.data.schema import IMAGE_KEY
 from torchrl_dvla.memory import EnvironmentPool
 from torchrl_dvla.swimlane import EnvProcesses, InferenceProcess, Timeline
+from torchrl_dvla.swimlane.messages import RefusedError
 
 __all__ = ["CollectionLoop"]
 
@@ -46,6 +47,14 @@ _KEPT_FAILING = "the environment kept failing"
 
 class _RolloutFailedError(Exception):
     """A rollout that is given up, and its group or evaluation with it."""
+
+    def __init__(self, rollout: Rollout, reason: str) -> None:
+        super().__init__(_describe(rollout, reason))
+        self.rollout, self.reason = rollout, reason
+
+
+class _RolloutRefusedError(_RolloutFailedError):
+    """One that is given up for what its environment returned."""
 
 
 class CollectionLoop:
@@ -153,9 +162,14 @@ class CollectionLoop:
             async with asyncio.TaskGroup() as tasks:
                 for rollout in rollouts:
                     tasks.create_task(self._sample(rollout))
-        except* _RolloutFailedError:
+        except* _RolloutFailedError as failed:
             self._counters.add("faults/groups_dropped")
             self._groups.drop(group, _KEPT_FAILING)
+            for error in failed.exceptions:
+                if isinstance(error, _RolloutRefusedError):  # once for the group
+                    action = self._failures.record_refusal(group.spec.task)
+                    self._on_crash(error.rollout, action, error.reason)
+                    break
         else:
             self._groups.complete(group)
         finally:
@@ -169,7 +183,10 @@ class CollectionLoop:
         self._groups.finish(rollout)
 
     async def run_rollout(self, rollout: Rollout, weights: EvaluationWeights | None = None) -> None:
-        """Play a rollout to its end, again from the start whenever its worker is lost."""
+        """Play a rollout to its end, again from the start whenever its worker is lost.
+
+        One that is refused takes its group along. An evaluation tries it again first.
+        """
         while True:
             try:
                 async with self._environment(rollout, weights) as env:
@@ -177,8 +194,14 @@ class CollectionLoop:
                 break
             except WorkerLostError as lost:
                 if lost.action is not FailureAction.RETRY:
-                    raise _RolloutFailedError(_describe(rollout, str(lost))) from None
-                rollout.restart()
+                    raise _RolloutFailedError(rollout, str(lost)) from None
+            except RefusedError as refused:
+                self._counters.add("faults/rollouts_refused")
+                rollout.num_failures += 1
+                # A second try would select the group for what happens to be accepted.
+                if weights is None or rollout.num_failures >= self._workers.max_rollout_failures:
+                    raise _RolloutRefusedError(rollout, str(refused)) from None
+            rollout.restart()
         self._failures.record_progress(rollout.spec.task)
 
     async def _play(
@@ -208,7 +231,7 @@ class CollectionLoop:
 
     def _require_healthy(self, rollout: Rollout) -> None:
         if rollout.spec.task in self._groups.quarantined:
-            raise _RolloutFailedError(_describe(rollout, "Its task is quarantined."))
+            raise _RolloutFailedError(rollout, "Its task is quarantined.")
 
     def _row(self, rollout: Rollout, ahead: int = 0) -> RowRef:
         """The row of the decision to come, on a newly leased page where one begins."""
@@ -377,15 +400,17 @@ class CollectionLoop:
             RuntimeError: if no other task is left.
         """
         task = rollout.spec.task
+        if task in self._groups.quarantined:
+            return
         if action is FailureAction.DROP_GROUP:
             if rollout.group_id >= 0:
                 text = _describe(rollout, reason)
                 _log.error("The group of a rollout is dropped. %s", text)
             return
         text = (
-            f"Task {task!r} is quarantined: max_task_failures ({self._workers.max_task_failures}) "
-            f"of its groups failed in a row, each max_rollout_failures "
-            f"({self._workers.max_rollout_failures}) times."
+            f"Task {task!r} is quarantined: its groups failed max_task_failures "
+            f"({self._workers.max_task_failures}) x max_rollout_failures "
+            f"({self._workers.max_rollout_failures}) times in a row."
         )
         error = RuntimeError(f"{text} The last error:\n{reason}")
         self._groups.quarantine(task, error)

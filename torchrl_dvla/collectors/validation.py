@@ -26,6 +26,7 @@ from torchrl_dvla.data import (
 )
 from torchrl_dvla.data.schema import (
     ACTION_CHUNK_KEY,
+    ACTION_MASK,
     ACTION_TOKENS_KEY,
     IMAGE_KEY,
     INSTRUCTION_KEY,
@@ -108,12 +109,16 @@ def match_policy(policy: TensorDictModuleBase, specs: EnvSpecs) -> RowLayout:
             chunk that the environment does not take.
     """
     device = next((tensor.device for tensor in policy.parameters()), torch.device("cpu"))
+    # Zeros, but an action mask of ones: one of zeros would forbid everything.
     tensordict = TensorDict(
-        {key: torch.zeros(1, *shape, dtype=dtype) for key, shape, dtype in specs.observation},
+        {
+            key: torch.full((1, *shape), key[-1] == ACTION_MASK, dtype=dtype)
+            for key, shape, dtype in specs.observation
+        },
         batch_size=[1],
         device=device,
     )
-    tensordict.set(INSTRUCTION_KEY, NonTensorStack("probe"))
+    tensordict.set(INSTRUCTION_KEY, NonTensorStack("."))  # no word: a tokenizer need not know it
     # As the inference process will call it, which also leaves the statistics of BatchNorm alone.
     modes = {module: module.training for module in policy.modules()}
     policy.eval()

@@ -11,6 +11,7 @@ from tensordict import TensorDictBase
 from torchrl.envs.transforms import Transform
 
 from torchrl_dvla.data.schema import IMAGE_KEY, STATE_KEY
+from torchrl_dvla.validation import Range, check
 
 __all__ = ["RandomShift", "StateNoise", "shift_image"]
 
@@ -56,10 +57,8 @@ class RandomShift(Transform):
     """
 
     def __init__(self, max_shift: int = 4) -> None:
-        if max_shift < 0:
-            raise ValueError(
-                f"max_shift must be at least 0, got {max_shift}. 0 leaves images as they are."
-            )
+        remedy = "0 leaves images as they are."
+        max_shift = check("max_shift", max_shift, int, Range(0, remedy=remedy))
         super().__init__()
         self.max_shift = max_shift
 
@@ -85,8 +84,7 @@ class StateNoise(Transform):
     """
 
     def __init__(self, scale: float = 0.003) -> None:
-        if scale < 0:
-            raise ValueError(f"scale must be at least 0, got {scale}. 0 leaves states as they are.")
+        scale = check("scale", scale, float, Range(0, remedy="0 leaves states as they are."))
         super().__init__()
         self.scale = scale
 

@@ -11,13 +11,14 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, pvariance
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 
 from torchrl_dvla.functional.advantage import group_advantage, has_contrast
 from torchrl_dvla.memory import EnvironmentPool, Page
 from torchrl_dvla.saved_state import COUNT, Number, form_of, require_form
+from torchrl_dvla.validation import Count, Range, check, check_fields
 
 __all__ = [
     "SPEC_FORM",
@@ -33,6 +34,9 @@ __all__ = [
 ]
 
 NoSignalPolicy = Literal["warn", "keep", "raise"]
+_SEVERAL = Range(
+    2, remedy="A group compares rollouts of one initial state: one rollout has no advantage."
+)
 
 #: Returns that differ by at most this, relative to the largest of them or to 1, count as equal.
 _RETURN_TOLERANCE = 1e-5
@@ -64,7 +68,7 @@ class GroupConfig:
             initial states go on. ``"raise"`` ends the run.
 
     Raises:
-        ValueError: for a setting that is out of range.
+        ValueError: for a setting of another type or out of range.
 
     Examples:
         >>> GroupConfig(group_size=1)
@@ -74,44 +78,25 @@ class GroupConfig:
 state: one rollout has no advantage.
     """
 
-    group_size: int = 8
+    group_size: Annotated[int, _SEVERAL] = 8
     candidate_group_size: int | None = None
-    groups_per_update: int = 4
-    max_policy_lag: int = 1
+    groups_per_update: Count = 4
+    max_policy_lag: Annotated[int, Range(0, remedy="0 is the synchronous loop.")] = 1
     return_bounds: tuple[float, float] | None = None
     normalise_std: bool = True
-    max_no_signal_groups: int = 16
+    max_no_signal_groups: Count = 16
     on_no_signal: NoSignalPolicy = "warn"
 
     def __post_init__(self) -> None:
-        if self.group_size < 2:
-            raise ValueError(
-                f"group_size must be at least 2, got {self.group_size}. A group compares rollouts "
-                "of one initial state: one rollout has no advantage."
-            )
+        check_fields(self)
         if self.candidate_group_size is not None and self.candidate_group_size < self.group_size:
             raise ValueError(
                 f"candidate_group_size must be at least group_size ({self.group_size}), got "
                 f"{self.candidate_group_size}. Leave it out to keep every rollout."
             )
-        if self.max_policy_lag < 0:
-            raise ValueError(
-                f"max_policy_lag must be at least 0, got {self.max_policy_lag}. 0 is the "
-                "synchronous loop."
-            )
-        for name in ("groups_per_update", "max_no_signal_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be positive, got {getattr(self, name)}. Set it to 1 or more."
-                )
         if self.return_bounds is not None and not self.return_bounds[0] < self.return_bounds[1]:
             raise ValueError(
                 f"return_bounds must be increasing, got {self.return_bounds}. Pass (low, high)."
-            )
-        if self.on_no_signal not in get_args(NoSignalPolicy):
-            raise ValueError(
-                f"on_no_signal must be one of {list(get_args(NoSignalPolicy))}, got "
-                f"{self.on_no_signal!r}. 'warn' samples on."
             )
 
     @property
@@ -174,7 +159,7 @@ class InitStateSchedule(Iterator[EpisodeSpec]):
             )
         self.tasks = tuple(tasks)
         self.init_state_ids = None if init_state_ids is None else tuple(init_state_ids)
-        self.seed = seed
+        self.seed = check("seed", seed, int)
         self._cursor = 0
 
     def __next__(self) -> EpisodeSpec:

@@ -463,11 +463,11 @@ class GroupQueue:
             RuntimeError: if no other task is left and no ``error`` is given.
         """
         with self.lock:
-            self.quarantined.add(task)
-            if self.quarantined.issuperset(self.schedule.tasks):
+            if self.quarantined.union([task]).issuperset(self.schedule.tasks):
                 raise error or RuntimeError(
-                    f"No task is left: {sorted(self.quarantined)} kept failing."
+                    f"No task is left: {sorted(self.quarantined | {task})} kept failing."
                 )
+            self.quarantined.add(task)  # never the last one: admit() would search for ever
 
     # -- learning -------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from torchrl_dvla.data.storage import READ_ONLY, PooledStorage
 from torchrl_dvla.memory import EnvironmentPool, ModelPool
 from torchrl_dvla.memory.row_access import RowFields
 from torchrl_dvla.saved_state import Number, form_of, read_state, require_form
+from torchrl_dvla.validation import Count, Range, Seconds, check
 
 __all__ = ["PooledReplayBuffer"]
 
@@ -174,7 +175,7 @@ class PooledReplayBuffer(ReplayBuffer):
         **kwargs: further arguments of :class:`torchrl.data.ReplayBuffer`.
 
     Raises:
-        ValueError: if *num_epochs* or *num_staging* is not positive.
+        ValueError: for an argument of another type or out of range.
 
     Examples:
         >>> import torch
@@ -199,13 +200,14 @@ class PooledReplayBuffer(ReplayBuffer):
         transform: Transform | None = None,
         **kwargs: Any,
     ) -> None:
-        if num_epochs < 1:
-            raise ValueError(f"num_epochs must be at least 1, got {num_epochs}. 1 is one pass.")
-        if num_staging < 1:
-            raise ValueError(
-                f"num_staging must be at least 1, got {num_staging}. 2 lets one batch travel to "
-                "the device while the next is gathered."
-            )
+        batch_size = check("batch_size", batch_size, Count | None)
+        staging = "2 lets one batch travel to the device while the next is gathered."
+        self.num_epochs = check("num_epochs", num_epochs, int, Range(1, remedy="1 is one pass."))
+        self.timeout_s = check("timeout_s", timeout_s, Seconds | None)
+        self.seed = check("seed", seed, int)
+        self.shuffle = check("shuffle", shuffle, bool)
+        self.num_staging = check("num_staging", num_staging, int, Range(1, remedy=staging))
+        max_size = check("max_size", max_size, Count)
         self._has_own_storage = "storage" in kwargs
         #: The groups of the collector that the buffer is bound to.
         self.groups: GroupQueue | None = None
@@ -217,11 +219,6 @@ class PooledReplayBuffer(ReplayBuffer):
         super().__init__(
             batch_size=batch_size, sampler=sampler, transform=transform, **{**defaults, **kwargs}
         )
-        self.num_epochs = num_epochs
-        self.timeout_s = timeout_s
-        self.seed = seed
-        self.shuffle = shuffle
-        self.num_staging = num_staging
         self._plan: CohortPlan | None = None
         self._ended_plan: CohortPlan | None = None
         self._staging: list[RowFields] = []

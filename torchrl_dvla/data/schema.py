@@ -50,6 +50,7 @@ from torchrl_dvla.memory import RowLayout
 __all__ = [
     "ACTION_CHUNK_KEY",
     "ACTION_IS_PAD_KEY",
+    "ACTION_MASK",
     "ACTION_TOKENS_KEY",
     "ADVANTAGE_KEY",
     "DECISION_INDEX_KEY",
@@ -72,6 +73,8 @@ __all__ = [
     "decision_layout",
 ]
 
+#: Last part of the key of an action mask, TorchRL's name for it.
+ACTION_MASK = "action_mask"
 #: Log-probabilities of the sampled tokens under the behaviour policy.
 SAMPLE_LOG_PROB_KEY: NestedKey = ("vla_action", "log_probs")
 #: Version of the weights that took the decision.
@@ -84,7 +87,8 @@ DECISION_INDEX_KEY: NestedKey = "decision_index"
 ADVANTAGE_KEY: NestedKey = "advantage"
 #: Index of the instruction in the side table of strings.
 INSTRUCTION_ID_KEY: NestedKey = "instruction_id"
-#: Read by environments at reset: which initial state to start from; -1 or absent lets them sample.
+#: State entry that environments read at reset: the initial state to start from, -1 or absent lets
+#: them sample. Declared in ``state_spec``, for transforms pass nothing else on; a reset returns it.
 INIT_STATE_ID_KEY: NestedKey = "init_state_id"
 REWARD_KEY: NestedKey = ("next", "reward")
 DONE_KEY: NestedKey = ("next", "done")
@@ -112,7 +116,8 @@ def decision_layout(
         RowLayout: the layout; observations come first.
 
     Raises:
-        ValueError: if a size is not positive or an observation has no static shape.
+        ValueError: if a size is not positive or an observation has no static shape, or a key of the
+            row's own.
 
     Examples:
         >>> image = {("observation", "image"): ((3, 8, 8), torch.uint8)}
@@ -126,8 +131,7 @@ def decision_layout(
             "Take them from the policy."
         )
     chunk, one = (chunk_size, action_dim), (1,)
-    fields: dict[NestedKey, tuple[Sequence[int], torch.dtype]] = dict(observation)
-    fields |= {
+    own: dict[NestedKey, tuple[Sequence[int], torch.dtype]] = {
         INSTRUCTION_ID_KEY: (one, torch.int64),
         ACTION_TOKENS_KEY: (chunk, torch.int64),
         ACTION_CHUNK_KEY: (chunk, torch.float32),
@@ -141,4 +145,10 @@ def decision_layout(
         REWARD_KEY: (one, torch.float32),
     }
     flags = (DONE_KEY, TERMINATED_KEY, TRUNCATED_KEY, SUCCESS_KEY)
-    return RowLayout(fields | dict.fromkeys(flags, (one, torch.bool)))
+    own |= dict.fromkeys(flags, (one, torch.bool))
+    if collisions := [key for key in observation if key in own]:
+        raise ValueError(
+            f"observation must have no key of the row's own, got {collisions}. Move them below "
+            "'observation'."
+        )
+    return RowLayout({**observation, **own})

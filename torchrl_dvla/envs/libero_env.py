@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torchrl.data import Categorical, Composite
+from torchrl.data import Bounded, Categorical, Composite
 from torchrl.envs import LiberoEnv
 
 from torchrl_dvla.data.schema import (
@@ -31,6 +31,7 @@ from torchrl_dvla.envs.libero_setup import (
     quiet_stdout,
     validate_libero,
 )
+from torchrl_dvla.validation import Natural, Range, check
 
 __all__ = ["LiberoChunkEnv"]
 
@@ -65,7 +66,8 @@ class LiberoChunkEnv(LiberoEnv):
     fixes the fixtures, which LIBERO places anew at each reset. ``-1``, or no key, samples the
     movable objects too, from the distribution in the task's definition; such scenes are not among
     the 50 of the benchmark, and are drawn again where an object would not come to rest or the goal
-    already holds. Before the first ``set_seed``, scenes follow :func:`torch.manual_seed`.
+    already holds. A reset returns the id that it plays. Before the first ``set_seed``, scenes
+    follow :func:`torch.manual_seed`.
 
     Args:
         task_suite (str): one of :data:`~torchrl_dvla.envs.LIBERO_SUITES`.
@@ -140,14 +142,11 @@ class LiberoChunkEnv(LiberoEnv):
                 "cameras must be a sequence of one or two names, got "
                 f"{cameras!r}. The first becomes 'image', the second 'wrist_image'."
             )
-        if max_episode_steps < 1:
-            raise ValueError(
-                f"max_episode_steps must be at least 1, got {max_episode_steps}. Count env steps."
-            )
-        if max_mesh_faces is not None and max_mesh_faces < 1:
-            raise ValueError(
-                f"max_mesh_faces must be at least 1 or None, got {max_mesh_faces}. Try 4000."
-            )
+        check("max_episode_steps", max_episode_steps, int, Range(1, remedy="Count env steps."))
+        check("max_mesh_faces", max_mesh_faces, int | None, Range(1, remedy="Try 4000."))
+        check("settle_steps", settle_steps, Natural)
+        check("shadows", shadows, bool)
+        check("msaa", msaa, bool)
         choose_gl_backend()
         self._task = task
         self.chunk_size = chunk_size
@@ -222,6 +221,9 @@ class LiberoChunkEnv(LiberoEnv):
         self.observation_spec[ACTION_IS_PAD_KEY] = Categorical(
             2, dtype=torch.bool, shape=(self.chunk_size,), device=self.device
         )
+        ids = Bounded(-1, len(self.init_states) - 1, (1,), dtype=torch.int64, device=self.device)
+        self.state_spec = Composite({INIT_STATE_ID_KEY: ids})
+        self.observation_spec[INIT_STATE_ID_KEY] = ids.clone()
         chunk = self.action_spec.expand(self.chunk_size, self._action_dim)
         self.full_action_spec = Composite({VLA_ACTION_KEY: Composite(chunk=chunk)})
 
@@ -245,7 +247,7 @@ class LiberoChunkEnv(LiberoEnv):
         check_init_state_id(index, len(self.init_states))
         with self._sampler.lend():
             success = self._start_sampled() if index < 0 else self._start(self.init_states[index])
-        self._elapsed = 0
+        self._elapsed, self._init_state_id = 0, index
         self._episode_count += 1
         pad = torch.zeros(self.chunk_size, dtype=torch.bool)
         out = self._observation(success=success, pad=pad)
@@ -348,6 +350,7 @@ class LiberoChunkEnv(LiberoEnv):
             observed[f"{camera}_image"] = frame
         out = self._read_obs(observed, success=success)
         out[ACTION_IS_PAD_KEY] = pad
+        out[INIT_STATE_ID_KEY] = torch.tensor([self._init_state_id])
         return out
 
     def close(self, *, raise_if_closed: bool = True) -> None:

@@ -23,6 +23,7 @@ from torchrl_dvla.data.schema import (
 from torchrl_dvla.envs.expert import ExpertConfig, ExpertScene, PickPlaceExpert
 from torchrl_dvla.envs.expert_grasp import FloatArray
 from torchrl_dvla.envs.libero_env import LiberoChunkEnv
+from torchrl_dvla.validation import Count, NonNegative, check_fields
 
 __all__ = ["ActionNoise", "chunk_labels", "record_demonstration"]
 
@@ -46,9 +47,12 @@ class ActionNoise:
         https://arxiv.org/abs/1703.09327.
     """
 
-    push: float = 0.3
-    push_steps: int = 6
-    jitter: float = 0.05
+    push: NonNegative = 0.3
+    push_steps: Count = 6
+    jitter: NonNegative = 0.05
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def sequence(self, num_env_steps: int, rng: np.random.Generator) -> FloatArray:
         """Draw the noise of an episode.

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from torchrl_dvla.saved_state import read_state
+from torchrl_dvla.validation import Range, check
 
 __all__ = [
     "LIBERO_SUITES",
@@ -323,15 +324,10 @@ def validate_libero(
         FileNotFoundError: if the task's files are missing.
     """
     for name, size in (("camera_height", camera_height), ("camera_width", camera_width)):
-        if not isinstance(size, int) or not 1 <= size <= _MAX_IMAGE_SIZE:
-            raise ValueError(
-                f"{name} must be a whole number from 1 to {_MAX_IMAGE_SIZE}, got {size!r}. "
-                "Policies commonly use 128, 224 or 256."
-            )
-    if chunk_size < 1:
-        raise ValueError(
-            f"chunk_size must be at least 1, got {chunk_size}. Use the policy's chunk size."
-        )
+        check(name, size, int, Range(1, _MAX_IMAGE_SIZE, remedy="Policies commonly use 224."))
+    check("chunk_size", chunk_size, int, Range(1, remedy="Use the policy's chunk size."))
+    check("replan_interval", replan_interval, int | None)
+    check("task_id", task_id, int)
     if replan_interval is not None and not 1 <= replan_interval <= chunk_size:
         raise ValueError(
             f"replan_interval must be from 1 to chunk_size={chunk_size}, got {replan_interval}. "

@@ -14,6 +14,7 @@ from torchrl.data import Bounded, Categorical, Composite
 from torchrl.envs import ToyVLAEnv
 
 from torchrl_dvla.data.schema import ACTION_CHUNK_KEY, ACTION_IS_PAD_KEY, VLA_ACTION_KEY
+from torchrl_dvla.validation import Count, Positive, Range, check
 
 __all__ = ["ToyChunkEnv"]
 
@@ -64,10 +65,11 @@ class ToyChunkEnv(ToyVLAEnv):
         success_tol: float = 0.35,
         seed: int | None = None,
     ) -> None:
-        if chunk_size < 1:
-            raise ValueError(
-                f"chunk_size must be at least 1, got {chunk_size}. Use the policy's chunk size."
-            )
+        chunk_size = check("chunk_size", chunk_size, int, Range(1, remedy="Use the policy's."))
+        action_dim = check("action_dim", action_dim, Count)
+        image_size = check("image_size", image_size, int, Range(1, 4096))
+        success_steps = check("success_steps", success_steps, Count)
+        success_tol = check("success_tol", success_tol, Positive)
         super().__init__(
             action_dim=action_dim,
             state_dim=2 * action_dim,

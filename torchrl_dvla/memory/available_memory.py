@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from torchrl_dvla.validation import Range, check
+
 __all__ = [
     "available_bytes",
     "cgroup_folders",
@@ -150,11 +152,12 @@ def format_bytes(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
-def parse_bytes(size: int | str) -> int:
+def parse_bytes(size: int | str, name: str = "size") -> int:
     """Bytes from a number or a string such as ``"512MB"`` or ``"1.5 GiB"`` (binary units).
 
     Args:
         size (int or str): the size.
+        name (str): what it is called in the error.
 
     Raises:
         ValueError: if *size* is negative or not a size.
@@ -163,19 +166,16 @@ def parse_bytes(size: int | str) -> int:
         >>> parse_bytes("1.5 KiB"), parse_bytes(7)
         (1536, 7)
     """
-    if isinstance(size, str):
-        text = size.strip().lower().replace("_", "")
+    parsed = check(name, size, int | str)
+    if isinstance(parsed, str):
+        text = parsed.strip().lower().replace("_", "")
         number = text.rstrip("bikmgt ")
         unit = text[len(number) :].strip()
         try:
             parsed = int(float(number) * 1024 ** _UNITS[unit])
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, OverflowError):
             raise ValueError(
-                f"size must be a number of bytes or a string like '512MB', got {size!r}. "
+                f"{name} must be a number of bytes or a string like '512MB', got {size!r}. "
                 "Units are B, KB, MB, GB, TB."
             ) from None
-    else:
-        parsed = int(size)
-    if parsed < 0:
-        raise ValueError(f"size must be at least 0 bytes, got {size}. Give the bytes to reserve.")
-    return parsed
+    return check(name, parsed, int, Range(0, remedy="Give the bytes to reserve."))

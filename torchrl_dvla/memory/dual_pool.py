@@ -15,6 +15,7 @@ from torchrl_dvla.memory.arena import SharedArena
 from torchrl_dvla.memory.available_memory import format_bytes, parse_bytes, shareable_bytes
 from torchrl_dvla.memory.environment_pool import EnvironmentPool
 from torchrl_dvla.memory.row_layout import RowLayout
+from torchrl_dvla.validation import Range, check
 
 __all__ = ["DualPool", "ModelPool", "Plan", "expected_waste", "recommended_rows_per_page"]
 
@@ -122,7 +123,7 @@ class ModelPool:
     """
 
     def __init__(self, model_bytes: int | str) -> None:
-        self.nbytes = parse_bytes(model_bytes)
+        self.nbytes = parse_bytes(model_bytes, "model_bytes")
         self._arenas: list[tuple[str, SharedArena]] = []
         self._peak_bytes = 0
         self._padding_bytes = 0
@@ -270,8 +271,8 @@ class DualPool:
     def __init__(
         self, env_bytes: int | str | None = None, model_bytes: int | str | None = None
     ) -> None:
-        self.env_bytes = None if env_bytes is None else parse_bytes(env_bytes)
-        self.model_bytes = None if model_bytes is None else parse_bytes(model_bytes)
+        self.env_bytes = None if env_bytes is None else parse_bytes(env_bytes, "env_bytes")
+        self.model_bytes = None if model_bytes is None else parse_bytes(model_bytes, "model_bytes")
         self._pools: tuple[EnvironmentPool, ModelPool] | None = None
 
     def plan(
@@ -340,8 +341,7 @@ class DualPool:
             ("batch_size", batch_size, 0),
             ("num_staging", num_staging, 1),
         ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}. Raise it.")
+            check(name, value, int, Range(least, remedy="Raise it."))
         if expected_decisions is not None and not 1 <= expected_decisions <= max_decisions:
             raise ValueError(
                 f"expected_decisions must be between 1 and max_decisions ({max_decisions}), got "

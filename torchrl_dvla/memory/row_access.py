@@ -138,7 +138,7 @@ class RowWriter:
 def _entries(tensordict: TensorDictBase, node: tuple[str, ...]) -> dict[str, Any]:
     """Entries of a node of ``tensordict``; none if there is no such node."""
     found = tensordict.get(node, None) if node else tensordict
-    return {} if found is None else dict(found.items())
+    return dict(found.items()) if isinstance(found, TensorDictBase) else {}
 
 
 class RowFields:

@@ -7,7 +7,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from numbers import Integral
 
 import torch
 from tensordict import NestedKey, TensorDict, unravel_key
@@ -18,6 +21,13 @@ __all__ = ["RowLayout"]
 
 #: Every field begins on a cache line of its own.
 _ALIGNMENT_BYTES = 64
+#: What NumPy moves, and a learner computes with.
+_DTYPES = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.float16, torch.float32, torch.float64,
+)  # fmt: skip
+#: A row is one decision: two cameras of 4K take a twentieth of it.
+_MAX_ROW_BYTES = 2**30
 
 
 class RowLayout(Mapping[NestedKey, tuple[torch.Size, torch.dtype]]):
@@ -27,8 +37,10 @@ class RowLayout(Mapping[NestedKey, tuple[torch.Size, torch.dtype]]):
         fields (Mapping): shape and dtype by nested key.
 
     Raises:
-        ValueError: if there is no field, or a shape is not static; the message names the key.
-        TypeError: if a dtype is not a :class:`torch.dtype`.
+        ValueError: if there is no field, a shape is not static, a key is given twice or is part of
+            another, or the row has more than 1 GiB; the message names the key.
+        TypeError: if a key is not made of strings, or a dtype is none of bool, uint8, int8 to
+            int64 and float16 to float64.
 
     Examples:
         >>> layout = RowLayout({
@@ -45,18 +57,36 @@ class RowLayout(Mapping[NestedKey, tuple[torch.Size, torch.dtype]]):
         if not fields:
             raise ValueError("fields must name at least one tensor, got none. Add the row's keys.")
         self._fields: dict[NestedKey, tuple[torch.Size, torch.dtype]] = {}
+        paths: list[tuple[str, ...]] = []
+        num_bytes = 0
         for key, (shape, dtype) in fields.items():
-            if not isinstance(dtype, torch.dtype):
+            path = key if isinstance(key, tuple) else (key,)
+            if not path or not all(isinstance(part, str) and part for part in path):
                 raise TypeError(
-                    f"Field {key!r} must have a torch.dtype, got {dtype!r}. Strings and objects "
+                    f"Field {key!r} must be named by a string, or a tuple of them. Rename it."
+                )
+            if dtype not in _DTYPES:
+                raise TypeError(
+                    f"Field {key!r} must have a torch.dtype among bool, uint8, int8 to int64 and "
+                    f"float16 to float64, got {dtype!r}. Convert it; strings and objects "
                     "live in a side table (see torchrl_dvla.data.InstructionTable), not in rows."
                 )
-            if any(size < 1 for size in shape):
+            if not all(isinstance(size, Integral) and size >= 1 for size in shape):
                 raise ValueError(
                     f"Field {key!r} must have a static shape of positive sizes, got {list(shape)}. "
                     "Give the spec its size, or leave the key out of the row."
                 )
+            num_bytes += math.prod(shape) * dtype.itemsize  # torch counts to 2**63 only
+            if num_bytes > _MAX_ROW_BYTES:
+                raise ValueError(
+                    f"A row must have at most {_MAX_ROW_BYTES} bytes, got {num_bytes} with field "
+                    f"{key!r} {list(shape)} {dtype}. Make it smaller, or leave it out of the row."
+                )
+            paths.append(path)
             self._fields[unravel_key(key)] = (torch.Size(shape), dtype)
+        for one, other in pairwise(sorted(paths)):
+            if other[: len(one)] == one:
+                raise ValueError(f"Field {one} must be named once, got {other} too. Rename one.")
 
     @property
     def row_bytes(self) -> int:

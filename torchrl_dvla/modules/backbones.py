@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
+
+from torchrl_dvla.validation import check_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -47,6 +49,7 @@ class PromptStyle:
     instruction: str = "{instruction}"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if "{instruction}" not in self.instruction:
             raise ValueError(
                 "instruction must contain '{instruction}', got "
@@ -66,21 +69,15 @@ class PixelStyle:
 
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    interpolation: str = "bicubic"
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
-        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
+        check_fields(self)
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(
-                "mean and std must have three entries and std must be positive, got "
+                "mean and std must have three entries, be finite and std positive, got "
                 f"mean={self.mean}, std={self.std}. Copy them from the preprocessor_config.json "
                 "of the checkpoint."
-            )
-        if self.interpolation not in ("bilinear", "bicubic"):
-            raise ValueError(
-                "interpolation must be 'bilinear' or 'bicubic', got "
-                f"{self.interpolation!r}. Bicubic is what most vision towers were trained with."
             )
 
 

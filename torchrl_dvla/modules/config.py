@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torchrl.data.vla import (
@@ -19,6 +19,7 @@ from torchrl.data.vla import (
 
 from torchrl_dvla.differences import differences
 from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle
+from torchrl_dvla.validation import Count, Natural, Range, check_fields
 
 __all__ = ["TransformersVLAConfig", "action_tokenizer_from_dict", "action_tokenizer_to_dict"]
 
@@ -58,13 +59,13 @@ class TransformersVLAConfig:
     """
 
     backbone: dict[str, Any]
-    action_dim: int
-    chunk_size: int
+    action_dim: Count
+    chunk_size: Count
     action_tokenizer: dict[str, Any]
-    image_size: tuple[int, int]
-    state_dim: int = 0
-    num_cameras: int = 1
-    tokens_per_step: int = 1
+    image_size: tuple[Count, Count]
+    state_dim: Natural = 0
+    num_cameras: Annotated[int, Range(1, 2)] = 1
+    tokens_per_step: Count = 1
     prompt_style: PromptStyle = field(default_factory=PromptStyle)
     pixel_style: PixelStyle = field(default_factory=PixelStyle)
     bidirectional_prompt: bool = False
@@ -73,23 +74,12 @@ class TransformersVLAConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "image_size", tuple(int(side) for side in self.image_size))
-        spec = "Take it from the environment's action spec."
-        divisor = f"a divisor of action_dim={self.action_dim}"
-        divides = self.tokens_per_step >= 1 and self.action_dim % self.tokens_per_step == 0
-        is_size = len(self.image_size) == 2 and min(self.image_size) >= 1
-        rules = {
-            "action_dim": (self.action_dim >= 1, "at least 1", spec),
-            "chunk_size": (self.chunk_size >= 1, "at least 1", spec),
-            "tokens_per_step": (divides, divisor, f"Use 1 or {self.action_dim}."),
-            "image_size": (is_size, "a positive (height, width)", "Give that of the cameras."),
-            "num_cameras": (self.num_cameras in (1, 2), "1 or 2", "The second is a wrist camera."),
-            "state_dim": (self.state_dim >= 0, "at least 0", "Use 0 for no proprioception."),
-            "dtype": (self.dtype in _DTYPES, f"one of {sorted(_DTYPES)}", "Use float32 on CPUs."),
-        }
-        for name, (is_valid, rule, remedy) in rules.items():
-            if not is_valid:
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}. {remedy}")
+        check_fields(self)
+        if self.action_dim % self.tokens_per_step:
+            raise ValueError(
+                f"tokens_per_step must be a divisor of action_dim={self.action_dim}, got "
+                f"{self.tokens_per_step}. Use 1 or {self.action_dim}."
+            )
         if "model_type" not in self.backbone:
             raise ValueError(
                 f"backbone must contain 'model_type', got keys {sorted(self.backbone)[:8]}. Pass "

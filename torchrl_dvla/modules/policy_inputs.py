@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -202,17 +202,32 @@ class StateProjector(nn.Module):
             std (torch.Tensor): ``[S]``, positive.
 
         Raises:
-            ValueError: if a shape is wrong, or an entry of ``std`` is not positive.
+            ValueError: if a shape is wrong, an entry is not finite, or one of ``std`` not positive.
         """
-        if mean.shape != self.mean.shape or std.shape != self.std.shape or not (std > 0).all():
-            raise ValueError(
-                f"mean and std must have shape {tuple(self.mean.shape)} and std must be positive, "
-                f"got {tuple(mean.shape)}, {tuple(std.shape)} and a smallest std of "
-                f"{float(std.min()):g}. Clamp the std of entries that never change."
-            )
+        _check_statistics(mean, std, self.mean.shape)
         self.mean.copy_(mean)
         self.std.copy_(std)
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
         """Tokens ``[B, 1, D]`` of states ``[B, S]``."""
         return self.layers((state.to(self.mean.dtype) - self.mean) / self.std).unsqueeze(1)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        mean, std = (state_dict.get(prefix + name) for name in ("mean", "std"))
+        if mean is not None and std is not None:
+            _check_statistics(mean, std, self.mean.shape, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _check_statistics(
+    mean: torch.Tensor, std: torch.Tensor, shape: torch.Size, prefix: str = ""
+) -> None:
+    is_right = mean.shape == std.shape == shape
+    if not is_right or not (mean.isfinite() & std.isfinite() & (std > 0)).all():
+        raise ValueError(
+            f"{prefix}mean and {prefix}std must have shape {tuple(shape)} and be finite, and std "
+            f"must be positive, got {mean.tolist()} and {std.tolist()}. Clamp the std of entries "
+            "that never change."
+        )

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from torchrl_dvla.modules.backbones import PromptStyle, VLABackbone
 
 __all__ = ["Prompt", "PromptBuilder", "word_tokenizer"]
+
+_log = logging.getLogger("torchrl_dvla")
 
 _PAD, _UNKNOWN = "<pad>", "<unk>"
 
@@ -135,10 +139,30 @@ class PromptBuilder:
                     f"language_instruction must contain at least one token, got {instruction!r}. "
                     "Give every episode the description of its task."
                 )
+            self._check_words(instruction, ids)
             self._ids[instruction] = ids
             if len(self._ids) > self._cache_size:
                 self._ids.popitem(last=False)
         return ids
+
+    def _check_words(self, instruction: str, ids: torch.Tensor) -> None:
+        """Say which words the tokenizer does not know, all one token to it; refuse only such."""
+        unknown_id = self._tokenizer.unk_token_id
+        if unknown_id is None or not (ids == unknown_id).any():
+            return
+        words = re.findall(r"\w+", instruction)
+        unknown = [word for word in words if unknown_id in self._encode(word)]
+        if words and unknown == words:
+            raise ValueError(
+                "language_instruction must have a word that the tokenizer knows, got "
+                f"{instruction!r}. Build the policy for the instructions of its tasks."
+            )
+        if unknown:
+            _log.warning(
+                "The tokenizer does not know %s of %r: the policy cannot tell them apart.",
+                ", ".join(map(repr, unknown)),
+                instruction,
+            )
 
     def __call__(
         self, instructions: list[str], *, device: torch.device, dtype: torch.dtype
@@ -156,7 +180,8 @@ class PromptBuilder:
             The :class:`Prompt` of the batch.
 
         Raises:
-            ValueError: if an instruction is empty or the stream is too long for the backbone.
+            ValueError: if an instruction is empty, the tokenizer knows none of its words, or the
+                stream is too long for the backbone.
         """
         key = (*instructions, device, dtype)
         prompt = self._prompts.get(key)

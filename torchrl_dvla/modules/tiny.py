@@ -14,6 +14,8 @@ from torch import nn
 from torchrl.data.vla import UniformActionTokenizer
 from torchrl.modules.vla import TinyVLA
 
+from torchrl_dvla.validation import Count, Positive, check_fields
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, SmolVLMConfig
 
@@ -97,17 +99,18 @@ class TinyBackboneConfig:
         ('smolvlm', 128)
     """
 
-    image_size: int = 128
-    patch_size: int = 16
-    vision_size: int = 128
-    vision_layers: int = 3
-    text_size: int = 128
-    text_layers: int = 2
-    head_size: int = 32
-    mlp_ratio: float = 3.0
-    scale_factor: int = 2
+    image_size: Count = 128
+    patch_size: Count = 16
+    vision_size: Count = 128
+    vision_layers: Count = 3
+    text_size: Count = 128
+    text_layers: Count = 2
+    head_size: Count = 32
+    mlp_ratio: Positive = 3.0
+    scale_factor: Count = 2
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("vision_size", "text_size"):
             if getattr(self, name) % self.head_size:
                 raise ValueError(

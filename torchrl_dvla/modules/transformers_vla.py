@@ -40,6 +40,7 @@ from torchrl_dvla.modules.pretrained import (
 )
 from torchrl_dvla.modules.prompt import PromptBuilder, word_tokenizer
 from torchrl_dvla.modules.tiny import TinyBackboneConfig, initialize_tiny_
+from torchrl_dvla.validation import Range, check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -135,11 +136,8 @@ class TransformersVLA(PretrainedMixin, VLAWrapperBase):
         device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(
-                f"temperature must be positive, got {temperature}. For greedy actions set the "
-                "exploration type to DETERMINISTIC."
-            )
+        remedy = "For greedy actions set the exploration type to DETERMINISTIC."
+        temperature = check("temperature", temperature, float, Range(above=0, remedy=remedy))
         action_tokenizer = action_tokenizer_from_dict(config.action_tokenizer)
         super().__init__(
             action_dim=config.action_dim,
@@ -160,7 +158,7 @@ class TransformersVLA(PretrainedMixin, VLAWrapperBase):
             model = backbone_from_dict(config.backbone, dtype=config.torch_dtype)
         image_size = adapter.image_size_of(model.config, config.image_size)
         self.config = config
-        self.temperature = float(temperature)
+        self.temperature = temperature
         self.tokenizer = tokenizer
         self.backbone = adapter(model, image_size=image_size)
         width = self.backbone.hidden_size

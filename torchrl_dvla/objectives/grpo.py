@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, NoReturn
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
@@ -25,7 +25,7 @@ from torchrl_dvla.data import schema
 from torchrl_dvla.objectives.validation import (
     FINITE,
     INTEGERS,
-    Range,
+    ValueRange,
     can_check,
     check_ranges,
     executed_tokens,
@@ -33,6 +33,7 @@ from torchrl_dvla.objectives.validation import (
     log_prob_of,
     run_policy,
 )
+from torchrl_dvla.validation import Range, check
 
 __all__ = ["GRPOLoss"]
 
@@ -216,11 +217,12 @@ class GRPOLoss(LossModule):
         check_finite: bool = True,
     ) -> None:
         _check_actor(actor_network)
-        clip_low, clip_high = _check_clip(clip_epsilon, dual_clip, behavior_weight_cap)
-        _check_choice("ratio_level", ratio_level, get_args(RatioLevel))
-        _check_choice("importance", importance, get_args(Importance))
-        _check_choice("reduction", reduction, get_args(F.Reduction))
-        _check_choice("kl_estimator", kl_estimator, get_args(KLEstimator))
+        clip_low, clip_high = check_clip(clip_epsilon, dual_clip, behavior_weight_cap)
+        check("ratio_level", ratio_level, RatioLevel)
+        check("importance", importance, Importance)
+        check("reduction", reduction, F.Reduction)
+        check("kl_estimator", kl_estimator, KLEstimator)
+        entropy_coeff = check("entropy_coeff", entropy_coeff, float)
         _check_reference(actor_network, reference_network, kl_to_ref_coeff, kl_estimator)
         super().__init__()
         self._in_keys: list[NestedKey] | None = None
@@ -256,7 +258,7 @@ class GRPOLoss(LossModule):
 
     @clip_epsilon.setter
     def clip_epsilon(self, value: Any) -> None:
-        self.clip_epsilon_low, self.clip_epsilon_high = _check_clip(value, self.dual_clip, None)
+        self.clip_epsilon_low, self.clip_epsilon_high = check_clip(value, self.dual_clip, None)
 
     def make_value_estimator(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: there is no critic whose value could be estimated."""
@@ -341,7 +343,7 @@ class GRPOLoss(LossModule):
         def masked(name: str, value: torch.Tensor) -> torch.Tensor:
             value = value.masked_fill(~mask, 0.0)  # whatever the padding holds
             remedy = "Is it the logarithm of a probability, of a policy with finite weights?"
-            ranges.append(Range(name, value, -FINITE, highest, remedy))
+            ranges.append(ValueRange(name, value, -FINITE, highest, remedy))
             return value
 
         behavior = masked("sample_log_prob", behavior)
@@ -352,10 +354,12 @@ class GRPOLoss(LossModule):
         total = self.normaliser(tensordict) if normaliser is None else normaliser
         total = torch.as_tensor(total, dtype=torch.get_default_dtype(), device=tokens.device)
         remedy = "Are the rewards finite, and the advantages normalised?"
-        ranges.append(Range("advantage", advantage, -_LARGEST, _LARGEST, remedy))
+        ranges.append(ValueRange("advantage", advantage, -_LARGEST, _LARGEST, remedy))
         if row_weight is not None:
-            ranges.append(Range("weight", row_weight, 0.0, _LARGEST, "Clamp or normalise it."))
-        ranges.append(Range("normaliser", total, 0.0, FINITE, "Take it from loss.normaliser()."))
+            ranges.append(ValueRange("weight", row_weight, 0.0, _LARGEST, "Clamp or normalise it."))
+        ranges.append(
+            ValueRange("normaliser", total, 0.0, FINITE, "Take it from loss.normaliser().")
+        )
         total = torch.where(total > 0, total, torch.ones_like(total))
 
         def reduce(values: torch.Tensor) -> torch.Tensor:
@@ -401,7 +405,7 @@ class GRPOLoss(LossModule):
         if self.check_finite:
             remedy = "Are coefficients and normaliser of a usual size?"
             losses = [(key, out[key]) for key in out if key.startswith("loss_")]
-            ranges += [Range(key, value, -FINITE, FINITE, remedy) for key, value in losses]
+            ranges += [ValueRange(key, value, -FINITE, FINITE, remedy) for key, value in losses]
             check_ranges(ranges, tensordict, advantage.numel())
             self._compare_log_probs(token_log_ratio.detach().abs(), mask, version)
 
@@ -594,14 +598,6 @@ def _depends_on_mode(module: nn.Module) -> bool:
 
 
 # -- refusals, so that a bad argument ends a run before it starts ----------------------------------
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Refuse a *value* that is none of the *choices*."""
-    if value not in choices:
-        raise ValueError(
-            f"{name} must be one of {list(choices)}, got {value!r}. Leave it out for the default."
-        )
-
-
 def _check_actor(actor_network: nn.Module) -> None:
     """Refuse a policy that has no distribution over action tokens."""
     if not callable(getattr(actor_network, "get_dist", None)):
@@ -618,19 +614,15 @@ def _check_actor(actor_network: nn.Module) -> None:
         )
 
 
-def _check_clip(
+def check_clip(
     clip_epsilon: float | Sequence[float], dual_clip: float | None, cap: float | None
 ) -> tuple[float, float]:
     """Return ``(low, high)``, or refuse a clip range, dual clip or cap without meaning."""
-    if isinstance(clip_epsilon, Sequence):
-        if len(clip_epsilon) != 2:
-            raise ValueError(
-                f"clip_epsilon must be a number or a pair, got {clip_epsilon!r}. "
-                "Pass (low, high), for instance (0.2, 0.28)."
-            )
-        low, high = (float(value) for value in clip_epsilon)
-    else:
-        low = high = float(clip_epsilon)
+    pair = Range(remedy="Pass a number or (low, high), for instance (0.2, 0.28).")
+    clip = check("clip_epsilon", clip_epsilon, float | tuple[float, float], pair)
+    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    dual_clip = check("dual_clip", dual_clip, float | None)
+    cap = check("behavior_weight_cap", cap, float | None)
     if not 0 <= low < 1 or not high >= 0:
         raise ValueError(
             f"clip_epsilon must satisfy 0 <= low < 1 and high >= 0, got ({low}, {high}). Ratios "
@@ -656,11 +648,8 @@ def _check_reference(
     kl_estimator: str,
 ) -> None:
     """Refuse a reference that is unused, missing, or the trained policy itself."""
-    if kl_to_ref_coeff is not None and not 0 <= kl_to_ref_coeff < math.inf:
-        raise ValueError(
-            f"kl_to_ref_coeff must not be negative or infinite, got {kl_to_ref_coeff}. A negative "
-            "weight would drive the policy away from its reference."
-        )
+    remedy = "A negative weight would drive the policy away from its reference."
+    check("kl_to_ref_coeff", kl_to_ref_coeff, float | None, Range(0, remedy=remedy))
     if reference_network is None:
         if kl_estimator == "exact":
             raise ValueError(

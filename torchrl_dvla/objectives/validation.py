@@ -20,7 +20,7 @@ from torchrl_dvla.functional import executed_mask
 __all__ = [
     "FINITE",
     "INTEGERS",
-    "Range",
+    "ValueRange",
     "can_check",
     "check_ranges",
     "executed_tokens",
@@ -34,7 +34,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 FINITE = torch.finfo(torch.float32).max
 
 
-class Range(NamedTuple):
+class ValueRange(NamedTuple):
     """Values ``[*B, ...]``, or a scalar, with the range that all of them must be in."""
 
     name: str
@@ -50,7 +50,7 @@ def can_check() -> bool:
 
 
 @torch.no_grad()
-def check_ranges(ranges: Sequence[Range], tensordict: TensorDictBase, num_rows: int) -> None:
+def check_ranges(ranges: Sequence[ValueRange], tensordict: TensorDictBase, num_rows: int) -> None:
     """Refuse values outside of their range, where they can be read; one wait for an accelerator.
 
     Raises:
@@ -144,7 +144,7 @@ def run_policy(
 
 def log_prob_of(
     tokens: torch.Tensor, dist: d.Distribution, mask: torch.Tensor, *, check: bool
-) -> tuple[torch.Tensor, list[Range]]:
+) -> tuple[torch.Tensor, list[ValueRange]]:
     """Log-probabilities ``[*B, chunk, A]``, zero where masked, and ranges to check, theirs last.
 
     Raises:
@@ -168,10 +168,10 @@ def log_prob_of(
         highest = 1e-3  # of rounding
         last = dist.param_shape[-1] - 1
         remedy = "Does the tokenizer that made them have the policy's vocabulary?"
-        ranges.append(Range("action tokens", tokens, 0, last, remedy))
+        ranges.append(ValueRange("action tokens", tokens, 0, last, remedy))
         if check and can_check():  # later: an index error ends the process's use of CUDA
             tokens = tokens.clamp(0, last)
     log_prob = dist.log_prob(tokens).masked_fill(~mask, 0.0)
     remedy = "Does it forbid a token that was taken, or is an observation or weight not finite?"
-    ranges.append(Range("log-probabilities of the policy", log_prob, -FINITE, highest, remedy))
+    ranges.append(ValueRange("log-probabilities of the policy", log_prob, -FINITE, highest, remedy))
     return log_prob, ranges

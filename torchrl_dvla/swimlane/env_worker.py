@@ -7,22 +7,25 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import cloudpickle
+import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase, is_non_tensor
-from torchrl.data import NonTensor
+from tensordict import NestedKey, TensorDict, TensorDictBase, is_non_tensor
+from torchrl.data import Composite, NonTensor
+from torchrl.data.tensor_specs import ContinuousBox
 from torchrl.envs import EnvBase
 
 from torchrl_dvla.data.schema import (
     ACTION_CHUNK_KEY,
     ACTION_IS_PAD_KEY,
+    ACTION_MASK,
     DONE_KEY,
     INIT_STATE_ID_KEY,
     INSTRUCTION_KEY,
@@ -32,10 +35,12 @@ from torchrl_dvla.data.schema import (
     TERMINATED_KEY,
     TRUNCATED_KEY,
 )
-from torchrl_dvla.memory import RowWriter, WorkerView
+from torchrl_dvla.memory import RowLayout, RowWriter, WorkerView
 from torchrl_dvla.swimlane.messages import (
     EnvSpecs,
     Failed,
+    Refused,
+    RefusedError,
     Reset,
     ResetDone,
     Step,
@@ -46,7 +51,7 @@ from torchrl_dvla.swimlane.messages import (
     WorkerEvents,
 )
 
-__all__ = ["EnvWorker", "describe_env", "run_env_worker"]
+__all__ = ["EnvWorker", "describe_env", "require_init_states", "run_env_worker"]
 
 #: Outcome of a decision, in the order in which :meth:`EnvWorker.step` writes it.
 _OUTCOME_KEYS = (
@@ -63,6 +68,9 @@ _OUTCOME_KEYS = (
 #: price of a message. How it was found: decision 31.
 _SEND_AFTER_S = 1e-2
 
+#: Of what a row holds. An action spec without bounds has this one, or infinity.
+_LARGEST = float(np.finfo(np.float32).max)
+
 EnvFactories = Mapping[str, Callable[[], EnvBase]]
 
 
@@ -75,9 +83,15 @@ def describe_env(env: EnvBase) -> EnvSpecs:
             one decision.
 
     Raises:
+        TypeError: if it is no TorchRL environment, or observes what no row can hold.
         ValueError: if it does not; the message names what is missing and the transform that adds
         it.
     """
+    if not isinstance(env, EnvBase):
+        raise TypeError(
+            f"create_env_fn must return a TorchRL environment, got {type(env).__name__}. Wrap it, "
+            "e.g. in torchrl.envs.GymWrapper."
+        )
     if env.batch_size:
         raise ValueError(
             f"create_env_fn must return environments without batch dimensions, got batch_size "
@@ -90,11 +104,32 @@ def describe_env(env: EnvBase) -> EnvSpecs:
             "MultiAction.from_vla(stack_rewards=False) to a single-step environment."
         )
     spec = env.full_action_spec[ACTION_CHUNK_KEY]
+    if not 1 <= len(spec.shape) <= 2 or not spec.shape[-1] > 0 or not spec.dtype.is_floating_point:
+        raise ValueError(
+            f"{ACTION_CHUNK_KEY} must be floating point [chunk_size, action_dim], got "
+            f"{list(spec.shape)} {spec.dtype}. Change the environment's action_spec."
+        )
+    _action_bounds(env)
     # MultiAction leaves the length of the chunk open in its spec; only the policy knows it then.
-    chunk_size = int(spec.shape[-2]) if len(spec.shape) >= 2 else -1
+    chunk_size, action_dim = (-1, *spec.shape)[-2:]
+    for name, spec in (("reward", env.full_reward_spec), ("done", env.full_done_spec)):
+        if name not in set(spec.keys()) or (name == "done" and spec[name].shape.numel() != 1):
+            raise ValueError(
+                f"The environment must have one {name!r} at the root, got {spec}. Rename or reduce "
+                "it by a transform: a rollout is that of one agent."
+            )
+    observed = env.observation_spec
+    roots = set(observed.keys())
+    paths = [_path(key) for key in observed.keys(True, True)]
+    if masks := [p for p in paths if p[-1] == ACTION_MASK and p[0] != OBSERVATION_KEY]:
+        raise ValueError(
+            f"Action masks must lie under {OBSERVATION_KEY!r}, got {masks}. Append RenameTransform("
+            "['action_mask'], [('observation', 'action_mask')]) and let the policy read them there."
+        )
     leaves = []
-    for key, leaf in env.observation_spec[OBSERVATION_KEY].items(True, True):
-        nested = (OBSERVATION_KEY, key) if isinstance(key, str) else (OBSERVATION_KEY, *key)
+    node = observed[OBSERVATION_KEY] if OBSERVATION_KEY in roots else None
+    for key, leaf in node.items(True, True) if isinstance(node, Composite) else ():
+        nested = (OBSERVATION_KEY, *_path(key))
         if isinstance(leaf, NonTensor):
             raise ValueError(
                 f"create_env_fn must return tensors under {OBSERVATION_KEY!r}, got {nested} of "
@@ -105,11 +140,87 @@ def describe_env(env: EnvBase) -> EnvSpecs:
         leaves.append((nested, tuple(leaf.shape), leaf.dtype))
     if not leaves:
         raise ValueError(
-            f"create_env_fn must return an environment with tensors under {OBSERVATION_KEY!r}, got "
-            "none. See torchrl.data.vla for the schema."
+            "create_env_fn must return an environment with a group of tensors under "
+            f"{OBSERVATION_KEY!r}, got {sorted(roots)}. See torchrl.data.vla for the schema."
         )
-    has_success = "success" in {*env.observation_spec.keys(), *env.full_done_spec.keys()}
-    return EnvSpecs(tuple(leaves), chunk_size, int(spec.shape[-1]), has_success)
+    RowLayout({key: (shape, dtype) for key, shape, dtype in leaves})  # refuses what no row holds
+    has_success = "success" in {*roots, *env.full_done_spec.keys()}
+    return EnvSpecs(
+        tuple(leaves),
+        chunk_size,
+        action_dim,
+        has_success,
+        has_instruction=INSTRUCTION_KEY in roots,
+        has_init_states=_takes_init_states(env),
+    )
+
+
+def _path(key: NestedKey) -> tuple[str, ...]:
+    return (key,) if isinstance(key, str) else key
+
+
+def _action_bounds(env: EnvBase) -> tuple[np.ndarray, np.ndarray] | None:
+    """Lower and upper bound of the actions; ``None`` without a finite one."""
+    space = getattr(env.full_action_spec[ACTION_CHUNK_KEY], "space", None)
+    if not isinstance(space, ContinuousBox):
+        return None
+    low, high = (bound.cpu().float().numpy() for bound in (space.low, space.high))
+    if not (low <= high).all():
+        raise ValueError(
+            f"The bounds of action_spec must be low <= high, got {low.ravel()[:8].tolist()} and "
+            f"{high.ravel()[:8].tolist()}. Correct them."
+        )
+    return (low, high) if low.max() > -_LARGEST or high.min() < _LARGEST else None
+
+
+def _clip(chunk: torch.Tensor, bounds: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray | None:
+    """Clip a chunk in place; returns which of its actions were outside, if there is one."""
+    if bounds is None:
+        return None
+    actions = chunk.numpy()
+    clipped = actions.clip(*bounds)
+    if (clipped == actions).all():
+        return None
+    outside: np.ndarray = (clipped != actions).any(-1)
+    actions[:] = clipped
+    return outside
+
+
+def _takes_init_states(env: EnvBase) -> bool:
+    return INIT_STATE_ID_KEY in set(env.state_spec.keys())
+
+
+def require_init_states(task: str, init_state_ids: Iterable[int], declared: bool) -> None:
+    """Refuse numbered initial states of an environment that would never hear of them.
+
+    A transform passes on at a reset what the environment's ``state_spec`` declares and nothing
+    else: an id that is not ``declared`` is lost, and a sampled scene played in its place.
+
+    Raises:
+        ValueError: naming the task and the remedy.
+    """
+    asked = next((index for index in init_state_ids if index >= 0), None)
+    if asked is not None and not declared:
+        raise ValueError(
+            f"The environment of task {task!r} must declare {INIT_STATE_ID_KEY!r} in its "
+            f"state_spec to start from init state {asked}. Set self.state_spec = "
+            "Composite(init_state_id=Unbounded((1,), dtype=torch.int64)) in it and return the id "
+            "from _reset, or ask for sampled initial states (-1)."
+        )
+
+
+@dataclass(eq=False)
+class _OpenRollout:
+    """A rollout under way."""
+
+    task: str
+    env: EnvBase
+    #: What its next step starts from.
+    tensordict: TensorDictBase
+    instruction: str
+    #: Whether its specs have one, which every step returns then.
+    has_instruction: bool
+    num_decisions: int = 0
 
 
 class EnvWorker:
@@ -118,6 +229,10 @@ class EnvWorker:
     It executes one command after the other and writes the rows that the command names, by
     :class:`~torchrl_dvla.memory.RowWriter`: a row whose page is not leased under the command's
     generation is refused, and the worker fails.
+
+    What no learner may see ends its rollout alone, by a
+    :class:`~torchrl_dvla.swimlane.messages.RefusedError`. Actions beyond the bounds of the action
+    spec are clipped to them, as the controllers of robots do, and counted.
 
     Args:
         factories (Mapping): environment factory by task name. An environment is built when its task
@@ -128,9 +243,8 @@ class EnvWorker:
     def __init__(self, factories: EnvFactories, num_envs: int) -> None:
         self._factories = factories
         self._envs: dict[tuple[int, str], EnvBase] = {}
-        #: Of each open rollout: its task, the tensordict that its next step starts from, and what
-        #: it is asked to do.
-        self._open: list[tuple[str, TensorDictBase, str] | None] = [None] * num_envs
+        self._bounds: dict[str, tuple[np.ndarray, np.ndarray] | None] = {}
+        self._open: list[_OpenRollout | None] = [None] * num_envs
         self._chunks = torch.empty(0)
         self._no_pad = torch.empty(0, dtype=torch.bool)
         self._observations: RowWriter | None = None
@@ -155,20 +269,34 @@ class EnvWorker:
         """Start a rollout and write its first observation.
 
         Seeding before every reset is what lets all rollouts of a group share one scene.
+
+        Raises:
+            RefusedError: if the environment starts from another initial state than the one it was
+                asked for, or as :meth:`step`.
         """
         if self._observations is None:
             raise RuntimeError("use_pool must be called before reset: there is no row to write to.")
         env = self.build(command.env_index, command.task)
+        if command.task not in self._bounds:
+            self._bounds[command.task] = _action_bounds(env)
         # Not static, it would make a generator to draw a next seed that nobody asks for.
         env.set_seed(command.seed, static_seed=True)
         request = TensorDict({INIT_STATE_ID_KEY: torch.tensor([command.init_state_id])})
         tensordict = env.reset(request)
-        if INIT_STATE_ID_KEY not in set(env.observation_spec.keys()):
-            tensordict.pop(INIT_STATE_ID_KEY, None)  # a request is no state: it ends here
-        self._observations.write_from(command.row, command.generation, tensordict)
-        instruction = _instruction(tensordict.get(INSTRUCTION_KEY, ""), command.task)
-        self._open[command.env_index] = command.task, tensordict, instruction
-        return ResetDone(command.env_index, instruction)
+        has_instruction = INSTRUCTION_KEY in set(env.observation_spec.keys())
+        rollout = _OpenRollout(command.task, env, tensordict, "", has_instruction)
+        try:
+            if _takes_init_states(env):
+                _require_init_state(int(tensordict[INIT_STATE_ID_KEY]), command.init_state_id)
+            else:
+                require_init_states(command.task, [command.init_state_id], declared=False)
+                tensordict.pop(INIT_STATE_ID_KEY)  # a request is no state: it ends here
+            self._observations.write_from(command.row, command.generation, tensordict)
+            rollout.instruction = _instruction(tensordict, rollout)
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._refuse(error, command.env_index, rollout) from error
+        self._open[command.env_index] = rollout
+        return ResetDone(command.env_index, rollout.instruction)
 
     def step(self, command: Step) -> StepDone:
         """Execute one chunk; write its outcome and, if the rollout goes on, the next observation.
@@ -176,46 +304,83 @@ class EnvWorker:
         Raises:
             RuntimeError: if the environment was not reset, or a row's page is not leased under its
                 generation.
-            ValueError: if it returns a reward or an observation that is not finite, or an
-                observation of another shape or type than its spec's.
-            TypeError: if its instruction is not a string.
+            RefusedError: if it returns a reward or an observation that is not finite, an
+                observation of another shape or type than its spec's, or an instruction that is no
+                string; the rollout is over then.
         """
         rollout = self._open[command.env_index]
         if rollout is None:
             raise RuntimeError(
                 f"Environment {command.env_index} must be reset before it is stepped."
             )
-        task, tensordict, instruction = rollout
-        env = self._envs[command.env_index, task]
+        rollout.num_decisions += 1
+        chunk = self._chunks[command.row].clone()
+        outside = _clip(chunk, self._bounds[rollout.task])
+        try:
+            tensordict = rollout.env.step(rollout.tensordict.set(ACTION_CHUNK_KEY, chunk))
+        except RuntimeError as error:
+            if "is invalid for input of size" not in str(error):  # TorchRL reshapes them to theirs
+                raise
+            message = (
+                "'reward', 'done', 'terminated' and 'truncated' must have the shape of their "
+                "specs, got another."
+            )
+            raise self._refuse(ValueError(message), command.env_index, rollout) from error
+        try:
+            event = self._record(command, rollout, tensordict)
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._refuse(error, command.env_index, rollout) from error
+        if outside is not None:
+            event = event._replace(num_clipped=int(outside[: event.num_env_steps].sum()))
+        if event.done:
+            self._open[command.env_index] = None
+        else:
+            rollout.tensordict = rollout.env.step_mdp(tensordict)
+        return event
+
+    def _record(self, command: Step, rollout: _OpenRollout, tensordict: TensorDictBase) -> StepDone:
+        """Write what a step returned, unless no learner may see it."""
         assert self._observations is not None and self._outcomes is not None, "reset() checks it"
-        tensordict = env.step(tensordict.set(ACTION_CHUNK_KEY, self._chunks[command.row].clone()))
         following = tensordict.get("next")
         entries = dict(following.items())  # once for all: get() has a price of its own
-        reward = float(entries["reward"].sum())
-        if not math.isfinite(reward):
+        paid = entries["reward"]
+        reward = float(paid.sum()) if isinstance(paid, torch.Tensor) else float("nan")
+        if not abs(reward) < _LARGEST:
             raise ValueError(
-                f"reward must be finite, got {reward} from a step of task {task!r}. Its simulator "
-                "may have become unstable: end such an episode as a failure."
+                f"reward must be finite, got {paid!r:.99}. The simulator may have become unstable: "
+                "end such an episode as a failure."
             )
-        changed = _instruction(entries.get(INSTRUCTION_KEY, instruction), task)
-        done = bool(entries["done"])
-        terminated = bool(entries.get("terminated", done))
-        success = bool(entries.get("success", terminated))
+        changed = _instruction(entries, rollout)
+        done = _flag(entries, "done")
+        terminated = _flag(entries, "terminated") if "terminated" in entries else done
+        success = _flag(entries, "success") if "success" in entries else terminated
         is_pad = entries.get(ACTION_IS_PAD_KEY, self._no_pad).flatten()
+        if is_pad.dtype is not torch.bool or is_pad.shape != self._no_pad.shape:
+            raise ValueError(
+                f"{ACTION_IS_PAD_KEY!r} must be {list(self._no_pad.shape)} torch.bool, got "
+                f"{list(is_pad.shape)} {is_pad.dtype}. Mark each env step of the chunk."
+            )
         # A rollout that may take no further decision ends here, whether the environment agrees or
         # not: for the learner that is a truncation.
         is_over = done or command.next_row < 0
         truncated = is_over and not terminated
         outcome = (reward, is_over, terminated, truncated, success, is_pad.numpy())
         self._outcomes.write(command.row, command.generation, outcome)
-        if is_over:
-            self._open[command.env_index] = None
-        else:
+        if not is_over:
             self._observations.write_from(command.next_row, command.next_generation, following)
-            self._open[command.env_index] = task, env.step_mdp(tensordict), changed
         num_env_steps = is_pad.numel() - int(is_pad.sum())
-        new_instruction = None if changed == instruction else changed
+        new_instruction = None if changed == rollout.instruction else changed
+        rollout.instruction = changed
         return StepDone(command.env_index, is_over, success, reward, num_env_steps, new_instruction)
+
+    def _refuse(self, error: Exception, env_index: int, rollout: _OpenRollout) -> RefusedError:
+        """End a rollout for what its environment returned."""
+        self._open[env_index] = None
+        when = f"step {rollout.num_decisions}" if rollout.num_decisions else "the reset"
+        return RefusedError(
+            f"{error.args[0]} It came from environment {env_index} of task {rollout.task!r}, at "
+            f"{when} of the rollout."
+        )
 
     def close(self) -> None:
         """Close every environment."""
@@ -225,20 +390,38 @@ class EnvWorker:
         self._envs.clear()
 
 
-def _instruction(text: Any, task: str) -> str:
+def _instruction(entries: Any, rollout: _OpenRollout) -> str:
     """What a rollout is asked to do.
 
     Raises:
         TypeError: if it is not a string.
     """
+    text = entries.get(INSTRUCTION_KEY, None if rollout.has_instruction else rollout.instruction)
     if is_non_tensor(text):
-        text = text.data
+        text = getattr(text, "data", text)  # a stack of several has none
     if not isinstance(text, str):
         raise TypeError(
-            f"{INSTRUCTION_KEY!r} must be a string, got {type(text).__name__} from the environment "
-            f"of task {task!r}. Join or decode it there."
+            f"{INSTRUCTION_KEY!r} must be a string, got {type(text).__name__}. Join or decode "
+            "it in the environment."
         )
-    return text
+    return str(text)
+
+
+def _flag(entries: Mapping[str, Any], name: str) -> bool:
+    flag = entries[name]
+    if not isinstance(flag, torch.Tensor) or flag.dtype is not torch.bool or flag.numel() != 1:
+        raise ValueError(
+            f"{name!r} must be one torch.bool, got {flag!r:.99}. Return [True] or [False]."
+        )
+    return bool(flag)
+
+
+def _require_init_state(played: int, wanted: int) -> None:
+    if 0 <= wanted != played:
+        raise ValueError(
+            f"{INIT_STATE_ID_KEY!r} must be the {wanted} that was asked for, got {played} from the "
+            "reset. What is around the environment must pass the tensordict of a reset on."
+        )
 
 
 class _EventSender:
@@ -246,7 +429,7 @@ class _EventSender:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._events: list[ResetDone | StepDone] = []
+        self._events: list[ResetDone | StepDone | Refused] = []
         self._spans: list[tuple[str, float, float]] = []
         self._until_s = 0.0
 
@@ -254,7 +437,7 @@ class _EventSender:
         """The worker is busy from now on."""
         self._until_s = time.monotonic()
 
-    def add(self, name: str, event: ResetDone | StepDone) -> None:
+    def add(self, name: str, event: ResetDone | StepDone | Refused) -> None:
         """A command is done; ``name`` is that of the work in the timeline."""
         start_s, self._until_s = self._until_s, time.monotonic()
         self._events.append(event)
@@ -271,12 +454,20 @@ class _EventSender:
             self._events, self._spans = [], []
 
 
+def _answer(execute: Callable[[Any], Any], command: Step | Reset) -> Any:
+    """The event of a command; what is refused ends its rollout, not the worker."""
+    try:
+        return execute(command)
+    except RefusedError as error:
+        return Refused(command.env_index, str(error))
+
+
 def _execute(commands: WorkerCommands, worker: EnvWorker, sender: _EventSender) -> None:
     sender.start()
     for step in commands.steps:
-        sender.add("step", worker.step(step))
+        sender.add("step", _answer(worker.step, step))
     for reset in commands.resets:
-        sender.add("reset", worker.reset(reset))
+        sender.add("reset", _answer(worker.reset, reset))
     sender.send()
 
 

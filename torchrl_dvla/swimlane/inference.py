@@ -21,6 +21,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_dvla.data.schema import (
     ACTION_CHUNK_KEY,
+    ACTION_MASK,
     ACTION_TOKENS_KEY,
     INSTRUCTION_KEY,
     OBSERVATION_KEY,
@@ -120,10 +121,11 @@ class InferenceEngine:
         """Take the rows that observations are read from and decisions written to."""
         keys = rows.get(OBSERVATION_KEY).keys(True, True)
         observed = [unravel_key((OBSERVATION_KEY, key)) for key in keys]
-        # What the policy says it does not read is not gathered.
+        # What the policy says it does not read is not gathered, but for what forbids actions: the
+        # loss sees the whole row.
         in_keys = {unravel_key(key) for key in self._policy.in_keys}
         if OBSERVATION_KEY not in in_keys:
-            observed = [key for key in observed if key in in_keys]
+            observed = [key for key in observed if key in in_keys or key[-1] == ACTION_MASK]
         self._observations = RowFields(rows, observed)
         self._decisions = RowFields(rows, [*POLICY_OUTPUTS, POLICY_VERSION_KEY])
 
@@ -141,6 +143,8 @@ class InferenceEngine:
 
         Raises:
             RuntimeError: if a snapshot is asked for and none was taken.
+            ValueError: if the policy writes a chunk or log-prob that is not finite, or a token that
+                is no index of its vocabulary; nothing reaches a row.
         """
         for number, text in message.new_instructions.items():
             self._instructions[number] = NonTensorData(text)
@@ -160,6 +164,7 @@ class InferenceEngine:
         mode = ExplorationType.DETERMINISTIC if message.greedy else ExplorationType.RANDOM
         with set_exploration_type(mode), seeded(message.seed, self._device):
             tensordict = policy(tensordict)
+        _check_decisions(tensordict, policy)
         tensordict.set(POLICY_VERSION_KEY, torch.full((len(index), 1), version))
         self._decisions.scatter(index, tensordict)
         return version
@@ -175,6 +180,31 @@ class InferenceEngine:
     def close(self) -> None:
         """Give the pinned slot of the weight store back."""
         self._reader.close()
+
+
+def _check_decisions(tensordict: TensorDictBase, policy: TensorDictModuleBase) -> None:
+    """Refuse decisions that no environment may execute and no learner may see.
+
+    Raises:
+        ValueError: naming the policy and what it wrote.
+    """
+    vocab_size = getattr(policy, "vocab_size", None)
+    largest = torch.finfo(torch.float32).max  # in a row
+    for key, requirement, smallest, greatest in (
+        (ACTION_CHUNK_KEY, "finite", -largest, largest),
+        # -inf may be a log-prob: that of a token which is never sampled.
+        (SAMPLE_LOG_PROB_KEY, "finite", -torch.inf, largest),
+        (ACTION_TOKENS_KEY, "integers of the vocabulary", 0, (vocab_size or 2**63) - 1),
+    ):
+        values = tensordict.get(key)
+        low, high = (bound.item() for bound in values.aminmax())  # NaN if there is one
+        is_right = smallest <= low and high <= greatest
+        if not is_right or (key == ACTION_TOKENS_KEY and values.is_floating_point()):
+            raise ValueError(
+                f"{key} must be {requirement}, got {values.dtype} from {low} to {high} of "
+                f"{type(policy).__name__} (vocab_size={vocab_size}). Its weights may have become "
+                "too large, or its tokens are not those of its head."
+            )
 
 
 def _serve(connection: Connection, engine: InferenceEngine) -> None:

@@ -20,6 +20,8 @@ __all__ = [
     "Failed",
     "Infer",
     "Inferred",
+    "Refused",
+    "RefusedError",
     "Reset",
     "ResetDone",
     "Snapshot",
@@ -41,6 +43,10 @@ class EnvSpecs(NamedTuple):
     action_dim: int
     #: Whether it says by ``"success"`` what is solved; else a rollout that terminates is.
     has_success: bool = True
+    #: Whether it says by ``"language_instruction"`` what is asked for.
+    has_instruction: bool = True
+    #: Whether its ``state_spec`` has ``"init_state_id"``, which picks the initial state.
+    has_init_states: bool = True
 
 
 class UsePool(NamedTuple):
@@ -102,12 +108,25 @@ class StepDone(NamedTuple):
     num_env_steps: int
     #: What the rollout is asked to do from now on, if that has changed.
     instruction: str | None = None
+    #: Executed env steps whose action lay outside of the action spec, and was clipped.
+    num_clipped: int = 0
+
+
+class RefusedError(ValueError):
+    """What an environment returned can neither be stored in a row nor learned from."""
+
+
+class Refused(NamedTuple):
+    """Event: a rollout has ended with a :class:`RefusedError`; the worker goes on."""
+
+    env_index: int
+    reason: str
 
 
 class WorkerEvents(NamedTuple):
     """What a worker has done since its last message, in order."""
 
-    events: list[ResetDone | StepDone]
+    events: list[ResetDone | StepDone | Refused]
     #: Stretches of work for the timeline: name, start and end in ``time.monotonic`` seconds.
     spans: list[tuple[str, float, float]]
 

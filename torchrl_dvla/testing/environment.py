@@ -144,12 +144,14 @@ class CountingChunkEnv(EnvBase):
         self._pads = [steps >= executed for executed in range(chunk_size + 1)]
         self._flags = (torch.zeros(1, dtype=torch.bool), torch.ones(1, dtype=torch.bool))
         self._seed, self._num_resets = 0, 0
+        self._init_state_id = torch.tensor([-1])
         self._set_seed(seed)
         self._begin(self.scene(self._seed))
 
     def _make_specs(self) -> None:
         height, width = self.image_size
         flag = Categorical(2, dtype=torch.bool, shape=(1,))
+        init_state_id = Unbounded(shape=(1,), dtype=torch.int64)
         self.observation_spec = Composite(
             {
                 "observation": Composite(
@@ -161,12 +163,14 @@ class CountingChunkEnv(EnvBase):
                 schema.ACTION_IS_PAD_KEY: Categorical(
                     2, dtype=torch.bool, shape=(self.chunk_size,)
                 ),
+                schema.INIT_STATE_ID_KEY: init_state_id.clone(),
             }
         )
         group, leaf = schema.ACTION_CHUNK_KEY
         chunk = Bounded(-1.0, 1.0, shape=(self.chunk_size, self.action_dim))
         self.full_action_spec = Composite({group: Composite({leaf: chunk})})
         self.reward_spec = Unbounded(shape=(1,))
+        self.state_spec = Composite({schema.INIT_STATE_ID_KEY: init_state_id})
         self.full_done_spec = Composite(
             {name: flag.clone() for name in ("done", "terminated", "truncated")}
         )
@@ -227,12 +231,14 @@ class CountingChunkEnv(EnvBase):
             schema.INSTRUCTION_KEY: self._instruction,
             "success": self._flags[success].clone(),
             schema.ACTION_IS_PAD_KEY: self._pads[num_executed].clone(),
+            schema.INIT_STATE_ID_KEY: self._init_state_id.clone(),
         }
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDictBase:
         key = schema.INIT_STATE_ID_KEY
         chosen = None if tensordict is None else tensordict.get(key, None)
         init_state_id = -1 if chosen is None else int(chosen)
+        self._init_state_id = torch.tensor([init_state_id])
         self._begin(self.scene(self._seed, init_state_id, self._num_resets))
         self._num_resets += 1
         no = self._flags[0]

@@ -73,6 +73,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 
+from torchrl_dvla.validation import Count, Natural, Range, check
 from torchrl_dvla.weight_update.reader import WeightReader
 from torchrl_dvla.weight_update.segment import (
     MAX_SLOTS,
@@ -90,9 +91,30 @@ from torchrl_dvla.weight_update.weight_layout import WeightLayout, WeightSource
 if TYPE_CHECKING:
     from torchrl_dvla.memory import ModelPool
 
-__all__ = ["ReaderRegistry", "WeightStore"]
+__all__ = ["ReaderRegistry", "WeightStore", "check_options"]
 
 _POLL_S = 5e-4
+_SLOTS_REMEDY = (
+    "One slot is read while another is written and a third is latest; num_readers + 2 never defers "
+    "a version."
+)
+_OPTIONS: dict[str, tuple[Any, Range]] = {
+    "num_slots": (int, Range(3, MAX_SLOTS, remedy=_SLOTS_REMEDY)),
+    "max_readers": (Count, Range()),
+    "first_version": (Natural, Range()),
+    "transport_dtype": (torch.dtype | None, Range()),
+}
+_OPTIONS |= dict.fromkeys(("trainable_only", "lora_only", "check_finite"), (bool, Range()))
+
+
+def check_options(**options: Any) -> None:
+    """Require that a store can be made with these arguments of :class:`WeightStore`.
+
+    Raises:
+        ValueError: for one of another type or out of range.
+    """
+    for name in options.keys() & _OPTIONS.keys():
+        check(name, options[name], *_OPTIONS[name])
 
 
 class ReaderRegistry:
@@ -248,13 +270,9 @@ class WeightStore:
         first_version: int = 0,
         model_pool: ModelPool | None = None,
     ) -> None:
-        if not 3 <= num_slots <= MAX_SLOTS:
-            raise ValueError(
-                f"num_slots must be from 3 to {MAX_SLOTS}, got {num_slots}. One slot is read while "
-                "another is written and a third is latest; num_readers + 2 never defers a version."
-            )
-        if max_readers < 1:
-            raise ValueError(f"max_readers must be positive, got {max_readers}. Use 64.")
+        check_options(num_slots=num_slots, max_readers=max_readers, first_version=first_version)
+        check_options(trainable_only=trainable_only, lora_only=lora_only, check_finite=check_finite)
+        check_options(transport_dtype=transport_dtype)
         self._source = source
         self._pid = os.getpid()
         self._is_closed = False

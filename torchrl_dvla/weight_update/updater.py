@@ -21,7 +21,7 @@ from torchrl.weight_update.weight_sync_schemes import (
 )
 
 from torchrl_dvla.weight_update.reader import WeightReader, memory_of
-from torchrl_dvla.weight_update.store import WeightStore
+from torchrl_dvla.weight_update.store import WeightStore, check_options
 from torchrl_dvla.weight_update.weight_layout import WeightSource
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class AsyncWeightUpdater(WeightSyncScheme):
         super().__init__(strategy="tensordict")
         # An argument that WeightStore does not have is refused here, not in init_on_sender.
         inspect.signature(WeightStore).bind_partial(None, num_slots, **store_options)
+        check_options(num_slots=num_slots, **store_options)
         self.num_slots = num_slots
         self.model_pool = model_pool
         self._store = store

@@ -1,0 +1,359 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Settings as typed dataclasses: what ``config/*.yaml`` and the command line may hold.
+
+Each section is a dataclass that checks its types, its ranges and what has to fit together.
+``group``, ``workers``, ``inference`` and ``policy.backbone`` are the package's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from torchrl_dvla import GroupConfig, InferenceConfig, WorkerConfig
+from torchrl_dvla.envs import LIBERO_SUITES
+from torchrl_dvla.functional import Reduction
+from torchrl_dvla.memory import DualPool
+from torchrl_dvla.modules import TinyBackboneConfig
+from torchrl_dvla.objectives.grpo import KLEstimator, RatioLevel, check_clip
+from torchrl_dvla.validation import (
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Range,
+    Seconds,
+    Threads,
+    check,
+    check_fields,
+    check_path,
+    from_mapping,
+)
+
+Size = Annotated[int, Range(1, 4096)]
+Beta = Annotated[float, Range(0, below=1)]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the settings, whose fields are of the types and ranges they are declared with."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class ToySettings(Section):
+    """Arguments of :class:`~torchrl_dvla.envs.ToyChunkEnv`."""
+
+    backend: Literal["toy"]
+    action_dim: Size
+    chunk_size: Size
+    image_size: Size
+    success_steps: Count
+    success_tol: Positive
+
+    @property
+    def state_dim(self) -> int:
+        """Entries of the state: the last action and the target."""
+        return 2 * self.action_dim
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of the image, ``(3, height, width)``."""
+        return (3, self.image_size, self.image_size)
+
+
+@dataclass(frozen=True)
+class LiberoSettings(Section):
+    """Arguments of :class:`~torchrl_dvla.envs.LiberoChunkEnv`, one for each of ``task_ids``."""
+
+    backend: Literal["libero"]
+    task_suite: Literal[LIBERO_SUITES]
+    task_ids: tuple[Natural, ...]
+    chunk_size: Count
+    max_episode_steps: Count
+    replan_interval: Count | None = None
+    camera_height: Size = 128
+    camera_width: Size = 128
+    cameras: tuple[str, ...] = ("agentview",)
+    settle_steps: Natural = 10
+    shadows: bool = True
+    msaa: bool = True
+    max_mesh_faces: Count | None = None
+    env_kwargs: Mapping[str, Any] | None = None
+
+    action_dim: ClassVar[int] = 7
+    #: Position and orientation of the gripper, and its two fingers.
+    state_dim: ClassVar[int] = 9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.task_ids or len(set(self.task_ids)) < len(self.task_ids):
+            raise ValueError(
+                "task_ids must name at least one task, and each once, got "
+                f"{list(self.task_ids)}. Use [0]."
+            )
+        if self.env_steps_per_decision > self.chunk_size:
+            raise ValueError(
+                f"replan_interval must be from 1 to chunk_size={self.chunk_size}, got "
+                f"{self.replan_interval}. Use null for the whole chunk."
+            )
+        if not 1 <= len(self.cameras) <= 2 or len(set(self.cameras)) < len(self.cameras):
+            raise ValueError(
+                f"cameras must be one or two different names, got {list(self.cameras)}. Use "
+                "[agentview] or [agentview,robot0_eye_in_hand]."
+            )
+
+    @property
+    def env_steps_per_decision(self) -> int:
+        """Env steps executed per decision."""
+        return self.replan_interval or self.chunk_size
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of the images, ``(3, height, width)``."""
+        return (3, self.camera_height, self.camera_width)
+
+
+@dataclass(frozen=True)
+class PolicySettings(Section):
+    """The policy; which of the settings count depends on ``kind``."""
+
+    kind: Literal["checkpoint", "tiny", "tiny_vla"]
+    checkpoint: str | None = None
+    temperature: Positive = 1.0
+    freeze_vision: bool | None = None
+    freeze_language: bool | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    action_dim: Size = 2
+    state_dim: Natural = 0
+    state_std: tuple[Positive, ...] | None = None
+    vocab_size: Annotated[int, Range(2)] = 256
+    hidden_dim: Count = 128
+    backbone: TinyBackboneConfig | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_path("checkpoint", self.checkpoint)
+        if self.kind == "checkpoint" and self.checkpoint is None:
+            raise ValueError(
+                "checkpoint must be given, got nothing. Make one with the dvla_sft recipe "
+                "and pass policy.checkpoint=<its folder>."
+            )
+        if self.state_std is not None and len(self.state_std) != self.state_dim:
+            raise ValueError(
+                f"state_std must have state_dim={self.state_dim} entries, got "
+                f"{list(self.state_std)}. Give one for each, or null."
+            )
+
+
+@dataclass(frozen=True)
+class MemorySettings(Section):
+    """Arguments of :class:`~torchrl_dvla.memory.DualPool`, and the size of its pages."""
+
+    rows_per_page: Count = 4
+    env_bytes: int | str | None = None
+    model_bytes: int | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        DualPool(self.env_bytes, self.model_bytes)
+
+
+@dataclass(frozen=True)
+class LossSettings(Section):
+    """Arguments of :class:`~torchrl_dvla.GRPOLoss`; the policy at the start is its reference."""
+
+    clip_epsilon: float | tuple[float, float] = (0.2, 0.28)
+    dual_clip: float | None = None
+    ratio_level: RatioLevel = "token"
+    reduction: Reduction = "token_mean"
+    entropy_coeff: float = 0.0
+    kl_to_ref_coeff: NonNegative | None = None
+    kl_estimator: KLEstimator = "k3"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_clip(self.clip_epsilon, self.dual_clip, None)
+        if self.reduction == "none":
+            raise ValueError("reduction must not be 'none', got 'none'. A step needs one loss.")
+
+
+@dataclass(frozen=True)
+class OptimSettings(Section):
+    """AdamW, its schedule and its minibatches."""
+
+    lr: Positive
+    minibatch_size: Count
+    final_lr_share: Annotated[float, Range(0, 1)] = 1.0
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    weight_decay: NonNegative = 0.0
+    warmup_steps: Natural = 0
+    max_grad_norm: Positive = 1.0
+    micro_batch_size: Count | None = None
+    num_epochs: Count = 1
+    num_threads: Threads = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.micro_batch_size or 1) > self.minibatch_size:
+            raise ValueError(
+                f"micro_batch_size must be at most minibatch_size={self.minibatch_size}, got "
+                f"{self.micro_batch_size}. Use null for the minibatch at once."
+            )
+
+
+@dataclass(frozen=True)
+class TrainSettings(Section):
+    """Budgets of the training."""
+
+    num_updates: Count
+    max_minutes: Annotated[float, Range(above=0, remedy="Use null for no limit.")] | None = None
+    timeout_s: Seconds = 900.0
+
+
+@dataclass(frozen=True)
+class EvalSettings(Section):
+    """Greedy evaluations."""
+
+    num_episodes: Annotated[int, Range(0, 10**6, remedy="0 evaluates nothing.")]
+    subset_episodes: Natural = 0
+    every_minutes: NonNegative = 5.0
+    num_videos: Natural = 2
+    video_fps: Annotated[float, Range(0.01, 1000)] = 5.0
+    timeout_s: Seconds = 1800.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 0 < self.num_episodes < self.subset_episodes:
+            raise ValueError(
+                f"subset_episodes must be at most num_episodes={self.num_episodes}, got "
+                f"{self.subset_episodes}. It is some of them; 0 evaluates only before and after."
+            )
+
+
+@dataclass(frozen=True)
+class CheckpointSettings(Section):
+    """Training checkpoints."""
+
+    resume: str | None = None
+    every_updates: Count = 25
+    keep: Count = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_path("resume", self.resume)
+
+
+@dataclass(frozen=True)
+class LogSettings(Section):
+    """Where a run is recorded; a relative ``dir`` is one of the working directory."""
+
+    dir: str = "runs"
+    line_every_s: NonNegative = 15.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_path("dir", self.dir)
+        object.__setattr__(self, "dir", str(Path(self.dir).expanduser().absolute()))
+
+
+@dataclass(frozen=True)
+class Settings(Section):
+    """All settings of a run."""
+
+    name: str
+    seed: Annotated[int, Range(0, 2**32 - 1, remedy="NumPy takes 32 bits.")]
+    device: str
+    env: ToySettings | LiberoSettings
+    policy: PolicySettings
+    optim: OptimSettings
+    train: TrainSettings
+    eval: EvalSettings
+    inference_device: str | None = None
+    group: GroupConfig = field(default_factory=GroupConfig)
+    workers: WorkerConfig = field(default_factory=WorkerConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_folder_name = self.name.isprintable() and not set("/\\") & set(self.name)
+        if not is_folder_name or self.name.strip(". ") == "" or len(self.name.encode()) > 200:
+            raise ValueError(
+                f"name must be the name of one folder, got {self.name!r}. The folder that it is "
+                "made in is log.dir."
+            )
+        for name in ("device", "inference_device"):
+            wanted = getattr(self, name)
+            try:
+                torch.device("cpu" if wanted is None else wanted)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{name} must be a torch device, got {wanted!r}. Use cpu or cuda:0."
+                ) from error
+        try:
+            self.inference.is_deterministic(self.group.max_policy_lag)
+        except ValueError as error:
+            raise ValueError(f"inference.{error}") from None
+        env, policy = self.env, self.policy
+        if policy.kind == "tiny_vla" and (env.backend != "toy" or policy.temperature != 1.0):
+            raise ValueError(
+                "policy.kind=tiny_vla must be used with env.backend=toy and "
+                f"policy.temperature=1.0, got {env.backend!r} and {policy.temperature}. Use "
+                "policy.kind=tiny elsewhere."
+            )
+        wanted = {}
+        if policy.kind != "checkpoint":
+            wanted["policy.action_dim"] = (policy.action_dim, env.action_dim)
+        if policy.kind == "tiny" and policy.state_dim:
+            wanted["policy.state_dim"] = (policy.state_dim, env.state_dim)
+        for name, (found, expected) in wanted.items():
+            if found != expected:
+                raise ValueError(
+                    f"{name} must be {expected}, as in env, got {found}. Set {name}={expected}."
+                )
+        if isinstance(env, LiberoSettings):
+            needed = -(-env.max_episode_steps // env.env_steps_per_decision)
+            if self.workers.max_decisions < needed:
+                raise ValueError(
+                    f"workers.max_decisions must be at least {needed}, got "
+                    f"{self.workers.max_decisions}: episodes of env.max_episode_steps="
+                    f"{env.max_episode_steps} would be cut short. Raise one or lower the other."
+                )
+
+
+def settings_from(cfg: DictConfig | Mapping[str, Any]) -> Settings:
+    """The settings of a composed configuration.
+
+    Raises:
+        ValueError: for a setting that does not exist, is missing, of another type, out of range, or
+            that does not fit the others.
+    """
+    is_config = OmegaConf.is_config(cfg)
+    data = OmegaConf.to_container(cfg, resolve=True) if is_config else copy.deepcopy(dict(cfg))
+    # Which settings `env` has depends on the environment.
+    env = data.get("env")
+    if isinstance(env, Mapping):
+        kinds = {"toy": ToySettings, "libero": LiberoSettings}
+        backend = check("env.backend", env.get("backend"), Literal["toy", "libero"])
+        data["env"] = from_mapping(kinds[backend], env, "env")
+    return from_mapping(Settings, data)
+
+
+def to_dict(settings: Settings) -> dict[str, Any]:
+    """The settings as plain data, for a checkpoint or a log."""
+    return OmegaConf.to_container(OmegaConf.create(asdict(settings)))

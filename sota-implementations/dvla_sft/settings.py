@@ -1,0 +1,186 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Settings as typed dataclasses: what ``config/*.yaml`` and the command line may hold.
+
+Each section is a dataclass that checks its own types, ranges and what has to fit together.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+
+from torchrl_dvla.envs import LIBERO_SUITES
+from torchrl_dvla.envs.libero_expert import ActionNoise
+from torchrl_dvla.modules import TinyBackboneConfig
+from torchrl_dvla.validation import (
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Range,
+    Threads,
+    check_fields,
+    check_path,
+    from_mapping,
+)
+
+ACTION_DIM = 7
+Seed = Annotated[int, Range(0, 2**31 - 1)]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the settings, whose fields are of the types and ranges they are declared with."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class EnvSettings(Section):
+    """Arguments of :class:`~torchrl_dvla.envs.LiberoChunkEnv`, one for each of ``task_ids``."""
+
+    task_suite: Literal[LIBERO_SUITES]
+    task_ids: tuple[Natural, ...]
+    chunk_size: Count
+    max_episode_steps: Count
+    image_size: Annotated[int, Range(1, 4096)]
+    shadows: bool = True
+    msaa: bool = True
+    env_kwargs: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.task_ids or len(set(self.task_ids)) < len(self.task_ids):
+            raise ValueError(
+                "task_ids must name at least one task, and each once, got "
+                f"{list(self.task_ids)}. Use [0]."
+            )
+
+
+@dataclass(frozen=True)
+class DemonstrationSettings(Section):
+    """Episodes of the scripted expert."""
+
+    folder: str
+    num_per_task: Count
+    first_seed: Seed
+    label_interval: Count
+    num_processes: Count = 2
+    noise: ActionNoise = field(default_factory=ActionNoise)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_path("folder", self.folder)
+
+
+@dataclass(frozen=True)
+class PolicySettings(Section):
+    """Sizes of the policy."""
+
+    num_bins: Annotated[int, Range(2)]
+    backbone: TinyBackboneConfig
+    tokens_per_step: Count = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if ACTION_DIM % self.tokens_per_step:
+            raise ValueError(
+                f"tokens_per_step must be a divisor of {ACTION_DIM}, the action dimension, got "
+                f"{self.tokens_per_step}. Use 1 or {ACTION_DIM}."
+            )
+
+
+@dataclass(frozen=True)
+class TrainingSettings(Section):
+    """Behaviour cloning."""
+
+    num_steps: Count
+    decay_steps: Count
+    batch_size: Count
+    lr: Positive
+    weight_decay: NonNegative = 0.0
+    num_warmup_steps: Natural = 0
+    max_grad_norm: Positive = 1.0
+    max_shift: Natural = 0
+    state_noise: NonNegative = 0.0
+    num_threads: Threads = 1
+    num_validation_demonstrations: Count = 1
+    validate_every: Count = 100
+    snapshot_steps: tuple[Count, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decay_steps < self.num_steps:
+            raise ValueError(
+                f"decay_steps must be at least num_steps={self.num_steps}, got {self.decay_steps}. "
+                "The learning rate would rise again: raise both."
+            )
+
+
+@dataclass(frozen=True)
+class EvaluationSettings(Section):
+    """Episodes on the benchmark's init states."""
+
+    num_episodes: Count
+    temperature: Positive = 1.0
+    num_processes: Count = 2
+    seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class Settings(Section):
+    """All settings of a run."""
+
+    seed: Seed
+    env: EnvSettings
+    demonstrations: DemonstrationSettings
+    policy: PolicySettings
+    training: TrainingSettings
+    evaluation: EvaluationSettings
+    checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_path("checkpoint", self.checkpoint)
+        if self.demonstrations.label_interval > self.env.chunk_size:
+            raise ValueError(
+                f"demonstrations.label_interval must be at most env.chunk_size="
+                f"{self.env.chunk_size}, got {self.demonstrations.label_interval}. Lower it."
+            )
+        if self.policy.backbone.image_size != self.env.image_size:
+            raise ValueError(
+                f"policy.backbone.image_size must be env.image_size={self.env.image_size}, got "
+                f"{self.policy.backbone.image_size}. Leave it out."
+            )
+        num_demonstrations = self.demonstrations.num_per_task * len(self.env.task_ids)
+        if self.training.num_validation_demonstrations >= num_demonstrations:
+            raise ValueError(
+                "training.num_validation_demonstrations must be less than the "
+                f"{num_demonstrations} demonstrations, got "
+                f"{self.training.num_validation_demonstrations}. Lower it."
+            )
+
+
+def settings_from(cfg: DictConfig | Mapping[str, Any]) -> Settings:
+    """The settings of a composed configuration.
+
+    Raises:
+        ValueError: for a setting that does not exist, is missing, of another type, out of range, or
+            that does not fit the others.
+    """
+    is_config = OmegaConf.is_config(cfg)
+    data = OmegaConf.to_container(cfg, resolve=True) if is_config else copy.deepcopy(dict(cfg))
+    env, policy = data.get("env"), data.get("policy")
+    backbone = policy.get("backbone") if isinstance(policy, Mapping) else None
+    if isinstance(env, Mapping) and isinstance(backbone, Mapping):
+        # The images are the environment's.
+        policy["backbone"] = {"image_size": env.get("image_size"), **backbone}
+    return from_mapping(Settings, data)

@@ -1,0 +1,193 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Settings of both recipes: every value is refused by its dotted name, or is what the run uses."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging.config
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+RECIPES = Path(__file__).resolve().parents[2] / "sota-implementations"
+CONFIGS = sorted(RECIPES.glob("*/config/*.yaml"))
+#: No setting is all of these, and few are any.
+MALFORMED = (
+    None, True, 1.5, -0.5, 0, -1, 2**70, -(2**70), math.nan, math.inf, 1e308, "", "abc", "nan",
+    "../../escaped", "a\0b", [], [1, "x"], [math.nan], {"a": 1}, {},
+)  # fmt: skip
+
+
+def load(recipe):
+    """The settings module of a recipe, by itself."""
+    path = RECIPES / recipe / "settings.py"
+    spec = importlib.util.spec_from_file_location(f"{recipe}_settings", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where annotations are looked up
+    spec.loader.exec_module(module)
+    return module
+
+
+def compose_plain(path, *overrides):
+    overrides = [*overrides, "++policy.checkpoint=x"] if "openvla" in path.stem else overrides
+    with initialize_config_dir(version_base="1.3", config_dir=str(path.parent)):
+        return OmegaConf.to_container(compose(path.stem, list(overrides)))
+
+
+def replace(data, path, value):
+    """A copy of nested dicts with another value at ``path``."""
+    head, *rest = path
+    return data | {head: replace(data[head], rest, value) if rest else value}
+
+
+def paths(data, before=()):
+    """Every setting and every section."""
+    for name, value in data.items():
+        yield (*before, name)
+        if isinstance(value, dict) and name != "env_kwargs":
+            yield from paths(value, (*before, name))
+
+
+def as_used(settings, path):
+    for name in path:
+        settings = settings[name] if isinstance(settings, dict) else getattr(settings, name)
+    return settings
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_value_is_refused_by_name_or_used_as_it_is(config, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    settings_from = load(config.parents[1].name).settings_from
+    plain = compose_plain(config)
+    shipped, num_refused, num_accepted = settings_from(plain), 0, 0
+    for path in paths(plain):
+        dotted, value, used = ".".join(path), as_used(plain, path), as_used(shipped, path)
+        if not isinstance(value, dict) and dotted != "log.dir":  # which is made absolute
+            assert used == (tuple(value) if isinstance(value, list) else value), dotted
+        for value in MALFORMED:
+            try:
+                used = as_used(settings_from(replace(plain, path, value)), path)
+            except ValueError as error:
+                # By its dotted name, or by that of a setting that does not fit to it.
+                assert all(name in str(error) for name in path), (dotted, value, error)
+                assert " must " in str(error) and ", got " in str(error)
+                num_refused += 1
+            else:
+                num_accepted += 1
+                if isinstance(value, dict):
+                    assert not value or used == value
+                elif isinstance(value, list):
+                    assert used == tuple(map(type(used[0]), value)) if value else not used
+                elif dotted != "log.dir":
+                    assert used in (value, str(value)) and (used is True) == (value is True)
+                    assert not isinstance(used, float) or math.isfinite(used)
+    assert num_refused > num_accepted > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+REFUSED = [
+    ("toy", "train.num_updates=1.5", "train.num_updates must be a whole number.*, got 1.5"),
+    ("toy", "train.num_updates=abc", "train.num_updates must be a whole number.*, got 'abc'"),
+    ("toy", "train.max_minutes=0", "train.max_minutes must be positive, got 0. Use null"),
+    ("toy", "+inference.timeout_s=nan", "inference.timeout_s must be a finite number, got nan"),
+    ("toy", "workers.step_timeout_s=1e9", "workers.step_timeout_s must be at most 2000000"),
+    ("toy", "optim.micro_batch_size=65", "optim.micro_batch_size must be at most minibatch_size"),
+    ("toy", "optim.betas=[0.9,1]", r"optim.betas must be below 1, got \[0.9, 1\]"),
+    ("toy", "policy.temperature=inf", "policy.temperature must be a finite number, got inf"),
+    ("toy", "policy.backbone.text_layers=0", "policy.backbone.text_layers must be at least 1"),
+    ("toy", "policy.kind=checkpoint", "policy.checkpoint must be given, got nothing"),
+    ("toy", "policy.action_dim=3", "policy.action_dim must be 2, as in env, got 3"),
+    ("toy", "policy.state_std=[1]", "policy.state_std must have state_dim=4 entries"),
+    ("toy", "eval.num_episodes=-1", "eval.num_episodes must be at least 0, got -1. 0 evaluates"),
+    ("toy", "eval.num_episodes=8", "eval.subset_episodes must be at most num_episodes=8, got 16"),
+    ("toy", "name=../../escaped", "name must be the name of one folder, got '../../escaped'"),
+    ("toy", "device=null", "device must be a text, got None"),
+    ("toy", "device=gpu", "device must be a torch device, got 'gpu'"),
+    ("toy", "seed=4294967296", "seed must be at most 4294967295"),
+    ("toy", "+foo=1", "foo must be a setting, got an unknown name. There are name, "),
+    ("toy", "+group.group_sise=8", r"group.group_sise must be .* mean group.group_size\?"),
+    ("toy", "~train.num_updates", "train.num_updates must be given, got nothing"),
+    ("toy", "env.backend=x", r"env.backend must be one of \['toy', 'libero'\], got 'x'"),
+    ("toy", "env.backend=libero", "env.action_dim must be a setting, got an unknown name"),
+    ("toy", "+inference.deterministic=true", "inference.deterministic must be None or False"),
+    ("toy", "+workers.start_method=fork", "workers.start_method must be one of .*, got 'fork'"),
+    ("toy", "loss.dual_clip=1.1", "loss.dual_clip must be greater than 1"),
+    ("libero", "env.max_episode_steps=512", "workers.max_decisions must be at least 64, got 15"),
+    ("libero", "env.replan_interval=9", "env.replan_interval must be from 1 to chunk_size=8"),
+    ("libero", "env.task_suite=x", r"env.task_suite must be one of \['libero_spatial', "),
+    ("libero", "env.task_ids=[3,3]", "env.task_ids must name at least one task, and each once"),
+    ("libero", "env.cameras=agentview", "env.cameras must be a list of a text, got 'agentview'"),
+    ("libero", "policy.kind=tiny_vla", "policy.kind=tiny_vla must be used with env.backend=toy"),
+    ("libero_openvla_oft", "seed=0", "policy.checkpoint must be given, got nothing"),
+]
+
+
+@pytest.mark.parametrize(("config", "override", "message"), REFUSED, ids=lambda text: text)
+def test_what_is_refused(settings, config, override, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        settings(config, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("seed=4294967295", "seed", 2**32 - 1),
+        ("name=2026", "name", "2026"),
+        ("train.max_minutes=1", "train.max_minutes", 1.0),
+        ("eval.num_episodes=0", "eval.num_episodes", 0),
+        ("optim.lr=1e-3", "optim.lr", 1e-3),
+        ("optim.lr='1e-3'", "optim.lr", 1e-3),
+        ("optim.betas=[0,0]", "optim.betas", (0.0, 0.0)),
+        ("optim.final_lr_share=0", "optim.final_lr_share", 0.0),
+        ("optim.micro_batch_size='16'", "optim.micro_batch_size", 16),
+        ("loss.clip_epsilon=0.2", "loss.clip_epsilon", 0.2),
+        ("group.return_bounds=[0,1]", "group.return_bounds", (0.0, 1.0)),
+        ("+workers.env_vars={A:1}", "workers.env_vars", {"A": "1"}),
+        ("device=cuda:7", "device", "cuda:7"),  # whether it is there is asked of the machine
+    ],
+)
+def test_what_is_accepted(settings, override, path, value):
+    used = as_used(settings("toy", override), path.split("."))
+    assert used == value and type(used) is type(value)
+
+
+def test_a_relative_log_folder_is_one_of_the_working_directory(
+    settings, recipe, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    cfg = settings("toy", "log.dir=runs/here")
+    assert cfg.log.dir == str(tmp_path / "runs/here")
+    folder = recipe.utils.make_run_folder(cfg, None)
+    assert folder.parent == tmp_path / "runs/here/toy"
+
+
+def test_what_a_checkpoint_holds_gives_the_same_settings(settings, recipe):
+    cfg = settings("toy", "group.return_bounds=[0,1]")
+    plain = recipe.settings.to_dict(cfg)
+    assert type(plain["group"]) is dict and plain["group"]["return_bounds"] == [0.0, 1.0]
+    assert recipe.settings.settings_from(plain) == cfg
+
+
+def test_multirun_runs_every_job_and_tells_of_one_that_fails(recipe, monkeypatch, tmp_path):
+    seeds = []
+
+    def train(cfg, stop):
+        seeds.append(cfg.seed)
+        if cfg.seed == 1:
+            raise ArithmeticError("injected")
+
+    monkeypatch.setattr(recipe.dvla_grpo, "train", train)
+    monkeypatch.setattr(logging.config, "dictConfig", lambda config: None)
+    argv = f"--config-path={RECIPES}/dvla_grpo/config --config-name=toy -m seed=0,1,2"
+    monkeypatch.setattr(sys, "argv", ["dvla_grpo.py", *argv.split(), f"log.dir={tmp_path}/runs"])
+    with pytest.raises(SystemExit, match="1"):
+        recipe.dvla_grpo.main()
+    assert seeds == [0, 1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
