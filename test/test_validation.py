@@ -157,6 +157,7 @@ def collector(**kwargs):  # before a worker is started
         (InitStateSchedule, "seed", SEEDS),
         (ToyChunkEnv, "action_dim chunk_size image_size success_steps", COUNTS),
         (ToyChunkEnv, "success_tol", TIMES),
+        (ToyChunkEnv, "seed", SEEDS[:-1]),
         (TinyBackboneConfig, "image_size patch_size vision_size vision_layers text_size", COUNTS),
         (TinyBackboneConfig, "text_layers head_size scale_factor", COUNTS),
         (TinyBackboneConfig, "mlp_ratio", TIMES),
