@@ -10,19 +10,24 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from settings import Settings
+from settings import Settings, settings_from, to_dict
 from tensordict import TensorDictBase
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchrl.checkpoint import Checkpoint
 from tqdm import tqdm
 
 from torchrl_dvla import DVLACollector
 from torchrl_dvla.collectors import EvaluationResult
 from torchrl_dvla.data import Group, GroupQueue
+from torchrl_dvla.differences import differences, join_some
 from torchrl_dvla.recording import RunReport, SuccessRate, TensorBoardRecorder
 from torchrl_dvla.saved_state import Number, form_of, require_form
 
@@ -38,6 +43,63 @@ def log(text: str) -> None:
     """Print above the progress bar, and at once, also into a pipe."""
     tqdm.write(text)
     sys.stdout.flush()
+
+
+#: Settings that may differ from those of the checkpoint that a run goes on from. They are applied,
+#: and named; any other is refused: what is in the checkpoint depends on it.
+_MAY_CHANGE = re.compile(
+    r"name|device|inference_device|policy\.checkpoint"
+    r"|(train|eval|checkpoint|log|memory|inference|loss)\..+"
+    r"|optim\.(?!minibatch_size).+|workers\.(?!max_decisions).+"
+    r"|group\.(return_bounds|normalise_std|max_no_signal_groups|on_no_signal)"
+)
+
+
+def check_resumed(cfg: Settings, resumed: Path) -> None:
+    """Refuse to go on from a checkpoint of other settings, and say which others are new.
+
+    Raises:
+        ValueError: naming the settings that must not change.
+    """
+    saved = Checkpoint.manifest(resumed)["metadata"].get("config")
+    if not saved:  # it was not written by this recipe
+        return
+    before, now = _flat(to_dict(settings_from(saved))), _flat(to_dict(cfg))
+    before["checkpoint.resume"] = now["checkpoint.resume"]
+    names = before.keys() | now.keys()
+    may_change = {name for name in names if _MAY_CHANGE.fullmatch(name)}
+    fixed = differences(_without(before, may_change), _without(now, may_change))
+    if fixed:
+        raise ValueError(
+            "checkpoint.resume must go on with the settings of the checkpoint, got "
+            f"{join_some(fixed)}. Drop these overrides, or start a new run: checkpoint.resume=null."
+        )
+    new = differences(_without(before, names - may_change), _without(now, names - may_change))
+    if new:
+        log(f"resuming with settings that are new: {join_some(new, limit=len(new))}")
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their full names, as they are typed on the command line."""
+    out: dict[str, Any] = {}
+    for key, value in settings.items():
+        nested = isinstance(value, Mapping)
+        out |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return out
+
+
+def _without(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in names}
+
+
+def use_optim_settings(cfg: Settings, optimizer: Optimizer, scheduler: LRScheduler) -> None:
+    """Have the settings decide, not the checkpoint that optimizer and scheduler came from."""
+    lr = cfg.optim.lr
+    for group in optimizer.param_groups:
+        group["lr"] *= lr / group["initial_lr"]
+        group["initial_lr"] = lr
+        group.update(betas=tuple(cfg.optim.betas), weight_decay=cfg.optim.weight_decay)
+    scheduler.base_lrs = [lr for _ in optimizer.param_groups]
 
 
 @dataclass
@@ -133,6 +195,17 @@ class Meter:
             return False
         self._state.ended_by = "time budget, waiting for a group with contrast"
         return True
+
+    def is_solved(self) -> bool:
+        """Whether no group will come any more, for nothing is left to learn."""
+        groups = self._collector.replay_buffer.groups
+        if groups.is_solved:
+            self._state.ended_by = "a solved task"
+            log(
+                f"all rollouts of {groups.config.max_no_signal_groups} groups in a row succeeded: "
+                "nothing is left to learn"
+            )
+        return groups.is_solved
 
     def evaluation_is_due(self) -> bool:
         """Whether ``eval.every_minutes`` went by since this last said so."""

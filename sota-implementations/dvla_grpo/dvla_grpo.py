@@ -26,12 +26,14 @@ import utils
 from bookkeeping import (
     Meter,
     RunState,
+    check_resumed,
     group_metrics,
     log,
     loss_metrics,
     record,
     report_of,
     save_after,
+    use_optim_settings,
 )
 from omegaconf import DictConfig, OmegaConf
 from settings import Settings, settings_from, to_dict
@@ -47,13 +49,16 @@ from torchrl_dvla.collectors import EvaluationResult
 from torchrl_dvla.recording import (
     GracefulStop,
     RunCheckpoints,
+    RunLock,
     StopRequested,
     TensorBoardRecorder,
 )
+from torchrl_dvla.streams import drop_unwritable_output
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="libero")
 def main(cfg: DictConfig) -> None:
+    drop_unwritable_output()
     settings = settings_from(cfg)
     with GracefulStop() as stop:
         try:
@@ -71,13 +76,18 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
     check_settings(cfg)
     utils.make_deterministic(cfg)
     resumed = utils.find_resumed_checkpoint(cfg)
+    lock = None
+    if resumed is not None:
+        check_resumed(cfg, resumed)
+        lock = RunLock(utils.make_run_folder(cfg, resumed))
     policy = utils.make_policy(cfg)
     check_policy(cfg, policy)
     loss = utils.make_loss(cfg, policy)
     state = RunState()
     optimizer, scheduler = utils.make_optimizer(cfg, loss, lambda: state.progress(cfg))
     held_out, subset = utils.make_evaluation_episodes(cfg)
-    run_folder = utils.make_run_folder(cfg, resumed)
+    lock = lock or RunLock(utils.make_run_folder(cfg, None))  # until the end of the process
+    run_folder = lock.folder
     checkpoints = RunCheckpoints(
         run_folder / "checkpoints",
         keep_last=cfg.checkpoint.keep,
@@ -89,6 +99,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
     )
     if resumed is not None:
         checkpoints.load(resumed)
+        use_optim_settings(cfg, optimizer, scheduler)
 
     with contextlib.ExitStack() as stack:
         recorder = stack.enter_context(
@@ -104,8 +115,11 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
         checkpoints.register("collector", collector)
         if resumed is not None:
             checkpoints.load(resumed, ["collector"])
-        # A learner that waits for groups does not see a signal: this wakes it.
+        # A learner that waits for groups sees neither a signal nor that all succeed: this wakes it.
         stop.on_request(buffer.shutdown)
+        if cfg.group.on_no_signal == "warn":
+            groups = buffer.groups
+            groups.add_listener(lambda: groups.is_solved and groups.end("nothing is left to learn"))
 
         def save(**kwargs: str) -> None:
             path = checkpoints.save(state.num_updates, config=to_dict(cfg), **kwargs)
@@ -125,7 +139,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
             with Meter(cfg, state, collector) as meter:
                 evaluation = None
                 while meter.budget_is_left() and not stop.requested:
-                    # A task that is solved, or hopeless, yields no group to learn from.
+                    # A task that is hopeless yields no group to learn from.
                     buffer.timeout_s = meter.patience_s()
                     try:
                         metrics = learn(cfg, loss, optimizer, scheduler, collector, stop)
@@ -135,6 +149,8 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
                         break
                     if stop.requested:
                         break  # the checkpoint goes on with the next minibatch of the same groups
+                    if metrics is None and meter.is_solved():
+                        break
                     published_s = time.monotonic()
                     collector.update_policy_weights_()
                     metrics["weights/publish_s"] = time.monotonic() - published_s
@@ -175,11 +191,12 @@ def learn(
     scheduler: LRScheduler,
     collector: DVLACollector,
     stop: GracefulStop,
-) -> dict[str, float]:
+) -> dict[str, float] | None:
     """One learner update: every minibatch of the next groups, unless the run is asked to stop.
 
     Returns:
-        Its metrics; empty if a checkpoint was taken after the last of the minibatches.
+        Its metrics; empty if a checkpoint was taken after the last of the minibatches, ``None`` if
+        no groups came, for the run is to stop or nothing is left to learn.
     """
     loss.version = collector.policy_version
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -201,9 +218,11 @@ def learn(
             scheduler.step()
             if stop.requested:
                 break
-    except RuntimeError:
-        if not stop.requested:  # closing the buffer is how the stop wakes this loop
+    except RuntimeError:  # closing the buffer is how this loop is woken
+        groups = collector.replay_buffer.groups
+        if groups.in_hand or not (stop.requested or groups.is_solved):
             raise
+        return None
     if not parts:
         return {}
     metrics = loss_metrics(parts) | group_metrics(collector.replay_buffer.groups)

@@ -230,12 +230,15 @@ def find_resumed_checkpoint(cfg: Settings) -> Path | None:
 
 def make_run_folder(cfg: Settings, resumed: Path | None) -> Path:
     """The folder of this run: that of the resumed one, or a new one named after the time."""
-    if resumed is not None:
-        return check_writable(resumed.parents[1])
+    if resumed is not None and resumed.absolute().parent.name == "checkpoints":
+        return resumed.absolute().parents[1]  # else it is a copy somewhere
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    stem = make_path(cfg.log.dir) / cfg.name / f"{now}_seed{cfg.seed}"
+    stem = check_writable(make_path(cfg.log.dir) / cfg.name) / f"{now}_seed{cfg.seed}"
     folder, number = stem, 1
-    while folder.exists():
-        number += 1
-        folder = stem.with_name(f"{stem.name}_{number}")
-    return check_writable(folder)
+    while True:
+        try:
+            folder.mkdir()  # two runs that begin in the same second get a folder each
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = stem.with_name(f"{stem.name}_{number}")

@@ -26,10 +26,12 @@ from settings import settings_from
 from tqdm import tqdm
 
 from torchrl_dvla.data.demonstrations import load_demonstrations
+from torchrl_dvla.streams import drop_unwritable_output
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="libero_object")
 def main(config: DictConfig) -> None:
+    drop_unwritable_output()
     cfg = settings_from(config)
     utils.check_tasks(cfg)
     torch.manual_seed(cfg.seed)

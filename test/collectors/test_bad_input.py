@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 
@@ -22,8 +23,10 @@ from torchrl_dvla.collectors import (
     InferenceConfig,
     InitStateSchedule,
 )
-from torchrl_dvla.collectors.validation import check_episodes
+from torchrl_dvla.collectors.validation import check_episodes, check_same_start, match_policy
+from torchrl_dvla.data import Group, Rollout, decision_layout
 from torchrl_dvla.memory import DualPool, EnvironmentPool, RowLayout
+from torchrl_dvla.swimlane.env_worker import describe_env
 from torchrl_dvla.testing import CountingChunkEnv, Fault, FaultyEnvFactory
 
 from .counting_task import ENV_KWARGS, make_policy
@@ -78,7 +81,7 @@ def test_a_factory_of_lazy_policies_in_the_lane(make_collector):
 
 def test_an_environment_without_chunks(refuse):
     refuse(
-        r"(?s)create_env_fn failed in dvla-env-0.*whose action is .*chunk.*Append MultiAction",
+        r"(?s)create_env_fn failed in dvla-env-0.*whose action is .*chunk.*ChunkEnv",
         error=RuntimeError,
         create_env_fn=ToyVLAEnv,
     )
@@ -122,6 +125,22 @@ def test_specs_that_differ_between_workers(refuse):
         create_env_fn=make,
         workers={"num_workers": 2},
     )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.randn, "must write integers .* got torch.float32.*Gaussian"),
+        (lambda shape: torch.full(shape, 8), "from 0 below its vocab_size=8, got 8 to 8"),
+        (lambda shape: torch.full(shape, -1), "from 0 below its vocab_size=8, got -1 to -1"),
+    ],
+)
+def test_tokens_that_are_none(tokens, message):
+    policy = make_policy()
+    write = lambda _, __, td: td.set(("vla_action", "tokens"), tokens((1, 4, 2)))  # noqa: E731
+    policy.register_forward_hook(write)
+    with pytest.raises(ValueError, match=message):
+        match_policy(policy, describe_env(make_env()))
 
 
 @pytest.mark.parametrize("missing", ["log_probs", "chunk", "tokens"])
@@ -205,3 +224,30 @@ def test_frames_of_an_environment_without_a_camera():
         check_episodes([], {}, set(), 0, pool)
         with pytest.raises(ValueError, match=r"num_frames_episodes must be 0 without .*got 2"):
             check_episodes([], {}, set(), 2, pool)
+
+
+@pytest.mark.parametrize(
+    ("key", "gap", "message"),
+    [
+        (("observation", "state"), 1e-3, r"'state'\) that differs by 0.00[0-9]* .* task 'reach'"),
+        (("observation", "image"), 9, r"'image'\) that differs by 9 "),
+        ("instruction_id", 1, "instruction_id that differs by 1 "),
+        (("observation", "state"), 1e-5, None),
+        (("observation", "image"), 8, None),
+    ],
+)
+def test_rollouts_of_a_group_start_alike(key, gap, message):
+    specs = describe_env(make_env())
+    observation = {name: (shape, dtype) for name, shape, dtype in specs.observation}
+    layout = decision_layout(observation, chunk_size=4, action_dim=2)
+    with EnvironmentPool(layout, num_pages=4, rows_per_page=2) as pool:
+        spec = EpisodeSpec("reach", 3)
+        rollouts = [Rollout(spec, 0, index, [pool.lease(index)]) for index in range(4)]
+        pool.rows[key][6] += gap  # the first row of the last
+        pool.rows["observation", "state"][7] += 1  # decisions after the first may differ
+        with (
+            contextlib.nullcontext()
+            if message is None
+            else pytest.raises(ValueError, match=message)
+        ):
+            check_same_start(Group(0, spec, 0, rollouts), pool)

@@ -461,5 +461,7 @@ def test_a_checkpoint_without_the_buffer_is_refused(make_collector):
             collector.load_state_dict({**state, **damage})
     with pytest.raises(ValueError, match="'collector' must be a mapping, got None"):
         collector.load_state_dict(None)
-    collector.load_state_dict(state)
+    with pytest.raises(ValueError, match="seed must equal the checkpoint's 7, got "):
+        collector.load_state_dict({**state, "buffer": buffer, "seed": 7})
+    collector.load_state_dict({**state, "buffer": buffer})
     assert next(collector.schedule).seed == cursor

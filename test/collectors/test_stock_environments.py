@@ -2,11 +2,12 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Environments of TorchRL's, as they come, in whole runs."""
+"""Environments that are not ours, in whole runs."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 
 import cloudpickle
@@ -14,14 +15,11 @@ import pytest
 import torch
 from torchrl.data import Binary
 from torchrl.envs import (
-    Compose,
-    MultiAction,
     RenameTransform,
-    StepCounter,
     SuccessReward,
+    ToyVLAEnv,
     TransformedEnv,
 )
-from torchrl.envs.custom import ToyVLAEnv
 
 from torchrl_dvla.collectors import GroupConfig
 from torchrl_dvla.data.schema import (
@@ -31,6 +29,7 @@ from torchrl_dvla.data.schema import (
     ROLLOUT_ID_KEY,
     STATE_KEY,
 )
+from torchrl_dvla.envs import ChunkEnv
 from torchrl_dvla.objectives import GRPOLoss
 from torchrl_dvla.testing import CountingChunkEnv
 
@@ -41,10 +40,8 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def make_toy():
-    """Single actions become chunks by a transform; the rest of the schema the environment has."""
     env = ToyVLAEnv(action_dim=2, state_dim=4, success_steps=20)
-    transforms = (MultiAction.from_vla(stack_rewards=False), SuccessReward(), StepCounter(3))
-    return TransformedEnv(env, Compose(*transforms))
+    return ChunkEnv(TransformedEnv(env, SuccessReward()), chunk_size=4)
 
 
 def test_a_group_of_the_toy_task_is_learned(make_collector):
@@ -105,3 +102,29 @@ def test_a_mask_of_actions_reaches_the_policy_in_the_lane_and_in_the_loss(make_c
         assert (tokens[..., 0] % 2 == 1).all() and (tokens[..., 1] % 2 == 0).any()
         assert not batch[mask_key][..., 0, ::2].any() and batch[mask_key][..., 1, :].all()
         torch.testing.assert_close(loss(batch)["max_ratio"], torch.tensor(1.0))
+
+
+class Unseeded(CountingChunkEnv):
+    """Its scenes follow from the process and its resets alone, and it says not what is solved."""
+
+    def __init__(self):
+        super().__init__(**ENV_KWARGS, seed=id(self))
+        del self.observation_spec["success"]
+
+    def _set_seed(self, seed):
+        if self._num_resets == 0:
+            super()._set_seed(seed)
+
+    def _observe(self, success, num_executed):
+        out = super()._observe(success, num_executed)
+        del out["success"]
+        return out
+
+
+def test_an_environment_that_ignores_its_seed_ends_the_run(make_collector, caplog):
+    with caplog.at_level(logging.WARNING, "torchrl_dvla"):
+        collector = make_collector(lambda: Unseeded(), workers={"envs_per_worker": 2})
+    assert caplog.text.count("no 'success'") == 1 and "ChunkEnv(success=...)" in caplog.text
+    collector.start()
+    with pytest.raises(RuntimeError, match=r"(?s)same observation.*task 'default' ignores its see"):
+        next(iter(collector.replay_buffer))

@@ -462,13 +462,15 @@ def no_signal_plane(plane, on_no_signal):
 def test_warn_samples_on_and_says_so_again_and_again(plane, caplog):
     plane = no_signal_plane(plane, "warn")
     with caplog.at_level(logging.WARNING, "torchrl_dvla"):
-        plane.add(7, returns=(0.0, 0.0))
-    assert [record.message[:21] for record in caplog.records] == [
-        "3 groups in a row had",
-        "6 groups in a row had",
+        plane.add(13, returns=(0.0, 0.0))
+    assert [record.message[:22] for record in caplog.records] == [
+        "3 groups in a row had ",
+        "6 groups in a row had ",
+        "12 groups in a row had",
     ]
     assert "because of 'no contrast: all rollouts returned 0'. Sampling goes on." in caplog.text
-    assert plane.groups.stats()["no_signal_groups"] == 7
+    assert "All 12 groups failed (mean return 0): the tasks are too hard" in caplog.text
+    assert plane.groups.stats()["no_signal_groups"] == 13
     plane.add()
     assert plane.groups.stats()["no_signal_groups"] == 0
 
@@ -481,6 +483,37 @@ def test_keep_keeps_groups_until_there_is_contrast_again(plane, caplog):
     assert "Groups are kept as they come" in caplog.text
     assert plane.groups.stats()["groups_kept_without_signal"] == 2
     assert [group.kept for group in plane.add(1) + plane.add(returns=(1.0, 1.0))] == [True, False]
+
+
+def test_solved_is_what_succeeds_and_teaches_nothing_in_a_row(plane):
+    plane = no_signal_plane(plane, "warn")
+    for returns, num_groups, is_solved in (
+        ((0.0, 0.0), 1, False),
+        ((1.0, 1.0), 2, False),
+        ((0.5, 1.0), 1, False),  # both succeed, the faster better
+        ((2.0, 2.0), 2, False),
+        ((1.0, 1.0), 1, True),
+        ((1.0, 0.0), 1, False),
+    ):
+        plane.add(num_groups, returns=returns)
+        assert plane.groups.is_solved is is_solved, returns
+
+
+@pytest.mark.parametrize(
+    ("returns", "message"),
+    [
+        ([1.0, 1.0, 1.0], "All 3 groups succeeded (mean return 1): the tasks are solved"),
+        ([0.0, 0.0, 0.0], "All 3 groups failed (mean return 0): the tasks are too hard"),
+        ([1.0, 1.0, 0.0, 0.0], "4 groups had nothing to teach (mean return 0.5): take easier or"),
+        ([1.0, 1.0], "2 groups had nothing to teach (mean return 1): take easier or"),
+    ],
+)
+def test_a_learner_that_waits_for_contrast_is_not_told_to_wait_longer(plane, returns, message):
+    plane = no_signal_plane(plane, "warn")
+    plane.admit()
+    for value in returns:
+        plane.add(returns=(value, value))
+    assert message in wait_message(plane)
 
 
 def test_raise_ends_the_run(plane):
@@ -730,8 +763,25 @@ def test_state_is_plain_data_and_resumes(plane):
     assert new.pool.stats()["pages_stored"] == 6
     new.groups.load_state_dict(state)  # takes the place of what is there
     assert new.pool.stats()["pages_stored"] == 6
-    with pytest.raises(ValueError, match="max_policy_lag must equal the checkpoint's 1, got 2"):
-        plane(groups=1, lag=2).groups.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lag": 2}, "'max_policy_lag' is 2 instead of 1"),
+        ({"config": {"group_size": 3}}, "'group_size' is 3 instead of 2; 'num_candidates' is 3"),
+        ({"config": {"candidate_group_size": 4}}, "'num_candidates' is 4 instead of 2"),
+        ({"tasks": ("task", "other")}, r"'tasks' is \['task', 'other'\] instead of \['task'\]"),
+    ],
+)
+def test_a_checkpoint_of_other_groups_or_another_schedule_is_refused(plane, options, message):
+    state = plane().groups.state_dict()
+    with pytest.raises(ValueError, match=message):
+        plane(**options).groups.load_state_dict(state)
+    other = plane()
+    other.groups.schedule.seed = 5
+    with pytest.raises(ValueError, match="'seed' is 5 instead of 0"):
+        other.groups.load_state_dict(state)
 
 
 def test_a_checkpoint_that_does_not_fit_changes_nothing(plane):

@@ -97,7 +97,7 @@ def test_sine_table_tells_cells_apart():
         (lambda: PixelStyle(interpolation="nearest"), r"one of \['bilinear', .* got 'nearest'"),
         (
             lambda: StateProjector(2, 8).set_statistics(torch.zeros(2), torch.tensor([1.0, 0.0])),
-            r"must be positive.*smallest std of 0",
+            "std must be positive",
         ),
         (lambda: PixelStyle(mean=(0.5, 0.5, math.nan)), "mean must be .*finite"),
         (lambda: PixelStyle(std=(math.nan, 0.5, 0.5)), "std must be .*finite"),

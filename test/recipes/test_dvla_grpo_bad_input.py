@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ from torchrl.checkpoint import CheckpointError, GlobalRNGState
 from torchrl.data.vla import UniformActionTokenizer
 
 from torchrl_dvla.modules import TransformersVLA
-from torchrl_dvla.recording import GracefulStop, RunCheckpoints
+from torchrl_dvla.recording import GracefulStop, RunCheckpoints, RunLock
 
 
 @pytest.fixture
@@ -87,12 +88,65 @@ def training_checkpoint(settings, recipe, tmp_path):
     state = recipe.bookkeeping.RunState(num_updates=3)
     folder = tmp_path / "runs" / "toy" / "2026-01-01_seed0" / "checkpoints"
     parts = {"policy": policy, "optimizer": optimizer, "scheduler": scheduler, "run": state}
-    return RunCheckpoints(folder, rng=GlobalRNGState(), **parts).save(3)
+    saved = recipe.dvla_grpo.to_dict(cfg)
+    return RunCheckpoints(folder, rng=GlobalRNGState(), **parts).save(3, config=saved)
 
 
-def test_resuming_with_another_architecture(settings, ends_early, training_checkpoint):
-    cfg = settings("toy", "checkpoint.resume=auto", "policy.backbone.text_layers=1")
-    ends_early(cfg, CheckpointError, "must have this policy's architecture, got differences")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=1", "'seed' is 1 instead of 0"),
+        ("env.success_tol=0.5", "'env.success_tol' is 0.5 instead of 0.35"),
+        ("policy.backbone.text_layers=1", "'policy.backbone.text_layers' is 1 instead of 2"),
+        ("group.group_size=4", "'group.group_size' is 4 instead of 8"),
+        ("workers.max_decisions=8", "'workers.max_decisions' is 8 instead of 4"),
+        ("optim.minibatch_size=32", "'optim.minibatch_size' is 32 instead of 64"),
+    ],
+)
+def test_resuming_with_what_must_not_change(
+    settings, ends_early, training_checkpoint, override, message
+):
+    cfg = settings("toy", "checkpoint.resume=auto", override, "train.num_updates=7")
+    ends_early(cfg, ValueError, f"the settings of the checkpoint, got {message}. Drop these")
+
+
+def test_resuming_with_what_may_change_says_and_applies_it(
+    settings, recipe, ends_early, training_checkpoint, monkeypatch, capsys
+):
+    made, make = [], recipe.utils.make_optimizer
+    monkeypatch.setattr(recipe.utils, "make_optimizer", lambda *a: made.append(make(*a)) or made[0])
+    overrides = ("optim.lr=0.004", "optim.betas=[0.8,0.9]", "workers.num_workers=1")
+    cfg = settings("toy", "checkpoint.resume=auto", *overrides)
+    ends_early(cfg, AssertionError, "a worker was started")
+    said = capsys.readouterr().out.partition("settings that are new: ")[2].partition("\n")[0]
+    assert set(said.split("; ")) == {
+        "'workers.num_workers' is 1 instead of 2",
+        "'optim.lr' is 0.004 instead of 0.002",
+        "'optim.betas' is [0.8, 0.9] instead of [0.9, 0.95]",
+    }
+    ((optimizer, scheduler),) = made
+    (group,) = optimizer.param_groups
+    assert group["lr"] == pytest.approx(0.004 / 5) and group["betas"] == (0.8, 0.9)
+    optimizer.step()
+    scheduler.step()
+    rate = 0.004 * 2 / 5 * (1 - 0.9 * 3 / 120)  # the warm-up and the fall go on
+    assert scheduler.get_last_lr() == [pytest.approx(rate)]
+
+
+def test_a_run_that_goes_on_is_not_resumed_a_second_time(settings, ends_early, training_checkpoint):
+    lock = RunLock(training_checkpoint.parents[1])
+    cfg = settings("toy", "checkpoint.resume=auto")
+    ends_early(cfg, ValueError, f"must be free, got .* in use by process {os.getpid()} on")
+    lock.release()
+
+
+def test_a_checkpoint_that_was_copied_is_resumed_in_a_new_folder(
+    settings, recipe, training_checkpoint, tmp_path
+):
+    copy = shutil.copytree(training_checkpoint, tmp_path / "copy")
+    cfg = settings("toy", f"checkpoint.resume={copy}")
+    folders = [recipe.utils.make_run_folder(cfg, copy) for _ in range(2)]
+    assert folders[0] != folders[1] and {f.parent for f in folders} == {tmp_path / "runs" / "toy"}
 
 
 @pytest.mark.parametrize(

@@ -275,6 +275,24 @@ def test_a_run_without_contrast_ends_with_its_time_budget(tmp_path):
     assert not run.left_over()
 
 
+def test_a_solved_task_ends_well_also_if_nobody_reads_what_it_says(tmp_path):
+    # One random action in five is a success, and an episode has 64.
+    task = ["env.success_tol=0.5", "env.success_steps=1", "workers.max_decisions=64"]
+    run = Run(tmp_path, *task, "group.max_no_signal_groups=6")
+    try:
+        run.read_until("all rollouts of 6 groups in a row succeeded: nothing is left to learn")
+        run.process.stdout.close()  # as `| head` does
+        assert run.process.wait() == 0
+    finally:
+        run.kill()
+    assert run.output.count("groups in a row had nothing to learn from") <= 2
+    (report,) = tmp_path.glob("runs/toy/*/report.json")
+    report = json.loads(report.read_text())
+    assert (report["ended_by"], report["num_updates"]) == ("a solved task", 0)
+    assert report["after"]["num_episodes"] == 4
+    assert Path(report["checkpoint"]).is_dir()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_a_learner_that_raises_leaves_a_checkpoint(tmp_path, recipe, settings):

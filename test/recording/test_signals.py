@@ -4,6 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import threading
@@ -12,11 +13,22 @@ from types import SimpleNamespace
 import pytest
 
 from torchrl_dvla.recording import GracefulStop, StopRequested, signals
+from torchrl_dvla.swimlane.managed_process import STOP_SIGNALS
 
 TIMEOUT_S = 20
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.fixture
+def unhandled():
+    """Signals as a program finds them, whoever started the tests."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("unhandled")
+@pytest.mark.parametrize("number", [signal.SIGINT, *STOP_SIGNALS])
 def test_a_signal_sets_a_flag_and_calls_back_from_another_thread(number):
     with GracefulStop() as stop:
         early, late, threads = threading.Event(), threading.Event(), []
@@ -29,6 +41,23 @@ def test_a_signal_sets_a_flag_and_calls_back_from_another_thread(number):
         assert threads[0] is not threading.main_thread()
         stop.on_request(late.set)
         assert late.is_set()
+
+
+@pytest.mark.usefixtures("unhandled")
+def test_who_handles_a_signal_already_keeps_it(tmp_path):
+    heard = []
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    signal.signal(signal.SIGUSR2, lambda number, frame: heard.append(number))
+    with (tmp_path / "stacks").open("w") as stacks:
+        faulthandler.register(signal.SIGUSR1, file=stacks)
+        try:
+            with GracefulStop() as stop:
+                for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+                    os.kill(os.getpid(), number)
+                assert not stop.requested
+        finally:
+            faulthandler.unregister(signal.SIGUSR1)
+    assert heard == [signal.SIGUSR2] and "test_who" in (tmp_path / "stacks").read_text()
 
 
 def test_an_interruptible_region_is_left_and_not_entered_again():

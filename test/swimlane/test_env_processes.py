@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 
 import pytest
 
@@ -55,6 +56,12 @@ def test_an_environment_that_cannot_be_built_is_reported_once(start):
 
     with pytest.raises(RuntimeError, match="(?s)create_env_fn failed in dvla-env-.*no such simul"):
         start({"default": broken}).wait_ready(60.0)
+
+
+def test_a_factory_that_cannot_be_sent_is_named(start):
+    lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"create_env_fn must be such that .*cannot pickle.*lock"):
+        start({"default": lambda: lock})
 
 
 def test_workers_must_agree_on_the_specs(start, tmp_path):

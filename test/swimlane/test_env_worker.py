@@ -16,13 +16,11 @@ import cloudpickle
 import pytest
 import torch
 from tensordict import NonTensorData, NonTensorStack
-from torchrl.data import Binary, Bounded, Composite, NonTensor, Unbounded
+from torchrl.data import Binary, Bounded, Categorical, Composite, NonTensor, Unbounded
 from torchrl.envs import (
-    Compose,
     MultiAction,
     RewardSum,
     StepCounter,
-    SuccessReward,
     TransformedEnv,
 )
 from torchrl.envs.custom import ToyVLAEnv
@@ -257,17 +255,12 @@ def test_rows_of_pages_that_are_not_leased_are_refused():
     worker.close()
 
 
-def test_stock_environments_are_understood():
-    env = TransformedEnv(
-        ToyVLAEnv(action_dim=2, state_dim=4, success_steps=2),
-        Compose(MultiAction.from_vla(stack_rewards=False), SuccessReward(), StepCounter(4)),
-    )
-    specs = describe_env(env)
-    assert specs.action_dim == 2
-    assert {key for key, _, _ in specs.observation} == {
-        ("observation", "image"),
-        ("observation", "state"),
-    }
+class CountedEnv(ToyVLAEnv):
+    """Observes its padding, but is not chunked."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_spec["action_is_pad"] = Categorical(2, dtype=torch.bool, shape=(4,))
 
 
 def make_with(change):
@@ -314,11 +307,31 @@ def test_specs_that_no_row_can_hold_are_refused_by_name(change, message):
         describe_env(make_with(change))
 
 
-def test_an_environment_without_chunks_is_refused():
-    with pytest.raises(ValueError, match=r"MultiAction\.from_vla"):
-        describe_env(ToyVLAEnv())
+def test_what_is_no_environment_is_refused():
     with pytest.raises(TypeError, match="must return a TorchRL environment, got NoneType"):
         describe_env(None)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (ToyVLAEnv, "Wrap a single-step environment in torchrl_dvla.envs.ChunkEnv"),
+        (
+            lambda: TransformedEnv(ToyVLAEnv(), MultiAction.from_vla()),
+            r"observes 'action_is_pad' .* got none: .*ChunkEnv, without MultiAction",
+        ),
+        (
+            lambda: TransformedEnv(
+                TransformedEnv(CountedEnv(), MultiAction.from_vla(stack_rewards=False)),
+                StepCounter(4),
+            ),
+            "stack_rewards of MultiAction must be True, got False: .*ChunkEnv",
+        ),
+    ],
+)
+def test_environments_that_would_be_learned_from_wrongly_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        describe_env(make())
 
 
 def test_strings_among_the_observations_are_refused_by_name():

@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import subprocess
@@ -17,9 +19,9 @@ from pathlib import Path
 import cloudpickle
 import pytest
 
-from torchrl_dvla.swimlane import ManagedProcess
+from torchrl_dvla.swimlane import ManagedProcess, managed_process
 from torchrl_dvla.swimlane.env_worker import run_env_worker
-from torchrl_dvla.swimlane.managed_process import _PR_SET_PDEATHSIG
+from torchrl_dvla.swimlane.managed_process import _PR_SET_PDEATHSIG, STOP_SIGNALS
 from torchrl_dvla.testing.faults import Fault, strike
 
 
@@ -78,7 +80,7 @@ def test_a_dead_process_has_no_stack():
 
 def test_the_end_of_a_process_is_certain_without_the_fork_server(hung_process):
     process = hung_process("hang", is_tied_to_parent=False)
-    server = forkserver._forkserver._forkserver_pid
+    server = fork_server()
     os.kill(server, signal.SIGKILL)
     process.process.join()  # from the fork server's end multiprocessing infers the process's
     process.kill()
@@ -90,7 +92,12 @@ def has_ended(pid):
     return not status.exists() or "State:\tZ" in status.read_text()
 
 
-def test_sigterm_ends_no_process_but_the_programs_that_it_has_started(tmp_path):
+def fork_server():
+    return forkserver._forkserver._forkserver_pid
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_no_process_ends_by_a_request_but_the_programs_that_it_has_started(tmp_path, number):
     gate = str(tmp_path / "gate")
     os.mkfifo(gate)
 
@@ -98,19 +105,87 @@ def test_sigterm_ends_no_process_but_the_programs_that_it_has_started(tmp_path):
         program = subprocess.Popen(["sleep", "1000"])
         open(gate, "w").close()
         open(gate).close()
-        program.terminate()
+        program.send_signal(number)
         raise RuntimeError(f"the program ended with {program.wait()}")
 
     args = (cloudpickle.dumps({"task": constructor}), "task", 1)
     process = ManagedProcess(run_env_worker, args, name="dvla-env-0")
     try:
-        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, number)
         open(gate).close()
-        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, number)
+        os.kill(fork_server(), number)
         open(gate, "w").close()
-        assert "the program ended with -15" in process.connection.recv().traceback
+        assert f"the program ended with -{number:d}" in process.connection.recv().traceback
     finally:
         process.kill()
+
+
+@pytest.mark.parametrize("then", ["end", "start"])
+def test_a_fork_server_that_does_not_answer_is_replaced(hung_process, monkeypatch, caplog, then):
+    process, server = hung_process("hang", is_tied_to_parent=False), fork_server()
+    os.kill(server, signal.SIGSTOP)
+    monkeypatch.setattr(managed_process, "_ANSWER_S", 0.5)
+    if then == "end":
+        process.process.kill()
+        process.kill()
+        assert has_ended(process.pid)
+    other = ManagedProcess(run_env_worker, (cloudpickle.dumps({}), "task", 1), name="dvla-env-1")
+    assert "KeyError" in other.connection.recv().traceback
+    other.kill()
+    assert fork_server() != server and has_ended(server)
+    assert caplog.text.count(f"The fork server (process {server}) does not answer") == 1
+
+
+def test_a_fork_server_that_never_answers_is_an_error(monkeypatch):
+    def start(process):
+        raise EOFError
+
+    monkeypatch.setattr(multiprocessing.context.ForkServerProcess, "start", start)
+    with pytest.raises(RuntimeError, match="dvla-env-0 must be started by a fork server, got none"):
+        ManagedProcess(run_env_worker, (b"", "task", 1), name="dvla-env-0")
+
+
+def test_a_message_that_stops_in_the_middle_is_an_error(monkeypatch):
+    monkeypatch.setattr(managed_process, "_REST_S", 1.0)
+    ours, theirs = multiprocessing.Pipe()
+    managed_process._limit_messages(ours)
+    os.write(theirs.fileno(), b"\0\0\0\7half")  # of seven bytes
+    with pytest.raises(BlockingIOError):
+        ours.recv()
+    with pytest.raises(BlockingIOError):
+        ours.send_bytes(bytes(1 << 24))
+    theirs.send(1)
+
+
+HUNG = """
+import os, threading
+from multiprocessing import forkserver
+from torchrl_dvla.swimlane import ManagedProcess
+
+def hang(connection):
+    connection.send(1)
+    threading.Event().wait()
+
+if __name__ == "__main__":
+    process = ManagedProcess(hang, (), name="dvla-env-0")
+    process.connection.recv()
+    print(process.pid, forkserver._forkserver._forkserver_pid, flush=True)
+    process.connection.recv()
+"""
+
+
+def test_a_parent_that_is_killed_leaves_neither_hung_processes_nor_files(tmp_path):
+    script, folder = tmp_path / "script.py", tmp_path / "tmp"
+    script.write_text(HUNG)
+    folder.mkdir()
+    env = dict(os.environ, TMPDIR=str(folder))
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, env=env) as parent:
+        handles = [os.pidfd_open(int(pid)) for pid in parent.stdout.readline().split()]
+        assert list(folder.iterdir())
+        parent.kill()
+    assert all(multiprocessing.connection.wait([handle], 60.0) for handle in handles)
+    assert list(folder.iterdir()) == []
 
 
 EXITING = """

@@ -181,7 +181,8 @@ class DVLACollector(BaseCollector):
             if not specs.has_success:
                 _log.warning(
                     "The environment's specs have no 'success': a rollout counts as solved when it "
-                    "terminates. Return 'success' if it may also terminate on failure."
+                    "terminates. If it may also terminate on failure, return 'success', or say by "
+                    "torchrl_dvla.envs.ChunkEnv(success=...) where it is found."
                 )
             if not specs.has_instruction and INSTRUCTION_KEY in getattr(policy, "in_keys", ()):
                 _log.warning(
@@ -485,6 +486,7 @@ class DVLACollector(BaseCollector):
         """
         with self._groups.lock:
             return OrderedDict(
+                seed=self._seed,
                 counters=self._counters.state_dict(),
                 num_batches=list(self._loop.batcher.num_batches),
                 buffer=self.replay_buffer.state_dict(),
@@ -499,14 +501,15 @@ class DVLACollector(BaseCollector):
 
         Raises:
             RuntimeError: if a group was begun already.
-            ValueError: if it does not hold the replay buffer, as older checkpoints do not, or does
-                not fit; nothing has changed then.
+            ValueError: if seed, groups or schedule differ from those that it was taken with, by
+                name; if it does not hold the replay buffer, as older checkpoints do not; or if it
+                is damaged. Nothing has changed then.
         """
         self._require_open()
         if self._groups.num_admitted:
             raise RuntimeError("load_state_dict must be called before start().")
         require_form({str: object}, state_dict, "collector")
-        check_state(state_dict)
+        check_state(state_dict, self._seed)
         form = form_of(self.state_dict())
         form |= {"buffer": {str: object}, "counters": CollectionCounters.STATE_FORM}
         require_form(form, state_dict, "collector")

@@ -321,6 +321,7 @@ class EnvSlots:
         while True:
             connection = self._processes.workers[index].connection
             try:
+                # Without a deadline an idle worker is waited for, that owes nothing.
                 async with asyncio.timeout_at(self._deadline(index)) as self._deadlines[index]:
                     await readable(connection)
             except TimeoutError:

@@ -31,6 +31,7 @@ from torchrl_dvla.collectors.env_slots import NO_ROW, EnvSlot, EnvSlots, RowRef,
 from torchrl_dvla.collectors.evaluation import Evaluation
 from torchrl_dvla.collectors.failures import FailureAction, FailureLog
 from torchrl_dvla.collectors.metrics import CollectionCounters
+from torchrl_dvla.collectors.validation import check_same_start
 from torchrl_dvla.data import EpisodeSpec, Group, GroupQueue, InstructionTable, Rollout
 from torchrl_dvla.data.schema import IMAGE_KEY
 from torchrl_dvla.memory import EnvironmentPool
@@ -140,6 +141,8 @@ class CollectionLoop:
         self._waiting: list[tuple[int, Rollout, asyncio.Future[EnvSlot]]] = []
         self._requests: dict[Rollout, asyncio.Future[EnvSlot]] = {}
         self._episodes: deque[tuple[Rollout, asyncio.Future[EnvSlot]]] = deque()
+        #: Tasks whose first group was seen to start from one observation.
+        self._checked_tasks: set[str] = set()
         self._episode_ids = itertools.count(-1, -1)  # beside those of training
         self._evaluations: deque[Evaluation] = deque()
         self._evaluation: Evaluation | None = None
@@ -156,7 +159,11 @@ class CollectionLoop:
     # -- one rollout, one group -----------------------------------------------------------------
 
     async def run_group(self, group: Group) -> None:
-        """Sample the rollouts of a group and complete it; drop it if one cannot be sampled."""
+        """Sample the rollouts of a group and complete it; drop it if one cannot be sampled.
+
+        Raises:
+            ValueError: if the rollouts of the first group of a task start from different scenes.
+        """
         rollouts = list(group.rollouts)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -171,6 +178,9 @@ class CollectionLoop:
                     self._on_crash(error.rollout, action, error.reason)
                     break
         else:
+            if group.spec.task not in self._checked_tasks:
+                check_same_start(group, self._pool)
+                self._checked_tasks.add(group.spec.task)
             self._groups.complete(group)
         finally:
             for rollout in rollouts:
@@ -444,7 +454,7 @@ class CollectionLoop:
         if self._task is not None:
             self._call(self._task.cancel)
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join()  # it ends: each of its waits has a limit, see ManagedProcess
         else:
             self._close()
 

@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Checks of what a collector is given, before any group is sampled."""
+"""Checks of what a collector is given: before any group is sampled, and on the first ones."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torchrl.weight_update import WeightSyncScheme
 from torchrl_dvla.collectors.configs import WorkerConfig
 from torchrl_dvla.data import (
     EpisodeSpec,
+    Group,
     GroupConfig,
     InitStateSchedule,
     PooledReplayBuffer,
@@ -29,7 +30,9 @@ from torchrl_dvla.data.schema import (
     ACTION_MASK,
     ACTION_TOKENS_KEY,
     IMAGE_KEY,
+    INSTRUCTION_ID_KEY,
     INSTRUCTION_KEY,
+    OBSERVATION_KEY,
     SAMPLE_LOG_PROB_KEY,
 )
 from torchrl_dvla.memory import DualPool, EnvironmentPool, Plan, RowLayout
@@ -40,12 +43,17 @@ from torchrl_dvla.weight_update import AsyncWeightUpdater
 __all__ = [
     "build_policy",
     "check_episodes",
+    "check_same_start",
     "check_state",
     "check_tasks",
     "check_updater",
     "match_policy",
     "plan_memory",
 ]
+
+#: Levels of a pixel and, relative to values above 1, floating-point numbers by which renderers and
+#: simulators may differ from process to process in the very same scene.
+_PIXEL_TOLERANCE, _STATE_TOLERANCE = 8, 1e-4
 
 
 def check_tasks(schedule: InitStateSchedule, tasks: Collection[str]) -> None:
@@ -105,8 +113,8 @@ def match_policy(policy: TensorDictModuleBase, specs: EnvSpecs) -> RowLayout:
         RowLayout: the row of one decision.
 
     Raises:
-        ValueError: if the policy writes no chunk, no tokens or no log-prob for each token, or a
-            chunk that the environment does not take.
+        ValueError: if the policy writes no chunk, no tokens, other tokens than integers of its
+            vocabulary, no log-prob for each token, or a chunk that the environment does not take.
     """
     device = next((tensor.device for tensor in policy.parameters()), torch.device("cpu"))
     # Zeros, but an action mask of ones: one of zeros would forbid everything.
@@ -137,6 +145,7 @@ def match_policy(policy: TensorDictModuleBase, specs: EnvSpecs) -> RowLayout:
                 "action_head='tokens', output_mode='both' and an action_tokenizer."
             )
         shapes[key] = tuple(value.shape[1:])
+    _check_tokens(tensordict.get(ACTION_TOKENS_KEY), getattr(policy, "vocab_size", None))
     if shapes[ACTION_TOKENS_KEY] != shapes[SAMPLE_LOG_PROB_KEY]:
         raise ValueError(
             f"policy must write one log-prob a token, got tokens {list(shapes[ACTION_TOKENS_KEY])} "
@@ -153,6 +162,59 @@ def match_policy(policy: TensorDictModuleBase, specs: EnvSpecs) -> RowLayout:
         )
     observation = {key: (shape, dtype) for key, shape, dtype in specs.observation}
     return decision_layout(observation, chunk_size=chunk_size, action_dim=action_dim)
+
+
+def _check_tokens(tokens: torch.Tensor, vocab_size: int | None) -> None:
+    """Require integers from 0, below ``vocab_size`` where the policy states it."""
+    dtype = tokens.dtype
+    if dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
+        raise ValueError(
+            f"policy must write integers as {ACTION_TOKENS_KEY}, got {dtype}: rows hold int64. "
+            "Give it a distribution over action tokens, and write as the chunk what they decode "
+            "to (torchrl.data.vla.UniformActionTokenizer); samples of a Gaussian are no tokens."
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or (vocab_size is not None and high >= vocab_size):
+        size = "" if vocab_size is None else f" below its vocab_size={vocab_size}"
+        raise ValueError(
+            f"policy must write {ACTION_TOKENS_KEY} from 0{size}, got {low} to {high}. Write the "
+            "indices that its distribution has drawn."
+        )
+
+
+def check_same_start(group: Group, pool: EnvironmentPool) -> None:
+    """Require that the rollouts of a group have started from the same observation and instruction.
+
+    Advantages compare the rollouts of a group with each other, which says something about actions
+    only if they started alike. An environment that ignores its seed would be learned from all the
+    same. States may differ by 1e-4, pixels by 8 of 255 levels, everything else not at all.
+
+    Args:
+        group (Group): its rollouts have taken their first decision.
+        pool (EnvironmentPool): their rows.
+
+    Raises:
+        ValueError: naming the task and the entry that differs.
+    """
+    rollouts = group.rollouts
+    index = pool.row_index_of([rollout.pages[:1] for rollout in rollouts], [1] * len(rollouts))
+    rows = pool.rows.select(OBSERVATION_KEY, INSTRUCTION_ID_KEY)
+    for key, values in rows.items(True, True):
+        first = values[index].double()
+        allowed = torch.zeros(())
+        if values.dtype == torch.uint8:
+            allowed = torch.tensor(_PIXEL_TOLERANCE)
+        elif values.dtype.is_floating_point:
+            allowed = _STATE_TOLERANCE * first[0].abs().clamp_min(1)
+        gap = (first - first[0]).abs()
+        if (gap > allowed).any():
+            raise ValueError(
+                "Rollouts of a group must start from the same observation, got "
+                f"{key} that differs by {gap.max():g} between two of "
+                f"{group.spec}. The environment of task {group.spec.task!r} ignores its seed: let "
+                "everything random at a reset, noise too, follow from env.set_seed(seed); in "
+                "gymnasium from self.np_random, which super().reset(seed=seed) seeds."
+            )
 
 
 def plan_memory(
@@ -231,11 +293,11 @@ def check_episodes(
         )
 
 
-def check_state(state_dict: Mapping[str, Any]) -> None:
-    """Require a collector's state to hold that of its replay buffer.
+def check_state(state_dict: Mapping[str, Any], seed: int) -> None:
+    """Require a collector's state to hold that of its replay buffer, and to be of the same seed.
 
     Raises:
-        ValueError: if it was taken before it did, or from something else.
+        ValueError: if it was taken before it did, with another seed, or from something else.
     """
     if "buffer" not in state_dict:
         raise ValueError(
@@ -243,4 +305,9 @@ def check_state(state_dict: Mapping[str, Any]) -> None:
             " Checkpoints of older versions kept collector and buffer apart, taken at two "
             "instants: going on from them could learn from a group twice. Load the policy and the "
             "optimizer alone, and start with an empty buffer."
+        )
+    if state_dict.get("seed", seed) != seed:
+        raise ValueError(
+            f"seed must equal the checkpoint's {state_dict['seed']}, got {seed}. Build the "
+            "collector with it, or call set_seed first; with another seed, start anew."
         )

@@ -27,6 +27,7 @@ __all__ = [
     "GroupConfig",
     "GroupState",
     "InitStateSchedule",
+    "NoSignal",
     "Rollout",
     "contradictions",
     "judge",
@@ -60,7 +61,7 @@ class GroupConfig:
             are zero.
         normalise_std (bool): divide advantages by the group's standard deviation.
         max_no_signal_groups (int): groups in a row with nothing to learn from after which a warning
-            says so, and again after as many more.
+            says so, and again whenever there are twice as many.
         on_no_signal (str): how it goes on then. ``"warn"`` (default) samples on, while the learner
             waits: nothing is learned from noise, and the time limit of the replay buffer ends a
             wait that is too long. ``"keep"`` keeps whatever comes until there is contrast again,
@@ -173,16 +174,22 @@ class InitStateSchedule(Iterator[EpisodeSpec]):
         return EpisodeSpec(task, (self.seed * 1_000_003 + cursor) % 2**31, init_state_id)
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor and the seed."""
-        return {"cursor": self._cursor, "seed": self.seed}
+        """The cursor, and what it counts."""
+        return {
+            "cursor": self._cursor,
+            "seed": self.seed,
+            "tasks": list(self.tasks),
+            "init_state_ids": self.init_state_ids and list(self.init_state_ids),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken.
 
         Raises:
-            ValueError: if it holds something else.
+            ValueError: if it holds something else, or is of other tasks or init states.
         """
-        require_form({"cursor": COUNT, "seed": Number(whole=True)}, state_dict, "schedule")
+        form = form_of(self.state_dict()) | {"cursor": COUNT, "seed": Number(whole=True)}
+        require_form(form, state_dict, "schedule")
         self._cursor, self.seed = state_dict["cursor"], state_dict["seed"]
 
 
@@ -373,6 +380,47 @@ class Group:
             candidates=candidates,
             advantages=torch.tensor(state_dict["advantages"], dtype=torch.float32),
             state=GroupState(state_dict["state"]),
+        )
+
+
+@dataclass
+class NoSignal:
+    """Groups with nothing to learn from: how many, and how their rollouts did.
+
+    Args:
+        num_groups (int): groups.
+        returns (float): sum of their mean returns.
+        successes (float): sum of their success rates.
+    """
+
+    num_groups: int = 0
+    returns: float = 0.0
+    successes: float = 0.0
+
+    def add(self, group: Group) -> None:
+        """Count another group."""
+        self.num_groups += 1
+        self.returns += group.mean_return
+        self.successes += group.success_rate
+
+    def describe(self, config: GroupConfig) -> str:
+        """What they say of the tasks, and what to do about it."""
+        returned = f"{self.num_groups} groups {{}} (mean return {self.returns / self.num_groups:g})"
+        is_sure = self.num_groups >= config.max_no_signal_groups
+        if is_sure and self.successes == self.num_groups:
+            return (
+                f"All {returned.format('succeeded')}: the tasks are solved, and nothing is left to "
+                "learn. Take harder ones, or end here."
+            )
+        if is_sure and self.successes == 0:
+            return (
+                f"All {returned.format('failed')}: the tasks are too hard for the policy. Start "
+                "from a better one, take easier tasks, raise candidate_group_size, or sample at a "
+                "higher temperature."
+            )
+        return (
+            f"{returned.format('had nothing to teach')}: take easier or harder tasks, raise "
+            "candidate_group_size, or widen return_bounds."
         )
 
 

@@ -24,12 +24,13 @@ from torchrl_dvla.data.group import (
     GroupConfig,
     GroupState,
     InitStateSchedule,
+    NoSignal,
     Rollout,
     contradictions,
     judge,
 )
 from torchrl_dvla.data.schema import ADVANTAGE_KEY
-from torchrl_dvla.differences import join_some
+from torchrl_dvla.differences import differences, join_some
 from torchrl_dvla.memory import EnvironmentPool
 from torchrl_dvla.saved_state import Number, form_of, require_form
 
@@ -208,6 +209,9 @@ class GroupQueue:
         #: Groups and the sum of their mean lengths, by reason.
         self._drops: dict[str, list[float]] = {}
         self._drops_since_update: dict[str, int] = {}
+        #: Groups with nothing to learn from since the last update.
+        self._no_signal = NoSignal()
+        self._num_solved = 0
         #: Counts that a checkpoint carries, by their names in stats().
         self._counts = dict.fromkeys(_COUNTS, 0)
         self._kept_length = 0.0
@@ -270,6 +274,14 @@ class GroupQueue:
                 reason: {"count": int(count), "mean_length": length / count}
                 for reason, (count, length) in self._drops.items()
             }
+
+    @property
+    def is_solved(self) -> bool:
+        """Whether nothing is left to learn: ``max_no_signal_groups`` groups in a row, or more.
+
+        Each of their rollouts succeeded, and none of them taught anything.
+        """
+        return self._num_solved >= self.config.max_no_signal_groups
 
     # -- sampling -------------------------------------------------------------------------------
 
@@ -399,19 +411,20 @@ class GroupQueue:
     def _watch_signal(self, group: Group) -> str | None:
         """Count groups in a row with nothing to learn from; what to say when they are too many."""
         if bool(group.advantages.any()):
-            self._counts["no_signal_groups"] = 0
+            self._counts["no_signal_groups"] = self._num_solved = 0
             return None
         self._counts["no_signal_groups"] += 1
         self._counts["groups_kept_without_signal"] += group.kept
+        self._num_solved = self._num_solved + 1 if group.success_rate == 1.0 else 0
+        self._no_signal.add(group)
         num_groups = self._counts["no_signal_groups"]
-        if num_groups % self.config.max_no_signal_groups:
+        times, rest = divmod(num_groups, self.config.max_no_signal_groups)
+        if rest or times & (times - 1):  # said at 1, 2, 4, 8 times as many
             return None
         return (
             f"{num_groups} groups in a row had nothing to learn from, the last "
             f"because of {group.drop_reason or 'no contrast'!r}. "
-            f"{_WHAT_FOLLOWS[self.config.on_no_signal]} If this stays so, the tasks are too easy "
-            "or too hard for the policy: choose others, raise candidate_group_size, widen "
-            "return_bounds, or sample at a higher temperature."
+            f"{_WHAT_FOLLOWS[self.config.on_no_signal]} {self._no_signal.describe(self.config)}"
         )
 
     def drop(self, group: Group, reason: str) -> None:
@@ -498,6 +511,7 @@ class GroupQueue:
             self._last_wait_s = time.monotonic() - start_s
             self._wait_s += self._last_wait_s
             self._drops_since_update = {}
+            self._no_signal = NoSignal()
             for group in cohort:
                 group.state = GroupState.IN_HAND
             self._cohort = cohort
@@ -582,13 +596,12 @@ class GroupQueue:
                     f"Groups {[group.group_id for group in late][:8]} can wait no longer than "
                     f"version {self.version} and are unfinished: look for a hung environment."
                 )
+            if self._no_signal.num_groups > len(self.stored):
+                return text + self._no_signal.describe(self.config)
             if in_flight:
                 return text + "Sampling is slower than the learner waits: raise timeout_s."
             if dropped:
-                return text + (
-                    "No group had anything to teach: take easier or harder tasks, raise "
-                    "candidate_group_size, or widen return_bounds."
-                )
+                return text + "The groups were given up: the log has the reasons."
             return text + "Nothing is being collected: start the collector."
 
     def _missing(self) -> list[Group]:
@@ -639,8 +652,7 @@ class GroupQueue:
             self.require_open()
             unfinished = [group.spec for group in self.running]
             return {
-                "groups_per_update": self.config.groups_per_update,
-                "max_policy_lag": self.config.max_policy_lag,
+                **self._settings(),
                 "version": self.version,
                 "groups": [group.state_dict() for group in self.stored],
                 "reopened": [list(spec) for spec in (*unfinished, *self._reopened)],
@@ -683,8 +695,17 @@ class GroupQueue:
             self._kept_length = state_dict["kept_length"]
             self._drops = {reason: list(drops) for reason, drops in state_dict["drops"].items()}
             self._drops_since_update = {}
+            self._no_signal, self._num_solved = NoSignal(), 0
             self._wait_s = state_dict["wait_s"]
         self._notify()
+
+    def _settings(self) -> dict[str, Any]:
+        """What the groups of a checkpoint depend on, by its name in the state."""
+        schedule = self.schedule.state_dict()
+        names = ("group_size", "num_candidates", "groups_per_update", "max_policy_lag")
+        return {name: getattr(self.config, name) for name in names} | {
+            name: schedule[name] for name in ("seed", "tasks", "init_state_ids") if name in schedule
+        }
 
     def check_state(self, state_dict: Mapping[str, Any]) -> list[Group]:
         """The groups of a checkpoint, without pages, once all of it is known to fit.
@@ -695,19 +716,21 @@ class GroupQueue:
         self.require_open()
         if self.running:
             raise RuntimeError("load_state_dict must be called before the first group begins.")
+        require_form({str: object}, state_dict, "groups")
+        own = {name: value for name, value in self._settings().items() if name in state_dict}
+        problems = differences({name: state_dict[name] for name in own}, own)
+        if problems:
+            raise ValueError(
+                f"Groups and schedule must be those of the checkpoint, got {join_some(problems)}. "
+                "Its groups were begun, and given their deadlines, under these: build the "
+                "collector with them, or start with an empty buffer to change them."
+            )
         form = form_of(self.state_dict()) | {
             "groups": [Group.state_form()],
             "reopened": [SPEC_FORM],
             "drops": {str: (Number(1), Number(0))},
         }
         require_form(form, state_dict, "groups")
-        for name in ("groups_per_update", "max_policy_lag"):
-            if state_dict[name] != getattr(self.config, name):
-                raise ValueError(
-                    f"{name} must equal the checkpoint's {state_dict[name]}, got "
-                    f"{getattr(self.config, name)}. Its deadlines were given under that bound: "
-                    "start the buffer empty to change it."
-                )
         if problems := contradictions(state_dict, self.config, self.schedule.tasks):
             raise ValueError(
                 f"The checkpoint's groups must fit together, got {join_some(problems)}. It is "

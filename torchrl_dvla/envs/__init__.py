@@ -4,6 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 """Environments for chunked policies."""
 
+from torchrl_dvla.envs.chunk_env import ChunkEnv
 from torchrl_dvla.envs.libero_env import LiberoChunkEnv
 from torchrl_dvla.envs.libero_setup import (
     LIBERO_SUITES,
@@ -17,6 +18,7 @@ from torchrl_dvla.envs.toy_env import ToyChunkEnv
 
 __all__ = [
     "LIBERO_SUITES",
+    "ChunkEnv",
     "LiberoChunkEnv",
     "LiberoTask",
     "ToyChunkEnv",

@@ -2,10 +2,11 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Records of a run: checkpoints, TensorBoard files, the final report, an orderly stop."""
+"""Records of a run: checkpoints, TensorBoard files, the final report, its lock, an orderly stop."""
 
 from torchrl_dvla.recording.checkpoint import RunCheckpoints, find_latest_checkpoint
 from torchrl_dvla.recording.report import RunReport, SuccessRate, wilson_interval
+from torchrl_dvla.recording.run_lock import RunLock
 from torchrl_dvla.recording.signals import GracefulStop, StopRequested
 from torchrl_dvla.recording.tensorboard import (
     DASHBOARD,
@@ -18,6 +19,7 @@ __all__ = [
     "DASHBOARD",
     "GracefulStop",
     "RunCheckpoints",
+    "RunLock",
     "RunReport",
     "StopRequested",
     "SuccessRate",

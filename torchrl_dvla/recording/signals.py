@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Orderly stop of a run at SIGINT and SIGTERM, at a point where its state is whole."""
+"""Orderly stop of a run at a signal, at a point where its state is whole."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 
+from torchrl_dvla.swimlane.managed_process import STOP_SIGNALS, stop_signals_blocked
+
 __all__ = ["GracefulStop", "StopRequested"]
+
+#: Seconds that the callbacks may take that are still under way at the end.
+_CALLBACK_S = 10.0
 
 
 class StopRequested(BaseException):
@@ -26,7 +32,11 @@ class StopRequested(BaseException):
 
 
 class GracefulStop:
-    """Handler of SIGINT and SIGTERM: a flag that the training loop reads, instead of an exception.
+    """Handler of SIGINT and of what launchers send: a flag, instead of an exception.
+
+    Beside SIGINT and SIGTERM that is SIGHUP, of a terminal that is closed, and SIGUSR1 and SIGUSR2,
+    with which batch schedulers announce the end. Those three are left to whoever handles, or
+    ignores, them already: ``nohup``, ``faulthandler``, the script.
 
     A signal may arrive in the middle of an optimizer step or of a write to the replay buffer, when
     raising an exception would leave half of it behind. So the handler only sets a flag. Three
@@ -114,10 +124,13 @@ class GracefulStop:
                 "GracefulStop must be entered in the main thread, got "
                 f"{threading.current_thread().name!r}. Only the main thread receives signals."
             )
+        with stop_signals_blocked():  # starts multiprocessing's tracker, for it to block them, too
+            pass
         self._thread = threading.Thread(target=self._watch, name="graceful-stop", daemon=True)
         self._thread.start()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
+        for number in (signal.SIGINT, *STOP_SIGNALS):
+            if number in (signal.SIGINT, signal.SIGTERM) or _is_free(number):
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -126,7 +139,7 @@ class GracefulStop:
         self._previous.clear()
         self._inbox.put(None)
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_CALLBACK_S)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._reason is not None:
@@ -146,3 +159,12 @@ class GracefulStop:
                 callbacks, self._callbacks = self._callbacks, []
             for callback in callbacks:
                 callback()
+
+
+def _is_free(number: signal.Signals) -> bool:
+    """Whether nobody handles or ignores a signal, neither in Python nor in C as faulthandler."""
+    caught = 0
+    with contextlib.suppress(OSError, StopIteration):  # no /proc
+        status = Path("/proc/self/status").read_text().splitlines()
+        caught = int(next(line for line in status if line.startswith("SigCgt:")).split()[1], 16)
+    return signal.getsignal(number) is signal.SIG_DFL and not caught >> (number - 1) & 1

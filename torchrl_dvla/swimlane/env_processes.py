@@ -12,11 +12,10 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait
 from typing import Any
 
-import cloudpickle
 from torchrl.envs import EnvBase
 
 from torchrl_dvla.swimlane.env_worker import run_env_worker
-from torchrl_dvla.swimlane.managed_process import ManagedProcess
+from torchrl_dvla.swimlane.managed_process import ManagedProcess, pickled
 from torchrl_dvla.swimlane.messages import EnvSpecs, Failed, Stop
 
 __all__ = ["EnvProcesses"]
@@ -49,7 +48,7 @@ class EnvProcesses:
         env_vars: Mapping[str, str] | None = None,
         start_method: str = "forkserver",
     ) -> None:
-        self._payload = cloudpickle.dumps(dict(factories))
+        self._payload = pickled(dict(factories), "create_env_fn")
         self.tasks = tuple(factories)
         #: The task whose environment a new worker builds before it sends its specs.
         self.first_task = self.tasks[0]
@@ -157,6 +156,7 @@ class EnvProcesses:
         deadline_s = time.monotonic() + grace_s
         for index in range(len(self.workers)):
             self.send(index, Stop())
-        for worker in self.workers:
-            worker.process.join(max(0.0, deadline_s - time.monotonic()))
-            worker.kill()
+        with contextlib.ExitStack() as kills:  # each is made, whatever becomes of the others
+            for worker in self.workers:
+                worker.process.join(max(0.0, deadline_s - time.monotonic()))
+                kills.callback(worker.kill)

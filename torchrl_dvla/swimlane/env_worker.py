@@ -20,7 +20,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_non_tensor
 from torchrl.data import Composite, NonTensor
 from torchrl.data.tensor_specs import ContinuousBox
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, MultiAction
 
 from torchrl_dvla.data.schema import (
     ACTION_CHUNK_KEY,
@@ -84,13 +84,12 @@ def describe_env(env: EnvBase) -> EnvSpecs:
 
     Raises:
         TypeError: if it is no TorchRL environment, or observes what no row can hold.
-        ValueError: if it does not; the message names what is missing and the transform that adds
-        it.
+        ValueError: if it does not; the message names what is missing and what adds it.
     """
     if not isinstance(env, EnvBase):
         raise TypeError(
-            f"create_env_fn must return a TorchRL environment, got {type(env).__name__}. Wrap it, "
-            "e.g. in torchrl.envs.GymWrapper."
+            f"create_env_fn must return a TorchRL environment, got {type(env).__name__}. Wrap "
+            "one of gymnasium in torchrl_dvla.envs.ChunkEnv."
         )
     if env.batch_size:
         raise ValueError(
@@ -100,8 +99,8 @@ def describe_env(env: EnvBase) -> EnvSpecs:
     if ACTION_CHUNK_KEY not in env.action_keys:
         raise ValueError(
             f"create_env_fn must return an environment whose action is {ACTION_CHUNK_KEY} "
-            f"[chunk_size, action_dim], got actions {list(env.action_keys)}. Append "
-            "MultiAction.from_vla(stack_rewards=False) to a single-step environment."
+            f"[chunk_size, action_dim], got actions {list(env.action_keys)}. Wrap a single-step "
+            "environment in torchrl_dvla.envs.ChunkEnv."
         )
     spec = env.full_action_spec[ACTION_CHUNK_KEY]
     if not 1 <= len(spec.shape) <= 2 or not spec.shape[-1] > 0 or not spec.dtype.is_floating_point:
@@ -144,6 +143,7 @@ def describe_env(env: EnvBase) -> EnvSpecs:
             f"{OBSERVATION_KEY!r}, got {sorted(roots)}. See torchrl.data.vla for the schema."
         )
     RowLayout({key: (shape, dtype) for key, shape, dtype in leaves})  # refuses what no row holds
+    _check_chunking(env)
     has_success = "success" in {*roots, *env.full_done_spec.keys()}
     return EnvSpecs(
         tuple(leaves),
@@ -223,6 +223,22 @@ class _OpenRollout:
     num_decisions: int = 0
 
 
+def _check_chunking(env: EnvBase) -> None:
+    """Require that env steps which were not executed are marked, and all others rewarded."""
+    remedy = "Wrap the single-step environment in torchrl_dvla.envs.ChunkEnv, without MultiAction."
+    if ACTION_IS_PAD_KEY not in env.observation_spec:
+        raise ValueError(
+            f"create_env_fn must return an environment that observes {ACTION_IS_PAD_KEY!r} "
+            "[chunk_size], True for env steps of the chunk that were not executed, got none: "
+            f"actions after the end of an episode would be learned from. {remedy}"
+        )
+    if any(isinstance(part, MultiAction) and not part.stack_rewards for part in env.modules()):
+        raise ValueError(
+            "stack_rewards of MultiAction must be True, got False: of a chunk it keeps the last "
+            f"env step's reward alone. {remedy}"
+        )
+
+
 class EnvWorker:
     """Environments of one worker, each in the middle of at most one rollout.
 
@@ -246,7 +262,6 @@ class EnvWorker:
         self._bounds: dict[str, tuple[np.ndarray, np.ndarray] | None] = {}
         self._open: list[_OpenRollout | None] = [None] * num_envs
         self._chunks = torch.empty(0)
-        self._no_pad = torch.empty(0, dtype=torch.bool)
         self._observations: RowWriter | None = None
         self._outcomes: RowWriter | None = None
 
@@ -254,13 +269,14 @@ class EnvWorker:
         """The environment of ``env_index`` for ``task``, built at most once."""
         key = (env_index, task)
         if key not in self._envs:
-            self._envs[key] = self._factories[task]()
+            env = self._factories[task]()
+            describe_env(env)  # for its errors: the environment of every task is checked
+            self._envs[key] = env
         return self._envs[key]
 
     def use_pool(self, view: WorkerView) -> None:
         """Take the rows that chunks are read from and observations and outcomes written to."""
         self._chunks = view.rows.get(ACTION_CHUNK_KEY)
-        self._no_pad = torch.zeros(view.layout[ACTION_IS_PAD_KEY][0], dtype=torch.bool)
         keys = [key for key in view.layout if isinstance(key, tuple) and key[0] == OBSERVATION_KEY]
         self._observations = RowWriter(view, keys)
         self._outcomes = RowWriter(view, _OUTCOME_KEYS)
@@ -356,10 +372,10 @@ class EnvWorker:
         done = _flag(entries, "done")
         terminated = _flag(entries, "terminated") if "terminated" in entries else done
         success = _flag(entries, "success") if "success" in entries else terminated
-        is_pad = entries.get(ACTION_IS_PAD_KEY, self._no_pad).flatten()
-        if is_pad.dtype is not torch.bool or is_pad.shape != self._no_pad.shape:
+        is_pad = entries[ACTION_IS_PAD_KEY].flatten()
+        if is_pad.dtype is not torch.bool or is_pad.shape != self._chunks.shape[1:2]:
             raise ValueError(
-                f"{ACTION_IS_PAD_KEY!r} must be {list(self._no_pad.shape)} torch.bool, got "
+                f"{ACTION_IS_PAD_KEY!r} must be {[*self._chunks.shape[1:2]]} torch.bool, got "
                 f"{list(is_pad.shape)} {is_pad.dtype}. Mark each env step of the chunk."
             )
         # A rollout that may take no further decision ends here, whether the environment agrees or

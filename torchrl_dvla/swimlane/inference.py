@@ -29,7 +29,7 @@ from torchrl_dvla.data.schema import (
     SAMPLE_LOG_PROB_KEY,
 )
 from torchrl_dvla.memory.row_access import RowFields
-from torchrl_dvla.swimlane.managed_process import ManagedProcess
+from torchrl_dvla.swimlane.managed_process import ManagedProcess, pickled
 from torchrl_dvla.swimlane.messages import Failed, Infer, Inferred, Snapshot, Stop, UsePool
 from torchrl_dvla.weight_update import WeightReader
 
@@ -266,7 +266,7 @@ class InferenceProcess(ManagedProcess):
     ) -> None:
         super().__init__(
             run_inference,
-            (cloudpickle.dumps(policy_factory), reader, seed),
+            (pickled(policy_factory, "policy, or policy_factory,"), reader, seed),
             name="dvla-inference",
             num_threads=num_threads,
             start_method=start_method,

@@ -6,41 +6,66 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import faulthandler
+import logging
 import multiprocessing
 import os
 import signal
+import socket
+import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from multiprocessing import resource_tracker, util
+from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import torch
 
+from torchrl_dvla.streams import drop_unwritable_output
 from torchrl_dvla.swimlane.messages import Stop
 
-__all__ = ["ManagedProcess"]
+__all__ = ["STOP_SIGNALS", "ManagedProcess", "pickled", "stop_signals_blocked"]
 
+_log = logging.getLogger("torchrl_dvla")
+
+#: What launchers ask a run to end with, often all of its processes at once: `timeout` and systemd,
+#: a terminal that is closed, Slurm before it takes the node away.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
 #: Asks a process for its stack. Launchers that send it as a warning get a dump that nobody reads.
 _STACK_SIGNAL = signal.SIGUSR1
 #: What every process needs and what takes seconds to import.
 _PRELOADED = ("torchrl_dvla.swimlane.env_worker", "torchrl_dvla.swimlane.inference")
+#: Seconds for what takes a fork server milliseconds: a fork, the exit code of a process that died.
+_ANSWER_S = 10.0
+#: The same until it has answered once, which is when it has imported what it preloads.
+_IMPORT_S = 300.0
+#: Seconds for the rest of a message that has begun, and for the kernel to end what is killed.
+_REST_S = 60.0
+#: multiprocessing's own, which has no public name.
+_server: Any = vars(forkserver)["_forkserver"]
+#: Process ids of the fork servers that have answered.
+_answered: set[int] = set()
 
 
 class ManagedProcess:
     """A process with one duplex pipe, which ends for certain: by :meth:`stop`, or with its parent.
 
     Its stack can be read from outside while it hangs, see :meth:`stack`. It ignores Ctrl-C and
-    SIGTERM, which reach the whole process group: only the parent acts on them, and ends its
-    processes in order. When the parent's interpreter exits, whatever has not been stopped is killed
-    before ``multiprocessing`` waits for it; when the parent is killed, the kernel kills the
-    process.
+    ``STOP_SIGNALS``, which reach the whole process group: only the parent acts on them, and
+    ends its processes in order. When the parent's interpreter exits, whatever has not been stopped
+    is killed before ``multiprocessing`` waits for it; when the parent is killed, the kernel kills
+    the process.
+
+    No wait of the parent is without a limit: a fork server that does not answer is ended, which
+    ends all of its children, and the next start makes another.
 
     Args:
         target (Callable): module-level function, called in the process as ``target(connection,
@@ -56,7 +81,7 @@ class ManagedProcess:
             within milliseconds, which is what makes a crashed worker cheap to replace.
 
     Raises:
-        RuntimeError: if the interpreter is exiting.
+        RuntimeError: if the interpreter is exiting, or two fork servers did not answer.
     """
 
     def __init__(
@@ -75,6 +100,7 @@ class ManagedProcess:
         self.connection: Connection
         self.connection, theirs = context.Pipe(duplex=True)
         self._stacks, their_stacks = context.Pipe(duplex=False)
+        _limit_messages(self.connection)
         self.name = name
         self.started_s = time.monotonic()
         self.process = context.Process(
@@ -84,8 +110,8 @@ class ManagedProcess:
             daemon=True,
         )
         try:
-            with _sigterm_blocked():
-                self.process.start()
+            with stop_signals_blocked():
+                _start(self.process)
         except BaseException:
             self.connection.close()
             self._stacks.close()
@@ -100,7 +126,9 @@ class ManagedProcess:
             self._handle = os.pidfd_open(self.pid)
         # At exit, multiprocessing sends SIGTERM, which is ignored, and then waits for ever. What
         # has a priority runs before that.
-        self._at_exit = util.Finalize(self, _kill, (self._handle,), exitpriority=0)
+        self._at_exit = util.Finalize(
+            self, _kill, (name, self._handle, self.process.sentinel), exitpriority=0
+        )
         # Asked now, not before the start: a thread that starts a process during the exit may have
         # come too late for it.
         if util.is_exiting():
@@ -116,7 +144,8 @@ class ManagedProcess:
         """How the process ended, in words."""
         code = self.process.exitcode
         if code is None:
-            return "is still running"
+            has_ended = self._handle is not None and wait([self._handle], 0.0)
+            return "has ended, nobody tells how" if has_ended else "is still running"
         if code < 0:
             return f"was ended by {signal.Signals(-code).name}"
         return f"exited with code {code}"
@@ -152,10 +181,14 @@ class ManagedProcess:
         return 0
 
     def kill(self) -> None:
-        """End the process now and wait until the kernel has: afterwards it writes no memory."""
+        """End the process now and wait until the kernel has: afterwards it writes no memory.
+
+        Raises:
+            RuntimeError: if the kernel does not end it.
+        """
         self._at_exit()
         self._handle = None
-        self.process.join()
+        self.process.join()  # _kill has seen that it returns
         self.connection.close()
         self._stacks.close()
 
@@ -172,28 +205,123 @@ class ManagedProcess:
                 signal.pidfd_send_signal(self._handle, number)
 
 
-def _kill(handle: int | None) -> None:
-    """End the process of a pidfd, and wait until the kernel has."""
-    if handle is not None:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
-        wait([handle])
-        os.close(handle)
+def pickled(value: Any, name: str) -> bytes:
+    """What a process is to get by value, by cloudpickle.
+
+    Raises:
+        TypeError: naming what cannot be sent.
+    """
+    try:
+        return bytes(cloudpickle.dumps(value))
+    except Exception as error:  # whatever the object raises
+        raise TypeError(
+            f"{name} must be such that cloudpickle can send it to a process, got {error!r}. Make "
+            "what cannot be sent, such as locks, open files and simulators, inside of it."
+        ) from error
+
+
+def _limit_messages(connection: Connection) -> None:
+    """Give the rest of a message that has begun a time limit: its process may be stopped."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            end.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(_REST_S), 0))
+
+
+def _start(process: Any) -> None:
+    """Start a process; replace a fork server that does not answer, or dies meanwhile, once.
+
+    Raises:
+        RuntimeError: if the second does not answer either.
+    """
+    if process._start_method == "spawn":
+        process.start()  # waits for nobody but the kernel
+        return
+    for is_last in (False, True):
+        forkserver.ensure_running()
+        pid = _server._forkserver_pid
+        limit_s = _ANSWER_S if pid in _answered else _IMPORT_S
+        watchdog = threading.Timer(limit_s, _end_fork_server)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            process.start()
+            _answered.add(pid)
+            return
+        except (EOFError, ConnectionError) as error:  # the fork server has closed its files
+            if is_last:
+                raise RuntimeError(
+                    f"{process.name} must be started by a fork server, got none of two that "
+                    f"answered within {limit_s:g} s. See what they printed, and whether the "
+                    "machine has memory and processes left."
+                ) from error
+            with contextlib.suppress(ProcessLookupError), _handle_of(pid) as handle:
+                wait([handle], _REST_S)
+        finally:
+            watchdog.cancel()
 
 
 @contextlib.contextmanager
-def _sigterm_blocked() -> Iterator[None]:
-    """Block SIGTERM in this thread, and so in every process that is started meanwhile.
-
-    ``timeout``, systemd and batch schedulers send SIGTERM to all processes of a run at once. Only
-    the parent may act on it, as with Ctrl-C: a fork server that died of it would take the workers
-    along before the parent could end them in order. The fork server goes on blocking it, a process
-    ignores it from :func:`_run` on. A signal that comes meanwhile is delivered afterwards.
-    """
-    # First, for multiprocessing unblocks the signal by itself when it starts its tracker.
-    resource_tracker.ensure_running()
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+def _handle_of(pid: int) -> Iterator[int]:
+    handle = os.pidfd_open(pid)
     try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _end_fork_server() -> None:
+    """End a fork server that does not answer, and all of its children with it."""
+    pid = _server._forkserver_pid
+    if pid is None:
+        return
+    _log.warning("The fork server (process %d) does not answer: it is ended.", pid)
+    with contextlib.suppress(ProcessLookupError), _handle_of(pid) as handle:
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+        wait([handle], _REST_S)
+
+
+def _kill(name: str, handle: int | None, sentinel: int) -> None:
+    """End the process of a pidfd, and wait until the kernel has, and multiprocessing knows."""
+    if handle is not None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+        has_ended = wait([handle], _REST_S)
+        os.close(handle)
+        if not has_ended:
+            raise RuntimeError(
+                f"{name} must end when it is killed, got a process that the kernel keeps for more "
+                f"than {_REST_S:g} s. It waits inside a driver or for a file system: see dmesg."
+            )
+    # It is for the fork server to tell: multiprocessing would wait for it for ever.
+    if not wait([sentinel], _ANSWER_S):
+        _end_fork_server()
+
+
+@atexit.register
+def _remove_socket() -> None:
+    """In the fork server, whose end is that of the learner: remove the folder of its socket.
+
+    A learner that was killed could not. All others find nothing to do.
+    """
+    if _server._forkserver_pid is None and _server._forkserver_address:
+        with contextlib.suppress(OSError):  # it is gone, or holds more
+            os.unlink(_server._forkserver_address)
+            os.rmdir(os.path.dirname(_server._forkserver_address))
+
+
+@contextlib.contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Block STOP_SIGNALS in this thread, and so in every process that is started meanwhile.
+
+    They come to all processes of a run at once. Only the parent may act on them, as with Ctrl-C: a
+    fork server that died of one would take the workers along before the parent could end them in
+    order. The fork server goes on blocking them, a process ignores them from :func:`_run` on. A
+    signal that comes meanwhile is delivered afterwards.
+    """
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # unblocks SIGTERM, which the tracker ignores by itself
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
@@ -211,15 +339,21 @@ def _run(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A handler, unlike SIG_IGN and a blocked signal, is not passed on to the programs that an
     # environment starts: those can still be terminated.
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, frame: None)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == 1 and multiprocessing.parent_process() is not None:
             os._exit(1)  # the parent died before prctl took effect
+    # The fork server ends once nobody holds this: with the learner, though this process may hang.
+    if _server._forkserver_alive_fd is not None:
+        os.close(_server._forkserver_alive_fd)
+        _server._forkserver_alive_fd = None
     # In C, from the signal handler: it works while a thread is stuck inside of a library, and
     # writes to a pipe of its own, so that it can come in the middle of a message.
     faulthandler.register(_STACK_SIGNAL, file=stacks.fileno(), all_threads=True, chain=False)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    drop_unwritable_output()
     os.environ.update(env_vars)
     torch.set_num_threads(num_threads)
     target(connection, *args)

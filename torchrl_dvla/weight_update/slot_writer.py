@@ -335,7 +335,7 @@ class SlotWriter:
         with self._mutex:
             thread = self._deferred_writer
         if thread is not None:
-            thread.join()
+            thread.join()  # it looks at both events between two pieces of the copy
         self.locks.close()
         # The last views that this side holds: the memory may go.
         del self._views, self._deferred, self._ledger, self._segment

@@ -1,0 +1,226 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+import functools
+import runpy
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torchrl.data import Composite, Unbounded
+from torchrl.envs import GymWrapper, RenameTransform, ToyVLAEnv, TransformedEnv, check_env_specs
+
+from torchrl_dvla.envs import ChunkEnv
+from torchrl_dvla.swimlane.env_worker import describe_env
+
+CHUNK = ("vla_action", "chunk")
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_environment.py"
+Reach = runpy.run_path(str(EXAMPLE))["Reach"]
+
+
+class Clock(gym.Env):
+    """The state counts env steps, each is rewarded with its number, and any may be the solution."""
+
+    def __init__(self, ends_at=99, solved_at=99, limit=99, image_shape=(4, 6, 3)):
+        self.ends_at, self.solved_at, self.limit = ends_at, solved_at, limit
+        self.image = np.arange(72, dtype=np.uint8).reshape(image_shape)
+        spaces = {
+            "camera": gym.spaces.Box(0, 255, image_shape, np.uint8),
+            "state": gym.spaces.Box(0, 99, (1,), np.float64),
+            "goal": gym.spaces.Box(0, 99, (1, 2), np.int64),
+        }
+        self.observation_space = gym.spaces.Dict(spaces)
+        self.action_space = gym.spaces.Box(np.float32([-1, -2]), np.float32([1, 2]))
+
+    def _observe(self):
+        return {"camera": self.image, "state": np.array([self.t * 1.0]), "goal": np.array([[7, 8]])}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self._observe(), {}
+
+    def step(self, action):
+        self.t += 1
+        info = {"is_success": self.t == self.solved_at}
+        return self._observe(), float(self.t), self.t >= self.ends_at, self.t >= self.limit, info
+
+
+def renamed_env():
+    base = TransformedEnv(GymWrapper(Clock(solved_at=1)), RenameTransform(["goal"], ["g"]))
+    return clock_env(base, state_key=["state", "g"], image_key="camera")
+
+
+clock_env = functools.partial(ChunkEnv, chunk_size=4, state_key="state", success="is_success")
+
+
+def decide(env, td, chunk=None):
+    td[CHUNK] = torch.zeros(env.full_action_spec[CHUNK].shape) if chunk is None else chunk
+    return env.step(td)["next"]
+
+
+@pytest.mark.parametrize(
+    ("make", "is_solved"),
+    [
+        (lambda: clock_env(Clock(solved_at=1), image_key="camera"), True),
+        (renamed_env, True),
+        (lambda: clock_env("Pendulum-v1", state_key="observation", success="done"), False),
+        (lambda: ChunkEnv(ToyVLAEnv(2, 4, success_steps=2), chunk_size=4), False),
+    ],
+    ids=["gymnasium", "transformed", "id", "torchrl"],
+)
+def test_specs(make, is_solved):
+    env = make()
+    check_env_specs(env)
+    specs = describe_env(env)
+    assert specs.chunk_size == env.chunk_size and specs.has_success
+    assert decide(env, env.reset())["success"] == is_solved
+    env.close()
+    assert env.base_env.is_closed
+
+
+@pytest.mark.parametrize(
+    ("base", "settings", "decisions"),
+    [
+        # reward, success, executed env steps and end of each decision
+        ({"ends_at": 5}, {}, [(10, False, 4, None), (5, False, 1, "terminated")]),
+        ({"ends_at": 6, "solved_at": 6}, {}, [(10, False, 4, None), (11, True, 2, "terminated")]),
+        ({"solved_at": 2, "limit": 3}, {}, [(6, True, 3, "truncated")]),
+        (
+            {"solved_at": 4},
+            {"max_episode_steps": 5},
+            [(10, True, 4, None), (5, False, 1, "truncated")],
+        ),
+        (
+            {"ends_at": 4},
+            {"replan_interval": 3},
+            [(6, False, 3, None), (4, False, 1, "terminated")],
+        ),
+        ({"ends_at": 4}, {"max_episode_steps": 4}, [(10, False, 4, "terminated")]),
+    ],
+)
+def test_a_decision_is_the_sum_of_the_env_steps_that_were_executed(base, settings, decisions):
+    env = clock_env(Clock(**base), **settings)
+    for _ in range(2):  # a reset starts anew
+        td, total = env.reset(), 0
+        for reward, success, num_executed, end in decisions:
+            td = decide(env, td)
+            total += num_executed
+            assert (td["reward"], td["success"]) == (reward, success)
+            assert td["observation", "state"] == total
+            assert td["action_is_pad"].tolist() == [k >= num_executed for k in range(4)]
+            assert {key for key in ("terminated", "truncated") if td[key]} == {end} - {None}
+            assert td["done"] == (end is not None)
+
+
+def test_returns_and_successes_are_those_of_the_single_steps():
+    env, single = clock_env(Reach(), chunk_size=3), Reach()
+    generator = torch.Generator().manual_seed(0)
+    num_inside = num_solved = 0
+    for seed in range(200):
+        env.set_seed(seed)
+        td, (observed, _) = env.reset(), single.reset(seed=seed)
+        ours = theirs = 0.0
+        over = False
+        while not over:
+            assert td["observation", "state"].tolist() == observed["state"].tolist()
+            chunk = torch.rand(3, 2, generator=generator) * 2 - 1
+            for number, action in enumerate(chunk.numpy()):
+                observed, reward, solved, truncated, _ = single.step(action)
+                theirs, over = theirs + reward, solved or truncated
+                num_inside += solved and number < 2
+                if over:
+                    break
+            td = decide(env, td, chunk)
+            ours += float(td["reward"])
+            assert td["done"] == over
+        assert ours == theirs == float(td["success"])
+        num_solved += int(ours)
+    assert num_solved > num_inside > num_solved / 2 > 10
+
+
+@pytest.mark.parametrize("image_shape", [(4, 6, 3), (3, 4, 6)])
+def test_cameras_and_state(image_shape):
+    base, cameras = Clock(image_shape=image_shape), {"image_key": ["camera", "camera"]}
+    settings = {"state_key": ["state", "goal"], "success": lambda td: td["reward"] > 1}
+    env = ChunkEnv(base, chunk_size=2, **cameras, **settings)
+    td = env.reset()
+    assert td["observation", "state"].tolist() == [0.0, 7.0, 8.0]
+    assert td["observation", "state"].dtype == torch.float32
+    image = torch.arange(72, dtype=torch.uint8).view(image_shape)
+    image = image.permute(2, 0, 1) if image_shape[2] == 3 else image
+    assert torch.equal(td["observation", "image"], image)
+    assert torch.equal(td["observation", "wrist_image"], image)
+    assert decide(env, td)["success"], "the second env step is rewarded with 2"
+    named = ChunkEnv(base, chunk_size=2, image_key={"top": "camera"}, success="terminated")
+    assert list(named.reset()["observation"].keys()) == ["top"]
+    spec = env.full_action_spec[CHUNK]
+    assert spec.shape == (2, 2) and spec.dtype == torch.float32
+    assert spec.space.low.tolist() == [[-1, -2]] * 2 and spec.space.high.tolist() == [[1, 2]] * 2
+
+
+def test_the_scene_follows_from_the_seed():
+    first, second = clock_env(Reach()), clock_env(GymWrapper(Reach()))
+    second.reset()
+    states = []
+    for env in (first, second):
+        env.set_seed(7)
+        states.append([env.reset()["observation", "state"].tolist() for _ in range(2)])
+    assert states[0] == states[1] and states[0][0] != states[0][1]
+
+
+class TaskEnv(ToyVLAEnv):
+    """Numbered initial states, which its words name."""
+
+    def __init__(self):
+        super().__init__(2, 4, success_steps=2)
+        self.state_spec = Composite(init_state_id=Unbounded((1,), dtype=torch.int64))
+
+    def _reset(self, tensordict=None, **kwargs):
+        no_id = torch.tensor([-1])
+        number = no_id if tensordict is None else tensordict.get("init_state_id", no_id)
+        self.instruction = f"task {int(number)}"
+        return super()._reset(None, **kwargs).set("init_state_id", number)
+
+
+def test_the_initial_state_reaches_the_base_environment():
+    words = {"instruction": lambda td: f"go to {int(td['init_state_id'])}"}
+    for settings, expected in (({}, "task 3"), (words, "go to 3")):
+        env = ChunkEnv(TaskEnv(), chunk_size=4, **settings)
+        td = env.reset(env.reset().empty().set("init_state_id", torch.tensor([3])))
+        assert td["init_state_id"] == 3 and td["language_instruction"] == expected
+        assert decide(env, td)["language_instruction"] == expected
+
+
+@pytest.mark.parametrize(
+    ("base", "settings", "message"),
+    [
+        (Clock, {"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        (Clock, {"replan_interval": 5}, "replan_interval must be at most chunk_size=4"),
+        (lambda: Clock, {}, "base_env must be an environment of TorchRL or gymnasium"),
+        (lambda: ToyVLAEnv(batch_size=[2]), {}, r"no batch dimensions, got \[2\]"),
+        (lambda: "CartPole-v1", {}, r"one action of real numbers \[A\], got 'action'"),
+        (lambda: clock_env(Clock()), {}, "it is chunked already"),
+        (Clock, {"state_key": None}, r"got neither. Its entries are .*'camera' \[4, 6, 3\] uint8"),
+        (Clock, {"image_key": "rgb"}, "image_key must name a tensor .* got 'rgb'"),
+        (Clock, {"image_key": "goal"}, r"uint8 \[H, W, 3\] .* got 'goal' \[1, 2\] int64"),
+        (Clock, {"image_key": ["camera"] * 3}, "image_key must be a mapping"),
+        (Clock, {}, r"got nothing by 'success'.* The info has \['is_success'\]"),
+        (Clock, {"success": "solved"}, "success must give one flag .*, got nothing by 'solved'"),
+        (Clock, {"success": "goal"}, r"got \[1, 2\] by 'goal'"),
+        (
+            ToyVLAEnv,
+            {"state_key": ("observation", "state")},
+            "'terminated' if .*entries .*'done'",
+        ),
+        (Clock, {"instruction": 3}, "instruction must give a string, got int"),
+    ],
+)
+def test_what_is_missing_is_named(base, settings, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        ChunkEnv(base(), **{"chunk_size": 4, "state_key": "state", **settings})
