@@ -11,16 +11,15 @@ A case is a valid input with one thing made wrong that the documentation rules o
 by an exception of a documented class that names the wrong thing and says what it must be and what
 it got; else it is *unclear*, *silent* (accepted), a *hang* (over the case's limit) or a *crash*
 (the process died). *Accepted* is what looks wrong and the documentation allows (``ALLOWED``).
-Every eleventh case is valid and must be accepted. Cases run in a process of their own.
+Every eleventh case is valid and must be accepted. Cases run in a process of their own:
 
 settings
-    one setting of a recipe, or of a class of the package, of another type or range, with another
-    name, missing, or contradicting others; nothing is started.
+    of the recipes and of classes of the package; only what checks them.
 checkpoints
-    a checkpoint of a toy run with changed, missing or foreign files, and, with digests made anew,
-    with foreign entries, or pickles that would run code.
+    of a toy run: changed, missing or foreign files and, with digests made anew, foreign entries,
+    or pickles that would run code.
 batches
-    entries of another type or shape, missing or out of range, for both losses.
+    for both losses.
 specs, rewards, observations, instructions
     an environment that declares or returns something else, in a worker's code in this process.
 runs
@@ -56,21 +55,13 @@ from typing import Any, NamedTuple
 
 import cloudpickle
 import torch
+import yaml
 from _machine import arguments, log, report
-from tensordict import NonTensorData, NonTensorStack, TensorDict
+from tensordict import NonTensorData, NonTensorStack
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.data import Binary, Bounded, Composite, NonTensor, Unbounded
 
-import torchrl_dvla
-from torchrl_dvla import (
-    AsyncWeightUpdater,
-    DVLACollector,
-    GroupConfig,
-    GRPOLoss,
-    InferenceConfig,
-    PooledReplayBuffer,
-    WorkerConfig,
-)
+import torchrl_dvla as dvla
 from torchrl_dvla.data import InitStateSchedule, decision_layout
 from torchrl_dvla.envs import ToyChunkEnv
 from torchrl_dvla.memory import DualPool, EnvironmentPool
@@ -81,128 +72,35 @@ from torchrl_dvla.swimlane.env_worker import EnvWorker, describe_env
 from torchrl_dvla.swimlane.messages import Reset, Step
 from torchrl_dvla.testing import CountingChunkEnv
 
-#: Malformed cases of 1,000, and the seconds that one may take.
-KINDS = {
-    "settings": (340, 30),
-    "checkpoints": (200, 60),
-    "batches": (200, 30),
-    "specs": (50, 30),
-    "rewards": (70, 30),
-    "observations": (70, 30),
-    "instructions": (60, 30),
-    "runs": (10, 180),
-}
-BAD = ("silent", "unclear", "hang", "crash", "valid_refused")
+#: Malformed cases of 1,000; seconds that one may take, start of its process not counted.
+SHARES = {"settings": 340, "checkpoints": 200, "batches": 200, "specs": 50, "rewards": 70}
+SHARES |= {"observations": 70, "instructions": 60, "runs": 10}
+LIMIT_S = {"checkpoints": 60, "runs": 180}
+BAD = {"silent": "silent", "unclear": "unclear", "hang": "hangs", "crash": "crashes"}
+BAD |= {"valid_refused": "valid_refused"}
 DOCUMENTED = (ValueError, TypeError, KeyError, RuntimeError, FileNotFoundError)
-#: What looks wrong and is allowed, with the text that says so.
+#: What looks wrong and is allowed, with the docstring that says so.
 ALLOWED = {
     "nothing executed": "GRPOLoss.normaliser: zero, which forward takes for one",
-    "log-ratio beyond the bound": "GRPOLoss: log-ratios are clamped",
+    "log-ratio out of bounds": "GRPOLoss: log-ratios are clamped",
     "garbage in the padding": "GRPOLoss: action_is_pad masks what was never executed",
     "action out of bounds": "EnvWorker: actions beyond the bounds are clipped",
 }
 NAN, INF, GONE = math.nan, math.inf, "<removed>"
-RECIPES = Path(torchrl_dvla.__file__).parents[1] / "sota-implementations"
+TOKENS, LOG_PROBS, STATE = ("vla_action", "tokens"), ("vla_action", "log_probs"), "state"
+IMAGE, STATE = ("observation", "image"), ("observation", "state")
 
 
 class Case(NamedTuple):
     """An input and what takes it; a refusal must hold one of ``names``."""
 
     text: str
-    names: tuple[str, ...]
+    names: tuple[Any, ...]
     call: Callable[[], Any]
 
 
-class PayloadRan(BaseException):
+class PayloadRanError(BaseException):
     """Code of a file that was loaded has run."""
-
-
-# -- settings --------------------------------------------------------------------------------------
-NAMES = {
-    "count": "groups_per_update max_no_signal_groups group_size num_workers envs_per_worker keep "
-    "max_decisions max_failures max_rollout_failures max_task_failures num_threads minibatch_size "
-    "num_epochs num_updates every_updates rows_per_page action_dim chunk_size image_size num_steps "
-    "success_steps camera_height camera_width max_episode_steps patch_size vision_size text_layers "
-    "vision_layers text_size head_size num_per_task label_interval num_processes push_steps "
-    "tokens_per_step decay_steps batch_size validate_every num_validation_demonstrations num_bins "
-    "num_staging max_size num_slots max_readers vocab_size scale_factor",
-    "count?": "max_batch_size micro_batch_size replan_interval candidate_group_size",
-    "index": "max_policy_lag settle_steps warmup_steps subset_episodes num_videos state_dim "
-    "num_warmup_steps max_shift num_episodes",
-    "seed": "seed first_seed",
-    "positive": "step_timeout_s reset_timeout_s start_timeout_s stop_timeout_s timeout_s lr "
-    "max_grad_norm temperature success_tol mlp_ratio video_fps",
-    "positive?": "max_minutes",
-    "weight": "weight_decay every_minutes line_every_s max_wait_s push jitter state_noise",
-    "weight?": "kl_to_ref_coeff",
-    "share": "final_lr_share",
-    "real": "entropy_coeff",
-    "switch": "normalise_std shadows msaa shuffle check_finite",
-    "switch?": "freeze_vision freeze_language deterministic",
-    "choice": "on_no_signal ratio_level reduction kl_estimator importance kind backend task_suite "
-    "start_method",
-    "choice?": "dtype",
-    "text": "name device dir folder",
-    "text?": "resume checkpoint inference_device",
-    "pair": "clip_epsilon betas",
-    "pair?": "return_bounds state_std",
-    "bytes?": "env_bytes model_bytes max_rss_bytes",
-    "list": "task_ids cameras",
-    "steps": "snapshot_steps",
-    "ratio?": "dual_clip behavior_weight_cap",
-    "mapping?": "env_kwargs",
-}
-KIND_OF = {name: kind for kind, names in NAMES.items() for name in names.split()}
-NO_NUMBER = (NAN, INF, True, "abc", [], {"a": 1})
-WRONG: dict[str, tuple[Any, ...]] = {
-    "count": (0, -1, 1.5, 2**70, *NO_NUMBER),
-    "index": (-1, 1.5, 2**70, *NO_NUMBER),
-    "seed": (1.5, 2**70, *NO_NUMBER),
-    "positive": (0, -1.5, 10**400, *NO_NUMBER),
-    "weight": (-0.5, -1, 10**400, *NO_NUMBER),
-    "share": (-0.1, 1.1, *NO_NUMBER),
-    "real": NO_NUMBER,
-    "ratio": (0.5, -3, *NO_NUMBER),
-    "switch": (1.5, 2, "maybe", NAN, [], {"a": 1}),
-    "choice": ("none of these", 3, True, NAN, [], {"a": 1}),
-    "text": ("", True, NAN, [], {"a": 1}, "a\0b"),
-    "pair": ([0.1], [NAN, 0.5], [0.1, 0.2, 0.3], "ab", True, INF, {"a": 1}, ["a", "b"]),
-    "bytes": (-1, 1.5, True, NAN, "many", "infGB", "-1GB", [], {"a": 1}),
-    "list": ([], 3, "abc", [0, 0], [NAN], {"a": 1}, True),
-    "steps": ([0], [1.5], ["x"], 3, "abc", {"a": 1}),
-    "mapping": (3, "abc", [1], True),
-    "section": (3, "abc", [1], True, NAN),
-}
-RIGHT = {"weight": (0, 0.5, 2), "share": (0, 0.5, 1), "real": (-0.5, 0, 1), "switch": (True, False)}
-RIGHT |= {"positive": (0.5, 3, 1e3), "bytes": (None, "4GB", 10**9), "seed": (0, 7, 2**31 - 1)}
-CONTRADICTIONS = [
-    ("toy", "optim.micro_batch_size", 65),
-    ("toy", "policy.action_dim", 3),
-    ("toy", "policy.state_dim", 3),
-    ("libero", "policy.checkpoint", None),
-    ("toy", "eval.num_episodes", 8),
-    ("toy", "inference.deterministic", True),
-    ("toy", "group.candidate_group_size", 7),
-    ("toy", "group.return_bounds", [0.9, 0.1]),
-    ("toy", "loss.dual_clip", 1.1),
-    ("toy", "loss.clip_epsilon", [-0.5, 0.1]),
-    ("toy", "loss.reduction", "none"),
-    ("toy", "name", "../../escaped"),
-    ("toy", "env.backend", "libero"),
-    ("libero", "env.max_episode_steps", 512),
-    ("libero", "env.replan_interval", 9),
-    ("libero", "policy.kind", "tiny_vla"),
-    ("libero_object", "demonstrations.label_interval", 9),
-    ("libero_object", "training.decay_steps", 599),
-    ("libero_object", "policy.tokens_per_step", 2),
-    ("libero_object", "training.num_validation_demonstrations", 96),
-]
-REQUIRED = "seed env policy.kind optim.lr optim.minibatch_size train.num_updates eval.num_episodes"
-REQUIRED += " name device demonstrations.folder training.lr training.num_steps policy.num_bins"
-CLASSES = (
-    *(GroupConfig, WorkerConfig, InferenceConfig, PooledReplayBuffer, DualPool, GRPOLoss),
-    *(AsyncWeightUpdater, InitStateSchedule, ToyChunkEnv, TinyBackboneConfig),
-)
 
 
 def edit(node: Any, path: tuple[Any, ...], value: Any) -> Any:
@@ -211,78 +109,126 @@ def edit(node: Any, path: tuple[Any, ...], value: Any) -> Any:
     if not rest and value is GONE:
         return {key: item for key, item in node.items() if key != head}
     if isinstance(node, dict):
-        old = node.get(head, {}) if rest else None
-        return {**node, head: edit(old, tuple(rest), value) if rest else value}
+        return {**node, head: edit(node.get(head, {}), tuple(rest), value) if rest else value}
     new = edit(node[head], tuple(rest), value) if rest else value
     return type(node)([*node[:head], new, *node[head + 1 :]])
 
 
-def leaves(node: dict[str, Any], before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Paths of sections and settings."""
-    for name, value in node.items():
-        yield (*before, name)
-        if isinstance(value, dict) and name != "env_kwargs":
-            yield from leaves(value, (*before, name))
+def wrong_tensors(value: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors of another dtype or size, or not finite."""
+    half, number = value.to(torch.float32) + 0.5, value.to(torch.complex64)
+    wrong = [
+        number,
+        number * complex(0, NAN),
+        torch.zeros(0).to(value),
+        torch.zeros(3, 7).to(value),
+    ]
+    return wrong + ([value * NAN, value + INF] if value.is_floating_point() else [half, half * NAN])
+
+
+def show(value: Any) -> str:
+    """A value in one short line."""
+    return f"{value!r:.70}".replace("\n", " ")
+
+
+# -- settings --------------------------------------------------------------------------------------
+#: Numbers that may be 0, of any sign, not whole; texts with a few values.
+ZERO = "max_policy_lag settle_steps warmup_steps subset_episodes num_videos state_dim num_episodes "
+ZERO += "num_warmup_steps max_shift weight_decay every_minutes line_every_s max_wait_s push jitter "
+ZERO += "state_noise final_lr_share"
+SIGNED = "entropy_coeff seed first_seed"
+REAL = "timeout_s max_minutes every_minutes line_every_s video_fps"
+CHOICE = "on_no_signal ratio_level reduction kl_estimator importance kind backend task_suite dtype "
+CHOICE += "start_method"
+
+
+def wrong_settings(name: str, value: Any) -> list[Any]:
+    """What a setting like ``value`` must not be."""
+    if isinstance(value, bool):
+        return [1.5, 2, "maybe", NAN, [], {"a": 1}]
+    if isinstance(value, int | float):
+        wrong = [NAN, INF, True, "abc", [], {"a": 1}, 10**400]
+        wrong += [-1, -0.5] * (name not in SIGNED) + [0] * (name not in f"{SIGNED} {ZERO}")
+        is_whole = isinstance(value, int) and not any(name.endswith(x) for x in REAL.split())
+        return wrong + [1.5, 2**70] * is_whole
+    if isinstance(value, str):
+        return [True, NAN, [], {"a": 1}, "none of these" if name in CHOICE else "a\0b"]
+    return [NAN, True, "ab", 3] + [[NAN], [0, 0, 0.5], {"a": 1}] * isinstance(value, list | tuple)
+
+
+#: Values that do not fit to the others of the file.
+CONTRADICTIONS = {
+    "toy": "optim.micro_batch_size=65 policy.action_dim=3 policy.state_dim=3 eval.num_episodes=8 "
+    "inference.deterministic=true group.candidate_group_size=7 group.return_bounds=[0.9,0.1] "
+    "loss.dual_clip=1.1 loss.clip_epsilon=[-0.5,0.1] loss.reduction=none name=../../escaped "
+    "env.backend=libero",
+    "libero": "env.max_episode_steps=512 env.replan_interval=9 policy.kind=tiny_vla "
+    "policy.checkpoint=null",
+    "libero_object": "demonstrations.label_interval=9 training.decay_steps=599 "
+    "policy.tokens_per_step=2 training.num_validation_demonstrations=96",
+}
+REQUIRED = "seed env policy.kind optim.lr optim.minibatch_size train.num_updates eval.num_episodes"
+REQUIRED += " name device demonstrations.folder training.lr training.num_steps policy.num_bins"
+CLASSES = [dvla.GroupConfig, dvla.WorkerConfig, dvla.InferenceConfig, dvla.PooledReplayBuffer]
+CLASSES += [dvla.GRPOLoss, dvla.AsyncWeightUpdater, DualPool, InitStateSchedule, ToyChunkEnv]
+CLASSES += [TinyBackboneConfig]
 
 
 @functools.cache
-def recipe(config: str) -> tuple[Callable[[Any], Any], dict[str, Any]]:
-    """What checks the settings of a recipe, and those of one of its files."""
-    from omegaconf import OmegaConf
-
-    (file,) = RECIPES.glob(f"*/config/{config}.yaml")
-    spec = importlib.util.spec_from_file_location(config, file.parents[1] / "settings.py")
-    assert spec is not None and spec.loader is not None
+def recipe(config: str) -> tuple[Callable[[Any], Any], dict[str, Any], list[tuple[str, ...]]]:
+    """What checks a recipe's settings, those of one of its files, and their paths."""
+    (file,) = (Path(__file__).parents[1] / "sota-implementations").glob(f"*/config/{config}.yaml")
+    spec: Any = importlib.util.spec_from_file_location(config, file.parents[1] / "settings.py")
     sys.modules[config] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    cfg: Any = OmegaConf.load(file)
-    data = {key: cfg[key] for key in cfg if key not in ("hydra", "defaults")}
-    plain: Any = OmegaConf.to_container(OmegaConf.create(data))
+    plain = yaml.safe_load(file.read_text())
+    plain = {key: value for key, value in plain.items() if key not in ("hydra", "defaults")}
     if config.endswith("openvla_oft"):
         plain["policy"]["checkpoint"] = "x"
-    return module.settings_from, plain
+
+    def paths(node: Any, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+        for name, value in node.items():
+            yield (*before, name)
+            if isinstance(value, dict) and name != "env_kwargs":
+                yield from paths(value, (*before, name))
+
+    return module.settings_from, plain, list(paths(plain))
 
 
 def settings(rng: random.Random, is_wrong: bool) -> Case:
-    config = rng.choice(["toy", "libero", "libero_openvla_oft", "libero_object"])
     way = rng.choice(["value"] * 6 + ["class"] * 4 + ["name", "gone", "fit"]) if is_wrong else ""
     if way == "class":
         cls = rng.choice(CLASSES)
-        known = [name for name in inspect.signature(cls.__init__).parameters if name in KIND_OF]
-        name = rng.choice(known)
-        value = rng.choice(WRONG[KIND_OF[name].strip("?")])
-        first = (token_policy(),) if cls is GRPOLoss else ()
-        text = f"{cls.__name__}({name}={value!r:.40})"
-        return Case(text, (name,), lambda: cls(*first, **{name: value}))
+        defaults = inspect.signature(cls.__init__).parameters.items()
+        kinds = bool | int | float | str | tuple
+        known = [(key, x.default) for key, x in defaults if isinstance(x.default, kinds)]
+        name, default = rng.choice(known)
+        value, first = rng.choice(wrong_settings(name, default)), [token_policy()]
+        call = functools.partial(cls, *first * (cls is dvla.GRPOLoss), **{name: value})
+        return Case(f"{cls.__name__}({name}={show(value)})", (name,), call)
+    config = rng.choice(list(CONTRADICTIONS) + ["libero_openvla_oft"] * (way != "fit"))
+    check, plain, paths = recipe(config)
+    path, value = rng.choice(paths), GONE
     if way == "fit":
-        config, dotted, value = rng.choice(CONTRADICTIONS)
-        path = tuple(dotted.split("."))
-    check, plain = recipe(config)
-    if way == "gone":
-        known = [path for path in leaves(plain) if ".".join(path) in REQUIRED.split()]
-        path, value = rng.choice(known), GONE
+        dotted, _, text = rng.choice(CONTRADICTIONS[config].split()).partition("=")
+        path, value = tuple(dotted.split(".")), yaml.safe_load(text)
+    elif way == "gone":
+        path = rng.choice([each for each in paths if ".".join(each) in REQUIRED.split()])
     elif way == "name":
-        *section, name = rng.choice([p for p in leaves(plain) if p[-1] != "initialization_noise"])
-        at = rng.randrange(len(name))
-        value, path = 1, (*section, name[:at] + "x" + name[at:])
-    elif way != "fit":
-        known = []
-        for path in leaves(plain):
-            kind = KIND_OF.get(path[-1], "section").strip("?")
-            if not is_wrong and not (kind in RIGHT and path[-1] != "state_dim"):
-                continue
-            known.append((path, kind))
-        path, kind = rng.choice(known)
-        value = rng.choice((WRONG if is_wrong else RIGHT)[kind])
+        at = rng.randrange(len(path[-1]))
+        path, value = (*path[:-1], f"{path[-1][:at]}x{path[-1][at:]}"), 1
+    else:
+        at = functools.reduce(lambda node, name: node[name], path, plain)
+        while at is None or (not is_wrong and not isinstance(at, bool | float)):
+            path = rng.choice(paths)
+            at = functools.reduce(lambda node, name: node[name], path, plain)
+        value = rng.choice(wrong_settings(path[-1], at) if is_wrong else [at, not at, 0.5])
+        value = value if is_wrong or type(value) is type(at) else at
     data = edit(plain, path, value)
-    text = f"{config}: {'.'.join(path)}={value!r:.40}"
-    return Case(text, (path[-1],), lambda: check(data))
+    return Case(f"{config}: {'.'.join(path)}={show(value)}", path[-1:], lambda: check(data))
 
 
 # -- batches ---------------------------------------------------------------------------------------
-TOKENS, LOG_PROBS = ("vla_action", "tokens"), ("vla_action", "log_probs")
-
-
 @functools.cache
 def token_policy() -> Any:
     """A policy of 2 action dimensions, 4 env steps and 8 tokens."""
@@ -292,105 +238,74 @@ def token_policy() -> Any:
     return policy
 
 
-def batch_of(loss: GRPOLoss, num_rows: int = 6) -> TensorDict:
-    """Decisions with every entry that the losses can read."""
+def batches(rng: random.Random, is_wrong: bool) -> Case:
+    loss: Any = dvla.GRPOLoss(token_policy(), importance="decoupled", kl_to_ref_coeff=0.1)
+    loss.set_keys(weight="weight")
     env = CountingChunkEnv()
-    observed = torch.stack([env.reset() for _ in range(num_rows)])
     with torch.no_grad():
-        batch = token_policy()(observed)
-    batch["advantage"] = torch.randn(num_rows, 1)
-    batch["action_is_pad"] = torch.arange(4).expand(num_rows, 4) >= 3
-    batch["policy_version"] = torch.zeros(num_rows, 1, dtype=torch.int64)
+        batch = token_policy()(torch.stack([env.reset() for _ in range(6)]))
+    batch["advantage"], batch["weight"] = torch.linspace(-1, 1, 6)[:, None], torch.ones(6, 1)
+    batch["action_is_pad"] = torch.arange(4).expand(6, 4) >= 3
+    batch["policy_version"] = torch.zeros(6, 1, dtype=torch.int64)
     batch = loss.write_proximal_log_prob(batch)
     batch["ref_log_prob"] = batch["proximal_log_prob"].clone()
-    batch["weight"] = torch.ones(num_rows, 1)
-    return batch
-
-
-def batches(rng: random.Random, is_wrong: bool) -> Case:
-    is_grpo = rng.random() < 0.8
-    policy = token_policy()
-    torch.manual_seed(rng.randrange(2**31))
-    loss = GRPOLoss(policy, importance="decoupled", kl_to_ref_coeff=0.1)
-    loss.set_keys(weight="weight")
-    batch = batch_of(loss)
-    keys: dict[Any, Any] = {TOKENS: ("action", "token"), "action_is_pad": ("action_is_pad",)}
-    keys |= {("observation", "state"): ("state",), ("observation", "image"): ("image",)}
-    if is_grpo:
-        names = ("advantage", "weight", "proximal_log_prob", "ref_log_prob", "policy_version")
-        keys |= {name: (name,) for name in names} | {LOG_PROBS: ("sample_log_prob",)}
-    key = rng.choice(list(keys))
-    value, text = batch[key], ""
-    if not is_wrong:
-        text = rng.choice(["as it is", *ALLOWED][: 4 if is_grpo else 1])
-        if text == "nothing executed":
-            batch["action_is_pad"] = torch.ones_like(batch["action_is_pad"])
-        elif text == "log-ratio beyond the bound":
-            batch[LOG_PROBS] = torch.full_like(batch[LOG_PROBS], -1e4)
-        elif text == "garbage in the padding":
-            batch[LOG_PROBS][:, 3], batch[TOKENS][:, 3] = NAN, -100
+    keys: list[Any] = [TOKENS, "action_is_pad", STATE, IMAGE]
+    others = ["advantage", "weight", "proximal_log_prob", "ref_log_prob", "policy_version"]
+    if is_grpo := rng.random() < 0.8:
+        keys += [LOG_PROBS, *others]
     else:
-        is_observation = key[0] == "observation"
-        ways = ["complex", "one row less", "one size more", "no dimension"]
-        ways += ["missing"] * (key not in ("action_is_pad", "policy_version"))
-        if value.is_floating_point():
-            ways += ["nan", "inf"] + ["int64", "bool", "huge"] * (not is_observation)
-        elif not is_observation:
-            ways += ["float"] + ["8", "-1", str(2**40), "bool"] * (key == TOKENS)
-        way, row = rng.choice(ways), rng.randrange(len(value))
-        text = f"{'GRPOLoss' if is_grpo else 'ActionTokenBCLoss'} {key}: {way}"
-        if way == "missing":
-            del batch[key]
-        elif way in ("one row less", "no dimension"):
-            batch.batch_size = []  # checks no size
-            for name in ("observation", "vla_action"):
-                batch[name].batch_size = []
-            batch[key] = value[1:] if way == "one row less" else value[:, 0]
-        elif way == "one size more":
-            batch[key] = torch.cat([value, value[..., :1]], -1)
-        elif way in ("complex", "float", "int64", "bool"):
-            kinds = {"complex": torch.complex64, "float": torch.float32}
-            batch[key] = value.to(kinds.get(way) or getattr(torch, way))
-        else:
-            number = {"huge": 1e30}.get(way) or float(way)
-            number = number if value.is_floating_point() else int(number)
-            batch[key] = value.index_fill(0, torch.tensor([row]), number)
+        loss = ActionTokenBCLoss(token_policy())
+    text = rng.choice(["as it is", *ALLOWED][: 4 if is_grpo else 1])
+    key: Any = rng.choice(keys)
+    if is_wrong:
+        batch.batch_size = batch["observation"].batch_size = batch["vla_action"].batch_size = []
+        value = batch[key]
+        wrong: list[Any] = [*wrong_tensors(value)]
+        wrong = [each for each in wrong if key != IMAGE or each.shape != value.shape]
+        wrong += [value.to(torch.complex64), value[1:]]
+        wrong += [GONE] * (key not in ("action_is_pad", "policy_version"))
+        if key == TOKENS:
+            wrong += [torch.full_like(value, number) for number in (8, -1, 2**40)]
+        elif value.is_floating_point() and key != STATE:
+            wrong += [value.to(torch.int64), value > 0, torch.full_like(value, 1e30)]
+        other = rng.choice(wrong)
+        batch = batch.exclude(key) if other is GONE else batch.set(key, other)
+        text = f"{type(loss).__name__} {key} = {show(other)}"
+    elif text == "nothing executed":
+        batch["action_is_pad"] = torch.ones_like(batch["action_is_pad"])
+    elif text == "log-ratio out of bounds":
+        batch[LOG_PROBS] = torch.full_like(batch[LOG_PROBS], -1e4)
+    elif text == "garbage in the padding":
+        batch[LOG_PROBS][:, 3], batch[TOKENS][:, 3] = NAN, -100
 
     def call() -> None:
-        if is_grpo:
-            out = loss(batch)
-            total = sum(value for name, value in out.items() if name.startswith("loss_"))
-        else:
-            total = ActionTokenBCLoss(policy)(batch)["loss_bc"]
+        total = sum(value for name, value in loss(batch).items() if name.startswith("loss_"))
         total.backward()
-        grads = [p.grad for p in loss.parameters() if p.grad is not None]
-        policy.zero_grad()
-        if not all(bool(grad.isfinite().all()) for grad in (total, *grads)):
+        found = [total, *(p.grad for p in loss.parameters() if p.grad is not None)]
+        token_policy().zero_grad()
+        if not all(bool(value.isfinite().all()) for value in found):
             raise ArithmeticError("the loss or a gradient is not finite")
 
-    shown = (*keys[key], str(key), *["observation"] * (key[0] == "observation"))
-    return Case(text, shown, call)
+    names = {TOKENS: ("token", "action "), LOG_PROBS: ("sample_log_prob",)}.get(key, (key,))
+    return Case(text, names if isinstance(key, str) or key in (TOKENS, LOG_PROBS) else key, call)
 
 
 # -- environments ----------------------------------------------------------------------------------
 class OddEnv(CountingChunkEnv):
     """Returns something else than it declares, at its resets or its steps."""
 
-    def __init__(self, key: Any = None, value: Any = None, at: str = "step", spec: Any = None):
+    def __init__(self, key: Any = None, value: Any = None, at: str = "", spec: Any = None) -> None:
         super().__init__(chunk_size=4, max_env_steps=12)
-        self.odd, self.at = (key, value), at
+        self.odd = (key, value, at)
         if spec is not None:
             self.set_spec_lock_(False)
             spec(self)
 
-    def _change(self, out: TensorDict, at: str) -> TensorDict:
-        key, value = self.odd
-        if key is None or at != self.at:
+    def _change(self, out: Any, at: str) -> Any:
+        key, value, when = self.odd
+        if at != when:
             return out
-        if isinstance(value, str) and value == GONE:
-            del out[key]
-            return out
-        return out.set(key, value)
+        return out.exclude(key) if value is GONE else out.set(key, value)
 
     def _reset(self, tensordict: Any = None, **kwargs: Any) -> Any:
         return self._change(super()._reset(tensordict, **kwargs), "reset")
@@ -399,83 +314,70 @@ class OddEnv(CountingChunkEnv):
         return self._change(super()._step(tensordict), "step")
 
 
-def of(value: Any, shape: tuple[int, ...] = (1,), dtype: Any = None) -> torch.Tensor:
-    return torch.full(shape, value, dtype=dtype)
+NO_TEXTS = (["a"], b"bytes", None, 7, NAN, {"a": 1}, ("a", "b"), True, object(), [])
+FLAGS = ("success", "done", "terminated", "action_is_pad")
 
 
-ODD_SIZES = ((0,), (2,), (3, 2))
-ODD: dict[str, list[tuple[Any, Any]]] = {
-    "rewards": [
-        *(("reward", of(value)) for value in (NAN, INF, -INF, 1j)),
-        *(("reward", of(value, dtype=torch.float64)) for value in (1e39, -1e300, NAN)),
-        *(("reward", of(1.0, shape)) for shape in ODD_SIZES),
-        *(("reward", value) for value in (GONE, NonTensorData("one"), NonTensorData(None))),
-        *(("success", of(value)) for value in (NAN, 0.5, 2.0, 1j)),
-        *(("success", of(True, shape)) for shape in ODD_SIZES),
-        *(("success", NonTensorData(value)) for value in ("yes", None)),
-        *(("done", of(value)) for value in (NAN, 0.5)),
-        *(("terminated", of(value)) for value in (NAN, 0.5)),
-        *(("done", of(False, shape)) for shape in ODD_SIZES),
-        *(("terminated", of(True, shape)) for shape in ODD_SIZES),
-        *(("action_is_pad", of(False, shape)) for shape in ((3,), (9,), (0,), (4, 4))),
-        *(("action_is_pad", of(value, (4,))) for value in (NAN, 0.5, 7)),
-        *(("action_is_pad", NonTensorData(value)) for value in ("none", None)),
-    ],
-    "observations": [
-        *((("observation", "state"), of(value, (4,))) for value in (NAN, INF, -INF, 1j)),
-        *((("observation", "state"), of(1e39, (4,), torch.float64)),),
-        *((("observation", "state"), of(0.0, shape)) for shape in ((9,), (), (0,), (3,), (1, 4))),
-        *((("observation", "state"), of(1, (4,), dtype)) for dtype in (torch.int64, torch.bool)),
-        *((("observation", "image"), of(0, shape, torch.uint8)) for shape in ((16, 16, 3), (3, 8))),
-        *((("observation", "image"), of(value, (3, 16, 16))) for value in (NAN, 0.5, 300.0, -1)),
-        *((("observation", "image"), of(300, (3, 16, 16))),),
-        *((("observation", name), GONE) for name in ("state", "image")),
-        *((("observation", "state"), NonTensorData(value)) for value in ("text", None, [0.0] * 4)),
-        *(("observation", value) for value in (GONE, of(0.0, (4,)), NonTensorData("text"))),
-    ],
-    "instructions": [
-        *(
-            ("language_instruction", NonTensorData(value))
-            for value in (["a"], b"bytes", None, 7, NAN, {"a": 1}, ("a", "b"), True, object(), [])
-        ),
-        *(("language_instruction", of(value, shape)) for value in (0.5, 7) for shape in ODD_SIZES),
-        *(("language_instruction", value) for value in (GONE, NonTensorStack("a", "b"))),
-        *(("language_instruction", NonTensorStack(NonTensorData(value))) for value in (b"", 3)),
-    ],
-}
+def returned(kind: str, rng: random.Random, is_wrong: bool) -> tuple[str, Any, Any, str]:
+    """Of an environment: text of the case, key, value, and whether at resets or steps."""
+    at = "step" if kind == "rewards" else rng.choice(["reset", "step"])
+    big = torch.full((1,), 1e39, dtype=torch.float64)
+    key: Any = {"rewards": rng.choice(["reward", *FLAGS]), "instructions": "language_instruction"}
+    key = key.get(kind) or rng.choice([STATE, IMAGE])
+    if not is_wrong:
+        key = STATE if key == IMAGE else "reward" if key in FLAGS else key
+        size = 4 if key == STATE else 1
+        value: Any = torch.full((size,), rng.choice([-1e30, -1.0, 0.5, 3e38]))
+        value = NonTensorData(rng.choice(["", "á\n" * 9999])) if kind == "instructions" else value
+        return "as it is", key, value, at
+    wrong: list[Any] = [GONE] * (key not in FLAGS)
+    if kind == "instructions":
+        wrong += [*map(NonTensorData, NO_TEXTS), torch.zeros(2), NonTensorStack("a", "b")]
+    else:
+        whole = CountingChunkEnv().reset()
+        example = torch.zeros(1) if key == "reward" else whole[key]
+        wrong += [*wrong_tensors(example), NonTensorData("text"), NonTensorData(None)]
+        wrong += {"reward": [big, -big], STATE: [big.expand(4), torch.ones(4).bool()]}.get(key, [])
+    value = rng.choice(wrong)
+    return f"{key} at {at} = {show(value)}", key, value, at
 
 
-def observe(key: Any, spec: Any) -> Callable[[Any], None]:
-    return lambda env: env.observation_spec.__setitem__(key, spec)
+def act(spec: Any) -> tuple[str, Any]:
+    return "full_action_spec", Composite(vla_action=Composite(chunk=spec))
 
 
-def declare(name: str, spec: Any) -> Callable[[Any], None]:
-    return lambda env: setattr(env, name, spec)
+def specs(rng: random.Random, is_wrong: bool) -> Case:
+    whole = Composite
+    odd: list[tuple[str, Any, Any]] = [
+        *(("state", STATE, Binary(4, dtype=dtype)) for dtype in (torch.complex64, torch.quint8)),
+        *(("state", STATE, Unbounded(shape)) for shape in ((0, 3), (-1, 3), (0,))),
+        ("state", STATE, Unbounded(4, dtype=torch.bfloat16)),
+        ("note", ("observation", "note"), NonTensor(shape=())),
+        ("observation", "observation_spec", whole(observation=Unbounded(4))),
+        ("observation", "observation_spec", whole(pixels=Unbounded(4))),
+        ("observation", ("observation",), Composite()),
+        *(("vla_action", *act(Unbounded(shape))) for shape in ((), (4, 0), (2, 4, 2))),
+        *(("vla_action", *act(Binary(shape=(4, 2), dtype=d))) for d in (torch.int64, torch.bool)),
+        *(("action_spec", *act(Bounded(1.0, high, (4, 2)))) for high in (NAN, -1.0)),
+        ("vla_action", "full_action_spec", whole(action=Unbounded((4, 2)))),
+        ("reward", "full_reward_spec", whole(pay=Unbounded(1))),
+        ("reward", "full_reward_spec", whole(agents=whole(reward=Unbounded(1)))),
+        ("done", "full_done_spec", whole(done=Binary(3))),
+        ("mask", ("action_mask",), Binary(8, dtype=torch.bool)),
+    ]
+    if not is_wrong:
+        chunk = rng.choice([0.5, INF, -INF, 1e30])
+        text = "as it is" if chunk == 0.5 else "action out of bounds"
+        return Case(text, (), lambda: play(OddEnv(), chunk))
+    name, key, spec = rng.choice(odd)
 
+    def declare(env: Any) -> None:
+        if isinstance(key, str):
+            setattr(env, key, spec)
+        else:
+            env.observation_spec[key] = spec
 
-def act(spec: Any) -> Callable[[Any], None]:
-    return declare("full_action_spec", Composite(vla_action=Composite(chunk=spec)))
-
-
-STATE = ("observation", "state")
-#: What an error must name, and what is declared.
-SPECS: list[tuple[str, Callable[[Any], None]]] = [
-    ("state", observe(STATE, Unbounded(4, dtype=torch.bfloat16))),
-    *(("state", observe(STATE, Unbounded(shape))) for shape in ((0, 3), (-1, 3), (0,))),
-    *(("state", observe(STATE, Binary(4, dtype=d))) for d in (torch.complex64, torch.quint8)),
-    ("note", observe(("observation", "note"), NonTensor(shape=()))),
-    ("observation", declare("observation_spec", Composite(observation=Unbounded(4)))),
-    ("observation", declare("observation_spec", Composite(pixels=Unbounded(4)))),
-    ("observation", observe("observation", Composite())),
-    *(("vla_action", act(Unbounded(shape))) for shape in ((), (4, 0), (2, 4, 2))),
-    *(("vla_action", act(Binary(shape=(4, 2), dtype=d))) for d in (torch.int64, torch.complex64)),
-    *(("action", act(Bounded(1.0, high, (4, 2)))) for high in (NAN, -1.0)),
-    ("vla_action", declare("full_action_spec", Composite(action=Unbounded((4, 2))))),
-    ("reward", declare("full_reward_spec", Composite(pay=Unbounded(1)))),
-    ("reward", declare("full_reward_spec", Composite(agents=Composite(reward=Unbounded(1))))),
-    ("done", declare("full_done_spec", Composite(done=Binary(3)))),
-    ("ask", observe("action_mask", Binary(8, dtype=torch.bool))),
-]
+    return Case(f"{key} = {show(spec)}", (name,), lambda: play(OddEnv(spec=declare)))
 
 
 def play(env: Any, chunk: float = 0.5) -> None:
@@ -494,92 +396,55 @@ def play(env: Any, chunk: float = 0.5) -> None:
                 break
 
 
-def specs(rng: random.Random, is_wrong: bool) -> Case:
-    if not is_wrong:
-        chunk = rng.choice([0.5, INF, -INF, 1e30])
-        text = "as it is" if chunk == 0.5 else "action out of bounds"
-        return Case(text, (), lambda: play(OddEnv(), chunk))
-    number = rng.randrange(len(SPECS))
-    name, change = SPECS[number]
-    return Case(f"spec {number}", (name,), lambda: play(OddEnv(spec=change)))
-
-
-def returned(kind: str, rng: random.Random, is_wrong: bool) -> Case:
-    """What an environment returns against its own spec."""
-    key, value = rng.choice(ODD[kind])
-    at = "step" if kind == "rewards" else rng.choice(["reset", "step"])
-    if not is_wrong:
-        key, value = {
-            "rewards": ("reward", of(rng.choice([-1e30, -1.0, 0.5, 3e38]))),
-            "observations": (STATE, of(rng.choice([-3e38, 0.0, 1e-45]), (4,))),
-            "instructions": ("language_instruction", NonTensorData(rng.choice(["", "á\n" * 9999]))),
-        }[kind]
-    name = key if isinstance(key, str) else key[-1]
-    shown = f"{value.dtype} {list(value.shape)}" if torch.is_tensor(value) else repr(value)
-    return Case(f"{key} at {at}: {shown:.60}", (name,), lambda: play(OddEnv(key, value, at)))
-
-
-def runs(rng: random.Random, is_wrong: bool) -> Case:
-    kind = rng.choice(list(ODD))
-    key, value = rng.choice(ODD[kind])
-    at = "step" if kind == "rewards" else rng.choice(["reset", "step"])
-    make = functools.partial(OddEnv, key, value, at) if is_wrong else OddEnv
-    names = (key if isinstance(key, str) else key[-1],)
-
-    def call() -> None:
-        cloudpickle.register_pickle_by_value(sys.modules[__name__])
-        collector = DVLACollector(make, token_policy(), **toy_settings(1))
-        try:
-            collector.start()
-            next(iter(collector.replay_buffer))
-        except Exception as error:  # the user sees the whole chain; what it says, not its source
-            lines = "".join(traceback.format_exception(error)).splitlines()
-            said = [line for line in lines if any(n in line for n in names) and line[:1] != " "]
-            raise RuntimeError("\n".join(said)) from None
-        finally:
-            collector.shutdown()
-
-    return Case(f"{key} at {at}: {value!r:.60}" if is_wrong else "as it is", names, call)
-
-
-def toy_settings(num_tries: int) -> dict[str, Any]:
-    workers = WorkerConfig(
-        num_workers=1,
-        max_decisions=4,
-        max_failures=num_tries,
-        max_rollout_failures=num_tries,
-        max_task_failures=num_tries,
+def toy_collector(make: Any, num_tries: int) -> dvla.DVLACollector:
+    failures = ("max_failures", "max_rollout_failures", "max_task_failures")
+    return dvla.DVLACollector(
+        make,
+        token_policy(),
+        replay_buffer=dvla.PooledReplayBuffer(batch_size=4, timeout_s=60.0),
+        group=dvla.GroupConfig(group_size=2, groups_per_update=1, on_no_signal="keep"),
+        workers=dvla.WorkerConfig(1, max_decisions=4, **dict.fromkeys(failures, num_tries)),
     )
-    group = GroupConfig(group_size=2, groups_per_update=1, on_no_signal="keep")
-    buffer = PooledReplayBuffer(batch_size=4, timeout_s=60.0)
-    return {"replay_buffer": buffer, "group": group, "workers": workers}
+
+
+def run(make: Any, names: tuple[str, ...]) -> None:
+    """Until the first batch, or what the learner is told instead."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    collector = toy_collector(make, 1)
+    try:
+        collector.start()
+        next(iter(collector.replay_buffer))
+    except Exception as error:  # what the whole chain says, without lines of source
+        lines = "".join(traceback.format_exception(error)).splitlines()
+        said = [line for line in lines if line[:1] != " " and any(name in line for name in names)]
+        raise RuntimeError("\n".join(said)) from None
+    finally:
+        collector.shutdown()
 
 
 # -- checkpoints -----------------------------------------------------------------------------------
-class Payload:
+class Payload(NamedTuple):
     """Makes a file when it is unpickled."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: str
 
     def __reduce__(self) -> Any:
-        return open, (str(self.path), "w")
+        return open, (self.path, "w")
 
 
 class SavedRun:
     """A checkpoint of a toy run, and what loads one into objects of the same settings."""
 
     def __init__(self, folder: str) -> None:
-        self.folder = folder
+        self.folder, self.collector = folder, None
         self.renew()
-        parts = self.loader._checkpoint.components
         self.collector.start()
-        loss = GRPOLoss(token_policy())
+        loss = dvla.GRPOLoss(token_policy())
         for _ in range(2):
             for batch in self.collector.replay_buffer:
                 loss(batch)["loss_objective"].backward()
-                parts["optimizer"].step()
-            parts["scheduler"].step()
+                self.parts["optimizer"].step()
+            self.parts["scheduler"].step()
             self.collector.update_policy_weights_()
         time.sleep(1.0)  # another group
         with self.collector.pause():
@@ -588,125 +453,94 @@ class SavedRun:
 
     def renew(self) -> None:
         """Another collector, for one loads no second time."""
-        with contextlib.suppress(AttributeError):
+        if self.collector is not None:
             self.collector.shutdown()
-        policy = token_policy()
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-        self.collector = DVLACollector(CountingChunkEnv, policy, **toy_settings(3))
-        parts = {"policy": policy, "optimizer": optimizer, "rng": GlobalRNGState()}
-        parts["scheduler"] = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-        self.loader = RunCheckpoints(self.folder, **parts, collector=self.collector)
-
-    def load(self, path: Path) -> None:
-        self.loader._verified = None
-        self.loader.load(path)
-        self.renew()
+        self.collector: Any = toy_collector(CountingChunkEnv, 3)
+        optimizer = torch.optim.AdamW(token_policy().parameters(), lr=1e-3)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        self.parts: Any = {"policy": token_policy(), "optimizer": optimizer}
+        self.parts |= {"scheduler": scheduler, "rng": GlobalRNGState(), "collector": self.collector}
+        self.loader: Any = RunCheckpoints(self.folder, **self.parts)
 
 
 saved_run = functools.cache(SavedRun)
 
 
-def descend(rng: random.Random, node: Any) -> tuple[tuple[Any, ...], Any]:
-    """Path and value of an entry of a saved state."""
+def foreign(rng: random.Random, state: Any) -> tuple[tuple[Any, ...], Any]:
+    """Path of an entry of a saved state, and a value that it must not have."""
     path: list[Any] = []
+    node = state
     while isinstance(node, dict | list | tuple) and node and (not path or rng.random() < 0.9):
         path.append(rng.choice(list(node) if isinstance(node, dict) else range(len(node))))
         node = node[path[-1]]
-    return tuple(path), node
+    # Counters that have counted nothing are not there.
+    wrong = [GONE] * (isinstance(path[-1], str) and not {"totals", "drops"}.intersection(path))
+    if isinstance(node, torch.Tensor):
+        wrong += ["text", None, *wrong_tensors(node)]
+    elif isinstance(node, bool):
+        wrong += ["text", 7]
+    elif isinstance(node, int | float):
+        is_count = isinstance(node, int) and node >= 0 and path[-1] != "seed"
+        wrong += ["text", NAN, [1], True, *[-7] * is_count]
+    elif isinstance(node, str | dict | list | tuple) and node:
+        wrong += [3, NAN, "text" if not isinstance(node, str) else [node]]
+    return (tuple(path), rng.choice(wrong)) if wrong else foreign(rng, state)
 
 
-def foreign_values(path: tuple[Any, ...], value: Any) -> list[Any]:
-    """Values that an entry like ``value`` must not have."""
-    if isinstance(value, torch.Tensor):
-        values = ["text", None, value.unsqueeze(0), value.to(torch.complex64)]
-        return values + [value * NAN] * value.is_floating_point()
-    if isinstance(value, bool):
-        return ["text", 7]
-    if isinstance(value, int | float):
-        is_count = isinstance(value, int) and value >= 0 and path[-1] != "seed"
-        return ["text", NAN, [1], True, *[-7] * is_count]
-    if isinstance(value, str) and value:
-        return [3, NAN, [value], None]
-    if isinstance(value, dict) and value:
-        return [[1], "text", None, 3]
-    return ["text", 3, {"a": 1}] if isinstance(value, list | tuple) and value else []
-
-
-def checkpoints(rng: random.Random, is_wrong: bool, folder: str = "") -> Case:
-    run = saved_run(folder)
-    whole = run.path
-    path = Path(folder) / "copy" / whole.name
+def checkpoints(rng: random.Random, is_wrong: bool, folder: str) -> Case:
+    saved = saved_run(folder)
+    path = Path(folder) / "copy" / saved.path.name
     shutil.rmtree(path.parent, ignore_errors=True)
-    shutil.copytree(whole, path)
-    manifest = path / "manifest.json"
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    way = rng.choice(["entry"] * 6 + ["metadata", "bytes", "pickle", "file"]) if is_wrong else ""
-    file = rng.choice([f for f in files if way == "file" or f != manifest])
-    component, text, names = file.parent.name.split("-", 1)[-1], "as it is", (file.name,)
-    marker = path / "ran"
-    content = file.read_bytes()
+    shutil.copytree(saved.path, path)
+    manifest, marker = path / "manifest.json", path / "ran"
+    record, text = json.loads(manifest.read_text()), "as it is"
+    way = rng.choice(["entry"] * 6 + ["manifest", "bytes", "pickle", "file"]) if is_wrong else ""
+    file = rng.choice([file for file in sorted(path.rglob("*")) if file.is_file()])
+    while file == manifest and way != "file":
+        file = rng.choice(list(path.glob("components/*/*")))
+    component, content = file.parent.name.split("-", 1)[-1], file.read_bytes()
+    names: tuple[Any, ...] = (component,)
+    at = rng.randrange(len(content))
     if way == "file":
-        damage = rng.choice(["truncated", "flipped", "gone", "empty", "more"])
-        at = rng.randrange(len(content))
-        parts = content[:at], bytes([content[at] ^ 0x80]), content[at + 1 :]
-        new = {"truncated": parts[0], "flipped": b"".join(parts), "empty": b""}
-        new["more"] = content + b"\0"
-        file.unlink() if damage == "gone" else file.write_bytes(new[damage])
-        text = f"{file.name} of {component} {damage} at {at}"
-        names = (file.name, "manifest")
-    elif way:
-        record = json.loads(manifest.read_text())
-        names = (component,)
-        if way == "metadata":
-            name = rng.choice(list(record["components"]))
-            keys: list[Any] = [("metadata", key) for key in record["metadata"]]
-            keys += [("components",), ("components", name), ("format_version",)]
-            keys += [("components", name, key) for key in ("adapter", "path")]
-            key = rng.choice(keys)
-            new = rng.choice([GONE, -7, None, NAN, -3, [1], "../../escaped"])
-            while new == "../../escaped" and key == ("metadata", "torchrl_dvla"):
-                new = -7
-            names = (key[-1], name) if key[0] == "components" else (key[-1], "format")
-            record, key = edit(record, key, new), ".".join(key)
-            text = f"{key} = {new!r}"
-        elif way == "bytes":
-            size = rng.randrange(len(content))
-            file.write_bytes(rng.choice([content[:size], b"", rng.randbytes(99), b"PK\3\4"]))
-            text = f"other bytes in {component}"
-        elif way == "pickle":
-            payload = {"state": Payload(marker)}
-            if rng.random() < 0.5:
-                torch.save(payload, file)
-            else:
-                file.write_bytes(pickle.dumps(payload))
-            text = f"a payload in {component}"
-        else:
-            state = torch.load(file, weights_only=False)
-            options: list[Any] = []
-            while not options:
-                entry, value = descend(rng, state)
-                options = foreign_values(entry, value)
-                options += [GONE] * isinstance(entry[-1], str)
-            new = rng.choice(options)
-            torch.save(edit(state, entry, new), file)
-            dotted = ".".join(map(str, entry))
-            text = f"{component}: {dotted} = {new!r:.60}".replace("\n", " ")
-            strings = [str(key) for key in entry if isinstance(key, str)]
-            names = (strings[-1],) if strings else (component,)
-            names += ("generator",) * (component == "rng")
-        digests = record.get("metadata", {}).get("sha256")
-        if isinstance(digests, dict):
-            digests[file.relative_to(path).as_posix()] = hashlib.sha256(
-                file.read_bytes()
-            ).hexdigest()
+        flipped = content[:at] + bytes([content[at] ^ 0x80]) + content[at + 1 :]
+        new = rng.choice([content[:at], flipped, b"", content + b"\0", None])
+        file.unlink() if new is None else file.write_bytes(new)
+        text, names = f"{component}/{file.name} = {show(new)}", (file.name,)
+    elif way == "bytes":
+        file.write_bytes(rng.choice([content[:at], b"", rng.randbytes(99), b"PK\3\4"]))
+        text = f"other bytes in {component}"
+    elif way == "pickle":
+        payload = {"state": Payload(str(marker))}
+        write = rng.choice([torch.save, lambda data, file: file.write_bytes(pickle.dumps(data))])
+        write(payload, file)
+        text = f"a payload in {component}"
+    elif way == "entry":
+        entry, new = foreign(rng, state := torch.load(file, weights_only=True))
+        torch.save(edit(state, entry, new), file)
+        text = f"{component}.{'.'.join(map(str, entry))} = {show(new)}"
+        inner = [key.lstrip("_") for key in entry if isinstance(key, str)]
+        names = (inner[-1] if inner else component, *["generator"] * (component == "rng"))
+    record["metadata"]["sha256"].pop(name := file.relative_to(path).as_posix(), None)
+    if way != "file":
+        record["metadata"]["sha256"][name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    if way == "manifest":
+        keys: list[Any] = [("metadata", key) for key in record["metadata"]]
+        keys += [("components", component, key) for key in ("adapter", "path")]
+        key = rng.choice([*keys, ("components",), ("components", component), ("format_version",)])
+        new = rng.choice([GONE, -7, None, NAN, [1]])
+        record, text = edit(record, key, new), f"{'.'.join(key)} = {show(new)}"
+        names = ("component", component) if key[0] == "components" else (key[-1], "format")
+    if way not in ("", "file"):
         manifest.write_text(json.dumps(record))
 
     def call() -> None:
+        saved.loader._verified = None
         try:
-            run.load(path)
+            saved.loader.load(path)
         finally:
             if marker.exists():
-                raise PayloadRan(text)
+                raise PayloadRanError(text)
+        saved.renew()
 
     return Case(text, names, call)
 
@@ -717,30 +551,33 @@ def build(kind: str, number: int, seed: int, folder: str) -> tuple[Case, bool]:
     rng, is_wrong = random.Random(f"{seed}/{kind}/{number}"), number % 11 != 10
     if kind == "checkpoints":
         return checkpoints(rng, is_wrong, folder), is_wrong
-    if kind in ODD:
-        return returned(kind, rng, is_wrong), is_wrong
-    makers = {"settings": settings, "batches": batches, "specs": specs, "runs": runs}
-    return makers[kind](rng, is_wrong), is_wrong
+    if kind in ("settings", "batches", "specs"):
+        return {"settings": settings, "batches": batches, "specs": specs}[kind](
+            rng, is_wrong
+        ), is_wrong
+    some = rng.choice(["rewards", "observations", "instructions"]) if kind == "runs" else kind
+    text, key, value, at = returned(some, rng, is_wrong)
+    names = (key if isinstance(key, str) else key[-1],)
+    make = functools.partial(OddEnv, key, value, at)
+    call = functools.partial(run, make, names) if kind == "runs" else lambda: play(make())
+    return Case(text, names, call), is_wrong
 
 
 def judge(case: Case, is_wrong: bool) -> tuple[str, str]:
     """The outcome of a case, and what was said."""
     try:
         case.call()
-    except PayloadRan as error:
+    except PayloadRanError as error:
         return "silent", repr(error)
     except Exception as error:
-        text = str(error)
         if not is_wrong:
             return "valid_refused", repr(error)
-        says = re.search(r"(?s)\bmust\b.*\bgot\b|' is (missing|unknown)", text) is not None
-        is_named = any(name in text for name in case.names)
-        says |= isinstance(error, FileNotFoundError)  # by the file's name
-        is_clear = isinstance(error, DOCUMENTED) and says and is_named
+        says = re.search(r"(?s)\bmust\b.*\bgot\b|' is (missing|unknown)", str(error))
+        is_clear = says or isinstance(error, FileNotFoundError)  # which says the file's name
+        is_clear = is_clear and any(name in str(error) for name in case.names)
+        is_clear = is_clear and isinstance(error, DOCUMENTED)
         return "refused" if is_clear else "unclear", repr(error)
-    if is_wrong:
-        return "silent", ""
-    return ("accepted" if case.text in ALLOWED else "valid"), ""
+    return "silent" if is_wrong else "accepted" if case.text in ALLOWED else "valid", ""
 
 
 def serve(connection: Any, kind: str, numbers: list[int], seed: int, folder: str) -> None:
@@ -749,71 +586,59 @@ def serve(connection: Any, kind: str, numbers: list[int], seed: int, folder: str
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     for number in numbers:
-        with contextlib.suppress(BrokenPipeError):
-            connection.send((number, "built", ""))
+        connection.send((number, "built", ""))
         case, is_wrong = build(kind, number, seed, folder)
         connection.send((number, "begun", case.text))
         connection.send((number, *judge(case, is_wrong)))
-    connection.close()
 
 
-def play_kind(
-    kind: str, numbers: list[int], seed: int, folder: str
-) -> Iterator[tuple[int, str, str, str]]:
+def outcomes(kind: str, numbers: list[int], seed: int) -> Iterator[tuple[int, str, str, str]]:
     """Number, text, outcome and error of each case, in processes that may hang or die."""
     context = multiprocessing.get_context("spawn")
     while numbers:
-        ours, theirs = context.Pipe()
-        child = context.Process(target=serve, args=(theirs, kind, numbers, seed, folder))
-        child.start()
-        theirs.close()
-        number, text, outcome = numbers[0], "", ""
-        try:
-            while numbers:
-                limit_s = KINDS[kind][1] if outcome == "begun" else 240  # imports, a toy run
-                if not ours.poll(limit_s):
-                    outcome = "hang"
-                    break
-                number, outcome, said = ours.recv()
-                if outcome == "begun":
-                    text = said
-                elif outcome != "built":
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            ours, theirs = context.Pipe()
+            child = context.Process(target=serve, args=(theirs, kind, numbers, seed, folder))
+            child.start()
+            stack.callback(child.join)
+            stack.callback(child.kill)
+            theirs.close()
+            number, text, outcome = numbers[0], "", ""
+            while numbers and outcome not in ("hang", "crash"):
+                limit_s = LIMIT_S.get(kind, 30) if outcome == "begun" else 240
+                try:
+                    is_there = ours.poll(limit_s)
+                    number, outcome, said = ours.recv() if is_there else (number, "hang", "")
+                except EOFError:
+                    child.join(10.0)
+                    outcome, said = "crash", f"exit code {child.exitcode}"
+                text = {"built": "", "begun": said}.get(outcome, text)
+                if outcome not in ("built", "begun"):
                     numbers = numbers[numbers.index(number) + 1 :]
                     yield number, text, outcome, said
-        except EOFError:
-            child.join(10.0)
-            outcome = "crash"
-        if outcome in ("hang", "crash"):
-            numbers = numbers[numbers.index(number) + 1 :]
-            yield number, text, outcome, f"exit code {child.exitcode}"
-            child.kill()
-        child.join()
 
 
 def main() -> None:
-    options = {"cases": 1000, "seed": 0, "kind": ",".join(KINDS), "case": ""}
+    options = {"cases": 1000, "seed": 0, "kind": ",".join(SHARES), "case": ""}
     args = arguments(__doc__, "60 cases", **options)
-    kinds = args.kind.split(",")
-    shares = {kind: KINDS[kind][0] * (60 if args.quick else args.cases) / 1000 for kind in kinds}
-    wanted = {kind: list(range(round(share * 1.1))) for kind, share in shares.items()}
+    num_cases, wanted = 60 if args.quick else args.cases, {}
+    for kind in args.kind.split(","):
+        wanted[kind] = list(range(round(SHARES[kind] * num_cases / 1000 * 1.1)))
     if args.case:
         kind, _, number = args.case.partition(":")
         wanted = {kind: [int(number)]}
     table, bad = {}, []
     for kind, numbers in wanted.items():
         counts: Counter[str] = Counter()
-        with tempfile.TemporaryDirectory() as folder:
-            for number, text, outcome, said in play_kind(kind, numbers, args.seed, folder):
-                counts[outcome] += 1
-                if outcome in BAD or args.case:
-                    bad.append(f"{outcome} --case {kind}:{number} --seed {args.seed}  {text}")
-                    log(f"{bad[-1]}  {said if args.case else said[:300]}")
+        for number, text, outcome, said in outcomes(kind, numbers, args.seed):
+            counts[outcome] += 1
+            if outcome in BAD or args.case:
+                bad.append(f"{outcome} --case {kind}:{number} --seed {args.seed}  {text}")
+                log(f"{bad[-1]}  {said if args.case else said[:300]}")
         table[kind] = dict(counts)
         log(f"{kind}: {table[kind]}")
-    totals = {outcome: sum(counts.get(outcome, 0) for counts in table.values()) for outcome in BAD}
-    plural = {"hang": "hangs", "crash": "crashes"}
-    result = {f"num_{plural.get(outcome, outcome)}": totals[outcome] for outcome in BAD}
-    report("fuzz", {**result, "outcomes": table, "seed": args.seed, "bad": bad}, args.quick)
+    totals = {f"num_{BAD[x]}": sum(count.get(x, 0) for count in table.values()) for x in BAD}
+    report("fuzz", {**totals, "outcomes": table, "seed": args.seed, "bad": bad}, args.quick)
 
 
 if __name__ == "__main__":

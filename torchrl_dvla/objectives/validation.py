@@ -93,8 +93,9 @@ def executed_tokens(
         return torch.ones_like(tokens, dtype=torch.bool)
     if pad.shape != tokens.shape[:-1]:
         raise ValueError(
-            f"{key!r} must have shape {list(tokens.shape[:-1])} (one flag per env step of the "
-            f"chunk), got {list(pad.shape)}. Is the environment's chunk size that of the policy?"
+            f"{key!r} must have shape {list(tokens.shape[:-1])} (one flag per env step of tokens "
+            f"{list(tokens.shape)}), got {list(pad.shape)}. Is the environment's chunk size that "
+            "of the policy?"
         )
     return executed_mask(pad, tokens.shape[-1])
 
@@ -134,7 +135,7 @@ def run_policy(
             return network.get_dist(inputs)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, IndexError, TypeError) as error:
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
         shapes = {key: (list(value.shape), value.dtype) for key, value in layout.items()}
         raise ValueError(
             f"the batch must hold inputs that the policy takes, got {shapes} and "
