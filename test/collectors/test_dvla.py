@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import multiprocessing
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchrl.data import ReplayBuffer
 
 from torchrl_dvla.collectors import (
     DVLACollector,
@@ -383,6 +385,15 @@ def test_what_is_inherited_is_honoured_or_refused(make_collector):
         len(collector)
     with pytest.raises(NotImplementedError, match="timeline"):
         collector.enable_profile()
+    for call in (collector.receive_weights, lambda: collector.register_scheme_receiver({})):
+        with pytest.raises(NotImplementedError, match="update_policy_weights_"):
+            call()
+    with pytest.raises(NotImplementedError, match="weight_updater must be left alone, got a dict"):
+        collector.weight_updater = {}
+    with pytest.raises(TypeError, match="cannot be pickled or copied"):
+        copy.deepcopy(collector)
+    with pytest.raises(TypeError, match="replay_buffer must be a PooledReplayBuffer"):
+        make_collector(replay_buffer=ReplayBuffer())
     with pytest.raises(ValueError, match="close_env must be True"):
         collector.shutdown(close_env=False)
     assert collector.set_seed(7) != 7 and collector.set_seed(7, static_seed=True) == 7

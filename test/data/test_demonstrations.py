@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tensordict import TensorDict
 from torchrl.data.vla import UniformActionTokenizer
+from torchrl.envs import TransformedEnv
 
 from torchrl_dvla.data.augmentation import RandomShift, StateNoise, shift_image
 from torchrl_dvla.data.demonstrations import (
@@ -23,6 +24,7 @@ from torchrl_dvla.data.demonstrations import (
     make_demonstration_buffer,
     stack_demonstrations,
 )
+from torchrl_dvla.envs import ToyChunkEnv
 
 
 def make_demo(seed=0, instruction="pick", success=True, num_rows=3):
@@ -155,6 +157,18 @@ def test_shift_moves_pixels_down_and_right():
     moved = shift_image(image, torch.tensor([[1, 0], [0, -1]]))
     assert moved[0, 0].tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, 5]]
     assert moved[1, 0].tolist() == [[1, 2, 2], [4, 5, 5], [7, 8, 8]]
+
+
+@pytest.mark.parametrize("transform", [RandomShift(4), StateNoise(1.0)])
+def test_augmentation_takes_any_batch_and_no_environment(transform):
+    observation = {"image": torch.ones(2, 3, 1, 4, 4), "state": torch.ones(2, 3, 5)}
+    rows = TensorDict({"observation": observation}, [2, 3])
+    for data in (rows, rows[0], rows[0, 0]):
+        out = transform(data.clone())
+        for key, value in data.items(True, True):
+            assert out[key].shape == value.shape
+    with pytest.raises(NotImplementedError, match="must not be part of an environment"):
+        TransformedEnv(ToyChunkEnv(), transform).rollout(1)
 
 
 @pytest.mark.parametrize(("transform", "name"), [(RandomShift, "max_shift"), (StateNoise, "scale")])

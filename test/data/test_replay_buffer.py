@@ -26,7 +26,9 @@ from torchrl.data import (
     StalenessAwareSampler,
     StreamingSliceSampler,
 )
+from torchrl.data.replay_buffers.checkpointers import TensorStorageCheckpointer
 from torchrl.data.replay_buffers.samplers import PromptGroupSampler
+from torchrl.data.replay_buffers.writers import RoundRobinWriter
 from torchrl.envs.transforms import RenameTransform
 
 from torchrl_dvla.data import GroupConfig, GroupQueue, InitStateSchedule, PooledReplayBuffer
@@ -294,6 +296,33 @@ def test_samplers_that_cannot_follow_groups_that_leave_are_refused_by_name(plane
         buffer.bind(plane().groups)
 
 
+SETTINGS = {
+    "storage": (LazyTensorStorage(4), lambda buffer: buffer.set_storage(LazyTensorStorage(4))),
+    "writer": (RoundRobinWriter(), lambda buffer: buffer.set_writer(RoundRobinWriter())),
+    "shared": (True, None),
+    "checkpointer": (TensorStorageCheckpointer(), None),
+    "dim_extend": (1, None),
+    "save hooks": (None, lambda buffer: buffer.register_save_hook(id)),
+    "load hooks": (None, lambda buffer: buffer.register_load_hook(id)),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_without_effect_on_a_bound_buffer_is_refused(plane, setting):
+    given, call = SETTINGS[setting]
+    plane = plane()
+    refused = f"{setting} must be left out to learn from groups"
+    buffers = [] if given is None else [PooledReplayBuffer(batch_size=2, **{setting: given})]
+    if call is not None:
+        buffers.append(PooledReplayBuffer(batch_size=2))
+        call(buffers[-1])
+        with pytest.raises(RuntimeError, match=refused):
+            call(plane.buffer)
+    for buffer in buffers:
+        with pytest.raises(ValueError, match=refused):
+            buffer.bind(plane.groups)
+
+
 def test_staging_batches_come_from_the_model_pool_that_is_given(plane):
     size = 2 * ModelPool.nbytes_for(LAYOUT, 4)
     model_pool = ModelPool(size)
@@ -395,6 +424,31 @@ def test_rows_come_from_the_collector(plane):
         pickle.dumps(buffer.storage)
 
 
+def test_fields_shape_and_counts_of_a_bound_buffer(plane):
+    plane = plane(collate_fn=lambda rows: rows.select("x", "group_id"))
+    plane.add(2)
+    buffer, storage = plane.buffer, plane.buffer.storage
+    assert storage["x"].flatten().tolist() == xs(buffer[:]) == list(range(10))
+    assert storage["image"].shape == (10, 3, 8, 8) and storage.shape == (10,)
+    assert storage[torch.tensor([[4, 2], [0, 9]])]["x"].squeeze(-1).tolist() == [[4, 2], [0, 9]]
+    assert storage.contains(-10) is True and storage.contains(10) is False
+    with pytest.raises(KeyError, match="'y'"):
+        storage["y"]
+    for call in (storage.dump, storage.loads, storage.register_save_hook):
+        with pytest.raises(NotImplementedError, match="of the buffer"):
+            call("a path")
+    for copied in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="cannot be pickled or copied"):
+            copied(buffer)
+    assert [len(found) for found in buffer.query(trajectory_key="group_id")] == [5, 5]
+    assert set(next(iter(buffer)).keys()) == set(buffer.sample().keys()) == {"x", "group_id"}
+    assert buffer.write_count == buffer.stats()["write_count"] == 10
+    plane.update()
+    plane.publish()
+    plane.add()
+    assert (buffer.write_count, len(buffer)) == (15, 5)
+
+
 def test_statistics_and_shutdown(plane):
     plane = plane()
     plane.add(2)
@@ -427,7 +481,12 @@ def test_it_is_torchrls_buffer_until_it_is_bound():
     assert (ours[:] == theirs[:]).all()
     assert ours.write_count == theirs.write_count == 14
     assert ours.stats() == theirs.stats()
-    for use in (lambda: next(iter(ours)), lambda: ours.cohort, lambda: ours.pool):
+    assert all((a == b).all() for a, b in zip(islice(ours, 3), islice(theirs, 3), strict=True))
+    empty = PooledReplayBuffer(batch_size=4)
+    with pytest.raises(RuntimeError, match="shared must be given to the constructor"):
+        ours.share()
+    assert PooledReplayBuffer(shared=True).share().shared
+    for use in (lambda: next(iter(empty)), lambda: ours.cohort, lambda: ours.pool):
         with pytest.raises(RuntimeError, match=r"must be bound to a collector .* call sample\(\)"):
             use()
 

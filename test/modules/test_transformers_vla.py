@@ -304,3 +304,23 @@ def test_diverged_weights_are_not_sampled_from(policy):
     with set_exploration_type(ExplorationType.RANDOM), torch.no_grad():
         with pytest.raises(ValueError, match="must be finite"):
             policy(make_observation(1))
+
+
+def test_ensembles_run_under_vmap():
+    """As TorchRL's losses call ensembles: one module over stacked parameters."""
+    policies = [make_policy(seed=seed) for seed in (0, 1)]
+    params, td = TensorDict.from_modules(*policies, as_module=False), make_observation(3)
+
+    def call(params):
+        with params.to_module(policies[0]):
+            return policies[0].action_logits(td), policies[0](td.copy())[TOKENS]
+
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+        logits, tokens = torch.vmap(call, randomness="different")(params)
+    assert tokens.shape == (2, 3, 4, 6) and not torch.equal(tokens[0], tokens[1])
+    for policy, found in zip(policies, logits, strict=True):
+        torch.testing.assert_close(found, policy.action_logits(td))
+    swapped = torch.func.functional_call(
+        policies[0], dict(policies[1].named_parameters()), (td.copy(),)
+    )
+    torch.testing.assert_close(swapped[LOG_PROBS], policies[1](td.copy())[LOG_PROBS])

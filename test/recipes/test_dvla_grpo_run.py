@@ -42,7 +42,9 @@ SMALL = [
     "train.max_minutes=null",
 ]
 #: Metrics of settings that the run does not use, or of what need not happen in it.
-_OCCASIONAL = r"faults/|loss/(loss_entropy|loss_kl|kl_to_ref)|groups/dropped_"
+_OCCASIONAL = (
+    r"collector/env_steps_clipped|faults/|loss/(loss_entropy|loss_kl|kl_to_ref)|groups/dropped_"
+)
 
 
 class Run:

@@ -155,6 +155,38 @@ def test_scalars_of_both_sides() -> None:
     assert updater.stats()["num_publishes"] == 2
 
 
+def test_what_is_inherited_is_honoured_or_refused() -> None:
+    trained, served = make_policy(), make_policy()
+    updater = AsyncWeightUpdater()
+    updater.init_on_sender(model=trained, num_workers=1)
+    with pytest.raises(RuntimeError, match=r"send\(\) needs a sender that is connected"):
+        updater.send()
+    updater.connect()
+    receiver = updater.receiver(0)
+    receiver.init_on_receiver(model_id="policy", model=served, worker_idx=0)
+    with pytest.raises(RuntimeError, match=r"receive\(\) needs a receiver that is connected"):
+        receiver.receive()
+    with pytest.raises(ValueError, match="must be init_on_receiver.s, 0, got 1"):
+        receiver.connect(worker_idx=1)
+    receiver.connect()
+    with pytest.raises(ValueError, match="timeout must be None or 0, got 1.0"):
+        receiver.receive(timeout=1.0)
+    with pytest.raises(NotImplementedError, match="other readers of the store read"):
+        receiver.apply_weights(TensorDict.from_module(trained))
+    for end in (updater, receiver):
+        assert end.model is (trained if end is updater else served)
+        assert end.weights["module", "bias"].tolist() == [0.0, 0.0]
+        for name in ("strategy", "weights", "shared_transport"):
+            with pytest.raises(NotImplementedError, match=f"{name} must be left as it is"):
+                setattr(end, name, None)
+    assert updater.version == 0
+    alone = copy.deepcopy(updater)
+    with pytest.raises(RuntimeError, match="has no store"):
+        alone.publish()
+    receiver.shutdown()
+    updater.shutdown()
+
+
 def test_all_workers_or_none() -> None:
     updater = make_updater(make_policy(), num_workers=2)
     updater.send(worker_ids=[0, 1])

@@ -103,6 +103,7 @@ class DVLACollector(BaseCollector):
         ValueError: if an argument is out of range, if a budget cannot hold the groups of one
             update, or if policy and environment do not fit each other, or the schedule asks for
             numbered initial states that the environment does not declare.
+        TypeError: if *replay_buffer* is another kind of buffer.
         RuntimeError: with the worker's traceback if an environment cannot be built.
 
     Examples:
@@ -160,6 +161,11 @@ class DVLACollector(BaseCollector):
         self._lockstep = inference.is_deterministic(group.max_policy_lag)
         self._seed, self._closed = seed, False
         self.replay_buffer = PooledReplayBuffer() if replay_buffer is None else replay_buffer
+        if not issubclass(type(self.replay_buffer), PooledReplayBuffer):  # not a remote one either
+            raise TypeError(
+                "replay_buffer must be a PooledReplayBuffer of this process, got a "
+                f"{type(self.replay_buffer).__name__}. Make a PooledReplayBuffer(batch_size=...)."
+            )
         self.memory = DualPool() if memory is None else memory
         self.timeline = Timeline()
         self._publishing = self.timeline.track("distribution", "learner")
@@ -524,6 +530,33 @@ class DVLACollector(BaseCollector):
         raise NotImplementedError(
             "enable_profile is not available here: rollouts run in processes of their own. The "
             "work of every lane is in collector.timeline; export_chrome_trace() writes it."
+        )
+
+    def receive_weights(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse to be sent weights: the collector is where the learner's are published."""
+        raise NotImplementedError(
+            "A DVLACollector receives no weights: its policy is the learner's, and the lanes adopt "
+            "what is published. Call update_policy_weights_(weights)."
+        )
+
+    register_scheme_receiver = receive_weights
+
+    @property
+    def weight_updater(self) -> None:
+        """``None``: weights travel by ``weight_sync_schemes``."""
+        return None
+
+    @weight_updater.setter
+    def weight_updater(self, value: Any) -> None:
+        raise NotImplementedError(
+            f"weight_updater must be left alone, got a {type(value).__name__}. Pass "
+            "weight_sync_schemes={'policy': AsyncWeightUpdater(...)} to the constructor."
+        )
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "A DVLACollector cannot be pickled or copied: it owns processes and shared memory. Use "
+            "state_dict(), or build another."
         )
 
     def __repr__(self) -> str:

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from tensordict import TensorDictBase
 from torchrl.envs.transforms import Transform
@@ -42,6 +44,13 @@ def shift_image(image: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     return moved.permute(0, 3, 1, 2)
 
 
+def _refuse_environment(self: Transform, next_tensordict: TensorDictBase) -> NoReturn:
+    raise NotImplementedError(
+        f"{type(self).__name__} disturbs sampled batches and must not be part of an environment. "
+        "Pass it to the replay buffer as transform."
+    )
+
+
 class RandomShift(Transform):
     """Shifts each sampled image by up to a few pixels, the same for a whole image.
 
@@ -63,11 +72,14 @@ class RandomShift(Transform):
         self.max_shift = max_shift
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Shift the images of a sampled batch ``[B]``."""
+        """Shift the images ``[*B, C, H, W]`` of a sampled batch."""
         image = tensordict.get(IMAGE_KEY)
         limits = (-self.max_shift, self.max_shift + 1)
-        shift = torch.randint(*limits, (len(image), 2), device=image.device)
-        return tensordict.set(IMAGE_KEY, shift_image(image, shift))
+        shift = torch.randint(*limits, (image.shape[:-3].numel(), 2), device=image.device)
+        shifted = shift_image(image.reshape(-1, *image.shape[-3:]), shift)
+        return tensordict.set(IMAGE_KEY, shifted.reshape(image.shape))
+
+    _call = _refuse_environment
 
 
 class StateNoise(Transform):
@@ -89,6 +101,8 @@ class StateNoise(Transform):
         self.scale = scale
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Disturb the states of a sampled batch ``[B]``."""
+        """Disturb the states of a sampled batch."""
         state = tensordict.get(STATE_KEY)
         return tensordict.set(STATE_KEY, state + self.scale * torch.randn_like(state))
+
+    _call = _refuse_environment

@@ -49,6 +49,7 @@ _COUNTS = (
     "groups_kept",
     "no_signal_groups",
     "groups_kept_without_signal",
+    "rows_kept",
     "updates",
 )
 
@@ -406,6 +407,7 @@ class GroupQueue:
                 rollout.pages = []
         group.state = GroupState.COMPLETE
         self._counts["groups_kept"] += 1
+        self._counts["rows_kept"] += len(rows)
         self._kept_length += group.mean_length
 
     def _watch_signal(self, group: Group) -> str | None:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,17 +53,34 @@ class _NoTrack:
         return nullcontext()
 
 
-def _unless_bound(name: str) -> Callable[..., Any]:
-    """TorchRL's method ``name``, refused once the buffer is bound."""
+#: Settings of TorchRL's buffer that would have no effect on rows in the pages of a collector.
+_OWN_ROWS_ONLY = ("storage", "writer", "checkpointer", "dim_extend", "shared")
+
+
+def _unless_bound(name: str, setting: str | None = None) -> Any:
+    """TorchRL's method ``name``, refused once the buffer is bound, or before if it makes a setting.
+
+    A setting that would be lost keeps the buffer from being bound.
+    """
     method = getattr(ReplayBuffer, name)
+    reason = READ_ONLY if setting is None else _lost([setting])
 
     @functools.wraps(method)
     def guarded(self: PooledReplayBuffer, *args: Any, **kwargs: Any) -> Any:
         if self.is_bound:
-            raise RuntimeError(READ_ONLY)
+            raise RuntimeError(reason)
+        if setting is not None:
+            self._own.append(setting)
         return method(self, *args, **kwargs)
 
     return guarded
+
+
+def _lost(settings: Sequence[str]) -> str:
+    return (
+        f"{', '.join(settings)} must be left out to learn from groups, got one. The rows are those "
+        "of the collector's pages; state_dict() and dumps() save them."
+    )
 
 
 def _require_stateless(sampler: Sampler) -> None:
@@ -208,17 +225,21 @@ class PooledReplayBuffer(ReplayBuffer):
         self.shuffle = check("shuffle", shuffle, bool)
         self.num_staging = check("num_staging", num_staging, int, Range(1, remedy=staging))
         max_size = check("max_size", max_size, Count)
-        self._has_own_storage = "storage" in kwargs
+        self._own: list[str] = []
         #: The groups of the collector that the buffer is bound to.
         self.groups: GroupQueue | None = None
-        # Compilable: counters are plain numbers, not named semaphores in /dev/shm.
+        # Compilable: counters are plain numbers of this process, not named semaphores in /dev/shm.
+        compilable = kwargs.get("compilable")
+        if compilable is None:
+            compilable = "storage" not in kwargs and not kwargs.get("shared")
         defaults = {
-            "storage": LazyTensorStorage(max_size, compilable=True),
-            "writer": RoundRobinWriter(compilable=True),
+            "storage": LazyTensorStorage(max_size, compilable=compilable),
+            "writer": RoundRobinWriter(compilable=compilable),
         }
         super().__init__(
             batch_size=batch_size, sampler=sampler, transform=transform, **{**defaults, **kwargs}
         )
+        self._own = [name for name in _OWN_ROWS_ONLY if kwargs.get(name) not in (None, False)]
         self._plan: CohortPlan | None = None
         self._ended_plan: CohortPlan | None = None
         self._staging: list[RowFields] = []
@@ -278,11 +299,8 @@ class PooledReplayBuffer(ReplayBuffer):
                 "empty() first, or make another."
             )
         _require_stateless(self._sampler)
-        if self._has_own_storage:
-            raise ValueError(
-                "storage must be left out to learn from groups, got one: the rows are those of the "
-                "collector's pages."
-            )
+        if self._own:
+            raise ValueError(_lost(self._own))
         if self._prefetch_cap:
             raise ValueError(
                 f"prefetch must be 0 to learn from groups, got {self._prefetch_cap}. Rows that "
@@ -299,7 +317,7 @@ class PooledReplayBuffer(ReplayBuffer):
         if instructions is not None:
             self.insert_transform(0, InstructionTransform(instructions))
         storage = PooledStorage(groups)
-        self.set_storage(storage, collate_fn=self._collate_fn)
+        super().set_storage(storage, collate_fn=self._collate_fn)
         self._writer.register_storage(storage)
         self.set_rng(self._rng)
         # One lock for both: positions are those of one instant, from the sampler to the copy.
@@ -318,13 +336,16 @@ class PooledReplayBuffer(ReplayBuffer):
     # -- learning -------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        """The minibatches of one learner update.
+        """The minibatches of one learner update; before it is bound, TorchRL's samples.
 
         Raises:
             TimeoutError: if no cohort is complete within ``timeout_s``; it says why.
-            RuntimeError: if the buffer is not bound, collection has ended, another update is being
+            RuntimeError: if the buffer is empty, collection has ended, another update is being
                 iterated, or the last one is not published.
         """
+        if self.groups is None and len(self):
+            yield from super().__iter__()
+            return
         groups = self._bound()
         if self._iterating:
             raise RuntimeError(
@@ -389,7 +410,7 @@ class PooledReplayBuffer(ReplayBuffer):
         # Without the lock: the cohort's pages are the learner's until the update is published.
         staging = self._staging[self._num_staged % self.num_staging]
         self._num_staged += 1
-        batch = self._storage._fields.gather(rows, staging)
+        batch = self._collate_fn(self._storage._fields.gather(rows, staging))
         return self._transform(batch) if len(self._transform) else batch
 
     # -- TorchRL's interface --------------------------------------------------------------------
@@ -401,6 +422,24 @@ class PooledReplayBuffer(ReplayBuffer):
     set_at_ = _unless_bound("set_at_")
     update_ = _unless_bound("update_")
     __setitem__ = _unless_bound("__setitem__")
+    set_storage = _unless_bound("set_storage", "storage")
+    set_writer = _unless_bound("set_writer", "writer")
+    register_save_hook = _unless_bound("register_save_hook", "save hooks")
+    register_load_hook = _unless_bound("register_load_hook", "load hooks")
+
+    def share(self, shared: bool = True) -> PooledReplayBuffer:
+        """Let other processes write, too, as TorchRL's.
+
+        Raises:
+            RuntimeError: if it counts its rows in this process alone: they would be overwritten.
+        """
+        if shared and self._initialized and self._storage._compilable:
+            raise RuntimeError(
+                "shared must be given to the constructor, got a buffer that counts its rows in "
+                "this process alone. Make a PooledReplayBuffer(shared=True) for rows of your own."
+            )
+        super().share(shared)
+        return self
 
     def set_sampler(self, sampler: Sampler) -> None:
         """Replace the sampler, once it is bound by one that can follow groups that leave."""
@@ -408,15 +447,32 @@ class PooledReplayBuffer(ReplayBuffer):
             _require_stateless(sampler)
         super().set_sampler(sampler)
 
+    @property
+    def write_count(self) -> int:
+        """Rows written so far: by ``add`` and ``extend``, or in the groups of the collector."""
+        if self.groups is None:
+            return super().write_count
+        return int(self.groups.stats()["rows_kept"])
+
     def stats(self) -> dict[str, int | float | bool]:
         """TorchRL's statistics, and once it is bound those of its groups."""
-        return {**super().stats(), **(self.groups.stats() if self.groups is not None else {})}
+        if self.groups is None:
+            return super().stats()
+        return {**super().stats(), **self.groups.stats(), "write_count": self.write_count}
 
     def shutdown(self, timeout: float | None = None) -> None:
         """End TorchRL's own executors, and the wait of a learner."""
         if self.groups is not None:
             self.groups.end("it was shut down")
         super().shutdown(timeout)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.is_bound:
+            raise TypeError(
+                "A PooledReplayBuffer that is bound to a collector cannot be pickled or copied: "
+                "its rows are pages of this process. Use state_dict(), dumps() or sample()."
+            )
+        return super().__getstate__()
 
     # -- checkpoints ----------------------------------------------------------------------------
 

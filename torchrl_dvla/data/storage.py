@@ -7,11 +7,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torchrl.data.replay_buffers.storages import Storage, TensorStorage
 
 from torchrl_dvla.data.group_queue import GroupQueue
@@ -75,18 +75,32 @@ class PooledStorage(TensorStorage):
             rows = [group.row_index(self.groups.pool) for group in self.groups.stored]
             return torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
 
-    def get(self, index: Any) -> TensorDictBase:
-        """A copy of the rows at ``index``: a number, numbers, a mask or a slice.
+    def get(self, index: Any) -> Any:
+        """A copy of the rows at ``index``: a number, numbers, a mask, a slice; or of one field.
 
         Raises:
             IndexError: if there is no such position.
+            KeyError: if there is no such field.
         """
+        path = (index,) if isinstance(index, str) else index
+        if isinstance(path, tuple) and isinstance(path[0], str):
+            return self._get_field(unravel_key(path))
         if isinstance(index, (list, range, torch.Tensor)):
             index = np.asarray(index)
         with self.groups.lock:
             numbers = self.row_index().numpy()[index]
-            rows = self._fields.gather(torch.from_numpy(np.ascontiguousarray(numbers)))
-        return rows if np.ndim(numbers) else rows[0]
+            flat = np.ascontiguousarray(numbers).reshape(-1)
+            rows = self._fields.gather(torch.from_numpy(flat))
+        return rows.reshape(numbers.shape) if np.ndim(numbers) else rows[0]
+
+    def _get_field(self, key: NestedKey) -> Any:
+        path = (key,) if isinstance(key, str) else key
+        fields = self._fields.keys
+        keys = [k for k in fields if ((k,) if isinstance(k, str) else k)[: len(path)] == path]
+        if not keys:
+            raise KeyError(f"index must name fields of the rows, got {key!r}. They are {fields}.")
+        with self.groups.lock:
+            return RowFields(self.groups.pool.rows, keys).gather(self.row_index()).get(key)
 
     @property
     def _storage(self) -> TensorDictBase:
@@ -99,11 +113,18 @@ class PooledStorage(TensorStorage):
             self.groups.require_open()
             return sum(group.num_rows for group in self.groups.stored)
 
+    @property
+    def shape(self) -> torch.Size:
+        """``[len(self)]``."""
+        return torch.Size([len(self)])
+
     def __len__(self) -> int:
         return self._len
 
     def contains(self, item: Any) -> Any:
         """Whether positions are filled."""
+        if isinstance(item, int):
+            return -len(self) <= item < len(self)
         item = torch.as_tensor(item)
         return (item >= -len(self)) & (item < len(self))
 
@@ -113,6 +134,14 @@ class PooledStorage(TensorStorage):
 
     def _empty(self) -> None:
         raise RuntimeError(READ_ONLY)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(
+            "A PooledStorage is saved and loaded with its groups: call dumps(), loads(), "
+            "state_dict() or load_state_dict() of the buffer. Hooks have no place there."
+        )
+
+    dumps = loads = register_save_hook = register_load_hook = _refuse
 
     def state_dict(self) -> dict[str, Any]:
         """The rows by value, in the order of their positions, as plain data."""

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import torch
+from tensordict import is_batchedtensor
 from torch import nn
 
 __all__ = ["ActionQueryHead", "inverse_cdf_sample"]
@@ -91,7 +92,8 @@ def inverse_cdf_sample(probs: torch.Tensor) -> torch.Tensor:
     """
     cumulative = probs.cumsum(-1)
     total = cumulative[..., -1:]
-    if not bool(torch.isfinite(total).all()):
+    # Nothing can be decided by the values of an ensemble, inside of torch.vmap.
+    if not is_batchedtensor(total) and not bool(torch.isfinite(total).all()):
         raise ValueError(
             "logits must be finite, got NaN or infinity. The weights have diverged: go back to an "
             "older checkpoint and lower the learning rate."

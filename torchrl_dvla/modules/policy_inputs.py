@@ -161,7 +161,8 @@ class PixelNormalizer(nn.Module):
                 align_corners=False,
                 antialias=True,
             ).clamp_(0.0, 255.0)
-        return pixels.mul_(self.scale).add_(self.shift).to(dtype)
+        # The product is a new tensor: in an ensemble the buffers have one dimension more.
+        return (pixels * self.scale).add_(self.shift).to(dtype)
 
 
 class StateProjector(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -28,6 +28,16 @@ if TYPE_CHECKING:
     from torchrl_dvla.memory import ModelPool
 
 __all__ = ["AsyncWeightUpdater", "StoreTransport"]
+
+
+def _read_only(name: str, remedy: str) -> property:
+    """TorchRL's property ``name``, whose setter would have no effect on a store."""
+
+    def refuse(self: AsyncWeightUpdater, value: Any) -> NoReturn:
+        raise NotImplementedError(f"{name} must be left as it is, got another value. {remedy}")
+
+    inherited: property = getattr(WeightSyncScheme, name)
+    return property(inherited.fget, refuse, doc=inherited.__doc__)
 
 
 @register_weight_sync_backend("dvla")
@@ -147,7 +157,12 @@ class AsyncWeightUpdater(WeightSyncScheme):
 
         Raises:
             ValueError: if ``worker_ids`` names only some of the workers: all share one version.
+            RuntimeError: on a receiver, or before ``connect``.
         """
+        if not self.synchronized_on_sender:
+            raise RuntimeError(
+                "send() needs a sender that is connected. Call init_on_sender() and connect()."
+            )
         if worker_ids is not None:
             ids = {worker_ids} if isinstance(worker_ids, int) else set(worker_ids)
             if not ids.issuperset(self._readers):
@@ -218,6 +233,8 @@ class AsyncWeightUpdater(WeightSyncScheme):
         if num_workers is None:
             num_workers = len(devices) if devices is not None else 0
         self._source = weights if weights is not None else model
+        if model is not None:
+            self.model = model
         if self._store is None:
             if self._source is None:
                 raise ValueError(
@@ -270,6 +287,11 @@ class AsyncWeightUpdater(WeightSyncScheme):
     def _setup_connection_and_weights_on_receiver_impl(
         self, *, worker_idx: int | None = None
     ) -> None:
+        if worker_idx not in (None, self.worker_idx):
+            raise ValueError(
+                f"worker_idx must be init_on_receiver's, {self.worker_idx}, got {worker_idx}. "
+                "Leave it out."
+            )
         self._follow(self.model)
 
     def create_transport(self, **kwargs: Any) -> StoreTransport:
@@ -292,15 +314,37 @@ class AsyncWeightUpdater(WeightSyncScheme):
         """Adopt the latest version, if it is new; never waits.
 
         Args:
-            timeout (optional): not used.
+            timeout (optional): ``None`` or 0.
 
         Returns:
             the weights, as views on the store, or None if there was nothing new.
 
         Raises:
-            RuntimeError: on a sender.
+            RuntimeError: on a sender, or before ``connect``.
+            ValueError: for a timeout to wait for.
         """
+        if timeout:
+            raise ValueError(
+                f"timeout must be None or 0, got {timeout}. receive() never waits: call it again, "
+                "or wait() on the sender."
+            )
+        if not self.synchronized_on_receiver:
+            raise RuntimeError(
+                "receive() needs a receiver that is connected. Call init_on_receiver() and "
+                "connect() first."
+            )
         return TensorDict.from_module(self.model) if self._adopt() else None
+
+    def apply_weights(self, weights: Any, inplace: bool = True) -> NoReturn:
+        """Refuse to write to a receiver's model: its parameters may be the store's memory."""
+        raise NotImplementedError(
+            "apply_weights would write into what other readers of the store read. Publish the "
+            "weights on the sender, or copy them into a module that does not receive."
+        )
+
+    strategy = _read_only("strategy", "The store takes modules, tensordicts and dicts alike.")
+    weights = _read_only("weights", "Pass them to publish() or send() on the sender.")
+    shared_transport = _read_only("shared_transport", "The store is what all workers share.")
 
     def shutdown(self) -> None:
         """Close what this side owns: the store of a sender, the reader of a receiver."""
