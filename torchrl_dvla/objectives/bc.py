@@ -21,6 +21,7 @@ from torchrl_dvla.objectives.validation import (
     log_prob_of,
     run_policy,
 )
+from torchrl_dvla.validation import check
 
 __all__ = ["ActionTokenBCLoss"]
 
@@ -98,7 +99,7 @@ class ActionTokenBCLoss(BCLoss):
         check_finite: bool = True,
     ) -> None:
         super().__init__(actor_network, reduction=reduction)
-        self.check_finite = check_finite
+        self.check_finite: bool = check("check_finite", check_finite, bool)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

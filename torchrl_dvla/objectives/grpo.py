@@ -240,7 +240,7 @@ class GRPOLoss(LossModule):
         self.behavior_weight_cap = behavior_weight_cap
         self.reduction = reduction
         self.kl_estimator = kl_estimator
-        self.check_finite = check_finite
+        self.check_finite: bool = check("check_finite", check_finite, bool)
         self._compared_version: int | None = -1
         device = next((p.device for p in self.parameters()), None)
         for name, value in (
