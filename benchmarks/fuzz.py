@@ -64,13 +64,14 @@ from torchrl.data import Binary, Bounded, Composite, NonTensor, Unbounded
 import torchrl_dvla as dvla
 from torchrl_dvla.data import InitStateSchedule, decision_layout
 from torchrl_dvla.envs import ToyChunkEnv
-from torchrl_dvla.memory import DualPool, EnvironmentPool
+from torchrl_dvla.memory import EnvironmentPool
 from torchrl_dvla.modules import TinyBackboneConfig, tiny_token_policy
 from torchrl_dvla.objectives import ActionTokenBCLoss
 from torchrl_dvla.recording import RunCheckpoints
 from torchrl_dvla.swimlane.env_worker import EnvWorker, describe_env
 from torchrl_dvla.swimlane.messages import Reset, Step
 from torchrl_dvla.testing import CountingChunkEnv
+from torchrl_dvla.weight_update import WeightStore
 
 #: Malformed cases of 1,000; seconds that one may take, start of its process not counted.
 SHARES = {"settings": 340, "checkpoints": 200, "batches": 200, "specs": 50, "rewards": 70}
@@ -169,9 +170,9 @@ CONTRADICTIONS = {
 }
 REQUIRED = "seed env policy.kind optim.lr optim.minibatch_size train.num_updates eval.num_episodes"
 REQUIRED += " name device demonstrations.folder training.lr training.num_steps policy.num_bins"
+OF_A_POLICY = [dvla.GRPOLoss, ActionTokenBCLoss, WeightStore]
 CLASSES = [dvla.GroupConfig, dvla.WorkerConfig, dvla.InferenceConfig, dvla.PooledReplayBuffer]
-CLASSES += [dvla.GRPOLoss, dvla.AsyncWeightUpdater, DualPool, InitStateSchedule, ToyChunkEnv]
-CLASSES += [TinyBackboneConfig]
+CLASSES += [*OF_A_POLICY, InitStateSchedule, ToyChunkEnv, TinyBackboneConfig]
 
 
 @functools.cache
@@ -204,7 +205,7 @@ def settings(rng: random.Random, is_wrong: bool) -> Case:
         known = [(key, x.default) for key, x in defaults if isinstance(x.default, kinds)]
         name, default = rng.choice(known)
         value, first = rng.choice(wrong_settings(name, default)), [token_policy()]
-        call = functools.partial(cls, *first * (cls is dvla.GRPOLoss), **{name: value})
+        call = functools.partial(cls, *first * (cls in OF_A_POLICY), **{name: value})
         return Case(f"{cls.__name__}({name}={show(value)})", (name,), call)
     config = rng.choice(list(CONTRADICTIONS) + ["libero_openvla_oft"] * (way != "fit"))
     check, plain, paths = recipe(config)
