@@ -35,7 +35,7 @@ from torchrl_dvla.saved_state import Number, form_of, require_form
 _LOGGED = re.compile(
     r"(collector|lane|weights|planes|faults)/\w+"
     r"|memory/\w+/(pages_\w+|\w+_bytes|internal_waste|page_wait_s)"
-    r"|buffer/(groups_(?!failed)\w+|no_signal_groups|wait_s|last_wait_s)"
+    r"|buffer/(groups_(?!failed)\w+|rows_kept|no_signal_groups|wait_s|last_wait_s)"
 )
 
 

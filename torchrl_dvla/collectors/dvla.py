@@ -142,7 +142,6 @@ class DVLACollector(BaseCollector):
         check("workers", workers, WorkerConfig)
         check("inference", inference, InferenceConfig)
         check("memory", memory, DualPool | None)
-        check("replay_buffer", replay_buffer, PooledReplayBuffer | None)
         rows_per_page = check("rows_per_page", rows_per_page, Count)
         seed = check("seed", seed, int)
         tasks = create_env_fn if isinstance(create_env_fn, Mapping) else {"default": create_env_fn}
