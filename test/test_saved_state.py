@@ -77,7 +77,9 @@ def test_nothing_that_is_read_runs_code(tmp_path, write):
     assert "safe_globals" not in str(info.value) and "weights_only" not in str(info.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"x", b"PK\x03\x04", b"\x80\x02.", bytes(999)])
+@pytest.mark.parametrize(
+    "content", [b"", b"x", b"PK\x03\x04", b"\x80\x02.", bytes(999), b"PK\x03\x04" + bytes(5000)]
+)
 def test_a_file_of_something_else_is_refused(tmp_path, content):
     (tmp_path / "state.pt").write_bytes(content)
     with pytest.raises(ValueError, match="must be a whole file of tensors, numbers and text, got"):

@@ -14,12 +14,14 @@ from typing import Annotated, Literal
 import numpy as np
 import pytest
 import torch
+from tensordict.nn import TensorDictModule
 from torch import nn
 
 from torchrl_dvla import (
     AsyncWeightUpdater,
     DVLACollector,
     GroupConfig,
+    GRPOLoss,
     InferenceConfig,
     PooledReplayBuffer,
     WorkerConfig,
@@ -120,6 +122,12 @@ COUNTS, TIMES = (0, -1, 1.5, math.nan, True, "3", 2**70), (0, -1.0, math.nan, ma
 SWITCHES, SEEDS = (None, 1, "yes"), (0.5, math.nan, 2**70, True, None)
 
 
+def token_loss(**kwargs):
+    policy = TensorDictModule(nn.Linear(1, 1), in_keys=["a"], out_keys=["b"])
+    policy.get_dist = policy.forward
+    return GRPOLoss(policy, **kwargs)
+
+
 def store(**kwargs):
     return WeightStore(nn.Linear(1, 1), **kwargs)
 
@@ -155,8 +163,12 @@ def collector(**kwargs):  # before a worker is started
         (store, "num_slots max_readers", COUNTS),
         (store, "trainable_only lora_only check_finite", SWITCHES),
         (InitStateSchedule, "seed", SEEDS),
+        (InitStateSchedule, "tasks", ("ab", {"a": 1}, [0], math.nan, ())),
+        (InitStateSchedule, "init_state_ids", ([-2], ["a"], [0.5], ())),
+        (token_loss, "check_finite", SWITCHES),
         (ToyChunkEnv, "action_dim chunk_size image_size success_steps", COUNTS),
         (ToyChunkEnv, "success_tol", TIMES),
+        (ToyChunkEnv, "seed", SEEDS[:-1]),
         (TinyBackboneConfig, "image_size patch_size vision_size vision_layers text_size", COUNTS),
         (TinyBackboneConfig, "text_layers head_size scale_factor", COUNTS),
         (TinyBackboneConfig, "mlp_ratio", TIMES),

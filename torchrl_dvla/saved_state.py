@@ -20,6 +20,7 @@ a type                an instance of it
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import reprlib
@@ -181,9 +182,9 @@ def read_state(
     try:
         with torch.serialization.safe_globals(list(safe_globals)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except OSError:
-        raise
     except Exception as error:  # the unpickler of a damaged file raises anything
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # it seeks before the start
+            raise
         # PyTorch goes on to tell how the file is loaded with whatever code it brings.
         text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
         cause = text.partition("\n")[0].partition(" Please ")[0] or type(error).__name__

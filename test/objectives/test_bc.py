@@ -77,6 +77,17 @@ def test_sequence_level_policies_are_refused():
         loss(batch())
 
 
+def test_entries_that_are_missing_or_of_another_shape_are_refused():
+    loss, data = ActionTokenBCLoss(TablePolicy(LOGITS)), batch()
+    with pytest.raises(
+        ValueError, match=r"'action_is_pad' must have shape \[2, 2\].* got \[2, 1\]"
+    ):
+        loss(data.clone().set("action_is_pad", data["action_is_pad"][:, :1]))
+    for key, name in ((("vla_action", "tokens"), "expert's tokens"), ("observation", "inputs")):
+        with pytest.raises(KeyError, match=f"the batch must hold .*{name}.* got "):
+            loss(data.clone().exclude(key))
+
+
 def test_what_cannot_be_an_experts_token_is_refused_unless_padded():
     data = batch(pad=(False, True))
     data["vla_action", "tokens"][1, 1] = -100

@@ -715,6 +715,12 @@ def test_wrong_shapes():
         loss(batch.clone().set("advantage", torch.zeros(6)))
     with pytest.raises(ValueError, match=r"'action_is_pad' must have shape.*chunk size"):
         loss(batch.clone().set("action_is_pad", torch.zeros(6, 3, dtype=torch.bool)))
+    for value, message in (
+        (torch.zeros(6, 9), r"must hold inputs that the policy takes, got .*state'\): \(\[6, 9\]"),
+        (torch.full((6, 3), 1j), "the policy's inputs must be real, got complex .*state"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loss(batch.clone().set(("observation", "state"), value))
     batch["vla_action", "log_probs"] = batch["vla_action", "log_probs"].sum((-2, -1))
     with pytest.raises(ValueError, match="sample_log_prob must have the shape of the tokens"):
         loss(batch)

@@ -260,7 +260,7 @@ def test_a_damaged_manifest_is_found(checkpoint):
     manifest = checkpoint / "manifest.json"
     content = manifest.read_text()
     manifest.write_text(content[:40])
-    with pytest.raises(CheckpointError, match="Invalid checkpoint manifest"):
+    with pytest.raises(CheckpointError, match="manifest.json' must be .* got: Invalid"):
         _load(checkpoint)
     manifest.write_text(json.dumps(json.loads(content) | {"format_version": 99}))
     with pytest.raises(CheckpointError, match="Unsupported newer checkpoint format version 99"):
@@ -328,7 +328,7 @@ DAMAGE = {
     "optimizer/state/0/exp_avg": [REMOVED, torch.ones(1, 2), ONES * NAN],
     "optimizer/state/0/exp_avg_sq": [-ONES],
     "optimizer/state/0/max_exp_avg_sq": [ONES],
-    "optimizer/state/0/step": [torch.tensor(-1.0), torch.tensor(float("inf"))],
+    "optimizer/state/0/step": [torch.tensor(-1.0), torch.tensor(float("inf")), torch.tensor(1j)],
     "scheduler/last_epoch": [-1, 1.5, "text"],
     "scheduler/_step_count": [REMOVED],
     "scheduler/base_lrs": [[NAN], [0.1, 0.1]],
@@ -396,12 +396,12 @@ def test_a_damaged_file_with_its_digest_made_anew_is_refused(whole, tmp_path, co
 @pytest.mark.parametrize(
     "content", ["[]", "3", "{}", '{"format": 1}', "\0", '{"metadata": {}}', "x" * 99]
 )
-@pytest.mark.parametrize("is_metadata", [False, True])
-def test_a_manifest_of_anything_else_counts_for_nothing(checkpoint, content, is_metadata):
+@pytest.mark.parametrize("entry", [None, "metadata", "components"])
+def test_a_manifest_of_anything_else_counts_for_nothing(checkpoint, content, entry):
     manifest = checkpoint / "manifest.json"
     whole = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(whole | {"metadata": content}) if is_metadata else content)
-    with pytest.raises(CheckpointError, match="manifest|TorchRL checkpoint"):
+    manifest.write_text(json.dumps(whole | {entry: content}) if entry else content)
+    with pytest.raises(CheckpointError, match=r"manifest\.json' must be .* got: .* older"):
         _load(checkpoint)
     assert find_latest_checkpoint(checkpoint.parents[1]) is None
     assert _save(checkpoint.parent, 6) == RunCheckpoints(checkpoint.parent).latest()

@@ -177,7 +177,9 @@ class WrongEnv(CountingChunkEnv):
     def _step(self, tensordict):
         out = super()._step(tensordict)
         for key, value in self.wrong.items():
-            out.set(key, value)
+            out.pop(key)
+            if value is not None:
+                out.set(key, value)
         return out
 
 
@@ -191,6 +193,8 @@ class WrongEnv(CountingChunkEnv):
         ),
         ({"reward": NonTensorData("one")}, "reward must be finite, got NonTensorData"),
         ({"reward": torch.ones(2)}, "'reward', .* must have the shape of their specs"),
+        ({"reward": None}, "'reward', .* must have the shape of their specs, got another, or none"),
+        ({"reward": torch.tensor([complex(0, torch.nan)])}, "reward must be finite, got tensor"),
         ({"success": torch.tensor([0.5])}, r"'success' must be one torch.bool, got tensor\(\[0.5"),
         ({"action_is_pad": torch.zeros(3).bool()}, r"must be \[4\] torch.bool, got \[3\]"),
         ({"observation": torch.zeros(4)}, r"'image'\) must be in what is written, got none"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, pvariance
 from typing import Annotated, Any, Literal, NamedTuple
@@ -151,15 +151,20 @@ class InitStateSchedule(Iterator[EpisodeSpec]):
         init_state_ids: Sequence[int] | None = None,
         seed: int = 0,
     ) -> None:
-        if not tasks:
+        is_several = isinstance(tasks, Iterable) and not isinstance(tasks, str | Mapping)
+        names = list(tasks) if is_several else tasks
+        self.tasks: tuple[str, ...] = check("tasks", names, tuple[str, ...])
+        if not self.tasks:
             raise ValueError("tasks must name at least one task, got none. Pass ('default',).")
         if init_state_ids is not None and not len(init_state_ids):
             raise ValueError(
                 "init_state_ids must hold at least one id, got none. Pass None to let the "
                 "environment sample."
             )
-        self.tasks = tuple(tasks)
-        self.init_state_ids = None if init_state_ids is None else tuple(init_state_ids)
+        ids = None if init_state_ids is None else list(init_state_ids)
+        self.init_state_ids: tuple[int, ...] | None = check(
+            "init_state_ids", ids, tuple[int, ...] | None, Range(-1, remedy="-1 is a sampled one.")
+        )
         self.seed = check("seed", seed, int)
         self._cursor = 0
 

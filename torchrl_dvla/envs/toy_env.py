@@ -70,6 +70,7 @@ class ToyChunkEnv(ToyVLAEnv):
         image_size = check("image_size", image_size, int, Range(1, 4096))
         success_steps = check("success_steps", success_steps, Count)
         success_tol = check("success_tol", success_tol, Positive)
+        seed = check("seed", seed, int | None)
         super().__init__(
             action_dim=action_dim,
             state_dim=2 * action_dim,

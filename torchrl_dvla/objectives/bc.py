@@ -9,14 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
 from torchrl.objectives import BCLoss
 
 from torchrl_dvla.data.schema import ACTION_IS_PAD_KEY, ACTION_TOKENS_KEY
-from torchrl_dvla.functional import executed_mask
-from torchrl_dvla.objectives.validation import check_ranges, log_prob_of
+from torchrl_dvla.objectives.validation import (
+    check_ranges,
+    executed_tokens,
+    leaves_of,
+    log_prob_of,
+    run_policy,
+)
+from torchrl_dvla.validation import check
 
 __all__ = ["ActionTokenBCLoss"]
 
@@ -94,7 +99,7 @@ class ActionTokenBCLoss(BCLoss):
         check_finite: bool = True,
     ) -> None:
         super().__init__(actor_network, reduction=reduction)
-        self.check_finite = check_finite
+        self.check_finite: bool = check("check_finite", check_finite, bool)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -107,17 +112,20 @@ class ActionTokenBCLoss(BCLoss):
             TensorDict with ``"loss_bc"`` and ``"accuracy"``.
 
         Raises:
-            ValueError: if the policy's log-probabilities are not token-level, or values are out of
-                range (see *check_finite*).
+            KeyError: if an entry is missing.
+            ValueError: if the policy's log-probabilities are not token-level, shapes or dtypes do
+                not fit together, or values are out of range (see *check_finite*).
         """
-        tokens = tensordict.get(self.tensor_keys.action)
-        with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
-            dist = self.actor_network.get_dist(tensordict)
+        tokens = tensordict.get(self.tensor_keys.action, None)
+        if tokens is None:
+            raise KeyError(
+                f"the batch must hold the expert's tokens under {self.tensor_keys.action!r}, "
+                f"got {leaves_of(tensordict)}. An action tokenizer writes them."
+            )
+        dist = run_policy(tensordict, self.actor_network, self.actor_network_params)
         pad_key = self.tensor_keys.pad_mask
         pad = None if pad_key is None else tensordict.get(pad_key, None)
-        if pad is None:
-            pad = torch.zeros(tokens.shape[:-1], dtype=torch.bool, device=tokens.device)
-        valid = executed_mask(pad, tokens.shape[-1])
+        valid = executed_tokens(pad, tokens, pad_key)
         log_prob, ranges = log_prob_of(tokens, dist, valid, check=self.check_finite)
         if self.check_finite:
             check_ranges(ranges, tensordict, tokens.shape[:-2].numel())

@@ -28,7 +28,10 @@ from torchrl_dvla.objectives.validation import (
     ValueRange,
     can_check,
     check_ranges,
+    executed_tokens,
+    leaves_of,
     log_prob_of,
+    run_policy,
 )
 from torchrl_dvla.validation import Range, check
 
@@ -237,7 +240,7 @@ class GRPOLoss(LossModule):
         self.behavior_weight_cap = behavior_weight_cap
         self.reduction = reduction
         self.kl_estimator = kl_estimator
-        self.check_finite = check_finite
+        self.check_finite: bool = check("check_finite", check_finite, bool)
         self._compared_version: int | None = -1
         device = next((p.device for p in self.parameters()), None)
         for name, value in (
@@ -465,7 +468,7 @@ class GRPOLoss(LossModule):
         value = tensordict.get(key, None)
         if value is None:
             raise KeyError(
-                f"the batch must hold {name} under {key!r}, got {_leaves(tensordict)}. "
+                f"the batch must hold {name} under {key!r}, got {leaves_of(tensordict)}. "
                 f"{_WRITERS[name]}."
             )
         is_real = value.is_floating_point() or name == "action"
@@ -480,16 +483,7 @@ class GRPOLoss(LossModule):
     def _mask(self, tensordict: TensorDictBase, tokens: torch.Tensor) -> torch.Tensor:
         """Boolean ``[*B, chunk, A]``, ``True`` = the token was executed and counts."""
         pad = tensordict.get(self.tensor_keys.pad_mask, None)
-        if pad is None:
-            mask = torch.ones_like(tokens, dtype=torch.bool)
-        else:
-            if pad.shape != tokens.shape[:-1]:
-                raise ValueError(
-                    f"{self.tensor_keys.pad_mask!r} must have shape {list(tokens.shape[:-1])} "
-                    f"(one flag per env step of the chunk), got {list(pad.shape)}. Is the "
-                    "environment's chunk size that of the policy?"
-                )
-            mask = F.executed_mask(pad, tokens.shape[-1])
+        mask = executed_tokens(pad, tokens, self.tensor_keys.pad_mask)
         # Padding that TorchRL's own samplers leave behind, see LossModule.loss_mask_key.
         for key in self._loss_mask_keys():
             valid = tensordict.get(key, None)
@@ -542,23 +536,7 @@ class GRPOLoss(LossModule):
         params: TensorDictParams,
     ) -> d.Distribution:
         """Distribution of the single tokens ``[*B, chunk, A]``, from one forward of *network*."""
-        # Only what the policy declares to read, and its token mask. Logits that were stored while
-        # collecting must not get through: get_dist would take them for its own, and the loss would
-        # have no gradient.
-        keys = list(network.in_keys)
-        mask_key = getattr(getattr(network, "tensor_keys", None), "action_mask", None)
-        if mask_key is not None and tensordict.get(mask_key, None) is not None:
-            keys.append(mask_key)
-        try:
-            inputs = tensordict.select(*keys)
-        except KeyError as error:
-            raise KeyError(
-                f"the batch must hold the policy's inputs {network.in_keys}, got "
-                f"{_leaves(tensordict)}. Environment workers write observations; sampling the "
-                "buffer rebuilds the instruction from its id."
-            ) from error
-        with params.to_module(network, preserve_module_state=False):
-            dist = network.get_dist(inputs)
+        dist = run_policy(tensordict, network, params)
         while isinstance(dist, d.Independent):  # log_probs_mode="sequence" sums over the chunk
             dist = dist.base_dist
         return dist
@@ -593,10 +571,6 @@ class GRPOLoss(LossModule):
         if self.kl_estimator == "exact":
             return dist
         return log_prob_of(tokens, dist, mask, check=self.check_finite)[0]
-
-
-def _leaves(tensordict: TensorDictBase) -> list[NestedKey]:
-    return list(tensordict.keys(include_nested=True, leaves_only=True))
 
 
 def _entropy(dist: d.Distribution) -> torch.Tensor:

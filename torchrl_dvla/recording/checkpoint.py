@@ -390,12 +390,13 @@ def _optimizer_problems(optimizer: Optimizer, state: Any, name: str) -> list[str
         for index, parameter in zip(saved["params"], own["params"]):
             if not (entry := left.pop(index, None)):
                 continue  # it had no gradient yet
-            if (expected := _state_after_a_step(optimizer, saved, parameter)) is not None:
-                problems += form_problems(form_of(expected), entry, f"{name}.state.{index}")
-            problems += [
+            expected = _state_after_a_step(optimizer, saved, parameter)
+            form = {object: object} if expected is None else form_of(expected)
+            found = form_problems(form, entry, f"{name}.state.{index}")
+            problems += found or [
                 f"'{name}.state.{index}.{key}' must be at least 0, got a negative value"
                 for key in _NON_NEGATIVE.intersection(entry)
-                if isinstance(entry[key], torch.Tensor) and (entry[key] < 0).any()
+                if isinstance(entry[key], torch.Tensor) and (entry[key].double() < 0).any()
             ]
     return problems + [f"'{name}.state.{index}' is unknown" for index in left]
 
@@ -448,13 +449,15 @@ def _manifest(path: Path) -> dict[str, Any]:
     """
     try:
         manifest = Checkpoint.manifest(path)
-    except (CheckpointError, OSError):
+        problems = form_problems(_METADATA, manifest.get("metadata"), "metadata")
+    except OSError:
         raise
-    except Exception as error:  # not text, or no mapping
-        raise CheckpointError(f"Invalid checkpoint manifest at {path}. {_REMEDY}") from error
-    if problems := form_problems(_METADATA, manifest.get("metadata"), "metadata"):
+    except Exception as error:  # cut off, not text, or no mapping
+        problems = [str(error).rstrip(".")]
+    if problems:
         raise CheckpointError(
-            f"Invalid checkpoint manifest at {path}: {join_some(problems)}. {_REMEDY}"
+            f"{str(path / 'manifest.json')!r} must be the manifest of a whole checkpoint, got: "
+            f"{join_some(problems)}. {_REMEDY}"
         )
     return manifest
 

@@ -334,12 +334,13 @@ class EnvWorker:
         outside = _clip(chunk, self._bounds[rollout.task])
         try:
             tensordict = rollout.env.step(rollout.tensordict.set(ACTION_CHUNK_KEY, chunk))
-        except RuntimeError as error:
-            if "is invalid for input of size" not in str(error):  # TorchRL reshapes them to theirs
-                raise
+        except (AttributeError, RuntimeError) as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            if all(frame.name != "_step_proc_data" for frame in frames):
+                raise  # the environment's own; there, TorchRL looks at what it returned
             message = (
                 "'reward', 'done', 'terminated' and 'truncated' must have the shape of their "
-                "specs, got another."
+                f"specs, got another, or none: {error}."
             )
             raise self._refuse(ValueError(message), command.env_index, rollout) from error
         try:
@@ -360,7 +361,8 @@ class EnvWorker:
         following = tensordict.get("next")
         entries = dict(following.items())  # once for all: get() has a price of its own
         paid = entries["reward"]
-        reward = float(paid.sum()) if isinstance(paid, torch.Tensor) else float("nan")
+        is_real = isinstance(paid, torch.Tensor) and not paid.is_complex()
+        reward = float(paid.sum()) if is_real else float("nan")
         if not abs(reward) < _LARGEST:
             raise ValueError(
                 f"reward must be finite, got {paid!r:.99}. The simulator may have become unstable: "
