@@ -163,15 +163,7 @@ def main() -> None:
         "frames_equal": all(frames_equal),
         "ratios": ratios,
         "environments": {name: summary(runs[name]) for name in NAMES},
-        "workload": {
-            "gl": os.environ.get("MUJOCO_GL"),
-            "suite": SUITE,
-            "task_id": TASK_ID,
-            "size": SIZE,
-            "chunk_size": CHUNK_SIZE,
-            "decisions_per_episode": decisions,
-            "repeats": num_repeats,
-        },
+        "workload": {"gl": os.environ.get("MUJOCO_GL"), "decisions_per_episode": decisions},
     }
     report("libero_env", result, args.quick, "mujoco", "robosuite")
 

@@ -22,14 +22,9 @@ ratio_vs_recipe          ours over ``recipe``, collecting and learning.
 ratio_vs_best_torchrl    ours over the best of ``async`` and ``sync``, likewise.
 *_collect_only           the same ratios without learning.
 
-The sizes are those of TorchRL's own toy configuration of its VLA recipe: 16x16 images, chunks of 4,
-at most 6 decisions an episode, a success after two env steps in a row within 0.35 of the target, 64
-bins, a hidden size of 128, groups of 4, 8 groups an update, minibatches of 64.
-
-How the settings of the rivals were found: ``--search recipe`` (or ``async``, ``sync``) measures the
-alternatives in ``SEARCH`` and prints them; ``SETTINGS`` holds the best.
-
-The last line of stdout is one JSON object.
+The sizes are those of TorchRL's own toy configuration of its VLA recipe. ``--search recipe`` (or
+``async``, ``sync``) measures the alternatives in ``SEARCH``; ``SETTINGS`` holds the best. The last
+line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -453,8 +448,6 @@ def main() -> None:
         "mean_batch": round(statistics.median(column("ours", "learn_batch")), 1),
         "learned_share": round(statistics.median(column("ours", "learned_share")), 2),
         "settings": SETTINGS,
-        "seconds": SECONDS,
-        "repeats": num_repeats,
     }
     report("toy_throughput", result, args.quick, "tensordict")
 
