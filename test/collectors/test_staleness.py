@@ -156,6 +156,7 @@ def run(make_collector, make_env, *, max_policy_lag, seed, **group):
     for _ in range(NUM_UPDATES):
         learner.update()
     collector.shutdown()
+    assert collector.policy_version == NUM_UPDATES
     return collector, learner
 
 
