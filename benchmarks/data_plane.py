@@ -144,8 +144,6 @@ def state_policy() -> Policy:
 
 
 # -- this project ----------------------------------------------------------------------------------
-
-
 class Copied:
     """Bytes that copying calls have moved in this process."""
 
@@ -285,8 +283,6 @@ class Dvla:
 
 
 # -- TorchRL ---------------------------------------------------------------------------------------
-
-
 def make_env() -> Any:
     """An environment of TorchRL's whose step hands out references to its frames."""
     from torchrl.data import Composite, Unbounded
@@ -389,8 +385,6 @@ class TorchRL:
 
 
 # -- turns -----------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def build(
     name: str, settings: dict[str, int], count: bool = False

@@ -92,8 +92,6 @@ SEARCH: list[tuple[str, Settings]] = [
 
 
 # -- the task --------------------------------------------------------------------------------------
-
-
 class GroupedToyChunkEnv(ToyChunkEnv):
     """``ToyChunkEnv`` with the group ids that TorchRL's arrangement reads off the data.
 
@@ -205,8 +203,6 @@ class Update:
 
 
 # -- the arrangements ------------------------------------------------------------------------------
-
-
 class Arrangement:
     """Something that collects and learns, in stretches of time; a context manager.
 
@@ -375,8 +371,6 @@ def _learn(update: Update, batch: TensorDictBase) -> None:
 
 
 # -- measuring -------------------------------------------------------------------------------------
-
-
 def run(
     family: str,
     settings: Settings,

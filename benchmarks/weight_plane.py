@@ -142,8 +142,6 @@ def set_version(policy: Policy, version: int) -> Policy:
 
 
 # -- the readers -----------------------------------------------------------------------------------
-
-
 def serve(
     connection: Connection,
     scheme: WeightSyncScheme,
@@ -292,8 +290,6 @@ class Node:
 
 
 # -- TorchRL's inference servers -------------------------------------------------------------------
-
-
 class Answer(nn.Module):
     """A policy for a server: one decision as the request orders it, and whether it was whole."""
 
@@ -397,8 +393,6 @@ class ServerNode(Node):
 
 
 # -- measuring -------------------------------------------------------------------------------------
-
-
 def timed(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()

@@ -86,7 +86,6 @@ class PagesOfGroups(RuleBasedStateMachine):
         self.pool.close()
 
     # -- rollouts -------------------------------------------------------------------------------
-
     @property
     def open(self):
         return [r for group in self.groups.running for r in group.rollouts if not r.finished]
@@ -185,7 +184,6 @@ class PagesOfGroups(RuleBasedStateMachine):
         self.over += pages
 
     # -- groups ---------------------------------------------------------------------------------
-
     @precondition(lambda self: self.open)
     @rule()
     def complete_too_early(self):
@@ -240,7 +238,6 @@ class PagesOfGroups(RuleBasedStateMachine):
         self.over += pages
 
     # -- mistakes -------------------------------------------------------------------------------
-
     @precondition(lambda self: self.over)
     @rule(data=st.data(), worker=st.sampled_from(WORKERS), offset=st.integers(0, ROWS - 1))
     def write_late(self, data, worker, offset):
@@ -283,7 +280,6 @@ class PagesOfGroups(RuleBasedStateMachine):
         return [*self.open, *self.sealed, *self.stored]
 
     # -- what must always hold ------------------------------------------------------------------
-
     @invariant()
     def every_page_has_one_owner(self):
         self.pool.check()

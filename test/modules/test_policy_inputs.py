@@ -142,8 +142,6 @@ def test_statistics_that_would_spoil_every_state(mean, std):
 
 
 # -- the token stream -----------------------------------------------------------------------------
-
-
 def builder(policy, **kwargs):
     defaults = {
         "style": PromptStyle(), "num_cameras": 1, "use_state": True, "num_queries": 2,

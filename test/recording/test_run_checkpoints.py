@@ -115,8 +115,6 @@ def test_a_view_is_saved_without_the_storage_behind_it(tmp_path):
 
 
 # -- which checkpoints stay, and which is the newest ----------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("saves", "left"),
     [
@@ -158,8 +156,6 @@ def test_the_newest_is_that_of_most_updates_in_the_newest_run(tmp_path):
 
 
 # -- a save that fails, or is killed --------------------------------------------------------------
-
-
 def test_a_failed_save_leaves_the_previous_one_and_nothing_else(tmp_path):
     _save(tmp_path, 1)
     with pytest.raises(TypeError, match=r"Value\.state_dict\(\) must return .* got something else"):
@@ -225,8 +221,6 @@ def test_opening_a_folder_leaves_the_partial_files_of_another_process(tmp_path):
 
 
 # -- damage ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("component", ["policy", "value"])
 @pytest.mark.parametrize(
     ("damage", "message"),
@@ -440,8 +434,6 @@ def test_other_optimizers_and_schedules_round_trip(tmp_path):
 
 
 # -- a full disk ----------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def _full_disk(num_bytes):
     """No file of more than ``num_bytes`` can be written: the kernel refuses, as for a full disk."""

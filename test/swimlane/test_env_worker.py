@@ -341,8 +341,6 @@ def test_strings_among_the_observations_are_refused_by_name():
 
 
 # -- numbered initial states, bounds of actions ---------------------------------------------------
-
-
 def twice(env):
     inner = TransformedEnv(env, StepCounter())
     return TransformedEnv(inner, RewardSum(), auto_unwrap=False)

@@ -286,8 +286,6 @@ def test_adoptions_are_taken_once(store: WeightStore) -> None:
 
 
 # -- idle readers ----------------------------------------------------------------------------------
-
-
 def test_readers_plus_two_slots_never_defer(learner: nn.Linear) -> None:
     with WeightStore(learner, num_slots=5) as store:
         served = readers_of(store, 3)

@@ -129,8 +129,6 @@ def test_nothing_and_unknown_shapes_are_refused() -> None:
 
 
 # -- sources that change between two publishes -----------------------------------------------------
-
-
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
