@@ -38,12 +38,7 @@ from _turns import in_turns
 from tensordict import TensorDict
 from torchrl.envs import LiberoEnv, MultiAction, TransformedEnv
 
-from torchrl_dvla.envs import (
-    LiberoChunkEnv,
-    choose_gl_backend,
-    setup_libero,
-    validate_libero,
-)
+from torchrl_dvla.envs import LiberoChunkEnv, choose_gl_backend, setup_libero, validate_libero
 
 NAMES = ("stock", "stock_tuned", "same_pixels", "fast", "fast_coarse")
 SUITE, TASK_ID, SIZE, CHUNK_SIZE = "libero_spatial", 0, 128, 8

@@ -200,9 +200,7 @@ class Loop:
             make_policy(mix),
             replay_buffer=PooledReplayBuffer(batch_size=ROWS_PER_UPDATE, timeout_s=60.0),
             group=GroupConfig(
-                group_size=GROUP_SIZE,
-                groups_per_update=GROUPS_PER_UPDATE,
-                max_policy_lag=self._lag,
+                group_size=GROUP_SIZE, groups_per_update=GROUPS_PER_UPDATE, max_policy_lag=self._lag
             ),
             workers=WorkerConfig(
                 num_workers=mix.num_workers,
@@ -304,7 +302,7 @@ def measure(name: str, mix: Mix, num_repeats: int, min_s: float) -> dict[str, An
                     theirs.append(rival.run(min_s))
             log(
                 f"{name} {repeat}/{num_repeats}: {ours[-1].rate:.1f} rows/s of "
-                f"{mix.bound(ours[-1].step_s):.1f}, sequential {[r.rate for r in theirs[-1:]]}",
+                f"{mix.bound(ours[-1].step_s):.1f}, sequential {[r.rate for r in theirs[-1:]]}"
             )
         scalars = {key: round(value, 3) for key, value in lanes.reading.scalars().items()}
     ours, theirs = ours[1:], theirs[1:]  # the first has filled the pipeline

@@ -372,9 +372,7 @@ def _learn(update: Update, batch: TensorDictBase) -> None:
 
 # -- measuring -------------------------------------------------------------------------------------
 def run(
-    family: str,
-    settings: Settings,
-    modes: tuple[str, str] = ("collect", "learn"),
+    family: str, settings: Settings, modes: tuple[str, str] = ("collect", "learn")
 ) -> dict[str, float]:
     """In a process of its own: build, warm up, measure both ways."""
     warnings.filterwarnings("ignore")

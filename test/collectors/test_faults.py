@@ -160,8 +160,7 @@ def hanging_policy(gate):
 def test_a_hung_inference_process_is_replaced_at_its_deadline(make_collector, tmp_path, caplog):
     gate = str(tmp_path / "hung")
     collector = make_collector(
-        inference=InferenceConfig(timeout_s=1.0),
-        policy_factory=hanging_policy(gate),
+        inference=InferenceConfig(timeout_s=1.0), policy_factory=hanging_policy(gate)
     )
     collector.start()
     with caplog.at_level(logging.WARNING, "torchrl_dvla"):

@@ -14,12 +14,7 @@ import cloudpickle
 import pytest
 import torch
 from torchrl.data import Binary
-from torchrl.envs import (
-    RenameTransform,
-    SuccessReward,
-    ToyVLAEnv,
-    TransformedEnv,
-)
+from torchrl.envs import RenameTransform, SuccessReward, ToyVLAEnv, TransformedEnv
 
 from torchrl_dvla.collectors import GroupConfig
 from torchrl_dvla.data.schema import (

@@ -213,11 +213,7 @@ def test_the_initial_state_reaches_the_base_environment():
         (Clock, {}, r"got nothing by 'success'.* The info has \['is_success'\]"),
         (Clock, {"success": "solved"}, "success must give one flag .*, got nothing by 'solved'"),
         (Clock, {"success": "goal"}, r"got \[1, 2\] by 'goal'"),
-        (
-            ToyVLAEnv,
-            {"state_key": ("observation", "state")},
-            "'terminated' if .*entries .*'done'",
-        ),
+        (ToyVLAEnv, {"state_key": ("observation", "state")}, "'terminated' if .*entries .*'done'"),
         (Clock, {"instruction": 3}, "instruction must give a string, got int"),
     ],
 )

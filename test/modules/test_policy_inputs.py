@@ -105,10 +105,7 @@ def test_sine_table_tells_cells_apart():
         (lambda: word_tokenizer(["", "  "]), "at least one word"),
         (lambda: inverse_cdf_sample(torch.tensor([[0.5, torch.nan]])), "must be finite"),
         (lambda: TinyBackboneConfig(vision_size=100), "vision_size must be a multiple of head_siz"),
-        (
-            lambda: TinyBackboneConfig(image_size=100),
-            r"image_size must be a multiple .*, got 100",
-        ),
+        (lambda: TinyBackboneConfig(image_size=100), r"image_size must be a multiple .*, got 100"),
     ],
 )
 def test_bad_input(make, message):

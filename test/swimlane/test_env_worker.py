@@ -17,12 +17,7 @@ import pytest
 import torch
 from tensordict import NonTensorData, NonTensorStack
 from torchrl.data import Binary, Bounded, Categorical, Composite, NonTensor, Unbounded
-from torchrl.envs import (
-    MultiAction,
-    RewardSum,
-    StepCounter,
-    TransformedEnv,
-)
+from torchrl.envs import MultiAction, RewardSum, StepCounter, TransformedEnv
 from torchrl.envs.custom import ToyVLAEnv
 
 from torchrl_dvla.data import decision_layout
@@ -466,10 +461,7 @@ def test_cheap_events_share_a_message_and_long_ones_do_not(
     ours.send(WorkerCommands([step(0, row=0, next_row=1)], [reset(1, 1, row=4)]))
     messages = [ours.recv() for _ in range(num_messages)]
     events = [event for message in messages for event in message.events]
-    assert events == [
-        StepDone(0, False, False, 0.0, 4),
-        ResetDone(1, make_env().instruction),
-    ]
+    assert events == [StepDone(0, False, False, 0.0, 4), ResetDone(1, make_env().instruction)]
     assert [name for message in messages for name, _, _ in message.spans] == ["step", "reset"]
     ours.send(Stop())
     with pytest.raises(EOFError):

@@ -14,12 +14,7 @@ from torchrl_dvla.collectors import WorkerConfig
 from torchrl_dvla.data import PooledReplayBuffer
 from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.testing import CountingChunkEnv
-from torchrl_dvla.topology import (
-    ClusterSpec,
-    NodeSpec,
-    TopologyAwareCollector,
-    plan_placement,
-)
+from torchrl_dvla.topology import ClusterSpec, NodeSpec, TopologyAwareCollector, plan_placement
 
 GIB = 2**30
 
@@ -56,9 +51,7 @@ def test_several_nodes_are_refused():
 
 def test_on_one_node_it_is_the_collector_of_that_node():
     placement = plan_placement(
-        ClusterSpec.local(),
-        env_memory_bytes=GIB // 64,
-        workers=WorkerConfig(max_decisions=4),
+        ClusterSpec.local(), env_memory_bytes=GIB // 64, workers=WorkerConfig(max_decisions=4)
     )
     collector = TopologyAwareCollector(
         functools.partial(CountingChunkEnv, chunk_size=4, max_env_steps=12),

@@ -313,9 +313,7 @@ def test_an_idle_reader_holds_up_nobody_on_three_slots(store: WeightStore) -> No
     late.close()
 
 
-def test_two_idle_readers_keep_the_others_at_the_latest_visible_version(
-    store: WeightStore,
-) -> None:
+def test_two_idle_readers_keep_the_others_at_the_latest_visible_version(store: WeightStore) -> None:
     (first, first_module), (second, second_module), (busy, busy_module) = readers_of(store, 3)
     first.adopt_into(first_module)
     store.publish(constant(1.0))
