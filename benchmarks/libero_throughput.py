@@ -43,7 +43,7 @@ from typing import Any
 
 import torch
 from _machine import arguments, paired_ratio, report, spread
-from _recipe import Recipe
+from _recipe import Recipe, Update
 from _turns import in_turns
 from tensordict import TensorDictBase
 from torchrl.envs import Compose, EnvBase, LiberoEnv, MultiAction, StepCounter, TransformedEnv
@@ -58,7 +58,6 @@ from torchrl_dvla import (
 )
 from torchrl_dvla.envs import LiberoChunkEnv, choose_gl_backend, setup_libero
 from torchrl_dvla.modules import TransformersVLA
-from torchrl_dvla.objectives import GRPOLoss
 
 SUITE, TASK_ID, CHUNK_SIZE, SIZE = "libero_object", 3, 8, 128
 GROUP_SIZE, GROUPS_PER_UPDATE, MINIBATCH = 2, 2, 16
@@ -106,23 +105,6 @@ def make_env(name: str, decisions: int, worker_idx: int = 0) -> EnvBase:
 def make_policy() -> Any:
     """The shipped checkpoint."""
     return TransformersVLA.from_pretrained(CHECKPOINT / "libero_object", temperature=0.3)
-
-
-class Update:
-    """The gradient step that every arrangement takes for each minibatch."""
-
-    def __init__(self, policy: Any) -> None:
-        self._loss = GRPOLoss(policy)
-        trained = [p for p in policy.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(trained, lr=1e-9)
-        #: Decisions that were learned from.
-        self.num_learned = 0
-
-    def __call__(self, batch: TensorDictBase) -> None:
-        self._loss(batch)["loss_objective"].backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self.num_learned += len(batch)
 
 
 class Ours:

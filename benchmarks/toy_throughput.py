@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 from _machine import arguments, in_process, log, paired_ratio, report, spread
-from _recipe import Recipe, weights
+from _recipe import Recipe, Update, weights
 from tensordict import NonTensorStack, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import AsyncBatchedCollector, Collector
@@ -59,7 +59,6 @@ from torchrl.modules.vla import TinyVLA
 from torchrl_dvla import DVLACollector, GroupConfig, PooledReplayBuffer, WorkerConfig
 from torchrl_dvla.envs import ToyChunkEnv
 from torchrl_dvla.modules import tiny_token_policy
-from torchrl_dvla.objectives import GRPOLoss
 
 ACTION_DIM, CHUNK_SIZE, IMAGE_SIZE, MAX_DECISIONS = 2, 4, 16, 6
 GROUP_SIZE, GROUPS_PER_UPDATE, MINIBATCH = 4, 8, 64
@@ -185,23 +184,6 @@ def observations(batch_size: int) -> TensorDict:
     )
 
 
-class Update:
-    """The gradient step that every arrangement takes for each minibatch.
-
-    The learning rate is so small that the policy stays uniform: all arrangements play episodes of
-    the same lengths throughout.
-    """
-
-    def __init__(self, policy: TinyVLA) -> None:
-        self._loss = GRPOLoss(policy)
-        self._optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-7)
-
-    def __call__(self, batch: TensorDictBase) -> None:
-        self._loss(batch)["loss_objective"].backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-
-
 # -- the arrangements ------------------------------------------------------------------------------
 class Arrangement:
     """Something that collects and learns, in stretches of time; a context manager.
@@ -211,7 +193,7 @@ class Arrangement:
     """
 
     def __init__(self, policy: TinyVLA) -> None:
-        self._update = Update(policy)
+        self.update = Update(policy)
         self._num_decisions = 0
 
     def num_decisions(self) -> int:
@@ -254,7 +236,6 @@ class Ours(Arrangement):
                 max_decisions=MAX_DECISIONS,
             ),
         )
-        self.num_learned = 0
 
     def __enter__(self) -> Ours:
         self.collector.start()
@@ -273,8 +254,7 @@ class Ours(Arrangement):
     def _take_batch(self, learn: bool) -> None:
         for batch in self.collector.replay_buffer:
             if learn:
-                self.num_learned += len(batch)
-                self._update(batch)
+                self.update(batch)
         self.collector.update_policy_weights_()
 
 
@@ -325,7 +305,7 @@ class AsyncBatched(Arrangement):
         batch = next(self._batches)
         self._num_decisions += batch.numel()
         if learn:
-            _learn(self._update, batch)
+            _learn(self.update, batch)
             self._sync()
 
     def _sync(self) -> None:
@@ -391,7 +371,7 @@ def run(
                 spend = getattr(arrangement, f"{mode}_for")
                 spend(0.2 * SECONDS)
                 before, start_s = arrangement.num_decisions(), time.monotonic()
-                learned = getattr(arrangement, "num_learned", 0)
+                learned = arrangement.update.num_learned
                 calls = arrangement.num_calls() if family == "ours" else 0
                 spend(SECONDS)
                 decisions = arrangement.num_decisions() - before
@@ -399,7 +379,8 @@ def run(
                 if family == "ours":
                     out[f"{mode}_batch"] = decisions / (arrangement.num_calls() - calls)
                     if mode == "learn":
-                        out["learned_share"] = (arrangement.num_learned - learned) / decisions
+                        learned = arrangement.update.num_learned - learned
+                        out["learned_share"] = learned / decisions
     return out
 
 
