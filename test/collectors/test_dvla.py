@@ -98,12 +98,7 @@ def test_rows_hold_what_the_environment_did(make_collector):
     assert len(groups) == 2
     assert all(len(scenes) == 1 for scenes in groups.values()), "a group shares its scene"
     assert len(rollouts) == 6
-
-
-def test_advantages_are_those_of_the_groups_returns(make_collector):
-    collector = make_collector()
-    collector.start()
-    rollouts = rollouts_of([batch.clone() for batch in collector.replay_buffer])
+    # Their advantages are those of the groups' returns.
     by_group: dict[int, list] = {}
     for rows in rollouts.values():
         entry = (float(rows[schema.REWARD_KEY].sum()), float(rows[schema.ADVANTAGE_KEY][0]))

@@ -127,9 +127,7 @@ def test_bad_input(make, message):
 def test_statistics_that_would_spoil_every_state(mean, std):
     projector = StateProjector(2, 8)
     before = projector.state_dict()
-    with pytest.raises(
-        ValueError, match="^mean and std must have shape .2,. and be finite, and st"
-    ):
+    with pytest.raises(ValueError, match="^mean and std must have shape .2,. and be finite, and"):
         projector.set_statistics(torch.tensor(mean), torch.tensor(std))
     saved = {f"0.{key}": value for key, value in before.items()}
     saved |= {"0.mean": torch.tensor(mean), "0.std": torch.tensor(std)}
@@ -213,9 +211,7 @@ def test_words_that_the_tokenizer_does_not_know_are_said(policy, caplog):
         "apart."
     ]
     lay_out(prompt, "...")  # no word
-    with pytest.raises(
-        ValueError, match="must have a word that the tokenizer knows, got 'close that"
-    ):
+    with pytest.raises(ValueError, match="have a word that the tokenizer knows, got 'close that"):
         lay_out(prompt, "close that")
     assert len(caplog.records) == 1
 

@@ -389,8 +389,11 @@ def test_a_token_that_the_policy_forbids_and_what_has_no_rows():
 
 
 @pytest.mark.parametrize(
-    ("key", "dtype", "message"),
+    ("key", "wrong", "message"),
     [
+        ("advantage", torch.zeros(6), r"advantage must have shape \[6, 1\].*unsqueeze"),
+        ("action_is_pad", torch.zeros(6, 3).bool(), "'action_is_pad' must have shape.*chunk size"),
+        (LOG_PROBS, torch.zeros(6), "sample_log_prob must have the shape of the tokens"),
         ("advantage", torch.complex64, "advantage must hold real .* got torch.complex64"),
         ("advantage", torch.int64, "advantage must hold real .* got torch.int64"),
         (LOG_PROBS, torch.complex64, "sample_log_prob must hold real"),
@@ -402,9 +405,9 @@ def test_a_token_that_the_policy_forbids_and_what_has_no_rows():
         (("collector", "mask"), torch.float32, "must hold one boolean for each decision"),
     ],
 )
-def test_wrong_dtypes(key, dtype, message):
+def test_wrong_shapes_and_dtypes(key, wrong, message):
     loss, batch = make_full_batch(make_policy())
-    batch[key] = batch[key].to(dtype)
+    batch[key] = wrong if isinstance(wrong, torch.Tensor) else batch[key].to(wrong)
     with pytest.raises(ValueError, match=message):
         loss(batch)
 
@@ -701,25 +704,6 @@ def test_missing_entry_names_its_writer(key, writer):
     assert str(key) in str(error.value)
 
 
-def test_a_missing_reference_names_its_writer():
-    policy = make_policy()
-    with pytest.raises(KeyError, match="Pass reference_network"):
-        GRPOLoss(policy, kl_to_ref_coeff=0.1)(make_batch(policy))
-
-
-def test_wrong_shapes():
-    policy = make_policy()
-    loss = GRPOLoss(policy)
-    batch = make_batch(policy)
-    with pytest.raises(ValueError, match=r"advantage must have shape \[6, 1\].*unsqueeze"):
-        loss(batch.clone().set("advantage", torch.zeros(6)))
-    with pytest.raises(ValueError, match=r"'action_is_pad' must have shape.*chunk size"):
-        loss(batch.clone().set("action_is_pad", torch.zeros(6, 3, dtype=torch.bool)))
-    batch["vla_action", "log_probs"] = batch["vla_action", "log_probs"].sum((-2, -1))
-    with pytest.raises(ValueError, match="sample_log_prob must have the shape of the tokens"):
-        loss(batch)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -745,6 +729,8 @@ def test_options_out_of_range(options, message):
 
 def test_policies_and_references_that_make_no_sense():
     policy = make_policy()
+    with pytest.raises(KeyError, match="Pass reference_network"):
+        GRPOLoss(policy, kl_to_ref_coeff=0.1)(make_batch(policy))
     with pytest.raises(ValueError, match="must not share parameters"):
         GRPOLoss(policy, kl_to_ref_coeff=0.1, reference_network=policy)
     with pytest.raises(ValueError, match="must come with kl_to_ref_coeff"):

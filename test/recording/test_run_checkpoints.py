@@ -226,10 +226,7 @@ def test_opening_a_folder_leaves_the_partial_files_of_another_process(tmp_path):
     ("damage", "message"),
     [
         (lambda content: content[:-7], r"state\.pt' is \w{64} instead of \w{64}: truncated, or"),
-        (
-            lambda content: content[:-1] + bytes([content[-1] ^ 1]),
-            "truncated, or changed .* Resume",
-        ),
+        (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "or changed .* Resume"),
         (None, r"state\.pt' is missing"),
     ],
     ids=["truncated", "flipped bit", "missing"],
@@ -273,7 +270,7 @@ def test_another_architecture_is_refused_and_nothing_is_copied(checkpoint):
         _load(checkpoint, policy=wider)
     assert torch.equal(wider[1].bias, before)
     with pytest.raises(
-        CheckpointError, match=r"'policy\.weight' is missing; .*policy\.0\.weight' is unk"
+        CheckpointError, match=r"'policy\.weight' is missing; .*\.0\.weight' is unk"
     ):
         _load(checkpoint, policy=nn.Linear(2, 1))
 
