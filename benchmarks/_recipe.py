@@ -185,7 +185,8 @@ class Recipe:
         start_s = time.monotonic()
         with self._collector.pause():
             while len(self._buffer):
-                self.update(self._buffer.sample())
+                # The server stamps versions [N], and the loss reads those of a lane, [N, 1].
+                self.update(self._buffer.sample().exclude("policy_version"))
             self._advantage.clear_queues()
             self._collector.map_fn("replay_buffer._transform[0].clear_queues")
             self._collector.map_fn("reset")

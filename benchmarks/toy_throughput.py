@@ -340,7 +340,7 @@ class Sync(AsyncBatched):
 def _learn(update: Update, batch: TensorDictBase) -> None:
     """Learn from the share that the groups with contrast would hold."""
     batch = batch.reshape(-1)
-    batch = batch[: int(LEARNED_SHARE * batch.numel())].exclude("next")
+    batch = batch[: int(LEARNED_SHARE * batch.numel())].exclude("next", "policy_version")
     if "language_instruction" not in set(batch.keys()):
         batch["language_instruction"] = observations(len(batch))["language_instruction"]
     if "action_is_pad" not in set(batch.keys()):

@@ -39,6 +39,7 @@ from torchrl_dvla.swimlane.messages import (
 from torchrl_dvla.testing import CountingChunkEnv
 
 make_env = functools.partial(CountingChunkEnv, chunk_size=4, max_env_steps=10)
+STATE = ("observation", "state")
 
 
 def step(env_index, row, next_row):
@@ -178,16 +179,10 @@ class WrongEnv(CountingChunkEnv):
         ({"success": torch.tensor([0.5])}, r"'success' must be one torch.bool, got tensor\(\[0.5"),
         ({"action_is_pad": torch.zeros(3).bool()}, r"must be \[4\] torch.bool, got \[3\]"),
         ({"observation": torch.zeros(4)}, r"'image'\) must be in what is written, got none"),
-        (
-            {("observation", "state"): torch.full((4,), torch.inf)},
-            r"must be finite, got \[inf, inf",
-        ),
-        ({("observation", "state"): torch.zeros(9)}, r"must be \[4\] torch.float32 .*got \[9\]"),
+        ({STATE: torch.full((4,), torch.inf)}, r"must be finite, got \[inf, inf"),
+        ({STATE: torch.zeros(9)}, r"must be \[4\] torch.float32 .*got \[9\]"),
         ({"language_instruction": NonTensorData(["a", "list"])}, "must be a string, got list"),
-        (
-            {"language_instruction": NonTensorStack("a", "b")},
-            "must be a string, got NonTensorStack",
-        ),
+        ({"language_instruction": NonTensorStack("a", "b")}, "a string, got NonTensorStack"),
     ],
 )
 def test_what_no_learner_may_see_is_refused_by_name_and_ends_the_rollout(wrong, message):
@@ -261,9 +256,6 @@ def put(name, **specs):
 
 def act(spec):
     return put("full_action_spec", vla_action=Composite(chunk=spec))
-
-
-STATE = ("observation", "state")
 
 
 @pytest.mark.parametrize(
