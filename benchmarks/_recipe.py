@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch import multiprocessing as mp
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
@@ -25,6 +25,8 @@ from torchrl.modules.inference_server import (
     ProcessInferenceServer,
 )
 from torchrl.objectives.llm import MCAdvantage
+
+from torchrl_dvla.objectives import GRPOLoss
 
 _CAPACITY = 10_000
 
@@ -203,6 +205,27 @@ class Recipe:
             rows = torch.arange(max(seen, count - 10_000), count).remainder(10_000)
             self._buffer.mark_update(rows)
             self._seen = count
+
+
+class Update:
+    """The gradient step that every arrangement takes for each minibatch.
+
+    The learning rate is so small that the policy stays what it is: all arrangements play episodes
+    of the same lengths throughout.
+    """
+
+    def __init__(self, policy: torch.nn.Module) -> None:
+        self._loss = GRPOLoss(policy)
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(trained, lr=1e-9)
+        #: Decisions that were learned from.
+        self.num_learned = 0
+
+    def __call__(self, batch: TensorDictBase) -> None:
+        self._loss(batch)["loss_objective"].backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.num_learned += len(batch)
 
 
 def weights(policy: torch.nn.Module) -> TensorDict:

@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Does a run grow in memory, descriptors or threads, also when its processes die?
+"""Does a run grow in memory, descriptors or threads, and lose pages or rows, as its processes die?
 
     python benchmarks/collector_soak.py [--quick] [--minutes 10]
 
@@ -11,15 +11,20 @@ A ``DVLACollector`` on an environment of almost no cost learns and publishes wit
 is killed. Sampled are the memory of the learner's process and of all below it, their descriptors
 and threads, and the machine's use of ``/dev/shm``. Memory is the proportional set size of anonymous
 and shared memory: the share of mapped files depends on other programs. There are no huge pages, and
-the timeline is full (100,000 spans) from the start.
+the timeline is full (100,000 spans) from the start. Every row that is learned from is compared with
+what the environment shows in that scene and decision.
 
 The first fifth is warm-up. The trend of a series is the Theil-Sen slope of the rest: the median of
 the slopes between all pairs of samples. It *grows* if Sen's interval of 95 % is above 0 and the
 trend makes 1 % of its median or more: allocators do not give everything back at once, and samples
 near in time are alike, which makes the interval too narrow. Of fewer than 100 descriptors or
-threads 1 % is less than one. The last line of stdout is one JSON object:
+threads 1 % is less than one. The last line of stdout is one JSON object; the exit code is 1 unless
+the first three figures are 0:
 
-growth                    series that grow, and ``growing``: which; then the exit code is 1
+growth                    series that grow, and ``growing``: which
+rows_wrong                of ``rows_checked``: torn, or of another scene or decision
+pages_lost                neither free nor of a stored group at the end; that every page has one
+                          owner is checked at every kill as well
 growth_bytes, growth_fds  as measured: median of the last fifth of the run less that of the second
 growth_bytes_per_minute   trend of the memory of all processes
 """
@@ -42,12 +47,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from _machine import arguments, log, report
+from tensordict import TensorDictBase
 
 from torchrl_dvla import DVLACollector, GroupConfig, GRPOLoss, PooledReplayBuffer, WorkerConfig
-from torchrl_dvla.data import EpisodeSpec
+from torchrl_dvla.data import EpisodeSpec, Group
 from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.recording import RunCheckpoints
 from torchrl_dvla.testing import CountingChunkEnv
+
+MAX_DECISIONS = 4
+# Half right is a success and never ends the episode: contrast, and one length.
+make_env = functools.partial(CountingChunkEnv, required_fraction=0.5, stop_on_success=False)
 
 
 def sample() -> dict[str, float]:
@@ -84,6 +94,33 @@ def describe(times: np.ndarray, values: np.ndarray) -> dict[str, Any]:
     return {"start": start, "end": end, "per_minute": trend, "interval": interval, "grows": grows}
 
 
+def num_wrong(batch: TensorDictBase, cohort: list[Group]) -> int:
+    """Rows that do not show the scene of their group after as many decisions, in every pixel."""
+    env, specs = make_env(), {group.group_id: group.spec for group in cohort}
+    rows = [specs[group_id] for group_id in batch["group_id"].flatten().tolist()]
+    scenes = [env.scene(spec.seed, spec.init_state_id) for spec in rows]
+    state, decisions = batch["observation", "state"], batch["decision_index"].flatten()
+    right_steps = (state[:, -1] * env.max_env_steps).round()
+    numbers = torch.tensor([scene.scene_id for scene in scenes])
+    shown = torch.stack([numbers, decisions, right_steps], 1)[..., None]
+    told = torch.tensor([[*scene.target] for scene in scenes])
+    told = torch.cat([told, decisions[:, None] / MAX_DECISIONS], 1)
+    is_right = (batch["observation", "image"].flatten(2) == shown).flatten(1).all(1)
+    return int((~is_right | (state[:, :-1] != told).any(1)).sum())
+
+
+def num_lost(collector: DVLACollector) -> int:
+    """Pages that are neither free nor of a stored group once no group runs."""
+    pool, groups = collector.memory.environment, collector.replay_buffer.groups
+    with collector.pause():
+        deadline_s = time.monotonic() + 60.0
+        while groups.running and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        pool.check()
+        num_stored = sum(len(group.pages) for group in groups.stored)
+        return pool.num_pages - pool.num_free_pages - num_stored
+
+
 def soak(collector: DVLACollector, policy: Any, duration_s: float, folder: str) -> tuple[Any, Any]:
     """Learn until ``duration_s`` is over; the samples, and how often each thing was done."""
     # Steps so small that the work stays the same.
@@ -95,6 +132,7 @@ def soak(collector: DVLACollector, policy: Any, duration_s: float, folder: str) 
 
     def kill() -> None:
         log(f"{counts['updates']} updates, {samples[-1]}")
+        collector.memory.environment.check()
         for process in multiprocessing.active_children():
             if process.name == victims[counts["kills"] % 3]:
                 process.kill()
@@ -112,6 +150,8 @@ def soak(collector: DVLACollector, policy: Any, duration_s: float, folder: str) 
         for batch in collector.replay_buffer:
             loss(batch)["loss_objective"].backward()
             optimizer.step(), optimizer.zero_grad()
+            counts["rows_checked"] += len(batch)
+            counts["rows_wrong"] += num_wrong(batch, collector.replay_buffer.cohort)
         collector.update_policy_weights_()
         counts["updates"] += 1
         for name, (every_s, do) in chores.items():
@@ -131,24 +171,25 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         DVLACollector(
-            # Half right is a success and never ends the episode: contrast, and one length.
-            functools.partial(CountingChunkEnv, required_fraction=0.5, stop_on_success=False),
+            make_env,
             policy,
             replay_buffer=PooledReplayBuffer(batch_size=32),
             group=GroupConfig(group_size=4, groups_per_update=2, on_no_signal="keep"),
-            workers=WorkerConfig(num_workers=2, envs_per_worker=2, max_decisions=4),
+            workers=WorkerConfig(num_workers=2, envs_per_worker=2, max_decisions=MAX_DECISIONS),
         ) as collector,
     ):
         samples, counts = soak(collector, policy, 60 * minutes, folder)
+        pages_lost = num_lost(collector)
     times = np.array([one["time_s"] - samples[0]["time_s"] for one in samples])
     names = [name for name in samples[0] if name != "time_s"]
     series = {name: describe(times, np.array([one[name] for one in samples])) for name in names}
     raw = {f"growth_{name}": one["end"] - one["start"] for name, one in series.items()}
     growing = [name for name, one in series.items() if one["grows"]]
-    result = {"growth": len(growing), "growing": growing, **raw}
+    faults = {"growth": len(growing), "rows_wrong": counts["rows_wrong"], "pages_lost": pages_lost}
+    result = faults | {"growing": growing, "rows_checked": counts["rows_checked"], **raw}
     result |= {"growth_bytes_per_minute": series["bytes"]["per_minute"], "minutes": minutes}
     report("collector_soak", result | {"counts": counts, "series": series}, args.quick)
-    raise SystemExit(len(growing) > 0)
+    raise SystemExit(any(faults.values()))
 
 
 if __name__ == "__main__":

@@ -24,16 +24,9 @@ others: as many rows as were written, drawn at random, which is their cheapest s
                   ``LazyTensorStorage`` in the learner's process
                   (the policy's request is proprioception alone)
 
-The rivals' environment overrides ``step_and_maybe_reset``, so they do not pay for the checks of
-``EnvBase``, and leaves ``("next", "observation")`` out, so no frame travels twice. ``SETTINGS``
-for ``lazy``, the best of the rivals, are the best of the grid that ``--tune`` runs (processes, rows
-of a message, threads of the learner): 0.72 GB/s, the other seven 0.38 to 0.65. Those of the others
-come from a few trials by hand, with one environment process each, because on two cores the learner
-needs the other.
-
 ``memcpy`` is one stream of the same bytes, from and to memory of 400 MB in blocks of a batch, while
-all others stand still. Arrangements take turns (``_turns.py``). The last line of stdout is one JSON
-object:
+all others stand still. ``docs/source/guide/benchmarks.md`` tells how the rivals were set up; the
+grid of ``--tune`` gave the ``SETTINGS`` of ``lazy``. The last line of stdout is one JSON object:
 
 bytes_per_s, memcpy_bytes_per_s   medians over the repeats
 fraction_of_memcpy                of ``dvla``; median of the ratio within one repeat
@@ -151,8 +144,6 @@ def state_policy() -> Policy:
 
 
 # -- this project ----------------------------------------------------------------------------------
-
-
 class Copied:
     """Bytes that copying calls have moved in this process."""
 
@@ -292,8 +283,6 @@ class Dvla:
 
 
 # -- TorchRL ---------------------------------------------------------------------------------------
-
-
 def make_env() -> Any:
     """An environment of TorchRL's whose step hands out references to its frames."""
     from torchrl.data import Composite, Unbounded
@@ -396,8 +385,6 @@ class TorchRL:
 
 
 # -- turns -----------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def build(
     name: str, settings: dict[str, int], count: bool = False

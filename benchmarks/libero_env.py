@@ -38,12 +38,7 @@ from _turns import in_turns
 from tensordict import TensorDict
 from torchrl.envs import LiberoEnv, MultiAction, TransformedEnv
 
-from torchrl_dvla.envs import (
-    LiberoChunkEnv,
-    choose_gl_backend,
-    setup_libero,
-    validate_libero,
-)
+from torchrl_dvla.envs import LiberoChunkEnv, choose_gl_backend, setup_libero, validate_libero
 
 NAMES = ("stock", "stock_tuned", "same_pixels", "fast", "fast_coarse")
 SUITE, TASK_ID, SIZE, CHUNK_SIZE = "libero_spatial", 0, 128, 8
@@ -163,15 +158,7 @@ def main() -> None:
         "frames_equal": all(frames_equal),
         "ratios": ratios,
         "environments": {name: summary(runs[name]) for name in NAMES},
-        "workload": {
-            "gl": os.environ.get("MUJOCO_GL"),
-            "suite": SUITE,
-            "task_id": TASK_ID,
-            "size": SIZE,
-            "chunk_size": CHUNK_SIZE,
-            "decisions_per_episode": decisions,
-            "repeats": num_repeats,
-        },
+        "workload": {"gl": os.environ.get("MUJOCO_GL"), "decisions_per_episode": decisions},
     }
     report("libero_env", result, args.quick, "mujoco", "robosuite")
 

@@ -19,21 +19,12 @@ same_pixels  ``DVLACollector`` on ``LiberoChunkEnv`` with stock render settings,
              ``benchmarks/libero_env.py`` finds equal to stock's.
 fast         the same without shadows and multisampling.
 
-How it is measured. All are built once, and then work in turns: between its turns the processes of
-an arrangement are stopped (``_turns.py``), so none collects, computes or waits in the time of
-another. A turn begins at the end of an update and ends at the end of another at least ``seconds``
-later, so that it holds whole cycles of collecting, updating and, for stock, the resets that end an
-update. The first round only warms up. Env steps are decisions times ``CHUNK_SIZE``, for all alike;
-those count that were collected in the turn, learned from or not. That favours stock: it learns from
-``learned_share`` of them only, since an update resets its environments and breaks their next group.
-
-Returns are drawn at random, by a transform on every environment alike, so that every group has
-contrast, and the learning rate is so small that the policy stays what it is.
+All are built once and work in turns (``_turns.py``), each of whole updates and at least ``seconds``
+long; ``docs/source/guide/benchmarks.md`` tells what counts. Returns are drawn at random, so that
+every group has contrast, and the learning rate is so small that the policy stays what it is.
 
 ratio_same_pixels, ratio_fast: env steps/s over those of ``stock``, resets and updates included.
-ratio_*_vs_collecting: over those of ``stock`` outside of its updates, as if these cost nothing. An
-update of four rollouts, fewer than real recipes take, makes them weigh more: for larger ones the
-truth lies between the two.
+ratio_*_vs_collecting: over those of ``stock`` outside of its updates, as if these cost nothing.
 
 The last line of stdout is one JSON object.
 """
@@ -52,7 +43,7 @@ from typing import Any
 
 import torch
 from _machine import arguments, paired_ratio, report, spread
-from _recipe import Recipe
+from _recipe import Recipe, Update
 from _turns import in_turns
 from tensordict import TensorDictBase
 from torchrl.envs import Compose, EnvBase, LiberoEnv, MultiAction, StepCounter, TransformedEnv
@@ -67,7 +58,6 @@ from torchrl_dvla import (
 )
 from torchrl_dvla.envs import LiberoChunkEnv, choose_gl_backend, setup_libero
 from torchrl_dvla.modules import TransformersVLA
-from torchrl_dvla.objectives import GRPOLoss
 
 SUITE, TASK_ID, CHUNK_SIZE, SIZE = "libero_object", 3, 8, 128
 GROUP_SIZE, GROUPS_PER_UPDATE, MINIBATCH = 2, 2, 16
@@ -115,23 +105,6 @@ def make_env(name: str, decisions: int, worker_idx: int = 0) -> EnvBase:
 def make_policy() -> Any:
     """The shipped checkpoint."""
     return TransformersVLA.from_pretrained(CHECKPOINT / "libero_object", temperature=0.3)
-
-
-class Update:
-    """The gradient step that every arrangement takes for each minibatch."""
-
-    def __init__(self, policy: Any) -> None:
-        self._loss = GRPOLoss(policy)
-        trained = [p for p in policy.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(trained, lr=1e-9)
-        #: Decisions that were learned from.
-        self.num_learned = 0
-
-    def __call__(self, batch: TensorDictBase) -> None:
-        self._loss(batch)["loss_objective"].backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self.num_learned += len(batch)
 
 
 class Ours:
@@ -262,20 +235,7 @@ def main() -> None:
         "update_share": {"stock": spread(column("stock", "update_share"))},
         "num_updates": {name: sum(column(name, "num_updates")) for name in names},
         "elapsed_s": {name: round(sum(column(name, "elapsed_s")), 1) for name in names},
-        "workload": {
-            "suite": SUITE,
-            "task_id": TASK_ID,
-            "size": SIZE,
-            "chunk_size": CHUNK_SIZE,
-            "env_steps_per_episode": CHUNK_SIZE * args.decisions,
-            "group_size": GROUP_SIZE,
-            "groups_per_update": GROUPS_PER_UPDATE,
-            "num_envs": NUM_ENVS,
-            "stock_layout": LAYOUT,
-            "policy": "checkpoint of sota-implementations/dvla_sft",
-            "seconds": args.seconds,
-            "repeats": args.repeats,
-        },
+        "env_steps_per_episode": CHUNK_SIZE * args.decisions,
     }
     report("libero_throughput", result, args.quick, "mujoco", "robosuite")
 

@@ -15,9 +15,8 @@ padded     TorchRL's ``LazyTensorStorage`` of ``[trajectory, horizon]``, padded 
            stay bytes, and ``("next", "observation")``, which would double it, is left out
 unpadded   the same, but only existing decisions are written: untouched memory is not resident
 
-Lengths are those of 50 episodes of the scripted expert on libero_object, in env steps
-(``libero_expert.py --episodes 5``); the horizon is that of OpenVLA's and openpi's evaluation. The
-last line of stdout is one JSON object:
+Lengths are those of ``libero_expert.py --episodes 5``, in env steps; the horizon is that of
+OpenVLA's and openpi's evaluation. The last line of stdout is one JSON object:
 
 ratio                  bytes that the pool has allocated over those of the padded storage
 ratio_resident         what the pooled process has grown by over what the padded one has

@@ -11,34 +11,16 @@ time and hold no core, as on a machine with a simulator and an accelerator for e
 figures are figures of the schedule, of no hardware. All else is real: ``DVLACollector`` with worker
 processes, an inference process, pages, admission, and a publication of weights after each update.
 
-A step lasts as long as a decision in LIBERO does on two cores (86 ms, ``libero_env.py``); costs of
-the collector are milliseconds whatever the latencies are, so shorter ones would weigh them more.
-
-In each mix, a worker does one env step a time of mean ``e``, so ``W`` workers do at most ``W / e``
-decisions a second. A policy call of ``n`` rows lasts ``a + b n``; with batches of at most ``B``
-rows the lane does at most ``B / (a + b B)``. The learner takes ``c`` a row: ``1 / c``. A loop can
-do no more than the smallest of the three: the *bound*. Resets cost next to nothing.
-
-Where steps are heavy-tailed, ``e`` is the mean of the latencies that were drawn while it was
-measured (seconds of latency that fell into the time, over decisions): with a tail, that of a few
-seconds is not that of the law. ``efficiency_of_law`` is the efficiency with the latter.
+A loop can do no more than the slowest of its three lanes: the *bound*, which
+``docs/source/guide/benchmarks.md`` derives, beside what the sequential loop is.
 
 overlap_efficiency
     decisions a second over the bound, of the worst mix: the smaller of the median of what was
-    collected and of what was learned from in all repeats together. The goal is 0.95. A repeat more
-    than is reported runs before them, on both sides: at first all rollouts are in step, and what is
-    collected fills the pipeline before it is learned from.
+    collected and of what was learned from in all repeats together. The goal is 0.95.
+    ``efficiency_of_law`` takes heavy-tailed steps by the mean of their law, not of their draws.
 speedup_vs_sequential
-    the same, over the sequential loop, in the mix ``sampling_equals_gradient``. The goal is 1.9. In
-    the other mixes our loop runs alone: whoever rests comes back with a full store, and has to be
-    brought back into stride before it is measured again (``Loop.catch_up``).
-
-The sequential loop is the same parts: collect, then learn, then publish, by admitting the groups
-of one update at a time. It is at its best: its workers and its policy overlap as well (in rounds,
-as ``max_policy_lag=0`` works by default, it would be slower), its rollouts are all of one length
-and as many as fill all environments a whole number of times, three of each worker, so that none
-waits for a straggler. ``ideal_speedup`` is what there is to gain in a mix, were neither loop to
-lose any time.
+    the same, over the sequential loop, in the mix ``sampling_equals_gradient``. The goal is 1.9.
+    ``ideal_speedup`` is what there is to gain in a mix, were neither loop to lose any time.
 
 The last line of stdout is one JSON object. Repeats of the two loops take turns.
 """
@@ -218,9 +200,7 @@ class Loop:
             make_policy(mix),
             replay_buffer=PooledReplayBuffer(batch_size=ROWS_PER_UPDATE, timeout_s=60.0),
             group=GroupConfig(
-                group_size=GROUP_SIZE,
-                groups_per_update=GROUPS_PER_UPDATE,
-                max_policy_lag=self._lag,
+                group_size=GROUP_SIZE, groups_per_update=GROUPS_PER_UPDATE, max_policy_lag=self._lag
             ),
             workers=WorkerConfig(
                 num_workers=mix.num_workers,
@@ -322,7 +302,7 @@ def measure(name: str, mix: Mix, num_repeats: int, min_s: float) -> dict[str, An
                     theirs.append(rival.run(min_s))
             log(
                 f"{name} {repeat}/{num_repeats}: {ours[-1].rate:.1f} rows/s of "
-                f"{mix.bound(ours[-1].step_s):.1f}, sequential {[r.rate for r in theirs[-1:]]}",
+                f"{mix.bound(ours[-1].step_s):.1f}, sequential {[r.rate for r in theirs[-1:]]}"
             )
         scalars = {key: round(value, 3) for key, value in lanes.reading.scalars().items()}
     ours, theirs = ours[1:], theirs[1:]  # the first has filled the pipeline

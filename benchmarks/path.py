@@ -22,9 +22,8 @@ version    from the call of ``update_policy_weights_()`` until the inference pro
            inside ``weight_update``, with the function that calls it. The end of the cohort, whose
            pages are freed in the same call, is the end of its decisions' path and counts there.
 
-Environment and policy are counted where they are the package's (``envs/toy_env.py``); what TorchRL
-and others do is not. A function inside a function counts as the outer one. The lists go to stderr;
-the last line of stdout is one JSON object:
+A function inside a function counts as the outer one. The lists go to stderr; the last line of
+stdout is one JSON object:
 
 files_per_decision, functions_per_decision
 files_per_version, functions_per_version
@@ -218,11 +217,7 @@ def main() -> None:
             names = sorted(name for at, name in functions if at == file)
             roles = sorted(role for role in found if file in dict(found[role][window]))
             log(f"  {file} ({', '.join(roles)}): {', '.join(names)}")
-    result = {
-        **figures,
-        "updates": num_updates,
-    }
-    report("path", result, args.quick)
+    report("path", figures | {"updates": num_updates}, args.quick)
 
 
 if __name__ == "__main__":

@@ -22,14 +22,9 @@ ratio_vs_recipe          ours over ``recipe``, collecting and learning.
 ratio_vs_best_torchrl    ours over the best of ``async`` and ``sync``, likewise.
 *_collect_only           the same ratios without learning.
 
-The sizes are those of TorchRL's own toy configuration of its VLA recipe: 16x16 images, chunks of 4,
-at most 6 decisions an episode, a success after two env steps in a row within 0.35 of the target, 64
-bins, a hidden size of 128, groups of 4, 8 groups an update, minibatches of 64.
-
-How the settings of the rivals were found: ``--search recipe`` (or ``async``, ``sync``) measures the
-alternatives in ``SEARCH`` and prints them; ``SETTINGS`` holds the best.
-
-The last line of stdout is one JSON object.
+The sizes are those of TorchRL's own toy configuration of its VLA recipe. ``--search recipe`` (or
+``async``, ``sync``) measures the alternatives in ``SEARCH``; ``SETTINGS`` holds the best. The last
+line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -44,7 +39,7 @@ from typing import Any
 
 import torch
 from _machine import arguments, in_process, log, paired_ratio, report, spread
-from _recipe import Recipe, weights
+from _recipe import Recipe, Update, weights
 from tensordict import NonTensorStack, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import AsyncBatchedCollector, Collector
@@ -64,7 +59,6 @@ from torchrl.modules.vla import TinyVLA
 from torchrl_dvla import DVLACollector, GroupConfig, PooledReplayBuffer, WorkerConfig
 from torchrl_dvla.envs import ToyChunkEnv
 from torchrl_dvla.modules import tiny_token_policy
-from torchrl_dvla.objectives import GRPOLoss
 
 ACTION_DIM, CHUNK_SIZE, IMAGE_SIZE, MAX_DECISIONS = 2, 4, 16, 6
 GROUP_SIZE, GROUPS_PER_UPDATE, MINIBATCH = 4, 8, 64
@@ -97,8 +91,6 @@ SEARCH: list[tuple[str, Settings]] = [
 
 
 # -- the task --------------------------------------------------------------------------------------
-
-
 class GroupedToyChunkEnv(ToyChunkEnv):
     """``ToyChunkEnv`` with the group ids that TorchRL's arrangement reads off the data.
 
@@ -192,26 +184,7 @@ def observations(batch_size: int) -> TensorDict:
     )
 
 
-class Update:
-    """The gradient step that every arrangement takes for each minibatch.
-
-    The learning rate is so small that the policy stays uniform: all arrangements play episodes of
-    the same lengths throughout.
-    """
-
-    def __init__(self, policy: TinyVLA) -> None:
-        self._loss = GRPOLoss(policy)
-        self._optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-7)
-
-    def __call__(self, batch: TensorDictBase) -> None:
-        self._loss(batch)["loss_objective"].backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-
-
 # -- the arrangements ------------------------------------------------------------------------------
-
-
 class Arrangement:
     """Something that collects and learns, in stretches of time; a context manager.
 
@@ -220,7 +193,7 @@ class Arrangement:
     """
 
     def __init__(self, policy: TinyVLA) -> None:
-        self._update = Update(policy)
+        self.update = Update(policy)
         self._num_decisions = 0
 
     def num_decisions(self) -> int:
@@ -263,7 +236,6 @@ class Ours(Arrangement):
                 max_decisions=MAX_DECISIONS,
             ),
         )
-        self.num_learned = 0
 
     def __enter__(self) -> Ours:
         self.collector.start()
@@ -282,8 +254,7 @@ class Ours(Arrangement):
     def _take_batch(self, learn: bool) -> None:
         for batch in self.collector.replay_buffer:
             if learn:
-                self.num_learned += len(batch)
-                self._update(batch)
+                self.update(batch)
         self.collector.update_policy_weights_()
 
 
@@ -334,7 +305,7 @@ class AsyncBatched(Arrangement):
         batch = next(self._batches)
         self._num_decisions += batch.numel()
         if learn:
-            _learn(self._update, batch)
+            _learn(self.update, batch)
             self._sync()
 
     def _sync(self) -> None:
@@ -380,12 +351,8 @@ def _learn(update: Update, batch: TensorDictBase) -> None:
 
 
 # -- measuring -------------------------------------------------------------------------------------
-
-
 def run(
-    family: str,
-    settings: Settings,
-    modes: tuple[str, str] = ("collect", "learn"),
+    family: str, settings: Settings, modes: tuple[str, str] = ("collect", "learn")
 ) -> dict[str, float]:
     """In a process of its own: build, warm up, measure both ways."""
     warnings.filterwarnings("ignore")
@@ -404,7 +371,7 @@ def run(
                 spend = getattr(arrangement, f"{mode}_for")
                 spend(0.2 * SECONDS)
                 before, start_s = arrangement.num_decisions(), time.monotonic()
-                learned = getattr(arrangement, "num_learned", 0)
+                learned = arrangement.update.num_learned
                 calls = arrangement.num_calls() if family == "ours" else 0
                 spend(SECONDS)
                 decisions = arrangement.num_decisions() - before
@@ -412,7 +379,8 @@ def run(
                 if family == "ours":
                     out[f"{mode}_batch"] = decisions / (arrangement.num_calls() - calls)
                     if mode == "learn":
-                        out["learned_share"] = (arrangement.num_learned - learned) / decisions
+                        learned = arrangement.update.num_learned - learned
+                        out["learned_share"] = learned / decisions
     return out
 
 
@@ -453,8 +421,6 @@ def main() -> None:
         "mean_batch": round(statistics.median(column("ours", "learn_batch")), 1),
         "learned_share": round(statistics.median(column("ours", "learned_share")), 2),
         "settings": SETTINGS,
-        "seconds": SECONDS,
-        "repeats": num_repeats,
     }
     report("toy_throughput", result, args.quick, "tensordict")
 

@@ -29,15 +29,7 @@ torn_reads                reads of ours that mixed two versions, of ``num_reads`
 resident_over_model       memory of the slots and what all readers have added of their own, over the
                           model's; the learner's own model is not counted
 
-How the rivals were set up. TorchRL's schemes, given a model on the CPU, hand readers the learner's
-own parameters: training shows through before anything is sent, and there is no publish to time. So
-``shared`` got a buffer of its own and ``multiprocess`` one for each worker. Both wait for
-acknowledgements (``sync``), which does not count: the clock stops when the readers act. Servers are
-updated all at once from threads, and asked without rest; eight that rest take 0.04 s for 10 MB.
-
-Models above 512 MB are served emulated only, and beside ``shared`` alone: whole versions for eight
-readers do not fit into memory. Schemes take turns within each round; ratios are medians over the
-rounds of the ratio within one.
+``docs/source/guide/benchmarks.md`` tells how the rivals were set up.
 """
 
 from __future__ import annotations
@@ -150,8 +142,6 @@ def set_version(policy: Policy, version: int) -> Policy:
 
 
 # -- the readers -----------------------------------------------------------------------------------
-
-
 def serve(
     connection: Connection,
     scheme: WeightSyncScheme,
@@ -300,8 +290,6 @@ class Node:
 
 
 # -- TorchRL's inference servers -------------------------------------------------------------------
-
-
 class Answer(nn.Module):
     """A policy for a server: one decision as the request orders it, and whether it was whole."""
 
@@ -405,8 +393,6 @@ class ServerNode(Node):
 
 
 # -- measuring -------------------------------------------------------------------------------------
-
-
 def timed(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()

@@ -69,9 +69,7 @@ def test_forms_of_any_length():
 @pytest.mark.parametrize("write", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))])
 def test_nothing_that_is_read_runs_code(tmp_path, write):
     write({"a": Payload(tmp_path / "ran")}, tmp_path / "state.pt")
-    with pytest.raises(
-        ValueError, match=r"state\.pt' must be a whole file .* got .*else: "
-    ) as info:
+    with pytest.raises(ValueError, match=r"state\.pt' must be a whole .* got .*else: ") as info:
         read_state(tmp_path / "state.pt")
     assert not (tmp_path / "ran").exists()
     assert "safe_globals" not in str(info.value) and "weights_only" not in str(info.value)

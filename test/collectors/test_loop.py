@@ -35,8 +35,6 @@ def on_a_bench(**options):
 
 
 # -- groups ---------------------------------------------------------------------------------------
-
-
 @on_a_bench(groups_per_update=2)
 async def test_a_group_is_sampled_whole_from_one_scene_and_completed(bench):
     await bench.until(lambda: len(bench.groups.stored) == 2)
@@ -157,8 +155,6 @@ async def test_a_worker_that_hangs_before_it_is_recycled_has_failed(bench):
 
 
 # -- evaluations ----------------------------------------------------------------------------------
-
-
 @on_a_bench(hold=True, num_workers=1, groups_per_update=8)
 async def test_evaluations_are_played_one_after_the_other_before_new_groups(bench):
     first = bench.evaluate(EpisodeSpec("task", 71), EpisodeSpec("task", 72))
@@ -247,8 +243,6 @@ def test_an_ended_collection_fails_its_evaluations():
 
 
 # -- decisions ------------------------------------------------------------------------------------
-
-
 @on_a_bench(hold=True, num_workers=2, inference=InferenceConfig(max_batch_size=3, max_wait_s=1e6))
 async def test_a_row_waits_for_what_is_being_simulated(bench):
     bench.processes.answer(0)
@@ -293,8 +287,6 @@ async def test_an_instruction_that_changes_is_decided_for_from_then_on(bench):
 
 
 # -- rounds ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_a_round_is_handled_in_the_order_of_the_environments(order):
     rows = []

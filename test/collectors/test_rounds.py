@@ -203,67 +203,47 @@ def slow_env(latency_seed):
     return make
 
 
-@pytest.mark.parametrize("latency_seed", [0, 1, 2])
-def test_lag_0_equals_a_sequential_loop(make_collector, sequential, latency_seed):
+def run(make_collector, make_env=None, *, before_update=lambda collector: None, **kwargs):
+    """The learner of a collector on four environments in two workers."""
     learner = Learner()
     collector = make_collector(
-        slow_env(latency_seed),
+        make_env,
         policy=learner.policy,
         group=GROUP,
         workers={"num_workers": 2, "envs_per_worker": 2, "max_decisions": MAX_DECISIONS},
         batch_size=BATCH_SIZE,
         num_epochs=NUM_EPOCHS,
         seed=SEED,
+        **kwargs,
     )
     collector.start()
     for _ in range(NUM_UPDATES):
+        before_update(collector)
         learner.learn(collector.replay_buffer)
         collector.update_policy_weights_()
-    learner.assert_equals(sequential)
+    return learner
+
+
+@pytest.mark.parametrize("latency_seed", [0, 1, 2])
+def test_lag_0_equals_a_sequential_loop(make_collector, sequential, latency_seed):
+    run(make_collector, slow_env(latency_seed)).assert_equals(sequential)
 
 
 def test_an_evaluation_beside_training_changes_nothing(make_collector, sequential):
-    learner = Learner()
-    collector = make_collector(
-        policy=learner.policy,
-        group=GROUP,
-        workers={"num_workers": 2, "envs_per_worker": 2, "max_decisions": MAX_DECISIONS},
-        batch_size=BATCH_SIZE,
-        num_epochs=NUM_EPOCHS,
-        seed=SEED,
-    )
-    episodes = [EpisodeSpec("default", seed=k) for k in range(6)]
-    collector.start()
-    evaluations = []
-    for _ in range(NUM_UPDATES):
+    evaluations, episodes = [], [EpisodeSpec("default", seed=k) for k in range(6)]
+
+    def evaluate(collector):
         evaluations.append(collector.evaluate(episodes, greedy=False))
-        learner.learn(collector.replay_buffer)
-        collector.update_policy_weights_()
-    learner.assert_equals(sequential)
+
+    run(make_collector, before_update=evaluate).assert_equals(sequential)
     versions = [evaluation.result(60.0).policy_version for evaluation in evaluations]
-    assert versions == sorted(versions)
+    assert len(versions) == NUM_UPDATES and versions == sorted(versions)
 
 
 def test_small_batches_are_deterministic_too(make_collector):
-    learners = []
-    for latency_seed in (3, 4):
-        learner = Learner()
-        collector = make_collector(
-            slow_env(latency_seed),
-            policy=learner.policy,
-            group=GROUP,
-            workers={"num_workers": 2, "envs_per_worker": 2, "max_decisions": MAX_DECISIONS},
-            inference=InferenceConfig(max_batch_size=3),
-            batch_size=BATCH_SIZE,
-            num_epochs=NUM_EPOCHS,
-            seed=SEED,
-        )
-        collector.start()
-        for _ in range(NUM_UPDATES):
-            learner.learn(collector.replay_buffer)
-            collector.update_policy_weights_()
-        learners.append(learner)
-    learners[0].assert_equals(learners[1])
+    inference = InferenceConfig(max_batch_size=3)
+    first, second = (run(make_collector, slow_env(k), inference=inference) for k in (3, 4))
+    first.assert_equals(second)
 
 
 def test_deterministic_needs_lag_0(make_collector):

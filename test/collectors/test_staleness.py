@@ -36,11 +36,7 @@ ENV_KWARGS = {
     "length": "heavy_tailed",
     "step_latency_s": Latency(0.001, tail_index=1.5, seed=5),
 }
-WORKERS = {
-    "num_workers": 2,
-    "envs_per_worker": 4,
-    "max_decisions": MAX_ENV_STEPS // CHUNK_SIZE,
-}
+WORKERS = {"num_workers": 2, "envs_per_worker": 4, "max_decisions": MAX_ENV_STEPS // CHUNK_SIZE}
 # Workers cannot import this module: they get its classes whole.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -144,18 +140,13 @@ def run(make_collector, make_env, *, max_policy_lag, seed, **group):
         max_policy_lag=max_policy_lag,
         **group,
     )
-    collector = make_collector(
-        make_env,
-        group=group,
-        workers=WORKERS,
-        batch_size=16,
-        seed=seed,
-    )
+    collector = make_collector(make_env, group=group, workers=WORKERS, batch_size=16, seed=seed)
     learner = Learner(collector, seed)
     collector.start()
     for _ in range(NUM_UPDATES):
         learner.update()
     collector.shutdown()
+    assert collector.policy_version == NUM_UPDATES
     return collector, learner
 
 
@@ -218,11 +209,7 @@ def test_groups_are_dropped_for_their_returns_alone(make_collector, max_policy_l
     # Successes end early here, so lengths differ within a group, and dropping by age would show.
     make_env = functools.partial(CountingChunkEnv, required_fraction=0.5, **ENV_KWARGS)
     collector, learner = run(
-        make_collector,
-        make_env,
-        max_policy_lag=max_policy_lag,
-        seed=seed,
-        return_bounds=(0.5, 1.0),
+        make_collector, make_env, max_policy_lag=max_policy_lag, seed=seed, return_bounds=(0.5, 1.0)
     )
     dropped = check_bound_and_fates(collector, learner)
     # Decided by hand from the returns: two successes of three are kept, and nothing else is.

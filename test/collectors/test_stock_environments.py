@@ -14,21 +14,10 @@ import cloudpickle
 import pytest
 import torch
 from torchrl.data import Binary
-from torchrl.envs import (
-    RenameTransform,
-    SuccessReward,
-    ToyVLAEnv,
-    TransformedEnv,
-)
+from torchrl.envs import RenameTransform, SuccessReward, ToyVLAEnv, TransformedEnv
 
 from torchrl_dvla.collectors import GroupConfig
-from torchrl_dvla.data.schema import (
-    ADVANTAGE_KEY,
-    DECISION_INDEX_KEY,
-    INSTRUCTION_KEY,
-    ROLLOUT_ID_KEY,
-    STATE_KEY,
-)
+from torchrl_dvla.data import schema
 from torchrl_dvla.envs import ChunkEnv
 from torchrl_dvla.objectives import GRPOLoss
 from torchrl_dvla.testing import CountingChunkEnv
@@ -57,15 +46,17 @@ def test_a_group_of_the_toy_task_is_learned(make_collector):
     collector.start()
     rows = torch.cat([batch.clone() for batch in collector.replay_buffer])
     collector.update_policy_weights_()
-    ids = rows[ROLLOUT_ID_KEY].flatten()
+    ids = rows[schema.ROLLOUT_ID_KEY].flatten()
     assert len(rows) == 6 and len(ids.unique()) == 2
     for rollout_id in ids.unique():
         mine = rows[ids == rollout_id]
-        assert sorted(mine[DECISION_INDEX_KEY].flatten().tolist()) == [0, 1, 2]
-    first = rows[(rows[DECISION_INDEX_KEY] == 0).squeeze(-1)]
-    assert torch.equal(first[STATE_KEY][0], first[STATE_KEY][1]), "a group shares its scene"
-    assert set(rows[INSTRUCTION_KEY]) == {make_toy().reset()[INSTRUCTION_KEY]}
-    assert (rows[ADVANTAGE_KEY] == 0).all()
+        assert sorted(mine[schema.DECISION_INDEX_KEY].flatten().tolist()) == [0, 1, 2]
+    first = rows[(rows[schema.DECISION_INDEX_KEY] == 0).squeeze(-1)]
+    assert torch.equal(first[schema.STATE_KEY][0], first[schema.STATE_KEY][1]), (
+        "a group shares its scene"
+    )
+    assert set(rows[schema.INSTRUCTION_KEY]) == {make_toy().reset()[schema.INSTRUCTION_KEY]}
+    assert (rows[schema.ADVANTAGE_KEY] == 0).all()
 
 
 class MaskedEnv(CountingChunkEnv):

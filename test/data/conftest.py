@@ -48,10 +48,7 @@ class Plane:
         self.config = GroupConfig(groups_per_update=groups, max_policy_lag=lag, **config)
         self.pool = EnvironmentPool(LAYOUT, num_pages, ROWS_PER_PAGE)
         self.groups = GroupQueue(
-            self.config,
-            self.pool,
-            InitStateSchedule(tasks),
-            pages_per_rollout=PAGES_PER_ROLLOUT,
+            self.config, self.pool, InitStateSchedule(tasks), pages_per_rollout=PAGES_PER_ROLLOUT
         )
         self.groups.set_paused(False)
         self.table = InstructionTable(["open", "close"])

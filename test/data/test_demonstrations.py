@@ -26,6 +26,8 @@ from torchrl_dvla.data.demonstrations import (
 )
 from torchrl_dvla.envs import ToyChunkEnv
 
+TOKENIZER = UniformActionTokenizer(3, low=-1.0, high=1.0)
+
 
 def make_demo(seed=0, instruction="pick", success=True, num_rows=3):
     generator = torch.Generator().manual_seed(seed)
@@ -55,18 +57,15 @@ def test_round_trip(tmp_path):
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["5.safetensors"]
 
 
-def test_a_truncated_file_is_named(tmp_path):
+def test_a_truncated_and_a_foreign_file_are_refused(tmp_path):
     path = tmp_path / "0.safetensors"
     make_demo().save(path)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match="Delete it and record it again"):
         Demonstration.load(path)
-
-
-def test_a_foreign_file_is_refused(tmp_path):
-    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    save_file({"weight": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="must be a demonstration file"):
-        Demonstration.load(tmp_path / "model.safetensors")
+        Demonstration.load(path)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +113,7 @@ def test_stack_tokenises_and_numbers_instructions():
     demos = [make_demo(1, "pick"), make_demo(2, "place", num_rows=2), make_demo(3, "pick")]
     # three bins of width 2/3: -1/3, +1/3 are the edges, so 0 is token 1 and 0.5 is token 2
     demos[1].rows["vla_action", "chunk"][0, 0, 0] = 0.5
-    rows, instructions = stack_demonstrations(demos, UniformActionTokenizer(3, low=-1.0, high=1.0))
+    rows, instructions = stack_demonstrations(demos, TOKENIZER)
     assert rows.shape == (8,)
     assert [instructions.text(0), instructions.text(1)] == ["pick", "place"]
     assert rows["instruction_id"].flatten().tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
@@ -123,7 +122,7 @@ def test_stack_tokenises_and_numbers_instructions():
 
 def test_buffer_visits_each_row_once_an_epoch_and_restores_instructions():
     demos = [make_demo(seed, instruction) for seed, instruction in ((1, "pick"), (2, "place"))]
-    rows, instructions = stack_demonstrations(demos, UniformActionTokenizer(3, low=-1.0, high=1.0))
+    rows, instructions = stack_demonstrations(demos, TOKENIZER)
     buffer = make_demonstration_buffer(rows, instructions, batch_size=3)
     batches = [buffer.sample(), buffer.sample()]
     seeds = [int(s) for b in batches for s in b["observation", "state"][:, 0]]
@@ -133,21 +132,13 @@ def test_buffer_visits_each_row_once_an_epoch_and_restores_instructions():
 
 
 def test_augmentation_leaves_the_stored_rows_alone():
-    rows, instructions = stack_demonstrations(
-        [make_demo()], UniformActionTokenizer(3, low=-1.0, high=1.0)
-    )
+    rows, instructions = stack_demonstrations([make_demo()], TOKENIZER)
     buffer = make_demonstration_buffer(
         rows, instructions, batch_size=3, transforms=[RandomShift(4), StateNoise(1.0)]
     )
     buffer.sample()
     assert (buffer.storage[:]["observation", "image"] == rows["observation", "image"]).all()
     assert (buffer.storage[:]["observation", "state"] == 0).all()
-
-
-def test_batch_larger_than_the_data_is_refused():
-    rows, instructions = stack_demonstrations(
-        [make_demo()], UniformActionTokenizer(3, low=-1.0, high=1.0)
-    )
     with pytest.raises(ValueError, match=r"must be in \[1, 3\]"):
         make_demonstration_buffer(rows, instructions, batch_size=4)
 

@@ -137,8 +137,7 @@ def test_bad_settings(arguments, message):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    returns=st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]), min_size=2, max_size=7),
-    data=st.data(),
+    returns=st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]), min_size=2, max_size=7), data=st.data()
 )
 def test_subset_has_the_greatest_variance(returns, data):
     size = data.draw(st.integers(1, len(returns)))

@@ -48,8 +48,6 @@ def wait_message(plane):
 
 
 # -- admission ----------------------------------------------------------------------------------
-
-
 def test_the_worked_trace_of_the_docstring(plane):
     plane = plane(groups=1, lag=1)
     zero, one = plane.admit(), plane.admit()
@@ -360,8 +358,6 @@ def test_staleness_is_bounded_and_there_is_no_deadlock(steps):
 
 
 # -- pages --------------------------------------------------------------------------------------
-
-
 def test_a_group_waits_for_the_pages_of_all_its_rollouts(plane):
     # Beside the group, a rollout of an evaluation always has room.
     plane = plane(num_pages=3 * PAGES_PER_ROLLOUT + 1)
@@ -453,8 +449,6 @@ def test_a_quarantined_task_is_skipped_and_the_last_one_ends_the_run(plane):
 
 
 # -- groups with nothing to learn from ----------------------------------------------------------
-
-
 def no_signal_plane(plane, on_no_signal):
     return plane(lag=3, config={"max_no_signal_groups": 3, "on_no_signal": on_no_signal})
 
@@ -526,8 +520,6 @@ def test_raise_ends_the_run(plane):
 
 
 # -- waiting and publishing ---------------------------------------------------------------------
-
-
 def test_dropped_groups_are_counted_and_explained(plane):
     plane = plane()
     plane.add(3, returns=(1.0, 1.0))
@@ -544,8 +536,6 @@ def test_dropped_groups_are_counted_and_explained(plane):
     )
     stats = plane.groups.stats()
     assert (stats["groups_dropped"], stats["groups_kept"], stats["groups_stored"]) == (4, 0, 0)
-    drops = plane.groups.drop_counts()["no contrast: all rollouts returned 1"]
-    assert drops["mean_length"] == 20.0
     plane.add(2)
     assert plane.groups.stats()["kept_mean_length"] == 20.0
     plane.update()
@@ -724,8 +714,6 @@ def test_listeners_hear_of_what_may_let_sampling_go_on(plane):
 
 
 # -- checkpoints --------------------------------------------------------------------------------
-
-
 def test_unfinished_groups_are_begun_anew_after_a_resume(plane):
     old = plane(lag=3)
     groups = [old.admit() for _ in range(3)]
@@ -800,8 +788,6 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(plane):
 
 
 # -- two threads --------------------------------------------------------------------------------
-
-
 def test_collector_and_learner_threads(plane):
     """A collector and a learner race for 40 updates on a pool with room for too few groups."""
     plane = plane(num_pages=16, groups=2, lag=2, timeout_s=60.0)

@@ -65,8 +65,8 @@ class PagesOfGroups(RuleBasedStateMachine):
         self.serials: dict[int, list[int]] = {}
         #: Leases that have ended.
         self.over: list[Page] = []
-        #: Pages of evaluation episodes.
-        self.evaluated: list[list[Page]] = []
+        #: Pages of evaluation episodes, by owner.
+        self.evaluated: dict[object, list[Page]] = {}
 
     @staticmethod
     def new_groups(pool):
@@ -78,7 +78,7 @@ class PagesOfGroups(RuleBasedStateMachine):
     def teardown(self):
         for group in self.groups.running:
             self.groups.drop(group, "over")
-        for pages in self.evaluated:
+        for pages in self.evaluated.values():
             self.pool.free(pages)
         self.pool.free([page for group in self.groups.stored for page in group.pages])
         assert self.pool.num_free_pages == NUM_PAGES, "no page is lost"
@@ -86,7 +86,6 @@ class PagesOfGroups(RuleBasedStateMachine):
         self.pool.close()
 
     # -- rollouts -------------------------------------------------------------------------------
-
     @property
     def open(self):
         return [r for group in self.groups.running for r in group.rollouts if not r.finished]
@@ -171,21 +170,38 @@ class PagesOfGroups(RuleBasedStateMachine):
             self.serials[rollout.rollout_id] = []
         self.writers[worker] = RowWriter(pickle.loads(pickle.dumps(self.view)), WRITTEN)
 
-    @rule()
-    def evaluate(self):
+    @rule(num_pages=st.sampled_from([0, 1, 1, 1, 2, 3, NUM_PAGES]), data=st.data())
+    def evaluate(self, num_pages, data):
         """An episode of an evaluation takes pages beside those of the groups."""
-        if self.pool.reserve(1):
-            self.evaluated.append([self.pool.lease("evaluation", len(self.over), reserved=True)])
+        fits = num_pages <= self.pool.num_free_pages
+        assert self.pool.reserve(num_pages) == fits
+        num_leased = data.draw(st.integers(0, min(3, num_pages))) if fits else 0
+        self.pool.unreserve((num_pages - num_leased) * fits)
+        owner, pages = object(), []
+        for number in range(num_leased):
+            # What is reserved is taken first, unless somebody says otherwise.
+            reserved = data.draw(st.sampled_from([True, None]))
+            pages.append(self.pool.lease(owner, number % 2, reserved=reserved))
+        if self.pool.num_free_pages:
+            pages.append(self.pool.lease(owner, 2, reserved=False))
+        else:
+            with pytest.raises(RuntimeError, match="page is left"):
+                self.pool.lease(owner, 2, reserved=False)
+        if pages:
+            self.evaluated[owner] = pages
 
     @precondition(lambda self: self.evaluated)
-    @rule()
-    def end_evaluation(self):
-        pages = self.evaluated.pop()
-        self.pool.free(pages)
+    @rule(data=st.data(), is_killed=st.booleans())
+    def end_evaluation(self, data, is_killed):
+        owner = data.draw(st.sampled_from(list(self.evaluated)))
+        pages = self.evaluated.pop(owner)
+        if is_killed:
+            assert self.pool.reclaim(owner) == sorted(int(page) for page in pages)
+        else:
+            self.pool.free(pages)
         self.over += pages
 
     # -- groups ---------------------------------------------------------------------------------
-
     @precondition(lambda self: self.open)
     @rule()
     def complete_too_early(self):
@@ -240,7 +256,6 @@ class PagesOfGroups(RuleBasedStateMachine):
         self.over += pages
 
     # -- mistakes -------------------------------------------------------------------------------
-
     @precondition(lambda self: self.over)
     @rule(data=st.data(), worker=st.sampled_from(WORKERS), offset=st.integers(0, ROWS - 1))
     def write_late(self, data, worker, offset):
@@ -263,9 +278,7 @@ class PagesOfGroups(RuleBasedStateMachine):
             with pytest.raises(RuntimeError, match="another pool"):
                 pool.free(stranger)
         elif move == "free" and self.over:
-            with pytest.raises(
-                RuntimeError, match=r"freed since its|is sealed and|is stored and|differ"
-            ):
+            with pytest.raises(RuntimeError, match="freed since its|is (sealed|stored) and|differ"):
                 stale = [page for page in self.over if not self.is_alive(page)]
                 pool.free([*pages, *(stale or [pages[0]])])
         elif move == "seal" and rollout.finished:
@@ -283,12 +296,11 @@ class PagesOfGroups(RuleBasedStateMachine):
         return [*self.open, *self.sealed, *self.stored]
 
     # -- what must always hold ------------------------------------------------------------------
-
     @invariant()
     def every_page_has_one_owner(self):
         self.pool.check()
         owned = [int(page) for rollout in self.everyone() for page in rollout.pages]
-        owned += [int(page) for pages in self.evaluated for page in pages]
+        owned += [int(page) for pages in self.evaluated.values() for page in pages]
         assert len(set(owned)) == len(owned)
         stats = self.pool.stats()
         promised = PAGES_PER_ROLLOUT * len(self.open) - sum(len(r.pages) for r in self.open)
@@ -320,4 +332,4 @@ class PagesOfGroups(RuleBasedStateMachine):
 
 
 TestPagesOfGroups = PagesOfGroups.TestCase
-TestPagesOfGroups.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestPagesOfGroups.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)

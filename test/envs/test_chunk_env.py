@@ -18,7 +18,7 @@ from torchrl.envs import GymWrapper, RenameTransform, ToyVLAEnv, TransformedEnv,
 from torchrl_dvla.envs import ChunkEnv
 from torchrl_dvla.swimlane.env_worker import describe_env
 
-CHUNK = ("vla_action", "chunk")
+CHUNK, ENDS, CUT = ("vla_action", "chunk"), "terminated", "truncated"
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_environment.py"
 Reach = runpy.run_path(str(EXAMPLE))["Reach"]
 
@@ -88,20 +88,12 @@ def test_specs(make, is_solved):
     ("base", "settings", "decisions"),
     [
         # reward, success, executed env steps and end of each decision
-        ({"ends_at": 5}, {}, [(10, False, 4, None), (5, False, 1, "terminated")]),
-        ({"ends_at": 6, "solved_at": 6}, {}, [(10, False, 4, None), (11, True, 2, "terminated")]),
-        ({"solved_at": 2, "limit": 3}, {}, [(6, True, 3, "truncated")]),
-        (
-            {"solved_at": 4},
-            {"max_episode_steps": 5},
-            [(10, True, 4, None), (5, False, 1, "truncated")],
-        ),
-        (
-            {"ends_at": 4},
-            {"replan_interval": 3},
-            [(6, False, 3, None), (4, False, 1, "terminated")],
-        ),
-        ({"ends_at": 4}, {"max_episode_steps": 4}, [(10, False, 4, "terminated")]),
+        ({"ends_at": 5}, {}, [(10, False, 4, None), (5, False, 1, ENDS)]),
+        ({"ends_at": 6, "solved_at": 6}, {}, [(10, False, 4, None), (11, True, 2, ENDS)]),
+        ({"solved_at": 2, "limit": 3}, {}, [(6, True, 3, CUT)]),
+        ({"solved_at": 4}, {"max_episode_steps": 5}, [(10, True, 4, None), (5, False, 1, CUT)]),
+        ({"ends_at": 4}, {"replan_interval": 3}, [(6, False, 3, None), (4, False, 1, ENDS)]),
+        ({"ends_at": 4}, {"max_episode_steps": 4}, [(10, False, 4, ENDS)]),
     ],
 )
 def test_a_decision_is_the_sum_of_the_env_steps_that_were_executed(base, settings, decisions):
@@ -213,11 +205,7 @@ def test_the_initial_state_reaches_the_base_environment():
         (Clock, {}, r"got nothing by 'success'.* The info has \['is_success'\]"),
         (Clock, {"success": "solved"}, "success must give one flag .*, got nothing by 'solved'"),
         (Clock, {"success": "goal"}, r"got \[1, 2\] by 'goal'"),
-        (
-            ToyVLAEnv,
-            {"state_key": ("observation", "state")},
-            "'terminated' if .*entries .*'done'",
-        ),
+        (ToyVLAEnv, {"state_key": ("observation", "state")}, "'terminated' if .*entries .*'done'"),
         (Clock, {"instruction": 3}, "instruction must give a string, got int"),
     ],
 )

@@ -39,8 +39,6 @@ def lines(plan):
 
 
 # -- the plan -----------------------------------------------------------------------------------
-
-
 def test_plan_by_hand():
     plan = DualPool().plan(**SIZES, num_env=8, weight_bytes=3000, batch_size=16)
     assert plan.row_bytes == 768 + 32
@@ -144,8 +142,6 @@ def test_model_budget_and_bad_counts(sizes, message):
 
 
 # -- both pools ---------------------------------------------------------------------------------
-
-
 def test_planned_pools_hold_what_was_planned_and_no_more():
     pools = DualPool(model_bytes="64KB")
     assert pools.plan(**SIZES).num_pages == 72
@@ -219,8 +215,6 @@ def test_pools_that_the_machine_cannot_hold_any_more_are_not_made(monkeypatch):
 
 
 # -- the model pool -----------------------------------------------------------------------------
-
-
 def test_use_and_peak_follow_what_is_alive():
     layout = RowLayout({"image": ((3, 4, 4), torch.uint8), "state": ((2,), torch.float32)})
     # 5 rows: 240 -> 256 and 40 -> 64

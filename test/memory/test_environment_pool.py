@@ -81,7 +81,6 @@ def test_the_ledger_outlives_the_memory():
 
 
 # -- across processes: visibility, and what kill -9 leaves behind ---------------------------------
-
 # Targets of processes must be importable by name; the builtin exec always is.
 WRITER = """
 import signal

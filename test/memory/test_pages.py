@@ -8,18 +8,8 @@ import pickle
 import threading
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    consumes,
-    invariant,
-    precondition,
-    rule,
-)
 
-from torchrl_dvla.memory import Page, PageLedger, PageState
+from torchrl_dvla.memory import PageLedger, PageState
 
 
 def test_states_of_a_page():
@@ -136,103 +126,3 @@ def test_a_waiting_reserve_is_woken_by_free_and_its_wait_is_counted():
     ledger.lease("worker")
     assert not ledger.reserve(1)
     assert ledger.stats()["page_wait_s"] > 0
-
-
-class LedgerMachine(RuleBasedStateMachine):
-    """Random transitions of pages against a model of who wrote what into which page."""
-
-    NUM_PAGES, ROWS = 6, 3
-
-    def __init__(self):
-        super().__init__()
-        self.ledger = PageLedger(self.NUM_PAGES, self.ROWS)
-        self.content = [None] * self.NUM_PAGES  # what the owner wrote
-        self.leased: dict[str, dict[int, list[Page]]] = {}
-        self.reserved = 0
-        self.num_rollouts = 0
-
-    sealed = Bundle("sealed")
-    stored = Bundle("stored")
-    dead = Bundle("dead")
-
-    def verify(self, pages, rollout):
-        assert [self.content[page] for page in pages] == [rollout] * len(pages)
-
-    @rule(num_pages=st.integers(0, NUM_PAGES))
-    def reserve(self, num_pages):
-        fits = num_pages <= self.ledger.num_free_pages
-        assert self.ledger.reserve(num_pages) == fits
-        self.reserved += num_pages * fits
-
-    @precondition(lambda self: self.reserved)
-    @rule(data=st.data())
-    def unreserve(self, data):
-        num_pages = data.draw(st.integers(1, self.reserved))
-        self.ledger.unreserve(num_pages)
-        self.reserved -= num_pages
-
-    @rule(owner=st.sampled_from("abc"), new=st.booleans(), reserved=st.sampled_from([None, False]))
-    def lease(self, owner, new, reserved):
-        from_reserved = reserved is None and self.reserved > 0
-        if not from_reserved and not self.ledger.num_free_pages:
-            with pytest.raises(RuntimeError, match="page is left"):
-                self.ledger.lease(owner, 0, reserved=reserved)
-            return
-        rollouts = self.leased.setdefault(owner, {})
-        if new or not rollouts:
-            self.num_rollouts += 1
-            rollout = self.num_rollouts
-        else:
-            rollout = max(rollouts)
-        page = self.ledger.lease(owner, rollout, reserved=reserved)
-        self.reserved -= from_reserved
-        rollouts.setdefault(rollout, []).append(page)
-        self.content[page] = rollout
-
-    @precondition(lambda self: any(self.leased.values()))
-    @rule(target=sealed, data=st.data())
-    def seal(self, data):
-        owner = data.draw(st.sampled_from([o for o, r in self.leased.items() if r]))
-        rollout = data.draw(st.sampled_from(sorted(self.leased[owner])))
-        pages = self.leased[owner].pop(rollout)
-        num_rows = data.draw(st.integers(1, len(pages) * self.ROWS))
-        used = self.ledger.seal(pages, num_rows)
-        assert used == pages[: -(-num_rows // self.ROWS)]
-        return rollout, used
-
-    @rule(target=stored, item=consumes(sealed))
-    def store(self, item):
-        self.verify(item[1], item[0])
-        self.ledger.store(item[1])
-        return item
-
-    @rule(target=dead, item=st.one_of(consumes(sealed), consumes(stored)))
-    def free(self, item):
-        self.verify(item[1], item[0])
-        self.ledger.free(item[1])
-        return item
-
-    @rule(owner=st.sampled_from("abc"))
-    def kill(self, owner):
-        pages = [p for pages in self.leased.pop(owner, {}).values() for p in pages]
-        assert self.ledger.reclaim(owner) == sorted(int(page) for page in pages)
-
-    @rule(item=dead)
-    def use_after_free(self, item):
-        before = {**self.ledger.stats(), "page_wait_s": 0}
-        for move in (self.ledger.store, self.ledger.free, lambda pages: self.ledger.seal(pages, 1)):
-            with pytest.raises(RuntimeError):
-                move(item[1])
-        assert {**self.ledger.stats(), "page_wait_s": 0} == before
-
-    @invariant()
-    def every_page_has_one_owner(self):
-        self.ledger.check()
-        for rollouts in self.leased.values():
-            for rollout, pages in rollouts.items():
-                self.verify(pages, rollout)
-        assert self.ledger.stats()["pages_reserved"] == self.reserved
-
-
-TestLedger = LedgerMachine.TestCase
-TestLedger.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -9,12 +9,7 @@ from __future__ import annotations
 import torch
 from tensordict import NonTensorStack, TensorDict
 from torchrl.data.vla import UniformActionTokenizer
-from transformers import (
-    Idefics3Config,
-    PaliGemmaConfig,
-    Qwen2_5_VLConfig,
-    SmolVLMConfig,
-)
+from transformers import Idefics3Config, PaliGemmaConfig, Qwen2_5_VLConfig, SmolVLMConfig
 
 from torchrl_dvla.modules import TinyBackboneConfig, TransformersVLA
 

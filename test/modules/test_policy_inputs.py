@@ -105,10 +105,7 @@ def test_sine_table_tells_cells_apart():
         (lambda: word_tokenizer(["", "  "]), "at least one word"),
         (lambda: inverse_cdf_sample(torch.tensor([[0.5, torch.nan]])), "must be finite"),
         (lambda: TinyBackboneConfig(vision_size=100), "vision_size must be a multiple of head_siz"),
-        (
-            lambda: TinyBackboneConfig(image_size=100),
-            r"image_size must be a multiple .*, got 100",
-        ),
+        (lambda: TinyBackboneConfig(image_size=100), r"image_size must be a multiple .*, got 100"),
     ],
 )
 def test_bad_input(make, message):
@@ -130,9 +127,7 @@ def test_bad_input(make, message):
 def test_statistics_that_would_spoil_every_state(mean, std):
     projector = StateProjector(2, 8)
     before = projector.state_dict()
-    with pytest.raises(
-        ValueError, match="^mean and std must have shape .2,. and be finite, and st"
-    ):
+    with pytest.raises(ValueError, match="^mean and std must have shape .2,. and be finite, and"):
         projector.set_statistics(torch.tensor(mean), torch.tensor(std))
     saved = {f"0.{key}": value for key, value in before.items()}
     saved |= {"0.mean": torch.tensor(mean), "0.std": torch.tensor(std)}
@@ -142,8 +137,6 @@ def test_statistics_that_would_spoil_every_state(mean, std):
 
 
 # -- the token stream -----------------------------------------------------------------------------
-
-
 def builder(policy, **kwargs):
     defaults = {
         "style": PromptStyle(), "num_cameras": 1, "use_state": True, "num_queries": 2,
@@ -218,9 +211,7 @@ def test_words_that_the_tokenizer_does_not_know_are_said(policy, caplog):
         "apart."
     ]
     lay_out(prompt, "...")  # no word
-    with pytest.raises(
-        ValueError, match="must have a word that the tokenizer knows, got 'close that"
-    ):
+    with pytest.raises(ValueError, match="have a word that the tokenizer knows, got 'close that"):
         lay_out(prompt, "close that")
     assert len(caplog.records) == 1
 

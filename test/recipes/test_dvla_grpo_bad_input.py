@@ -76,8 +76,6 @@ def test_no_shared_memory_left(settings, ends_early):
 
 
 # -- checkpoints ----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def training_checkpoint(settings, recipe, tmp_path):
     """A checkpoint of a run of the toy task, without what a collector adds."""

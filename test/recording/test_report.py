@@ -31,28 +31,23 @@ def test_success_rate_counts():
     assert (rate.num_successes, rate.num_episodes, rate.rate) == (3, 4, 0.75)
 
 
-def _report(**changes):
-    figures = {
-        "name": "toy, seed 0",
-        "before": SuccessRate(1, 10),
-        "after": None,
-        "lane_shares": {"sampling": 0.914, "gradient": 0.5},
-        "env_steps_per_s": 31.25,
-        "decisions_per_s": 4.0,
-        "num_updates": 12,
-        "num_episodes": 96,
-        "num_env_steps": 1000,
-        "mean_policy_lag": 0.755,
-        "max_policy_lag": 1,
-        "training_s": 125.4,
-        "ended_by": "SIGTERM",
-        "checkpoint": "",
-    }
-    return RunReport(**(figures | changes))
-
-
 def test_the_table_says_what_was_and_was_not_measured(tmp_path):
-    report = _report()
+    report = RunReport(
+        name="toy, seed 0",
+        before=SuccessRate(1, 10),
+        after=None,
+        lane_shares={"sampling": 0.914, "gradient": 0.5},
+        env_steps_per_s=31.25,
+        decisions_per_s=4.0,
+        num_updates=12,
+        num_episodes=96,
+        num_env_steps=1000,
+        mean_policy_lag=0.755,
+        max_policy_lag=1,
+        training_s=125.4,
+        ended_by="SIGTERM",
+        checkpoint="",
+    )
     text = report.to_text()
     assert "greedy success before  10.0 % (1/10, 95 % interval 1.8-40.4)" in text
     assert "greedy success after   not evaluated" in text

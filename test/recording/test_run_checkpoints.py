@@ -115,8 +115,6 @@ def test_a_view_is_saved_without_the_storage_behind_it(tmp_path):
 
 
 # -- which checkpoints stay, and which is the newest ----------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("saves", "left"),
     [
@@ -158,8 +156,6 @@ def test_the_newest_is_that_of_most_updates_in_the_newest_run(tmp_path):
 
 
 # -- a save that fails, or is killed --------------------------------------------------------------
-
-
 def test_a_failed_save_leaves_the_previous_one_and_nothing_else(tmp_path):
     _save(tmp_path, 1)
     with pytest.raises(TypeError, match=r"Value\.state_dict\(\) must return .* got something else"):
@@ -225,17 +221,12 @@ def test_opening_a_folder_leaves_the_partial_files_of_another_process(tmp_path):
 
 
 # -- damage ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("component", ["policy", "value"])
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda content: content[:-7], r"state\.pt' is \w{64} instead of \w{64}: truncated, or"),
-        (
-            lambda content: content[:-1] + bytes([content[-1] ^ 1]),
-            "truncated, or changed .* Resume",
-        ),
+        (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "or changed .* Resume"),
         (None, r"state\.pt' is missing"),
     ],
     ids=["truncated", "flipped bit", "missing"],
@@ -279,7 +270,7 @@ def test_another_architecture_is_refused_and_nothing_is_copied(checkpoint):
         _load(checkpoint, policy=wider)
     assert torch.equal(wider[1].bias, before)
     with pytest.raises(
-        CheckpointError, match=r"'policy\.weight' is missing; .*policy\.0\.weight' is unk"
+        CheckpointError, match=r"'policy\.weight' is missing; .*\.0\.weight' is unk"
     ):
         _load(checkpoint, policy=nn.Linear(2, 1))
 
@@ -440,8 +431,6 @@ def test_other_optimizers_and_schedules_round_trip(tmp_path):
 
 
 # -- a full disk ----------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def _full_disk(num_bytes):
     """No file of more than ``num_bytes`` can be written: the kernel refuses, as for a full disk."""

@@ -94,9 +94,6 @@ def test_the_dashboard_opens_arranged(tmp_path):
     assert [category.title for category in layout.category] == list(DASHBOARD)
     lanes = {chart.title: list(chart.multiline.tag) for chart in layout.category[1].chart}
     assert lanes["busy share"] == [r"lane/[a-z]+_busy"]
-
-
-def test_every_chart_is_a_regular_expression():
     for charts in DASHBOARD.values():
         for tags in charts.values():
             for tag in tags:
@@ -113,12 +110,9 @@ def test_a_resumed_run_hides_what_came_after_the_checkpoint(tmp_path):
     assert values == [(0, 0.0), (1, 1.0), (2, 20.0)]
 
 
-def test_an_unwritable_folder_is_refused_by_name(tmp_path):
+def test_a_writable_folder_is_made_and_left_empty_and_another_refused_by_name(tmp_path):
+    assert check_writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"log\.dir must be a folder that can be written to, got"):
         check_writable(tmp_path / "file" / "logs")
-
-
-def test_a_writable_folder_is_made_and_left_empty(tmp_path):
-    assert check_writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
-    assert list((tmp_path / "a" / "b").iterdir()) == []

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import threading
 
 import pytest
@@ -62,20 +61,3 @@ def test_a_factory_that_cannot_be_sent_is_named(start):
     lock = threading.Lock()
     with pytest.raises(TypeError, match=r"create_env_fn must be such that .*cannot pickle.*lock"):
         start({"default": lambda: lock})
-
-
-def test_workers_must_agree_on_the_specs(start, tmp_path):
-    def differs():
-        try:
-            os.mkdir(tmp_path / "taken")
-        except FileExistsError:
-            return CountingChunkEnv(chunk_size=4, action_dim=3)
-        return CountingChunkEnv(chunk_size=4, action_dim=2)
-
-    with pytest.raises(RuntimeError, match="Make create_env_fn deterministic"):
-        start({"default": differs}).wait_ready(60.0)
-
-
-def test_a_constructor_that_takes_too_long_is_named(start):
-    with pytest.raises(TimeoutError, match=r"start_timeout_s must cover .*'dvla-env-1'"):
-        start({"default": make_env}).wait_ready(0.0)

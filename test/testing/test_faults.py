@@ -122,8 +122,7 @@ def start():
 
 
 @pytest.mark.parametrize(
-    ("place", "reached"),
-    [("constructor", []), ("reset", ["built"]), ("step", ["built", "reset"])],
+    ("place", "reached"), [("constructor", []), ("reset", ["built"]), ("step", ["built", "reset"])]
 )
 def test_kill(start, place, reached):
     process, connection = start(Fault("kill", place))

@@ -14,12 +14,7 @@ from torchrl_dvla.collectors import WorkerConfig
 from torchrl_dvla.data import PooledReplayBuffer
 from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.testing import CountingChunkEnv
-from torchrl_dvla.topology import (
-    ClusterSpec,
-    NodeSpec,
-    TopologyAwareCollector,
-    plan_placement,
-)
+from torchrl_dvla.topology import ClusterSpec, NodeSpec, TopologyAwareCollector, plan_placement
 
 GIB = 2**30
 
@@ -36,18 +31,12 @@ def test_cores_and_memory_both_bound_the_workers_of_a_node():
     assert placement.learner.host == "few-cores"
 
 
-def test_a_node_without_room_for_one_environment_is_named():
+def test_no_node_several_nodes_and_one_without_room_are_refused():
+    with pytest.raises(ValueError, match="at least one NodeSpec"):
+        ClusterSpec(())
     cluster = ClusterSpec((NodeSpec("tiny", num_cores=2, memory_bytes=1 * GIB),))
     with pytest.raises(ValueError, match="env_memory_bytes.*tiny"):
         plan_placement(cluster, env_memory_bytes=2 * GIB)
-
-
-def test_an_empty_cluster_is_refused():
-    with pytest.raises(ValueError, match="at least one NodeSpec"):
-        ClusterSpec(())
-
-
-def test_several_nodes_are_refused():
     node = NodeSpec("a", num_cores=2, memory_bytes=16 * GIB)
     placement = plan_placement(ClusterSpec((node, node)), env_memory_bytes=GIB)
     with pytest.raises(ValueError, match="one node in this version"):
@@ -56,9 +45,7 @@ def test_several_nodes_are_refused():
 
 def test_on_one_node_it_is_the_collector_of_that_node():
     placement = plan_placement(
-        ClusterSpec.local(),
-        env_memory_bytes=GIB // 64,
-        workers=WorkerConfig(max_decisions=4),
+        ClusterSpec.local(), env_memory_bytes=GIB // 64, workers=WorkerConfig(max_decisions=4)
     )
     collector = TopologyAwareCollector(
         functools.partial(CountingChunkEnv, chunk_size=4, max_env_steps=12),

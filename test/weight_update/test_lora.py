@@ -87,7 +87,7 @@ INPUTS = torch.randn(7, 6, generator=torch.Generator().manual_seed(1))
 
 @pytest.mark.parametrize("option", ["trainable_only", "lora_only"])
 @pytest.mark.parametrize("adapters", [(), ("one", "two")])
-def test_a_plain_model_serves_the_merged_weights(option: str, adapters: tuple[str, ...]) -> None:
+def test_a_plain_model_serves_the_merged_weights(option, adapters):
     learner, served = adapted(adapters), Model().requires_grad_(False).eval()
     train(learner)
     with WeightStore(learner, **{option: True}) as store:  # type: ignore[arg-type]
@@ -100,7 +100,7 @@ def test_a_plain_model_serves_the_merged_weights(option: str, adapters: tuple[st
         reader.close()
 
 
-def test_frozen_weights_travel_once_and_only_adapted_layers_are_private() -> None:
+def test_frozen_weights_travel_once_and_only_adapted_layers_are_private():
     learner, served = adapted(), Model().requires_grad_(False).eval()
     with WeightStore(learner, lora_only=True) as store:
         # A is [2, 6], B is [5, 2], of 4 bytes each: 22 elements, once at the start and once more.
@@ -121,7 +121,7 @@ def test_frozen_weights_travel_once_and_only_adapted_layers_are_private() -> Non
         first.close(), second.close()
 
 
-def test_a_reader_on_an_old_slot_keeps_its_adapters_while_new_ones_are_published() -> None:
+def test_a_reader_on_an_old_slot_keeps_its_adapters_while_new_ones_are_published():
     learner, old = adapted(), adapted()
     with WeightStore(learner, lora_only=True) as store:
         holder, late = store.reader("holder"), store.reader("late")
@@ -143,7 +143,7 @@ def test_a_reader_on_an_old_slot_keeps_its_adapters_while_new_ones_are_published
         holder.close(), late.close()
 
 
-def test_merging_again_and_again_adds_no_error() -> None:
+def test_merging_again_and_again_adds_no_error():
     learner, served = adapted(), Model().requires_grad_(False).eval()
     train(learner)
     with WeightStore(learner, lora_only=True) as store:
@@ -167,7 +167,7 @@ def test_merging_again_and_again_adds_no_error() -> None:
         reader.close()
 
 
-def test_a_reader_with_the_adapters_reads_the_slot_itself() -> None:
+def test_a_reader_with_the_adapters_reads_the_slot_itself():
     learner, served = adapted(), adapted()
     with WeightStore(learner, lora_only=True) as store:
         reader = store.reader("a")
@@ -179,7 +179,7 @@ def test_a_reader_with_the_adapters_reads_the_slot_itself() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_reader_of_another_precision_and_one_on_the_meta_device(dtype: torch.dtype) -> None:
+def test_a_reader_of_another_precision_and_one_on_the_meta_device(dtype):
     learner = adapted(wrapped=False)
     train(learner)
     narrow = Model().to(dtype).requires_grad_(False).eval()
@@ -198,7 +198,7 @@ def test_a_reader_of_another_precision_and_one_on_the_meta_device(dtype: torch.d
             reader.close()
 
 
-def test_an_adapter_without_a_name_and_a_transposed_base() -> None:
+def test_an_adapter_without_a_name_and_a_transposed_base():
     class Layer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -229,7 +229,7 @@ def test_an_adapter_without_a_name_and_a_transposed_base() -> None:
         ("scaling", {}, "no number `scaling`"),
     ],
 )
-def test_what_cannot_be_merged_is_named(attribute: str, value: object, message: str) -> None:
+def test_what_cannot_be_merged_is_named(attribute, value, message):
     learner = adapted()
     setattr(layer_of(learner), attribute, value)
     with WeightStore(learner, lora_only=True) as store:
@@ -240,7 +240,7 @@ def test_what_cannot_be_merged_is_named(attribute: str, value: object, message: 
         reader.close()
 
 
-def test_an_inactive_adapter_is_left_out() -> None:
+def test_an_inactive_adapter_is_left_out():
     learner = adapted(("one", "two"))
     layer_of(learner).active_adapters = ["two"]
     layout = WeightLayout(learner, lora_only=True)
@@ -248,7 +248,7 @@ def test_an_inactive_adapter_is_left_out() -> None:
     assert [scaling for _, _, scaling in update.factors] == [3.0]
 
 
-def test_differences_of_a_plain_reader_use_its_names() -> None:
+def test_differences_of_a_plain_reader_use_its_names():
     with WeightStore(adapted(), lora_only=True) as store:
         wide = Model()
         wide.first = nn.Linear(7, 5)
@@ -256,7 +256,7 @@ def test_differences_of_a_plain_reader_use_its_names() -> None:
             store.reader("a").adopt_into(wide)
 
 
-def test_lora_only_needs_adapters_and_nothing_else_that_is_trained() -> None:
+def test_lora_only_needs_adapters_and_nothing_else_that_is_trained():
     with pytest.raises(ValueError, match="lora_only must leave something to publish"):
         WeightStore(Model(), lora_only=True)
     learner = adapted()

@@ -36,6 +36,10 @@ class Constant(nn.Module):
         shape = (num_kib * 256 // 5,)
         self.parts = nn.ParameterList(torch.full(shape, value) for _ in range(5))
 
+    @torch.no_grad()
+    def count(self) -> None:
+        torch._foreach_add_(list(self.parts), 1.0)
+
     def is_whole(self, value: float) -> bool:
         """Whether every element is ``value``, read twice with other work between."""
         return all(bool((part == value).all()) for _ in range(2) for part in self.parts)
@@ -80,7 +84,7 @@ def read_all_the_time(connection: Connection, reader: WeightReader) -> None:
     connection.send((num_adoptions, num_torn, num_backwards))
 
 
-def test_no_torn_reads_under_a_writer_that_never_pauses() -> None:
+def test_no_torn_reads_under_a_writer_that_never_pauses():
     learner = Constant(0.0)
     with WeightStore(learner) as store, contextlib.ExitStack() as stack:
         children = [
@@ -92,8 +96,7 @@ def test_no_torn_reads_under_a_writer_that_never_pauses() -> None:
         deadline = time.monotonic() + 60.0
         while any(stats.num_adoptions < 150 for stats in store.adoption_stats().values()):
             assert time.monotonic() < deadline, store.adoption_stats()
-            with torch.no_grad():
-                torch._foreach_add_(list(learner.parts), 1.0)
+            learner.count()
             assert store.publish() == learner.parts[0][0].item()
         for _, connection in children:
             connection.send("stop")
@@ -107,7 +110,7 @@ def pin_and_idle(connection: Connection, reader: WeightReader) -> None:
     signal.pause()
 
 
-def test_a_killed_reader_frees_its_pin() -> None:
+def test_a_killed_reader_frees_its_pin():
     with WeightStore(Constant(0.0, num_kib=1)) as store:
         with running(pin_and_idle, store.reader("a")) as (first, first_connection):
             assert receive(first_connection) == 0
@@ -128,7 +131,7 @@ def test_a_killed_reader_frees_its_pin() -> None:
                 assert store.reader("a").reader_slot == 0  # it and its name are free again
 
 
-def test_readers_killed_anywhere_leave_nothing_behind() -> None:
+def test_readers_killed_anywhere_leave_nothing_behind():
     generator = random.Random(0)
     learner = Constant(0.0, num_kib=20)
     with WeightStore(learner) as store:
@@ -136,8 +139,7 @@ def test_readers_killed_anywhere_leave_nothing_behind() -> None:
             with running(read_all_the_time, store.reader(index)) as (process, connection):
                 assert receive(connection) == "ready"
                 for _ in range(generator.randrange(1, 200)):
-                    with torch.no_grad():
-                        torch._foreach_add_(list(learner.parts), 1.0)
+                    learner.count()
                     store.publish()
                 assert process.pid is not None
                 os.kill(process.pid, signal.SIGKILL)
@@ -163,8 +165,7 @@ def write_all_the_time(connection: Connection, reports: Connection) -> None:
     reports.close()
     connection.send("ready")
     while True:
-        with torch.no_grad():
-            torch._foreach_add_(list(learner.parts), 1.0)
+        learner.count()
         store.publish()
 
 
@@ -188,7 +189,7 @@ def report_versions(reports: Connection, reader: WeightReader, late: WeightReade
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_killed_writer_leaves_the_last_whole_version(seed: int) -> None:
+def test_a_killed_writer_leaves_the_last_whole_version(seed):
     ours, theirs = _FORK.Pipe()
     try:
         with running(write_all_the_time, theirs) as (writer, connection):
@@ -223,7 +224,7 @@ def use_the_parents(connection: Connection, store: WeightStore, reader: WeightRe
     connection.send(errors)
 
 
-def test_a_forked_child_is_neither_the_writer_nor_the_reader() -> None:
+def test_a_forked_child_is_neither_the_writer_nor_the_reader():
     with WeightStore(Constant(0.0)) as store:
         reader, module = store.reader("a"), Constant(-1.0)
         reader.adopt_into(module)

@@ -166,7 +166,7 @@ def schedules() -> Iterator[list[int]]:
             yield [before, *rest]
 
 
-def test_the_writer_takes_the_documented_steps() -> None:
+def test_the_writer_takes_the_documented_steps():
     race = Race()
     while not race.writer_side.is_done:
         race.writer_side.step()
@@ -179,7 +179,7 @@ def test_the_writer_takes_the_documented_steps() -> None:
     race.close()
 
 
-def test_no_order_of_steps_reads_a_mix() -> None:
+def test_no_order_of_steps_reads_a_mix():
     count = 0
     for schedule in schedules():
         run_schedule(schedule, lambda race: None)
@@ -187,7 +187,7 @@ def test_no_order_of_steps_reads_a_mix() -> None:
     assert count == 816 + 165  # C(15 + 3, 3) + C(8 + 3, 3)
 
 
-def test_the_same_search_finds_the_mix_when_the_reader_does_not_lock() -> None:
+def test_the_same_search_finds_the_mix_when_the_reader_does_not_lock():
     def break_the_reader(race: Race) -> None:
         race.reader._locks.try_shared = lambda byte: True  # type: ignore[union-attr]
 
@@ -196,7 +196,7 @@ def test_the_same_search_finds_the_mix_when_the_reader_does_not_lock() -> None:
             run_schedule(schedule, break_the_reader)
 
 
-def test_what_was_latest_is_only_a_hint() -> None:
+def test_what_was_latest_is_only_a_hint():
     race = Race()
     race.reader_side.step()  # has read that slot 1 is the latest, and waits
     while not race.writer_side.is_done:
@@ -209,7 +209,7 @@ def test_what_was_latest_is_only_a_hint() -> None:
     race.close()
 
 
-def test_a_reader_that_is_refused_finds_a_newer_latest_at_once() -> None:
+def test_a_reader_that_is_refused_finds_a_newer_latest_at_once():
     race = Race()
     race.reader_side.step()
     while race.writer_side.steps[-2:] != ["marked", "copying"] or len(race.writer_side.steps) < 9:
@@ -237,7 +237,7 @@ class Killed(BaseException):
         ("visible", 2),
     ],
 )
-def test_a_writer_that_dies_leaves_the_last_whole_version(step: str, visible: int) -> None:
+def test_a_writer_that_dies_leaves_the_last_whole_version(step, visible):
     store = WeightStore(TwoParts())
     early, late = store.reader("early"), store.reader("late")
     early_module, late_module = TwoParts(-1.0), TwoParts(-1.0)
@@ -260,7 +260,7 @@ def test_a_writer_that_dies_leaves_the_last_whole_version(step: str, visible: in
         assert not reader._is_writer_alive()
 
 
-def test_the_deferred_writer_gives_way_to_the_next_publish() -> None:
+def test_the_deferred_writer_gives_way_to_the_next_publish():
     store = WeightStore(TwoParts())
     stop_deferred_writer(store)
     readers = [store.reader(index) for index in range(2)]

@@ -17,6 +17,8 @@ from torchrl_dvla.weight_update import WeightStore
 from torchrl_dvla.weight_update import reader as reader_module
 from torchrl_dvla.weight_update.segment import slot_byte
 
+from .linear import set_constant
+
 
 class Zoo(nn.Module):
     """Tied weights, a transposed parameter, channels_last, buffers of several dtypes."""
@@ -49,7 +51,7 @@ def zoo() -> Iterator[tuple[Zoo, WeightStore]]:
         yield source, store
 
 
-def test_every_kind_of_weight_is_adopted_in_place(zoo: tuple[Zoo, WeightStore]) -> None:
+def test_every_kind_of_weight_is_adopted_in_place(zoo):
     source, store = zoo
     served, reader = Zoo(), store.reader("a")
     before = weights_of(served)
@@ -68,7 +70,7 @@ def test_every_kind_of_weight_is_adopted_in_place(zoo: tuple[Zoo, WeightStore]) 
     assert_same(served, source)
 
 
-def test_readers_share_memory_instead_of_copying_it(zoo: tuple[Zoo, WeightStore]) -> None:
+def test_readers_share_memory_instead_of_copying_it(zoo):
     _, store = zoo
     first, second = Zoo(), Zoo()
     readers = store.reader("a"), store.reader("b")
@@ -79,7 +81,7 @@ def test_readers_share_memory_instead_of_copying_it(zoo: tuple[Zoo, WeightStore]
     assert second.conv.weight[0, 0, 0, 0].item() == 123.0
 
 
-def test_modules_on_the_meta_device_get_real_weights(zoo: tuple[Zoo, WeightStore]) -> None:
+def test_modules_on_the_meta_device_get_real_weights(zoo):
     source, store = zoo
     with torch.device("meta"):
         served = Zoo()
@@ -95,7 +97,7 @@ def test_modules_on_the_meta_device_get_real_weights(zoo: tuple[Zoo, WeightStore
     assert_same(served, source)
 
 
-def test_a_module_of_another_precision_keeps_it_and_lets_the_slot_go() -> None:
+def test_a_module_of_another_precision_keeps_it_and_lets_the_slot_go():
     source, served = nn.Linear(4, 2), nn.Linear(4, 2).double()
     with WeightStore(source) as store:
         reader = store.reader("a")
@@ -108,7 +110,7 @@ def test_a_module_of_another_precision_keeps_it_and_lets_the_slot_go() -> None:
         assert store.stats().num_deferred == 0
 
 
-def test_a_copying_reader_leaves_the_modules_memory_alone(zoo: tuple[Zoo, WeightStore]) -> None:
+def test_a_copying_reader_leaves_the_modules_memory_alone(zoo):
     source, store = zoo
     served, reader = Zoo(), store.reader("a")
     addresses = {name: t.data_ptr() for name, t in weights_of(served).items()}
@@ -117,41 +119,35 @@ def test_a_copying_reader_leaves_the_modules_memory_alone(zoo: tuple[Zoo, Weight
     assert addresses == {name: t.data_ptr() for name, t in weights_of(served).items()}
 
 
-def test_all_modules_of_a_reader_move_together() -> None:
+def test_all_modules_of_a_reader_move_together():
     source, actor, evaluator = (nn.Linear(1, 1) for _ in range(3))
     with WeightStore(source) as store:
         reader = store.reader("a")
         reader.adopt_into(actor), reader.adopt_into(evaluator)
-        with torch.no_grad():
-            source.weight.fill_(8.0)
-        store.publish()
+        store.publish(set_constant(source, 8.0))
         assert reader.adopt_into(actor) == 1
         assert evaluator.weight.item() == 8.0
         # ... and so does what pin() moves.
-        with torch.no_grad():
-            source.weight.fill_(9.0)
-        store.publish()
+        store.publish(set_constant(source, 9.0))
         version, weights = reader.pin()
         assert (version, weights["weight"].item()) == (2, 9.0)
         assert actor.weight.item() == 9.0
 
 
-def test_after_unpin_the_next_adoption_points_at_whole_weights_again() -> None:
+def test_after_unpin_the_next_adoption_points_at_whole_weights_again():
     source, served = nn.Linear(1, 1), nn.Linear(1, 1)
     with WeightStore(source) as store:
         reader = store.reader("a")
         reader.adopt_into(served)
         reader.unpin()
         for value in range(1, 5):
-            with torch.no_grad():
-                source.weight.fill_(value)
-            store.publish()
+            store.publish(set_constant(source, value))
         assert reader.adopt_into(served) == 4
         assert served.weight.item() == 4.0
         assert reader.pin()[0] == reader.pin()[0] == 4  # nothing new: the same pin
 
 
-def test_the_published_module_and_a_second_reader_are_refused() -> None:
+def test_the_published_module_and_a_second_reader_are_refused():
     source, served = nn.Linear(1, 1), nn.Linear(1, 1)
     with WeightStore(source) as store:
         first, second = store.reader("first"), store.reader("second")
@@ -164,7 +160,7 @@ def test_the_published_module_and_a_second_reader_are_refused() -> None:
         second.adopt_into(served)
 
 
-def test_a_reader_tied_otherwise_than_the_store_is_refused() -> None:
+def test_a_reader_tied_otherwise_than_the_store_is_refused():
     def build(tied: bool) -> nn.Sequential:
         model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
         if tied:
@@ -180,16 +176,14 @@ def test_a_reader_tied_otherwise_than_the_store_is_refused() -> None:
         assert served[0].weight.data_ptr() == served[1].weight.data_ptr()
 
 
-def test_a_module_keeps_its_reader_alive() -> None:
+def test_a_module_keeps_its_reader_alive():
     source, served = nn.Linear(1, 1), nn.Linear(1, 1)
     with WeightStore(source) as store:
         store.reader("a").adopt_into(served)
         gc.collect()
         first = served.weight.item()
         for value in range(5):
-            with torch.no_grad():
-                source.weight.fill_(value)
-            store.publish()
+            store.publish(set_constant(source, value))
         assert served.weight.item() == first  # still pinned
         del served
         gc.collect()
@@ -198,7 +192,7 @@ def test_a_module_keeps_its_reader_alive() -> None:
         store.release("a")
 
 
-def test_one_reader_serves_one_holder() -> None:
+def test_one_reader_serves_one_holder():
     with WeightStore(nn.Linear(1, 1)) as store:
         reader = store.reader("a")
         twin = copy.copy(reader)  # as two children that were given one reader would have
@@ -210,24 +204,20 @@ def test_one_reader_serves_one_holder() -> None:
             twin.pin()
 
 
-def test_reading_inside_inference_mode() -> None:
+def test_reading_inside_inference_mode():
     source, served = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
     with WeightStore(source) as store:
         reader = store.reader("a")
         with torch.inference_mode():
             reader.adopt_into(served)
-        with torch.no_grad():
-            source.weight.fill_(2.0)
-        store.publish()
+        store.publish(set_constant(source, 2.0))
         with torch.inference_mode():
             assert reader.adopt_into(served) == 1
             assert served(torch.ones(1)).item() == 2.0
         assert not served.weight.is_inference()
 
 
-def test_a_slot_stays_pinned_until_its_copy_to_a_device_has_ended(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_slot_stays_pinned_until_its_copy_to_a_device_has_ended(monkeypatch):
     """The order alone: what CUDA does is not run here."""
     is_free: list[bool] = []
     with WeightStore(nn.Linear(1, 1)) as store:

@@ -14,7 +14,7 @@ import pytest
 from torchrl_dvla.weight_update.segment import LockFile
 
 
-def test_readers_share_and_a_writer_excludes() -> None:
+def test_readers_share_and_a_writer_excludes():
     file = LockFile()
     first, second, writer = file.open(), file.open(), file.open()
     assert first.try_shared(3)
@@ -30,7 +30,7 @@ def test_readers_share_and_a_writer_excludes() -> None:
     assert not writer.is_held_by_others(3)  # its own locks are not "others"
 
 
-def test_a_forked_child_does_not_keep_the_parents_locks() -> None:
+def test_a_forked_child_does_not_keep_the_parents_locks():
     file = LockFile()
     holder, other = file.open(), file.open()
     assert holder.try_exclusive(0)
@@ -52,7 +52,7 @@ def test_a_forked_child_does_not_keep_the_parents_locks() -> None:
             os.close(fd)
 
 
-def test_the_kernel_frees_the_locks_of_a_killed_process() -> None:
+def test_the_kernel_frees_the_locks_of_a_killed_process():
     file = LockFile()
     ready = os.pipe()
     pid = os.fork()
@@ -70,7 +70,7 @@ def test_the_kernel_frees_the_locks_of_a_killed_process() -> None:
         os.close(fd)
 
 
-def test_it_travels_to_a_running_process_of_the_same_user() -> None:
+def test_it_travels_to_a_running_process_of_the_same_user():
     file = LockFile()
     twin = pickle.loads(pickle.dumps(file))
     assert file.open().try_exclusive(1)
@@ -79,7 +79,7 @@ def test_it_travels_to_a_running_process_of_the_same_user() -> None:
     assert not seeker.try_exclusive(1)
 
 
-def test_a_closed_file_says_so() -> None:
+def test_a_closed_file_says_so():
     file = LockFile()
     file.close()
     with pytest.raises(RuntimeError, match="closed"):

@@ -46,7 +46,7 @@ def make_source() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("piece_bytes", [256, 1 << 20])
-def test_every_layout_is_copied_exactly(piece_bytes: int) -> None:
+def test_every_layout_is_copied_exactly(piece_bytes):
     source = make_source()
     layout = WeightLayout(source)
     views = private_views(layout)
@@ -59,7 +59,7 @@ def test_every_layout_is_copied_exactly(piece_bytes: int) -> None:
     assert int((views.runs[torch.float32] != 0).sum()) == num_weights
 
 
-def test_pieces_bound_what_is_copied_between_two_checks() -> None:
+def test_pieces_bound_what_is_copied_between_two_checks():
     source = {"a": torch.ones(64), "b": torch.ones(64), "c": torch.ones(320)}
     layout = WeightLayout(source)  # a and b have 256 bytes, c has 1280
     views = private_views(layout)
@@ -78,7 +78,7 @@ def test_pieces_bound_what_is_copied_between_two_checks() -> None:
     assert int(views.runs[torch.float32].sum()) == 128  # stopped after one piece
 
 
-def test_a_piece_is_checked_before_the_next_one_is_copied() -> None:
+def test_a_piece_is_checked_before_the_next_one_is_copied():
     source = {"a": torch.ones(128), "b": torch.ones(128), "c": torch.ones(128)}
     source["b"][7] = NAN
     layout = WeightLayout(source)
@@ -91,7 +91,7 @@ def test_a_piece_is_checked_before_the_next_one_is_copied() -> None:
 
 @pytest.mark.parametrize("name", ["small", "large", "transposed", "expanded", "half"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_one_bad_element_is_found_anywhere(name: str, value: float) -> None:
+def test_one_bad_element_is_found_anywhere(name, value):
     source = make_source()
     source[name] = source[name].clone(memory_format=torch.preserve_format)
     source[name][..., -1] = value
@@ -106,7 +106,7 @@ def test_one_bad_element_is_found_anywhere(name: str, value: float) -> None:
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.complex64]
 )
-def test_finiteness_of_every_precision(dtype: torch.dtype) -> None:
+def test_finiteness_of_every_precision(dtype):
     flat = torch.ones(9).to(dtype)
     assert is_finite(flat)
     flat[4] = float("nan")
@@ -114,7 +114,7 @@ def test_finiteness_of_every_precision(dtype: torch.dtype) -> None:
     assert is_finite(torch.ones(2, dtype=torch.int32))
 
 
-def test_finite_numbers_whose_sum_overflows_are_finite() -> None:
+def test_finite_numbers_whose_sum_overflows_are_finite():
     large = torch.full((100,), 3e38)
     assert large.sum().item() == float("inf")
     assert is_finite(large)
@@ -123,7 +123,7 @@ def test_finite_numbers_whose_sum_overflows_are_finite() -> None:
     assert not is_finite(torch.tensor([float("inf"), float("-inf")]))
 
 
-def test_a_cast_that_overflows_is_not_finite() -> None:
+def test_a_cast_that_overflows_is_not_finite():
     source = {"a": torch.tensor([1e30])}
     layout = WeightLayout(source, transport_dtype=torch.float16)
     copier = WeightCopier(layout)
@@ -143,9 +143,7 @@ class Masked(nn.Module):
 
 @pytest.mark.parametrize("transport_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("size", [4, 20])  # beside others in a piece, and of several pieces
-def test_infinity_is_allowed_in_buffers_alone(
-    size: int, transport_dtype: torch.dtype | None
-) -> None:
+def test_infinity_is_allowed_in_buffers_alone(size, transport_dtype):
     learner, served = Masked(size), Masked(size)
     with WeightStore(learner, transport_dtype=transport_dtype) as store:
         store._writer._copier = WeightCopier(store.layout, piece_bytes=256)
@@ -169,7 +167,7 @@ def test_infinity_is_allowed_in_buffers_alone(
         reader.close()
 
 
-def test_an_infinity_that_the_cast_makes_is_refused_in_a_buffer_too() -> None:
+def test_an_infinity_that_the_cast_makes_is_refused_in_a_buffer_too():
     learner = nn.BatchNorm1d(2)
     with WeightStore(learner, transport_dtype=torch.float16) as store:
         learner.running_var.fill_(1e30)
@@ -177,14 +175,14 @@ def test_an_infinity_that_the_cast_makes_is_refused_in_a_buffer_too() -> None:
             store.publish()
 
 
-def test_a_frozen_weight_is_checked_when_the_store_is_made() -> None:
+def test_a_frozen_weight_is_checked_when_the_store_is_made():
     learner = Masked()
     learner.linear.weight.requires_grad_(False).fill_(NAN)
     with pytest.raises(ValueError, match=r"linear.weight \(16 of 16 elements\) of version 0"):
         WeightStore(learner, trainable_only=True)
 
 
-def test_two_learners_are_refused(store: WeightStore) -> None:
+def test_two_learners_are_refused(store):
     errors: list[str] = []
 
     def second_learner(step: str) -> None:
@@ -205,7 +203,7 @@ def test_two_learners_are_refused(store: WeightStore) -> None:
     assert "one learner at a time" in errors[0]
 
 
-def test_a_second_writer_on_the_same_memory_is_refused(store: WeightStore) -> None:
+def test_a_second_writer_on_the_same_memory_is_refused(store):
     reader = store.reader("a")
     with pytest.raises(RuntimeError, match="one learner, got a second writer"):
         SlotWriter(store._segment, check_finite=True)
@@ -213,7 +211,7 @@ def test_a_second_writer_on_the_same_memory_is_refused(store: WeightStore) -> No
     assert store.publish() == 1
 
 
-def test_a_copy_that_fails_leaves_the_store_as_it_was(store: WeightStore) -> None:
+def test_a_copy_that_fails_leaves_the_store_as_it_was(store):
     class Broken(RuntimeError):
         pass
 
@@ -242,9 +240,7 @@ def on_device(module: nn.Linear) -> dict[str, torch.Tensor]:
     return {n: p.detach().as_subclass(OnDevice) for n, p in module.named_parameters()}
 
 
-def test_weights_on_a_device_are_checked_there_and_visible_when_publish_returns(
-    store: WeightStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_on_a_device_are_checked_there_and_visible_when_publish_returns(store, monkeypatch):
     """The order alone: what CUDA does is not run here."""
     trace: list[str] = []
 
@@ -266,7 +262,7 @@ def test_weights_on_a_device_are_checked_there_and_visible_when_publish_returns(
     assert store.reader("a").pin()[1]["weight"].eq(3.0).all()
 
 
-def test_each_device_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_device_is_waited_for_once(monkeypatch):
     class Stream:
         def __init__(self, device: str) -> None:
             self.device = device

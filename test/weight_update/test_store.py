@@ -20,7 +20,7 @@ from torchrl_dvla.weight_update import WeightStore
 from .linear import constant, readers_of, set_constant, value_of
 
 
-def test_versions_count_up_from_the_first(store: WeightStore, learner: nn.Linear) -> None:
+def test_versions_count_up_from_the_first(store, learner):
     assert (store.version, store.visible_version) == (0, 0)
     assert [store.publish(), store.publish()] == [1, 2]
     assert store.publish(version=10) == 10
@@ -31,18 +31,14 @@ def test_versions_count_up_from_the_first(store: WeightStore, learner: nn.Linear
         assert (resumed.version, resumed.publish()) == (120, 121)
 
 
-def test_a_reader_skips_versions_and_is_never_queued_for(
-    store: WeightStore, learner: nn.Linear
-) -> None:
+def test_a_reader_skips_versions_and_is_never_queued_for(store, learner):
     ((reader, served),) = readers_of(store, 1)
     for value in range(1, 8):
-        set_constant(learner, value)
-        store.publish()
+        store.publish(set_constant(learner, value))
     assert reader.adopt_into(served) == 7  # late: it gets the latest at once
     assert value_of(served) == 7.0
     for value in range(8, 11):
-        set_constant(learner, value)
-        store.publish()
+        store.publish(set_constant(learner, value))
     assert reader.adopt_into(served) == 10
     stats = store.adoption_stats()["0"]
     assert (stats.version, stats.num_adoptions, stats.num_skipped) == (10, 2, 2)
@@ -50,7 +46,7 @@ def test_a_reader_skips_versions_and_is_never_queued_for(
     assert store.adopted_versions() == {"0": 10}
 
 
-def test_the_worked_trace_of_the_module(store: WeightStore, learner: nn.Linear) -> None:
+def test_the_worked_trace_of_the_module(store, learner):
     (p, p_module), (q, q_module) = readers_of(store, 2)
     p.adopt_into(p_module), q.adopt_into(q_module)
     store.publish(constant(1.0))
@@ -70,7 +66,7 @@ def test_the_worked_trace_of_the_module(store: WeightStore, learner: nn.Linear) 
     assert store.stats().num_coalesced == 0
 
 
-def test_deferred_versions_coalesce(store: WeightStore) -> None:
+def test_deferred_versions_coalesce(store):
     (p, p_module), (q, q_module) = readers_of(store, 2)
     p.adopt_into(p_module), q.adopt_into(q_module)
     store.publish(constant(1.0))
@@ -88,7 +84,7 @@ def test_deferred_versions_coalesce(store: WeightStore) -> None:
     assert value_of(q_module) == 8.0
 
 
-def test_weights_that_are_not_finite_are_refused(store: WeightStore, learner: nn.Linear) -> None:
+def test_weights_that_are_not_finite_are_refused(store, learner):
     ((reader, served),) = readers_of(store, 1)
     reader.adopt_into(served)
     store.publish(constant(1.0))
@@ -107,7 +103,7 @@ def test_weights_that_are_not_finite_are_refused(store: WeightStore, learner: nn
         WeightStore(bad)
 
 
-def test_a_second_layout_is_listed(store: WeightStore) -> None:
+def test_a_second_layout_is_listed(store):
     with pytest.raises(ValueError, match=r"weight: shape \(2, 5\), the store has \(2, 4\)"):
         store.publish(constant(0.0, width=5))
     ((reader, _),) = readers_of(store, 1)
@@ -115,12 +111,12 @@ def test_a_second_layout_is_listed(store: WeightStore) -> None:
         reader.adopt_into(constant(0.0, width=5))
 
 
-def test_a_store_is_not_sent_to_another_process(store: WeightStore) -> None:
+def test_a_store_is_not_sent_to_another_process(store):
     with pytest.raises(TypeError, match="reader"):
         pickle.dumps(store)
 
 
-def test_reader_slots(learner: nn.Linear) -> None:
+def test_reader_slots(learner):
     with WeightStore(learner, max_readers=2) as store:
         first = store.reader("a")
         with pytest.raises(ValueError, match="'a'"):
@@ -140,7 +136,7 @@ def test_reader_slots(learner: nn.Linear) -> None:
             first.adopt_into(constant(0.0))
 
 
-def test_wait_names_who_is_behind(store: WeightStore) -> None:
+def test_wait_names_who_is_behind(store):
     (fast, fast_module), (slow, slow_module) = readers_of(store, 2)
     store.publish()
     fast.adopt_into(fast_module)
@@ -154,7 +150,7 @@ def test_wait_names_who_is_behind(store: WeightStore) -> None:
     store.wait(1, timeout_s=0.0)
 
 
-def test_a_closed_store_leaves_its_readers_their_weights(learner: nn.Linear) -> None:
+def test_a_closed_store_leaves_its_readers_their_weights(learner):
     store = WeightStore(set_constant(learner, 5.0))
     reader, served = store.reader("a"), constant(0.0)
     reader.adopt_into(served)
@@ -175,7 +171,7 @@ def test_a_closed_store_leaves_its_readers_their_weights(learner: nn.Linear) -> 
         store.wait()
 
 
-def test_memory_goes_with_the_store_and_its_last_reader(learner: nn.Linear) -> None:
+def test_memory_goes_with_the_store_and_its_last_reader(learner):
     store = WeightStore(learner)
     arena = weakref.ref(store._segment._arena._map)
     reader, served = store.reader("a"), constant(0.0)
@@ -188,7 +184,7 @@ def test_memory_goes_with_the_store_and_its_last_reader(learner: nn.Linear) -> N
     assert arena() is None
 
 
-def test_frozen_weights_are_stored_once_and_shared(learner: nn.Linear) -> None:
+def test_frozen_weights_are_stored_once_and_shared(learner):
     def build() -> nn.Sequential:
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
         model[0].requires_grad_(False)
@@ -213,7 +209,7 @@ def test_frozen_weights_are_stored_once_and_shared(learner: nn.Linear) -> None:
             store.publish()
 
 
-def test_a_narrow_transport_is_widened_by_the_reader() -> None:
+def test_a_narrow_transport_is_widened_by_the_reader():
     source = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         source.weight.fill_(1.0 + 2.0**-9)  # between the bfloat16 values 1 and 1 + 2**-7
@@ -225,7 +221,7 @@ def test_a_narrow_transport_is_widened_by_the_reader() -> None:
         assert exact.weight.item() == narrow.weight.item() == 1.0
 
 
-def test_the_memory_can_come_from_a_pool(learner: nn.Linear) -> None:
+def test_the_memory_can_come_from_a_pool(learner):
     class Pool:
         def arena(self, nbytes: int, name: str) -> SharedArena:
             taken.append((nbytes, name))
@@ -238,7 +234,7 @@ def test_the_memory_can_come_from_a_pool(learner: nn.Linear) -> None:
     assert WeightStore.bytes_for(learner, 4) - WeightStore.bytes_for(learner, 3) == 4096
 
 
-def test_counters(store: WeightStore) -> None:
+def test_counters(store):
     for _ in range(3):
         store.publish()
     stats = store.stats()
@@ -247,9 +243,7 @@ def test_counters(store: WeightStore) -> None:
     assert 0.0 < stats.stall_last_s <= stats.stall_max_s
 
 
-def test_a_deepcopy_of_a_served_module_owns_its_memory(
-    store: WeightStore, learner: nn.Linear
-) -> None:
+def test_a_deepcopy_of_a_served_module_owns_its_memory(store, learner):
     ((reader, served),) = readers_of(store, 1)
     reader.adopt_into(served)
     snapshot = copy.deepcopy(served)
@@ -260,7 +254,7 @@ def test_a_deepcopy_of_a_served_module_owns_its_memory(
     assert value_of(served) == 5.0
 
 
-def test_adoptions_are_taken_once(store: WeightStore) -> None:
+def test_adoptions_are_taken_once(store):
     (first, first_module), (second, _) = readers_of(store, 2)
     first.adopt_into(first_module)
     store.publish(), store.publish()
@@ -286,9 +280,7 @@ def test_adoptions_are_taken_once(store: WeightStore) -> None:
 
 
 # -- idle readers ----------------------------------------------------------------------------------
-
-
-def test_readers_plus_two_slots_never_defer(learner: nn.Linear) -> None:
+def test_readers_plus_two_slots_never_defer(learner):
     with WeightStore(learner, num_slots=5) as store:
         served = readers_of(store, 3)
         for version, (reader, module) in enumerate(served):
@@ -300,7 +292,7 @@ def test_readers_plus_two_slots_never_defer(learner: nn.Linear) -> None:
         assert store.adopted_versions() == {"0": 0, "1": 1, "2": 2}
 
 
-def test_an_idle_reader_holds_up_nobody_on_three_slots(store: WeightStore) -> None:
+def test_an_idle_reader_holds_up_nobody_on_three_slots(store):
     (idle, idle_module), (busy, busy_module), (other, other_module) = readers_of(store, 3)
     idle.adopt_into(idle_module)  # version 0; it never comes to another batch
     for version in range(1, 21):
@@ -315,9 +307,7 @@ def test_an_idle_reader_holds_up_nobody_on_three_slots(store: WeightStore) -> No
     late.close()
 
 
-def test_two_idle_readers_keep_the_others_at_the_latest_visible_version(
-    store: WeightStore,
-) -> None:
+def test_two_idle_readers_keep_the_others_at_the_latest_visible_version(store):
     (first, first_module), (second, second_module), (busy, busy_module) = readers_of(store, 3)
     first.adopt_into(first_module)
     store.publish(constant(1.0))

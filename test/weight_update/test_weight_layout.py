@@ -16,7 +16,7 @@ from torchrl_dvla.weight_update import WeightStore
 from torchrl_dvla.weight_update.weight_layout import WeightLayout, named_weights
 
 
-def test_entries_are_contiguous_by_dtype_on_cache_lines() -> None:
+def test_entries_are_contiguous_by_dtype_on_cache_lines():
     source = {
         "a": torch.zeros(3),  # 12 bytes
         "count": torch.zeros((), dtype=torch.int64),
@@ -38,7 +38,7 @@ def test_entries_are_contiguous_by_dtype_on_cache_lines() -> None:
     assert layout.weight_bytes == 12 + 80 + 8
 
 
-def test_a_module_and_its_tensordict_have_the_same_layout() -> None:
+def test_a_module_and_its_tensordict_have_the_same_layout():
     module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     from_module = WeightLayout(module)
     from_tensordict = WeightLayout(TensorDict.from_module(module))
@@ -47,7 +47,7 @@ def test_a_module_and_its_tensordict_have_the_same_layout() -> None:
     assert from_tensordict.differences(module) == []
 
 
-def test_tied_weights_are_one_entry_with_two_names() -> None:
+def test_tied_weights_are_one_entry_with_two_names():
     module = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     module[1].weight = module[0].weight
     layout = WeightLayout(module)
@@ -60,7 +60,7 @@ def test_tied_weights_are_one_entry_with_two_names() -> None:
     assert layout.differences(untied, as_reader=True) == []
 
 
-def test_dense_strides_are_kept_and_others_made_contiguous() -> None:
+def test_dense_strides_are_kept_and_others_made_contiguous():
     source = {
         "transposed": torch.zeros(2, 3).t(),
         "channels_last": torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last),
@@ -76,7 +76,7 @@ def test_dense_strides_are_kept_and_others_made_contiguous() -> None:
     }
 
 
-def test_frozen_parameters_leave_the_slots() -> None:
+def test_frozen_parameters_leave_the_slots():
     module = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
     module[0].requires_grad_(False)
     layout = WeightLayout(module, trainable_only=True)
@@ -91,7 +91,7 @@ def test_frozen_parameters_leave_the_slots() -> None:
         WeightLayout(nn.Linear(2, 2).requires_grad_(False), trainable_only=True)
 
 
-def test_transport_dtype_narrows_floats_only() -> None:
+def test_transport_dtype_narrows_floats_only():
     layout = WeightLayout(nn.BatchNorm1d(2), transport_dtype=torch.bfloat16)
     dtypes = {entry.name: (entry.dtype, entry.source_dtype) for entry in layout.entries}
     assert dtypes["weight"] == (torch.bfloat16, torch.float32)
@@ -100,7 +100,7 @@ def test_transport_dtype_narrows_floats_only() -> None:
         WeightLayout(nn.Linear(1, 1), transport_dtype=torch.int8)
 
 
-def test_each_difference_is_named() -> None:
+def test_each_difference_is_named():
     layout = WeightLayout({"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1)})
     other = {"a": torch.zeros(4), "b": torch.zeros(3, dtype=torch.float64), "d": torch.zeros(1)}
     assert layout.differences(other) == [
@@ -113,7 +113,7 @@ def test_each_difference_is_named() -> None:
         layout.tensors_of(other)
 
 
-def test_live_tensors_come_in_the_order_of_the_entries() -> None:
+def test_live_tensors_come_in_the_order_of_the_entries():
     source = {"a": torch.zeros(1), "n": torch.zeros(1, dtype=torch.int64), "b": torch.ones(1)}
     layout = WeightLayout(source)
     assert [t.item() for t in layout.tensors_of(source)] == [0.0, 1.0, 0]
@@ -121,7 +121,7 @@ def test_live_tensors_come_in_the_order_of_the_entries() -> None:
     assert nested["b"].item() == 1.0
 
 
-def test_nothing_and_unknown_shapes_are_refused() -> None:
+def test_nothing_and_unknown_shapes_are_refused():
     with pytest.raises(ValueError, match="at least one"):
         WeightLayout(nn.ReLU())
     with pytest.raises(ValueError, match="uninitialised"):
@@ -129,8 +129,6 @@ def test_nothing_and_unknown_shapes_are_refused() -> None:
 
 
 # -- sources that change between two publishes -----------------------------------------------------
-
-
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -164,9 +162,7 @@ def replace_memory(net: Net) -> None:
 
 @pytest.mark.parametrize("change", [replace_head, replace_parameter, replace_memory])
 @pytest.mark.parametrize("is_published_before", [False, True])
-def test_what_was_replaced_in_a_module_is_published(
-    change: Callable[[Net], None], is_published_before: bool
-) -> None:
+def test_what_was_replaced_in_a_module_is_published(change, is_published_before):
     learner, served, inputs = Net(), Net(), torch.ones(1, 2)
     with WeightStore(learner) as store:
         reader = store.reader("a")
@@ -194,9 +190,7 @@ def test_what_was_replaced_in_a_module_is_published(
         (lambda m: m.double(), "torch.float64, the store has torch.float32"),
     ],
 )
-def test_a_module_that_no_longer_fits_is_refused_by_name(
-    change: Callable[[Net], None], difference: str
-) -> None:
+def test_a_module_that_no_longer_fits_is_refused_by_name(change, difference):
     learner = Net()
     with WeightStore(learner) as store:
         store.publish()
@@ -206,7 +200,7 @@ def test_a_module_that_no_longer_fits_is_refused_by_name(
         assert store.version == 1
 
 
-def test_weights_tied_or_untied_after_the_store_was_made() -> None:
+def test_weights_tied_or_untied_after_the_store_was_made():
     def publish(learner: Net, served: Net, change: Callable[[Net], None]) -> None:
         with WeightStore(learner) as store:
             change(learner)
