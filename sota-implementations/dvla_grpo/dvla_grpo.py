@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import signal
 import sys
 import time
@@ -211,7 +212,8 @@ def learn(
                 losses = loss(part, normaliser=normaliser)
                 sum(value for key, value in losses.items() if key.startswith("loss_")).backward()
                 parts.append((len(part), losses.detach().cpu()))
-            norm = clip_grad_norm_(parameters, cfg.optim.max_grad_norm, error_if_nonfinite=True)
+            max_norm = cfg.optim.max_grad_norm or math.inf
+            norm = clip_grad_norm_(parameters, max_norm, error_if_nonfinite=True)
             norms.append(float(norm))
             optimizer.step()
             optimizer.zero_grad()

@@ -108,7 +108,7 @@ class TrainingSettings(Section):
     lr: Positive
     weight_decay: NonNegative = 0.0
     num_warmup_steps: Natural = 0
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: Annotated[float, Range(above=0, remedy="Use null for no limit.")] | None = 1.0
     max_shift: Natural = 0
     state_noise: NonNegative = 0.0
     num_threads: Threads = 1

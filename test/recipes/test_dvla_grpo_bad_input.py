@@ -95,7 +95,6 @@ def training_checkpoint(settings, recipe, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed=1", "'seed' is 1 instead of 0"),
         ("env.success_tol=0.5", "'env.success_tol' is 0.5 instead of 0.35"),
         ("policy.backbone.text_layers=1", "'policy.backbone.text_layers' is 1 instead of 2"),
         ("group.group_size=4", "'group.group_size' is 4 instead of 8"),
@@ -108,6 +107,15 @@ def test_resuming_with_what_must_not_change(
 ):
     cfg = settings("toy", "checkpoint.resume=auto", override, "train.num_updates=7")
     ends_early(cfg, ValueError, f"the settings of the checkpoint, got {message}. Drop these")
+
+
+def test_resuming_from_another_version_is_no_fault_of_what_was_typed(
+    settings, recipe, training_checkpoint
+):
+    path = training_checkpoint / "manifest.json"
+    path.write_text(path.read_text().replace('"num_updates"', '"num_steps"'))
+    with pytest.raises(ValueError, match="update-.*' was written with other .*: train.num_steps"):
+        recipe.bookkeeping.check_resumed(settings("toy"), training_checkpoint)
 
 
 def test_resuming_with_what_may_change_says_and_applies_it(
@@ -173,10 +181,29 @@ def test_what_may_be_resumed(settings, recipe, training_checkpoint, tmp_path, ca
     resume = part if part == "auto" else tmp_path / part if part else training_checkpoint
     cfg = settings("toy", f"checkpoint.resume={resume}")
     assert recipe.utils.find_resumed_checkpoint(cfg) == training_checkpoint
+    if part == "auto":  # each seed goes on with its own run, as `-m seed=0,1` needs it
+        assert (
+            recipe.utils.find_resumed_checkpoint(
+                settings("toy", "checkpoint.resume=auto", "seed=1")
+            )
+            is None
+        )
+        assert "no checkpoint of seed 1 in" in capsys.readouterr().out
+        newer = tmp_path / "runs/toy/2026-01-02_seed1/checkpoints" / training_checkpoint.name
+        manifest = shutil.copytree(training_checkpoint, newer) / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 1'))
+        assert recipe.utils.find_resumed_checkpoint(cfg) == training_checkpoint
+        assert (
+            recipe.utils.find_resumed_checkpoint(
+                settings("toy", "checkpoint.resume=auto", "seed=1")
+            )
+            == newer
+        )
+        shutil.rmtree(newer)
     (training_checkpoint / "manifest.json").unlink()  # no longer a whole checkpoint
     if part == "auto":
         assert recipe.utils.find_resumed_checkpoint(cfg) is None
-        assert "checkpoint.resume=auto: no checkpoint in" in capsys.readouterr().out
+        assert "checkpoint.resume=auto: no checkpoint of seed 0 in" in capsys.readouterr().out
     else:
         with pytest.raises(FileNotFoundError, match="without a complete one"):
             recipe.utils.find_resumed_checkpoint(cfg)

@@ -37,6 +37,8 @@ SMALL = [
     "eval.num_episodes=4",
     "eval.subset_episodes=2",
     "eval.every_minutes=0",
+    "optim.max_grad_norm=null",
+    "train.timeout_s=null",
     "checkpoint.every_updates=2",
     "log.line_every_s=0",
     "train.max_minutes=null",
@@ -280,7 +282,7 @@ def test_a_run_without_contrast_ends_with_its_time_budget(tmp_path):
 def test_a_solved_task_ends_well_also_if_nobody_reads_what_it_says(tmp_path):
     # One random action in five is a success, and an episode has 64.
     task = ["env.success_tol=0.5", "env.success_steps=1", "workers.max_decisions=64"]
-    run = Run(tmp_path, *task, "group.max_no_signal_groups=6")
+    run = Run(tmp_path, *task, "group.max_no_signal_groups=6", "eval.every_minutes=null")
     try:
         run.read_until("all rollouts of 6 groups in a row succeeded: nothing is left to learn")
         run.process.stdout.close()  # as `| head` does
