@@ -4,6 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,11 +15,13 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from torchrl_dvla.collectors import EpisodeSpec, Evaluation
 from torchrl_dvla.recording import DASHBOARD, RunCheckpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -333,6 +336,23 @@ def test_only_finite_weights_are_saved_after_an_error(recipe, capsys, value, num
     assert len(saved) == num_saved
     expected = "saving a checkpoint" if num_saved else "the weights hold NaN or infinity"
     assert f"ArithmeticError: {expected}" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_fails_does_not_end_the_training(recipe, capsys):
+    played = []
+    groups = SimpleNamespace(lock=contextlib.nullcontext(), quarantined={"bad"})
+    collector = SimpleNamespace(
+        replay_buffer=SimpleNamespace(groups=groups), evaluate=lambda *args: played.append(args)
+    )
+    good, bad = EpisodeSpec("good", 0), EpisodeSpec("bad", 0)
+    for episodes in ([good, bad], [bad]):
+        recipe.dvla_grpo.begin_evaluation(collector, episodes)
+    assert played == [([good],)]
+    assert "not evaluated: 1 episodes, for bad is quarantined" in capsys.readouterr().out
+    evaluation = Evaluation([good], greedy=True, num_frames_episodes=0)
+    evaluation.fail(RuntimeError("It crashed."))
+    assert recipe.dvla_grpo.result_of(evaluation) is None
+    assert "training goes on. It crashed." in capsys.readouterr().out
 
 
 def test_an_error_while_saving_does_not_hide_the_first(recipe, capsys):
