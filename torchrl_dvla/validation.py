@@ -18,11 +18,13 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 __all__ = [
     "Count",
+    "Limit",
     "Natural",
     "NonNegative",
     "Positive",
     "Range",
     "Seconds",
+    "Section",
     "Threads",
     "check",
     "check_fields",
@@ -77,6 +79,7 @@ Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(0)]
 #: A time to wait. The kernel's calls count milliseconds in 32 bits, which is 24 days.
 Seconds = Annotated[float, Range(above=0, most=2_000_000)]
+Limit = Annotated[float, Range(above=0, remedy="Use null for no limit.")] | None
 
 
 def check(name: str, value: Any, kind: Any, bounds: Range = Range()) -> Any:
@@ -129,6 +132,14 @@ def check_fields(config: Any) -> None:
         value = getattr(config, field.name)
         value = check(field.name, value, kinds[field.name], Range(remedy=default))
         object.__setattr__(config, field.name, value)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Settings of a recipe, whose fields are of the types and ranges they are declared with."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def check_path(name: str, path: str | None) -> None:

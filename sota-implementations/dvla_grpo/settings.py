@@ -27,30 +27,21 @@ from torchrl_dvla.modules import TinyBackboneConfig
 from torchrl_dvla.objectives.grpo import KLEstimator, RatioLevel, check_clip
 from torchrl_dvla.validation import (
     Count,
+    Limit,
     Natural,
     NonNegative,
     Positive,
     Range,
+    Seconds,
+    Section,
     Threads,
     check,
-    check_fields,
     check_path,
     from_mapping,
 )
 
 Size = Annotated[int, Range(1, 4096)]
 Beta = Annotated[float, Range(0, below=1)]
-_NO_LIMIT = "Use null for no limit."
-Limit = Annotated[float, Range(above=0, remedy=_NO_LIMIT)] | None
-Patience = Annotated[float, Range(above=0, most=2_000_000, remedy=_NO_LIMIT)] | None
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the settings, whose fields are of the types and ranges they are declared with."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -221,7 +212,7 @@ class TrainSettings(Section):
 
     num_updates: Count
     max_minutes: Limit = None
-    timeout_s: Patience = 900.0
+    timeout_s: Seconds | None = 900.0
 
 
 @dataclass(frozen=True)
@@ -233,7 +224,7 @@ class EvalSettings(Section):
     every_minutes: Annotated[float, Range(0, remedy="Use null for never.")] | None = 5.0
     num_videos: Natural = 2
     video_fps: Annotated[float, Range(0.01, 1000)] = 5.0
-    timeout_s: Patience = 1800.0
+    timeout_s: Seconds | None = 1800.0
 
 
 @dataclass(frozen=True)

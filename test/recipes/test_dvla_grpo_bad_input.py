@@ -109,15 +109,6 @@ def test_resuming_with_what_must_not_change(
     ends_early(cfg, ValueError, f"the settings of the checkpoint, got {message}. Drop these")
 
 
-def test_resuming_from_another_version_is_no_fault_of_what_was_typed(
-    settings, recipe, training_checkpoint
-):
-    path = training_checkpoint / "manifest.json"
-    path.write_text(path.read_text().replace('"num_updates"', '"num_steps"'))
-    with pytest.raises(ValueError, match="update-.*' was written with other .*: train.num_steps"):
-        recipe.bookkeeping.check_resumed(settings("toy"), training_checkpoint)
-
-
 def test_resuming_with_what_may_change_says_and_applies_it(
     settings, recipe, ends_early, training_checkpoint, monkeypatch, capsys
 ):
@@ -176,30 +167,26 @@ def test_resuming_from_a_truncated_checkpoint(
     ends_early(settings("toy", f"checkpoint.resume={training_checkpoint}"), error, message)
 
 
+def test_auto_goes_on_with_the_newest_run_of_the_seed(
+    settings, recipe, training_checkpoint, tmp_path
+):
+    find = recipe.utils.find_resumed_checkpoint
+    zero, one = (settings("toy", "checkpoint.resume=auto", f"seed={seed}") for seed in (0, 1))
+    assert (find(zero), find(one)) == (training_checkpoint, None)
+    newer = tmp_path / "runs/toy/2026-01-02_seed1/checkpoints" / training_checkpoint.name
+    path = shutil.copytree(training_checkpoint, newer) / "manifest.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    assert (find(zero), find(one)) == (training_checkpoint, newer)
+    path.write_text(path.read_text().replace('"num_updates"', '"num_steps"'))
+    with pytest.raises(ValueError, match="update-.*' was written with other .*: train.num_steps"):
+        recipe.bookkeeping.check_resumed(one, newer)  # of another version
+
+
 @pytest.mark.parametrize("part", ["runs/toy/2026-01-01_seed0", "", "auto"])
 def test_what_may_be_resumed(settings, recipe, training_checkpoint, tmp_path, capsys, part):
     resume = part if part == "auto" else tmp_path / part if part else training_checkpoint
     cfg = settings("toy", f"checkpoint.resume={resume}")
     assert recipe.utils.find_resumed_checkpoint(cfg) == training_checkpoint
-    if part == "auto":  # each seed goes on with its own run, as `-m seed=0,1` needs it
-        assert (
-            recipe.utils.find_resumed_checkpoint(
-                settings("toy", "checkpoint.resume=auto", "seed=1")
-            )
-            is None
-        )
-        assert "no checkpoint of seed 1 in" in capsys.readouterr().out
-        newer = tmp_path / "runs/toy/2026-01-02_seed1/checkpoints" / training_checkpoint.name
-        manifest = shutil.copytree(training_checkpoint, newer) / "manifest.json"
-        manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 1'))
-        assert recipe.utils.find_resumed_checkpoint(cfg) == training_checkpoint
-        assert (
-            recipe.utils.find_resumed_checkpoint(
-                settings("toy", "checkpoint.resume=auto", "seed=1")
-            )
-            == newer
-        )
-        shutil.rmtree(newer)
     (training_checkpoint / "manifest.json").unlink()  # no longer a whole checkpoint
     if part == "auto":
         assert recipe.utils.find_resumed_checkpoint(cfg) is None

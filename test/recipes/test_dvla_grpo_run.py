@@ -4,7 +4,6 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -15,7 +14,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -339,15 +338,12 @@ def test_only_finite_weights_are_saved_after_an_error(recipe, capsys, value, num
 
 
 def test_an_evaluation_that_fails_does_not_end_the_training(recipe, capsys):
-    played = []
-    groups = SimpleNamespace(lock=contextlib.nullcontext(), quarantined={"bad"})
-    collector = SimpleNamespace(
-        replay_buffer=SimpleNamespace(groups=groups), evaluate=lambda *args: played.append(args)
-    )
+    collector = MagicMock()
+    collector.replay_buffer.groups.quarantined = {"bad"}
     good, bad = EpisodeSpec("good", 0), EpisodeSpec("bad", 0)
     for episodes in ([good, bad], [bad]):
         recipe.dvla_grpo.begin_evaluation(collector, episodes)
-    assert played == [([good],)]
+    collector.evaluate.assert_called_once_with([good])
     assert "not evaluated: 1 episodes, for bad is quarantined" in capsys.readouterr().out
     evaluation = Evaluation([good], greedy=True, num_frames_episodes=0)
     evaluation.fail(RuntimeError("It crashed."))

@@ -107,7 +107,7 @@ REFUSED = [
     ("toy", "policy.state_std=[1]", "policy.state_std must have state_dim=4 entries"),
     ("toy", "eval.num_episodes=-1", "eval.num_episodes must be at least 0, got -1. 0 evaluates"),
     ("toy", "optim.max_grad_norm=inf", "optim.max_grad_norm must be .* or None, got inf. Use null"),
-    ("toy", "train.timeout_s=inf", "train.timeout_s must be .* or None, got inf. Use null for no"),
+    ("toy", "train.timeout_s=inf", "train.timeout_s must be a finite number or None, got inf"),
     ("toy", "eval.every_minutes=inf", "eval.every_minutes must .* or None, got inf. Use null for"),
     ("toy", "+workers.env_vars={A:0.5}", "workers.env_vars must be a mapping of a text to a text"),
     ("toy", "name=../../escaped", "name must be the name of one folder, got '../../escaped'"),
