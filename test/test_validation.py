@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
@@ -71,7 +71,8 @@ def test_accepted_as_declared(value, kind, expected):
         (1, bool, "true or false, got 1"),
         (1, str, "a text, got 1"),
         ([1.0], tuple[float, float], "a list of a finite number and a finite number, got"),
-        ({1: "a"}, Mapping[str, str], "a mapping, got"),
+        ({1: "a"}, Mapping[str, str], "a mapping of a text to a text, got"),
+        ("a", Mapping[str, Any], "a mapping of a text to anything, got"),
         (["warn"], Literal["warn", "keep"], r"one of \['warn', 'keep'\], got \['warn'\]"),
         ({"group_size": 4}, GroupConfig, "a GroupConfig, got {'group_size': 4}"),
     ],

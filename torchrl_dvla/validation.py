@@ -18,11 +18,13 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 __all__ = [
     "Count",
+    "Limit",
     "Natural",
     "NonNegative",
     "Positive",
     "Range",
     "Seconds",
+    "Section",
     "Threads",
     "check",
     "check_fields",
@@ -35,7 +37,7 @@ _kinds_of: Callable[[Any], dict[str, Any]] = functools.cache(
     functools.partial(get_type_hints, include_extras=True)
 )
 _WORDS = {bool: "true or false", int: "a whole number of at most 63 bits", str: "a text"}
-_WORDS |= {float: "a finite number", NoneType: "None"}
+_WORDS |= {float: "a finite number", NoneType: "None", Any: "anything"}
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(0)]
 #: A time to wait. The kernel's calls count milliseconds in 32 bits, which is 24 days.
 Seconds = Annotated[float, Range(above=0, most=2_000_000)]
+Limit = Annotated[float, Range(above=0, remedy="Use null for no limit.")] | None
 
 
 def check(name: str, value: Any, kind: Any, bounds: Range = Range()) -> Any:
@@ -131,6 +134,14 @@ def check_fields(config: Any) -> None:
         object.__setattr__(config, field.name, value)
 
 
+@dataclass(frozen=True)
+class Section:
+    """Settings of a recipe, whose fields are of the types and ranges they are declared with."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 def check_path(name: str, path: str | None) -> None:
     """Require that a text can be the path of a file or folder; ``None`` is none to check.
 
@@ -145,7 +156,8 @@ def from_mapping(cls: type[_T], data: Mapping[str, Any], path: str = "") -> _T:
     """A dataclass of settings from nested mappings, such as a YAML file gives.
 
     The types are those of the dataclass, not what YAML guesses: the text ``"1e-3"`` is a number
-    where one is wanted, and the number 7 a text. ``"???"`` counts as not given.
+    where one is wanted, ``1e3`` a whole one, and the number 7 a text. ``"???"`` counts as not
+    given.
 
     Args:
         cls (type): the dataclass; it may hold others.
@@ -224,7 +236,10 @@ def _convert_scalar(value: Any, kind: type, from_text: bool) -> Any:
         value = value.item()
     if from_text and isinstance(value, str) and kind in (int, float):
         with contextlib.suppress(ValueError):
-            value = kind(value)
+            text, value = value, float(value)
+            value = int(text)  # exact, where a float is not
+    if from_text and kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, bool | str):
         fits = kind is (bool if isinstance(value, bool) else str)
     elif isinstance(value, int):
@@ -263,5 +278,5 @@ def _describe(kind: Any) -> str:
         entries = [_describe(each) for each in args if each is not Ellipsis]
         return f"a list of {' and '.join(entries)}"
     if origin in (dict, Mapping):
-        return "a mapping"
+        return f"a mapping of {' to '.join(map(_describe, args))}"
     return _WORDS.get(kind) or f"a {kind.__name__}"

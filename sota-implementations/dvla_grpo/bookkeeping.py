@@ -64,7 +64,13 @@ def check_resumed(cfg: Settings, resumed: Path) -> None:
     saved = Checkpoint.manifest(resumed)["metadata"].get("config")
     if not saved:  # it was not written by this recipe
         return
-    before, now = _flat(to_dict(settings_from(saved))), _flat(to_dict(cfg))
+    try:
+        before, now = _flat(to_dict(settings_from(saved))), _flat(to_dict(cfg))
+    except ValueError as error:
+        raise ValueError(
+            f"The checkpoint {str(resumed)!r} was written with other settings: {error} Resume it "
+            "with the version that wrote it, or start a new run: checkpoint.resume=null."
+        ) from error
     before["checkpoint.resume"] = now["checkpoint.resume"]
     names = before.keys() | now.keys()
     may_change = {name for name in names if _MAY_CHANGE.fullmatch(name)}
@@ -152,13 +158,15 @@ class Meter:
         self._cfg, self._state, self._collector = cfg, state, collector
         minutes = cfg.train.max_minutes
         self._max_s = math.inf if minutes is None else 60.0 * minutes
+        every = cfg.eval.every_minutes
+        self._every_s = math.inf if every is None else 60.0 * every
         self._update_s = 0.0
 
     def __enter__(self) -> Meter:
         state = self._state
         self._start_s = time.monotonic() - state.training_s
         self._stats, self._usage = self._collector.stats(), self._collector.timeline.usage()
-        self._next_evaluation_s = state.training_s + 60.0 * self._cfg.eval.every_minutes
+        self._next_evaluation_s = state.training_s + self._every_s
         self._bar = tqdm(
             desc="training",
             unit="update",
@@ -185,9 +193,10 @@ class Meter:
             return False
         return True
 
-    def patience_s(self) -> float:
+    def patience_s(self) -> float | None:
         """How long the learner may wait for groups: as its settings say, within the time budget."""
-        return max(1.0, min(self._cfg.train.timeout_s, self._max_s - self._time_s()))
+        patience_s = min(self._cfg.train.timeout_s or math.inf, self._max_s - self._time_s())
+        return None if patience_s == math.inf else max(1.0, patience_s)
 
     def is_out_of_time(self) -> bool:
         """Whether the time budget ended while the learner waited for groups."""
@@ -211,7 +220,7 @@ class Meter:
         """Whether ``eval.every_minutes`` went by since this last said so."""
         if self._time_s() < self._next_evaluation_s:
             return False
-        self._next_evaluation_s = self._time_s() + 60.0 * self._cfg.eval.every_minutes
+        self._next_evaluation_s = self._time_s() + self._every_s
         return True
 
     def after_update(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import signal
 import sys
 import time
@@ -45,7 +46,7 @@ from torchrl.checkpoint import GlobalRNGState
 from validation import check_policy, check_settings
 
 from torchrl_dvla import DVLACollector, EpisodeSpec, GRPOLoss
-from torchrl_dvla.collectors import EvaluationResult
+from torchrl_dvla.collectors import Evaluation, EvaluationResult
 from torchrl_dvla.recording import (
     GracefulStop,
     RunCheckpoints,
@@ -127,7 +128,12 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
 
         def evaluate_all() -> list[bool]:
             with stop.interruptible():
-                result = evaluate(cfg, collector, held_out)
+                log(f"evaluating: {len(held_out)} held-out episodes")
+                num_videos = cfg.eval.num_videos
+                evaluation = begin_evaluation(collector, held_out, num_frames_episodes=num_videos)
+                if evaluation is None:
+                    return []
+                result = evaluation.result(cfg.eval.timeout_s)
             record(recorder, "eval", result, step=state.num_updates, fps=cfg.eval.video_fps)
             return result.successes
 
@@ -157,9 +163,10 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
                     metrics = meter.after_update(metrics, buffer.cohort)
                     recorder.scalars(metrics, step=state.num_updates)
                     if evaluation is None and subset and meter.evaluation_is_due():
-                        evaluation = collector.evaluate(subset)
+                        evaluation = begin_evaluation(collector, subset)
                     elif evaluation is not None and evaluation.done():
-                        record(recorder, "eval_subset", evaluation.result(), step=state.num_updates)
+                        if result := result_of(evaluation):
+                            record(recorder, "eval_subset", result, step=state.num_updates)
                         evaluation = None
                     if state.num_updates % cfg.checkpoint.every_updates == 0:
                         save(on_disk_error="warn")  # the next one tries again
@@ -211,7 +218,8 @@ def learn(
                 losses = loss(part, normaliser=normaliser)
                 sum(value for key, value in losses.items() if key.startswith("loss_")).backward()
                 parts.append((len(part), losses.detach().cpu()))
-            norm = clip_grad_norm_(parameters, cfg.optim.max_grad_norm, error_if_nonfinite=True)
+            max_norm = cfg.optim.max_grad_norm or math.inf
+            norm = clip_grad_norm_(parameters, max_norm, error_if_nonfinite=True)
             norms.append(float(norm))
             optimizer.step()
             optimizer.zero_grad()
@@ -231,13 +239,28 @@ def learn(
     return metrics
 
 
-def evaluate(
-    cfg: Settings, collector: DVLACollector, episodes: Sequence[EpisodeSpec]
-) -> EvaluationResult:
-    """Play held-out episodes greedily and wait for their outcome."""
-    log(f"evaluating: {len(episodes)} held-out episodes")
-    evaluation = collector.evaluate(episodes, num_frames_episodes=cfg.eval.num_videos)
-    return evaluation.result(cfg.eval.timeout_s)
+def begin_evaluation(
+    collector: DVLACollector, episodes: Sequence[EpisodeSpec], **kwargs: int
+) -> Evaluation | None:
+    """Play episodes greedily, but for quarantined tasks; ``None`` if there are no others."""
+    groups = collector.replay_buffer.groups
+    with groups.lock:  # no task is quarantined meanwhile
+        played = [spec for spec in episodes if spec.task not in groups.quarantined]
+        if len(played) < len(episodes):
+            tasks = ", ".join(sorted(groups.quarantined))
+            log(
+                f"not evaluated: {len(episodes) - len(played)} episodes, for {tasks} is quarantined"
+            )
+        return collector.evaluate(played, **kwargs) if played else None
+
+
+def result_of(evaluation: Evaluation) -> EvaluationResult | None:
+    """The outcome of an evaluation beside training, or ``None`` if it failed, and why."""
+    try:
+        return evaluation.result()
+    except RuntimeError as error:
+        log(f"an evaluation failed and is left out; training goes on. {error}")
+        return None
 
 
 if __name__ == "__main__":

@@ -27,28 +27,21 @@ from torchrl_dvla.modules import TinyBackboneConfig
 from torchrl_dvla.objectives.grpo import KLEstimator, RatioLevel, check_clip
 from torchrl_dvla.validation import (
     Count,
+    Limit,
     Natural,
     NonNegative,
     Positive,
     Range,
     Seconds,
+    Section,
     Threads,
     check,
-    check_fields,
     check_path,
     from_mapping,
 )
 
 Size = Annotated[int, Range(1, 4096)]
 Beta = Annotated[float, Range(0, below=1)]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the settings, whose fields are of the types and ranges they are declared with."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -199,7 +192,7 @@ class OptimSettings(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: NonNegative = 0.0
     warmup_steps: Natural = 0
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: Limit = 1.0
     micro_batch_size: Count | None = None
     num_epochs: Count = 1
     num_threads: Threads = 1
@@ -218,8 +211,8 @@ class TrainSettings(Section):
     """Budgets of the training."""
 
     num_updates: Count
-    max_minutes: Annotated[float, Range(above=0, remedy="Use null for no limit.")] | None = None
-    timeout_s: Seconds = 900.0
+    max_minutes: Limit = None
+    timeout_s: Seconds | None = 900.0
 
 
 @dataclass(frozen=True)
@@ -228,18 +221,10 @@ class EvalSettings(Section):
 
     num_episodes: Annotated[int, Range(0, 10**6, remedy="0 evaluates nothing.")]
     subset_episodes: Natural = 0
-    every_minutes: NonNegative = 5.0
+    every_minutes: Annotated[float, Range(0, remedy="Use null for never.")] | None = 5.0
     num_videos: Natural = 2
     video_fps: Annotated[float, Range(0.01, 1000)] = 5.0
-    timeout_s: Seconds = 1800.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if 0 < self.num_episodes < self.subset_episodes:
-            raise ValueError(
-                f"subset_episodes must be at most num_episodes={self.num_episodes}, got "
-                f"{self.subset_episodes}. It is some of them; 0 evaluates only before and after."
-            )
+    timeout_s: Seconds | None = 1800.0
 
 
 @dataclass(frozen=True)

@@ -212,9 +212,12 @@ def find_resumed_checkpoint(cfg: Settings) -> Path | None:
         return None
     if resume == "auto":
         runs = make_path(cfg.log.dir) / cfg.name
-        found = find_latest_checkpoint(runs)
+        found = find_latest_checkpoint(runs, cfg.seed)
         if found is None:
-            print(f"checkpoint.resume=auto: no checkpoint in {runs}, so this is a new run")
+            print(
+                f"checkpoint.resume=auto: no checkpoint of seed {cfg.seed} in {runs}, so this is a "
+                "new run"
+            )
         return found
     given = make_path(resume)
     path = RunCheckpoints(given / "checkpoints").latest() or given
@@ -222,8 +225,8 @@ def find_resumed_checkpoint(cfg: Settings) -> Path | None:
         raise FileNotFoundError(
             f"checkpoint.resume must be the folder of a training checkpoint, got {str(given)!r} "
             "without a complete one. Pass a run or a folder update-* of one, 'auto' for the newest "
-            "run, or null to start anew; a folder with nothing but a policy belongs into "
-            "policy.checkpoint."
+            "run of this seed, or null to start anew; a folder with nothing but a policy belongs "
+            "into policy.checkpoint."
         )
     return path
 

@@ -14,6 +14,7 @@ Every setting is in ``config/libero_object.yaml``; README.md beside this file ex
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def main(config: DictConfig) -> None:
     for step in tqdm(steps, desc="cloning", unit="step", mininterval=PAUSE_S):
         losses = loss(buffer.sample())
         losses["loss_bc"].backward()
-        torch.nn.utils.clip_grad_norm_(loss.parameters(), cfg.training.max_grad_norm)
+        max_norm = cfg.training.max_grad_norm or math.inf
+        torch.nn.utils.clip_grad_norm_(loss.parameters(), max_norm)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()

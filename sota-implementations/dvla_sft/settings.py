@@ -21,26 +21,19 @@ from torchrl_dvla.envs.libero_expert import ActionNoise
 from torchrl_dvla.modules import TinyBackboneConfig
 from torchrl_dvla.validation import (
     Count,
+    Limit,
     Natural,
     NonNegative,
     Positive,
     Range,
+    Section,
     Threads,
-    check_fields,
     check_path,
     from_mapping,
 )
 
 ACTION_DIM = 7
 Seed = Annotated[int, Range(0, 2**31 - 1)]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the settings, whose fields are of the types and ranges they are declared with."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -108,7 +101,7 @@ class TrainingSettings(Section):
     lr: Positive
     weight_decay: NonNegative = 0.0
     num_warmup_steps: Natural = 0
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: Limit = 1.0
     max_shift: Natural = 0
     state_noise: NonNegative = 0.0
     num_threads: Threads = 1

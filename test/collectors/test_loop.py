@@ -212,18 +212,19 @@ async def test_an_evaluation_that_keeps_failing_ends_with_its_error(bench):
 
 
 @on_a_bench(num_workers=1, workers={"max_rollout_failures": 2})
-async def test_an_evaluation_plays_a_refused_episode_again_before_it_ends(bench):
+async def test_a_refused_episode_is_played_again_and_then_counts_as_a_failure(bench):
     bench.groups.set_paused(True)
     await bench.until(lambda: bench.groups.stored)
     bench.processes.refusals = [True]
     evaluation = bench.evaluate(EpisodeSpec("task", 7))
     await bench.until(evaluation.done)
     assert evaluation.result().num_env_steps == [4]
-    bench.processes.refusals = [True] * 2
-    evaluation = bench.evaluate(EpisodeSpec("task", 7))
+    bench.processes.refusals = [True, False, False, True]  # between the tries the other is played
+    evaluation = bench.evaluate(EpisodeSpec("task", 7), EpisodeSpec("task", 8))
     await bench.until(evaluation.done)
-    with pytest.raises(RuntimeError, match=r"(?s)failed 2 times.*Worker 0: NaN"):
-        evaluation.result()
+    result = evaluation.result()
+    assert (result.successes, result.num_env_steps[1]) == ([False, False], 4)
+    assert result.policy_version == 0, "the other's: it has no decision"
     assert bench.pool.stats()["pages_reserved"] == 0
 
 

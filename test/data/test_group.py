@@ -69,11 +69,11 @@ def test_advantages_are_those_of_the_functional():
 @pytest.mark.parametrize(
     ("returns", "reason"),
     [
-        ((0.0, 0.0), "no contrast: all rollouts returned 0"),
-        ((1.0, 1.0), "no contrast: all rollouts returned 1"),
-        ((0.1 + 0.2, 0.3), "no contrast: all rollouts returned 0.3"),  # 5.6e-17 apart
-        ((1.0, 1.0 + 9e-6), "no contrast: all rollouts returned 1"),
-        ((-4e6, -4e6 - 39.0), "no contrast: all rollouts returned -4e+06"),  # relative to 4e6
+        ((0.0, 0.0), "no contrast"),  # whatever the value: metrics are named after the reason
+        ((1.0, 1.0), "no contrast"),
+        ((0.1 + 0.2, 0.3), "no contrast"),  # 5.6e-17 apart
+        ((1.0, 1.0 + 9e-6), "no contrast"),
+        ((-4e6, -4e6 - 39.0), "no contrast"),  # relative to 4e6
         ((1.0, 1.0 + 2e-5), None),
         ((0.0, 2e-5), None),
         ((4e6, 4e6 + 41.0), None),

@@ -462,7 +462,7 @@ def test_warn_samples_on_and_says_so_again_and_again(plane, caplog):
         "6 groups in a row had ",
         "12 groups in a row had",
     ]
-    assert "because of 'no contrast: all rollouts returned 0'. Sampling goes on." in caplog.text
+    assert "because of 'no contrast'. Sampling goes on." in caplog.text
     assert "All 12 groups failed (mean return 0): the tasks are too hard" in caplog.text
     assert plane.groups.stats()["no_signal_groups"] == 13
     plane.add()
@@ -475,7 +475,11 @@ def test_keep_keeps_groups_until_there_is_contrast_again(plane, caplog):
     assert [group.kept for group in groups] == [False] * 3 + [True] * 2
     assert groups[-1].advantages.tolist() == [0.0, 0.0]
     assert "Groups are kept as they come" in caplog.text
-    assert plane.groups.stats()["groups_kept_without_signal"] == 2
+    plane.update()
+    plane.publish()
+    plane.add(returns=(1.0, 1.0))  # the sixth in a row, two of them learned from
+    assert "6 groups in a row" in caplog.text and "All 6 groups succeeded" in caplog.text
+    assert plane.groups.stats()["groups_kept_without_signal"] == 3
     assert [group.kept for group in plane.add(1) + plane.add(returns=(1.0, 1.0))] == [True, False]
 
 
@@ -491,6 +495,21 @@ def test_solved_is_what_succeeds_and_teaches_nothing_in_a_row(plane):
     ):
         plane.add(num_groups, returns=returns)
         assert plane.groups.is_solved is is_solved, returns
+
+
+def test_a_run_that_ends_as_solved_stays_so_whatever_its_last_groups_do(plane, caplog):
+    plane = no_signal_plane(plane, "warn")
+    groups = plane.groups
+    groups.add_listener(lambda: groups.is_solved and groups.end("nothing is left to learn"))
+    under_way = [plane.admit() for _ in range(2)]
+    plane.add(3, returns=(1.0, 1.0))
+    assert "Sampling goes on" not in caplog.text
+    for group in under_way:
+        plane.sample(group, returns=(1.0, 0.0))
+    assert groups.is_solved and groups.wait_cohort(0.0) == under_way
+    plane.publish()
+    with pytest.raises(RuntimeError, match="closed: nothing is left to learn"):
+        groups.wait_cohort(0.0)
 
 
 @pytest.mark.parametrize(
@@ -525,12 +544,11 @@ def test_dropped_groups_are_counted_and_explained(plane):
     plane.add(3, returns=(1.0, 1.0))
     plane.add(returns=(0.0, 0.0), sizes=(1, 1))
     assert plane.groups.drop_counts() == {
-        "no contrast: all rollouts returned 1": {"count": 3, "mean_length": 20.0},
-        "no contrast: all rollouts returned 0": {"count": 1, "mean_length": 8.0},
+        "no contrast": {"count": 4, "mean_length": 17.0}  # (3 * 20 + 8) / 4
     }
     message = wait_message(plane)
     assert message.startswith("No cohort of 2 groups within timeout_s=0: 0 finished, 0 in flight")
-    assert "[], 4 dropped since the last update (3 x 'no contrast" in message
+    assert "[], 4 dropped since the last update (4 x 'no contrast')" in message
     assert message.endswith(
         "easier or harder tasks, raise candidate_group_size, or widen return_bounds."
     )

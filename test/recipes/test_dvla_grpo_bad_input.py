@@ -93,7 +93,6 @@ def training_checkpoint(settings, recipe, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed=1", "'seed' is 1 instead of 0"),
         ("env.success_tol=0.5", "'env.success_tol' is 0.5 instead of 0.35"),
         ("policy.backbone.text_layers=1", "'policy.backbone.text_layers' is 1 instead of 2"),
         ("group.group_size=4", "'group.group_size' is 4 instead of 8"),
@@ -166,6 +165,21 @@ def test_resuming_from_a_truncated_checkpoint(
     ends_early(settings("toy", f"checkpoint.resume={training_checkpoint}"), error, message)
 
 
+def test_auto_goes_on_with_the_newest_run_of_the_seed(
+    settings, recipe, training_checkpoint, tmp_path
+):
+    find = recipe.utils.find_resumed_checkpoint
+    zero, one = (settings("toy", "checkpoint.resume=auto", f"seed={seed}") for seed in (0, 1))
+    assert (find(zero), find(one)) == (training_checkpoint, None)
+    newer = tmp_path / "runs/toy/2026-01-02_seed1/checkpoints" / training_checkpoint.name
+    path = shutil.copytree(training_checkpoint, newer) / "manifest.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    assert (find(zero), find(one)) == (training_checkpoint, newer)
+    path.write_text(path.read_text().replace('"num_updates"', '"num_steps"'))
+    with pytest.raises(ValueError, match="update-.*' was written with other .*: train.num_steps"):
+        recipe.bookkeeping.check_resumed(one, newer)  # of another version
+
+
 @pytest.mark.parametrize("part", ["runs/toy/2026-01-01_seed0", "", "auto"])
 def test_what_may_be_resumed(settings, recipe, training_checkpoint, tmp_path, capsys, part):
     resume = part if part == "auto" else tmp_path / part if part else training_checkpoint
@@ -174,7 +188,7 @@ def test_what_may_be_resumed(settings, recipe, training_checkpoint, tmp_path, ca
     (training_checkpoint / "manifest.json").unlink()  # no longer a whole checkpoint
     if part == "auto":
         assert recipe.utils.find_resumed_checkpoint(cfg) is None
-        assert "checkpoint.resume=auto: no checkpoint in" in capsys.readouterr().out
+        assert "checkpoint.resume=auto: no checkpoint of seed 0 in" in capsys.readouterr().out
     else:
         with pytest.raises(FileNotFoundError, match="without a complete one"):
             recipe.utils.find_resumed_checkpoint(cfg)

@@ -14,11 +14,13 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from torchrl_dvla.collectors import EpisodeSpec, Evaluation
 from torchrl_dvla.recording import DASHBOARD, RunCheckpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +39,8 @@ SMALL = [
     "eval.num_episodes=4",
     "eval.subset_episodes=2",
     "eval.every_minutes=0",
+    "optim.max_grad_norm=null",
+    "train.timeout_s=null",
     "checkpoint.every_updates=2",
     "log.line_every_s=0",
     "train.max_minutes=null",
@@ -280,7 +284,7 @@ def test_a_run_without_contrast_ends_with_its_time_budget(tmp_path):
 def test_a_solved_task_ends_well_also_if_nobody_reads_what_it_says(tmp_path):
     # One random action in five is a success, and an episode has 64.
     task = ["env.success_tol=0.5", "env.success_steps=1", "workers.max_decisions=64"]
-    run = Run(tmp_path, *task, "group.max_no_signal_groups=6")
+    run = Run(tmp_path, *task, "group.max_no_signal_groups=6", "eval.every_minutes=null")
     try:
         run.read_until("all rollouts of 6 groups in a row succeeded: nothing is left to learn")
         run.process.stdout.close()  # as `| head` does
@@ -331,6 +335,20 @@ def test_only_finite_weights_are_saved_after_an_error(recipe, capsys, value, num
     assert len(saved) == num_saved
     expected = "saving a checkpoint" if num_saved else "the weights hold NaN or infinity"
     assert f"ArithmeticError: {expected}" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_fails_does_not_end_the_training(recipe, capsys):
+    collector = MagicMock()
+    collector.replay_buffer.groups.quarantined = {"bad"}
+    good, bad = EpisodeSpec("good", 0), EpisodeSpec("bad", 0)
+    for episodes in ([good, bad], [bad]):
+        recipe.dvla_grpo.begin_evaluation(collector, episodes)
+    collector.evaluate.assert_called_once_with([good])
+    assert "not evaluated: 1 episodes, for bad is quarantined" in capsys.readouterr().out
+    evaluation = Evaluation([good], greedy=True, num_frames_episodes=0)
+    evaluation.fail(RuntimeError("It crashed."))
+    assert recipe.dvla_grpo.result_of(evaluation) is None
+    assert "training goes on. It crashed." in capsys.readouterr().out
 
 
 def test_an_error_while_saving_does_not_hide_the_first(recipe, capsys):

@@ -23,12 +23,14 @@ class EvaluationResult:
     """What the episodes of one evaluation did, in the order in which they were asked for.
 
     Args:
-        successes (list of bool): success of each episode.
+        successes (list of bool): success of each episode. One whose environment returned what is
+            refused, such as a NaN reward, in each of its tries is a failure.
         episode_returns (list of float): summed reward of each episode.
         num_env_steps (list of int): length of each episode in env steps.
-        policy_version (int): version of the weights, one for all episodes.
+        policy_version (int): version of the weights, one for all episodes; -1 if none of them came
+            to a decision.
         frames (dict): camera images ``uint8 [T, 3, H, W]``, one a decision, by episode number, for
-            the episodes that were to keep them.
+            the episodes that were to keep them, but for refused ones.
     """
 
     successes: list[bool]
@@ -80,7 +82,8 @@ class Evaluation:
 
         Raises:
             TimeoutError: if it is not there after ``timeout_s`` seconds.
-            RuntimeError: if the collector ended before the evaluation.
+            RuntimeError: if the collector ended before the evaluation, an episode's worker kept
+                crashing, or its task was quarantined.
         """
         return self._future.result(timeout_s)
 
@@ -99,7 +102,7 @@ class Evaluation:
                 successes=[rollout.success for rollout in rollouts],
                 episode_returns=[rollout.episode_return for rollout in rollouts],
                 num_env_steps=[rollout.num_env_steps for rollout in rollouts],
-                policy_version=rollouts[0].last_policy_version,
+                policy_version=max(rollout.last_policy_version for rollout in rollouts),
                 frames=self._frames,
             )
         )

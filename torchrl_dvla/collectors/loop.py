@@ -306,13 +306,18 @@ class CollectionLoop:
         if evaluation.done():  # it was given up
             return
         rollout = Rollout(spec, -1, next(self._episode_ids))
-        await self.run_rollout(rollout, weights)
         frames = None
-        if number < evaluation.num_frames_episodes:
-            index = self._pool.row_index(rollout.pages, rollout.num_rows)
-            frames = self._pool.rows.get(IMAGE_KEY).index_select(0, index)
-        self._pool.free(rollout.pages)
-        self._pool.unreserve(self._groups.pages_per_rollout - len(rollout.pages))
+        try:
+            await self.run_rollout(rollout, weights)
+        except _RolloutRefusedError as refused:  # its pages are free again
+            rollout.success = False
+            _log.error("An episode of an evaluation counts as a failure. %s", refused)
+        else:
+            if number < evaluation.num_frames_episodes:
+                index = self._pool.row_index(rollout.pages, rollout.num_rows)
+                frames = self._pool.rows.get(IMAGE_KEY).index_select(0, index)
+            self._pool.free(rollout.pages)
+            self._pool.unreserve(self._groups.pages_per_rollout - len(rollout.pages))
         evaluation.finish_episode(number, rollout, frames)
 
     def add_evaluation(self, evaluation: Evaluation) -> None:

@@ -451,7 +451,7 @@ def judge(group: Group, config: GroupConfig, *, keep_all: bool = False) -> str |
         has_contrast(torch.tensor(returns, dtype=torch.float64), tolerance=_RETURN_TOLERANCE)
     )
     if not keep_all and not differ:
-        return f"no contrast: all rollouts returned {returns[0]:g}"
+        return "no contrast"
     if not keep_all and config.return_bounds is not None:
         low, high = config.return_bounds
         if not low < fmean(returns) < high:

@@ -44,14 +44,7 @@ _WHAT_FOLLOWS = {
     "raise": "The run ends here.",
 }
 
-_COUNTS = (
-    "groups_learned",
-    "groups_kept",
-    "no_signal_groups",
-    "groups_kept_without_signal",
-    "rows_kept",
-    "updates",
-)
+_COUNTS = "groups_learned groups_kept no_signal_groups groups_kept_without_signal rows_kept updates"
 
 _log = logging.getLogger("torchrl_dvla")
 
@@ -206,17 +199,17 @@ class GroupQueue:
         self._listeners: list[Callable[[], None]] = []
         self._ended_because: str | None = None
         self._error: BaseException | None = None
-        self._closed = False
+        self._closed = self._ended_solved = False
         #: Groups and the sum of their mean lengths, by reason.
         self._drops: dict[str, list[float]] = {}
         self._drops_since_update: dict[str, int] = {}
         #: Groups with nothing to learn from since the last update.
         self._no_signal = NoSignal()
-        self._num_solved = 0
+        #: Those in a row, over updates; and those of them, up to now, that succeeded as a whole.
+        self._in_a_row, self._num_solved = NoSignal(), 0
         #: Counts that a checkpoint carries, by their names in stats().
-        self._counts = dict.fromkeys(_COUNTS, 0)
-        self._kept_length = 0.0
-        self._wait_s = self._last_wait_s = 0.0
+        self._counts = dict.fromkeys(_COUNTS.split(), 0)
+        self._kept_length = self._wait_s = self._last_wait_s = 0.0
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -280,9 +273,10 @@ class GroupQueue:
     def is_solved(self) -> bool:
         """Whether nothing is left to learn: ``max_no_signal_groups`` groups in a row, or more.
 
-        Each of their rollouts succeeded, and none of them taught anything.
+        Each of their rollouts succeeded, and none of them taught anything. It stays so if
+        :meth:`end` was called then, whatever the groups do that were still under way.
         """
-        return self._num_solved >= self.config.max_no_signal_groups
+        return self._ended_solved or self._num_solved >= self.config.max_no_signal_groups
 
     # -- sampling -------------------------------------------------------------------------------
 
@@ -389,7 +383,7 @@ class GroupQueue:
                 self._forget(group, reason)
             warning = self._watch_signal(group)
         self._notify()
-        if warning is None:
+        if warning is None or self._ended_because is not None:  # who ended it says why
             return
         if self.config.on_no_signal == "raise":
             raise RuntimeError(warning)
@@ -414,19 +408,21 @@ class GroupQueue:
         """Count groups in a row with nothing to learn from; what to say when they are too many."""
         if bool(group.advantages.any()):
             self._counts["no_signal_groups"] = self._num_solved = 0
+            self._in_a_row = NoSignal()
             return None
         self._counts["no_signal_groups"] += 1
         self._counts["groups_kept_without_signal"] += group.kept
         self._num_solved = self._num_solved + 1 if group.success_rate == 1.0 else 0
         self._no_signal.add(group)
-        num_groups = self._counts["no_signal_groups"]
+        self._in_a_row.add(group)
+        num_groups = self._in_a_row.num_groups  # a resumed run counts anew, as it does the sums
         times, rest = divmod(num_groups, self.config.max_no_signal_groups)
         if rest or times & (times - 1):  # said at 1, 2, 4, 8 times as many
             return None
         return (
             f"{num_groups} groups in a row had nothing to learn from, the last "
             f"because of {group.drop_reason or 'no contrast'!r}. "
-            f"{_WHAT_FOLLOWS[self.config.on_no_signal]} {self._no_signal.describe(self.config)}"
+            f"{_WHAT_FOLLOWS[self.config.on_no_signal]} {self._in_a_row.describe(self.config)}"
         )
 
     def drop(self, group: Group, reason: str) -> None:
@@ -625,6 +621,7 @@ class GroupQueue:
         with self.lock:
             if self._ended_because is None:
                 self._ended_because, self._error = reason, error
+                self._ended_solved = self.is_solved
             self.lock.notify_all()
 
     def close(self, reason: str) -> None:
@@ -697,7 +694,7 @@ class GroupQueue:
             self._kept_length = state_dict["kept_length"]
             self._drops = {reason: list(drops) for reason, drops in state_dict["drops"].items()}
             self._drops_since_update = {}
-            self._no_signal, self._num_solved = NoSignal(), 0
+            self._no_signal, self._in_a_row, self._num_solved = NoSignal(), NoSignal(), 0
             self._wait_s = state_dict["wait_s"]
         self._notify()
 

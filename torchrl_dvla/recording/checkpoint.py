@@ -263,12 +263,13 @@ class RunCheckpoints:
             yield
 
 
-def find_latest_checkpoint(runs: str | os.PathLike[str]) -> Path | None:
+def find_latest_checkpoint(runs: str | os.PathLike[str], seed: int | None = None) -> Path | None:
     """The checkpoint of the most updates in the newest run that has one.
 
     Args:
         runs (str or os.PathLike): folder of runs, each ``<time>_*/checkpoints/update-*``. The
             newest is the last by name: copying a run or setting the clock changes file times.
+        seed (int, optional): that of the runs that count, if their configuration has one.
 
     Returns:
         The checkpoint's folder, or ``None``.
@@ -276,7 +277,9 @@ def find_latest_checkpoint(runs: str | os.PathLike[str]) -> Path | None:
     for run in sorted(Path(runs).glob("*/"), reverse=True):
         latest = RunCheckpoints(run / "checkpoints").latest()
         if latest is not None:
-            return latest
+            config = _manifest(latest)["metadata"]["config"]
+            if seed is None or config.get("seed", seed) == seed:
+                return latest
     return None
 
 
