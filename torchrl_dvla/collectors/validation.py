@@ -51,8 +51,8 @@ __all__ = [
     "plan_memory",
 ]
 
-#: Levels of a pixel and, relative to values above 1, floating-point numbers by which renderers and
-#: simulators may differ from process to process in the very same scene.
+#: Levels of 255 of a pixel and, relative to values above 1, floating-point numbers by which
+#: renderers and simulators may differ from process to process in the very same scene.
 _PIXEL_TOLERANCE, _STATE_TOLERANCE = 8, 1e-4
 
 
@@ -187,7 +187,10 @@ def check_same_start(group: Group, pool: EnvironmentPool) -> None:
 
     Advantages compare the rollouts of a group with each other, which says something about actions
     only if they started alike. An environment that ignores its seed would be learned from all the
-    same. States may differ by 1e-4, pixels by 8 of 255 levels, everything else not at all.
+        elif values.dtype.is_floating_point and values.ndim > 3:  # rows, then those of an image
+            allowed = _PIXEL_TOLERANCE / 255 * first[0].abs().max()
+    same. States may differ by 1e-4, pixels by 8 of 255 levels (floating-point entries of three
+    dimensions: of their largest magnitude), everything else not at all.
 
     Args:
         group (Group): its rollouts have taken their first decision.
