@@ -177,7 +177,12 @@ class WrongEnv(CountingChunkEnv):
     def _step(self, tensordict):
         out = super()._step(tensordict)
         for key, value in self.wrong.items():
-            out.set(key, value)
+            if value is None:
+                del out[key]
+            elif value is ...:
+                torch.zeros(6).view(4)
+            else:
+                out.set(key, value)
         return out
 
 
@@ -190,7 +195,8 @@ class WrongEnv(CountingChunkEnv):
             r"must be finite, got tensor\(\[1.0000e\+39\]",
         ),
         ({"reward": NonTensorData("one")}, "reward must be finite, got NonTensorData"),
-        ({"reward": torch.ones(2)}, "'reward', .* must have the shape of their specs"),
+        ({"reward": torch.ones(2)}, "'reward', .* shape of their specs, .*\\[1\\].* of size 2"),
+        ({"success": None}, "'success' must be one torch.bool, got None"),
         ({"success": torch.tensor([0.5])}, r"'success' must be one torch.bool, got tensor\(\[0.5"),
         ({"action_is_pad": torch.zeros(3).bool()}, r"must be \[4\] torch.bool, got \[3\]"),
         ({"observation": torch.zeros(4)}, r"'image'\) must be in what is written, got none"),
@@ -216,6 +222,13 @@ def test_what_no_learner_may_see_is_refused_by_name_and_ends_the_rollout(wrong, 
         with pytest.raises(RuntimeError, match="must be reset before it is stepped"):
             worker.step(step(0, row=0, next_row=1))
         assert worker.reset(reset(0, 1, row=0)).env_index == 0, "it goes on"
+
+
+def test_a_wrong_shape_inside_of_a_step_is_not_put_down_to_the_reward():
+    with working(functools.partial(WrongEnv, {"": ...}, chunk_size=4)) as (worker, _):
+        worker.reset(reset(0, 1, row=0))
+        with pytest.raises(RuntimeError, match=r"^shape '\[4\]' is invalid for input of size 6"):
+            worker.step(step(0, row=0, next_row=1))
 
 
 def test_an_instruction_that_changes_travels_with_the_step():
@@ -290,6 +303,10 @@ STATE = ("observation", "state")
         (observe(STATE, Unbounded((-1, 3))), r"'state.*static shape.*\[-1, 3\]"),
         (observe("observation", Composite()), "group of tensors under 'observation'"),
         (observe("action_mask", Binary(8)), r"under 'observation', got .*mask.*RenameTransform"),
+        (
+            observe(STATE, Unbounded(4, device="meta")),
+            "on the CPU, where .*'state'.* on meta. .*Cast",
+        ),
         (put("observation_spec", observation=Unbounded(4)), "group of tensors under 'observation'"),
         (put("full_reward_spec", pay=Unbounded(1)), "one 'reward' at the root"),
         (put("full_done_spec", done=Binary(3)), "one 'done' at the root"),
@@ -301,6 +318,24 @@ STATE = ("observation", "state")
 def test_specs_that_no_row_can_hold_are_refused_by_name(change, message):
     with pytest.raises((TypeError, ValueError), match=message):
         describe_env(make_with(change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (act(Unbounded((2, 2))), r"\('vla_action', 'chunk'\) .*\[4, 2\].*, got .*\[2, 2\]"),
+        (act(Unbounded((4, 3))), r"\('vla_action', 'chunk'\) .*\[4, 2\].*, got .*\[4, 3\]"),
+        (observe(STATE, Unbounded(9)), r"\('observation', 'state'\) .*\[4\].*, got .*\[9\]"),
+        (observe(("observation", "pose"), Unbounded(3)), r"'pose'\) None, got .*\[3\]"),
+    ],
+)
+def test_an_environment_of_another_task_must_fit_the_rows(worker_and_rows, change, message):
+    worker, _ = worker_and_rows
+    worker._factories = {"other": functools.partial(make_with, change)}
+    for _ in range(2):  # it is built once, and refused each time
+        with pytest.raises(RefusedError, match=f"^All env.*{message}.* task 'other', at the reset"):
+            worker.reset(reset(0, 1, row=0)._replace(task="other"))
+    assert len(worker._envs) == 1 and worker._open[0] is None
 
 
 def test_what_is_no_environment_is_refused():
