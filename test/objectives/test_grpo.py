@@ -589,10 +589,11 @@ def test_masks_of_torchrl_samplers_and_scheduled_coefficients_count(table):
     assert loss(batch)["loss_objective"].item() == pytest.approx(-(1.5 + 0.5) / 2, rel=1e-5)
 
 
-def test_policy_lag(table):
+@pytest.mark.parametrize("version", [[[7], [4]], [7, 4]])  # ours, that of TorchRL's servers
+def test_policy_lag(table, version):
     policy, batch = table
     loss = GRPOLoss(policy)
-    batch["policy_version"] = torch.tensor([[7], [4]])
+    batch["policy_version"] = torch.tensor(version)
     assert "policy_lag_mean" not in loss(batch)
     loss.version = 8
     out = loss(batch)

@@ -172,7 +172,7 @@ class GRPOLoss(LossModule):
             pad_mask (NestedKey): optional boolean ``[*B, chunk]``, ``True`` = never executed.
             proximal_log_prob (NestedKey): ``[*B, chunk, A]``, read if decoupled.
             ref_log_prob (NestedKey): ``[*B, chunk, A]``, read without *reference_network*.
-            policy_version (NestedKey): optional ``[*B, 1]``.
+            policy_version (NestedKey): optional ``[*B, 1]`` or ``[*B]``.
             weight (NestedKey, optional): weight of each decision ``[*B, 1]``; off by default.
         """
 
@@ -334,6 +334,8 @@ class GRPOLoss(LossModule):
         behavior = self._get(tensordict, "sample_log_prob")
         advantage = self._get(tensordict, "advantage")
         version = tensordict.get(self.tensor_keys.policy_version, None)
+        if version is not None and version.shape == tokens.shape[:-2]:  # of TorchRL's servers
+            version = version.unsqueeze(-1)
         _check_layout(tokens, behavior, advantage, version)
         mask = self._mask(tensordict, tokens)
         dist = self._dist(tensordict, self.actor_network, self.actor_network_params)
