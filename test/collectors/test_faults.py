@@ -240,18 +240,15 @@ def test_a_task_that_keeps_failing_is_quarantined_and_the_others_go_on(make_coll
 
 
 def test_an_environment_of_another_task_is_compared_with_the_first(make_collector, caplog):
-    def make(size=16, remove=()):
-        env = CountingChunkEnv(**ENV_KWARGS, image_size=(size, size))
+    def blind():
+        env = make_env()
         env.set_spec_lock_(False)
-        for key in remove:
-            del env.observation_spec[key]
+        del env.observation_spec["success"]
         return env
 
-    blind = functools.partial(make, remove=["success"])
-    collector = make_collector(
-        {"first": make, "blind": blind, "small": functools.partial(make, 8)},
-        workers={"num_workers": 2, "max_rollout_failures": 1, "max_task_failures": 2},
-    )
+    small = functools.partial(make_env, image_size=(8, 8))
+    workers = {"num_workers": 2, "max_rollout_failures": 1, "max_task_failures": 2}
+    collector = make_collector({"1": make_env, "blind": blind, "small": small}, workers=workers)
     collector.start()
     learn(collector, 3)
     assert caplog.text.count("'blind' have no 'success'") == caplog.text.count("no 'success'") == 1

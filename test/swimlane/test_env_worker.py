@@ -177,12 +177,7 @@ class WrongEnv(CountingChunkEnv):
     def _step(self, tensordict):
         out = super()._step(tensordict)
         for key, value in self.wrong.items():
-            if value is None:
-                del out[key]
-            elif value is ...:
-                torch.zeros(6).view(4)
-            else:
-                out.set(key, value)
+            out.pop(key) if value is None else out.set(key, value)
         return out
 
 
@@ -224,11 +219,12 @@ def test_what_no_learner_may_see_is_refused_by_name_and_ends_the_rollout(wrong, 
         assert worker.reset(reset(0, 1, row=0)).env_index == 0, "it goes on"
 
 
-def test_a_wrong_shape_inside_of_a_step_is_not_put_down_to_the_reward():
-    with working(functools.partial(WrongEnv, {"": ...}, chunk_size=4)) as (worker, _):
-        worker.reset(reset(0, 1, row=0))
-        with pytest.raises(RuntimeError, match=r"^shape '\[4\]' is invalid for input of size 6"):
-            worker.step(step(0, row=0, next_row=1))
+def test_a_wrong_shape_inside_of_a_step_is_not_put_down_to_the_reward(worker_and_rows):
+    worker, _ = worker_and_rows
+    worker.reset(reset(0, 1, row=0))
+    worker._open[0].env._step = lambda _: torch.zeros(6).view(4)
+    with pytest.raises(RuntimeError, match=r"^shape '\[4\]' is invalid for input of size 6"):
+        worker.step(step(0, row=0, next_row=1))
 
 
 def test_an_instruction_that_changes_travels_with_the_step():
@@ -324,7 +320,6 @@ def test_specs_that_no_row_can_hold_are_refused_by_name(change, message):
     ("change", "message"),
     [
         (act(Unbounded((2, 2))), r"\('vla_action', 'chunk'\) .*\[4, 2\].*, got .*\[2, 2\]"),
-        (act(Unbounded((4, 3))), r"\('vla_action', 'chunk'\) .*\[4, 2\].*, got .*\[4, 3\]"),
         (observe(STATE, Unbounded(9)), r"\('observation', 'state'\) .*\[4\].*, got .*\[9\]"),
         (observe(("observation", "pose"), Unbounded(3)), r"'pose'\) None, got .*\[3\]"),
     ],
@@ -332,10 +327,8 @@ def test_specs_that_no_row_can_hold_are_refused_by_name(change, message):
 def test_an_environment_of_another_task_must_fit_the_rows(worker_and_rows, change, message):
     worker, _ = worker_and_rows
     worker._factories = {"other": functools.partial(make_with, change)}
-    for _ in range(2):  # it is built once, and refused each time
-        with pytest.raises(RefusedError, match=f"^All env.*{message}.* task 'other', at the reset"):
-            worker.reset(reset(0, 1, row=0)._replace(task="other"))
-    assert len(worker._envs) == 1 and worker._open[0] is None
+    with pytest.raises(RefusedError, match=f"^All env.*{message}.* task 'other', at the reset"):
+        worker.reset(reset(0, 1, row=0)._replace(task="other"))
 
 
 def test_what_is_no_environment_is_refused():
