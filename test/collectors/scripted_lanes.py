@@ -50,7 +50,6 @@ class ScriptedWorkers:
 
     def __init__(self, num_workers: int, num_decisions: int, tasks: tuple[str, ...]) -> None:
         self.num_decisions, self.tasks, self.first_task = num_decisions, tasks, tasks[0]
-        self.specs = SPECS
         self.hold = False
         self.new_instruction: str | None = None
         self.fail_tasks: set[str] = set()

@@ -131,8 +131,8 @@ def test_specs_that_differ_between_workers(refuse):
     ("tokens", "message"),
     [
         (torch.randn, "must write integers .* got torch.float32.*Gaussian"),
-        (lambda shape: torch.full(shape, 8), "from 0 below its vocab_size=8, got 8 to 8"),
-        (lambda shape: torch.full(shape, -1), "from 0 below its vocab_size=8, got -1 to -1"),
+        (lambda shape: torch.full(shape, 8), "at least 0, at most 7, got 8 in 1 of 1 rows"),
+        (lambda shape: torch.full(shape, -1), "at least 0, at most 7, got -1 in 1 of 1 rows"),
     ],
 )
 def test_tokens_that_are_none(tokens, message):
@@ -234,15 +234,19 @@ def test_frames_of_an_environment_without_a_camera():
         ("instruction_id", 1, "instruction_id that differs by 1 "),
         (("observation", "state"), 1e-5, None),
         (("observation", "image"), 8, None),
+        (("observation", "float_image"), 0.024, r"'float_image'\) that differs by 0.024 "),
+        (("observation", "float_image"), 0.015, None),  # 4 of 255 levels
     ],
 )
 def test_rollouts_of_a_group_start_alike(key, gap, message):
     specs = describe_env(make_env())
     observation = {name: (shape, dtype) for name, shape, dtype in specs.observation}
+    observation["observation", "float_image"] = (3, 4, 4), torch.float32
     layout = decision_layout(observation, chunk_size=4, action_dim=2)
     with EnvironmentPool(layout, num_pages=4, rows_per_page=2) as pool:
         spec = EpisodeSpec("reach", 3)
         rollouts = [Rollout(spec, 0, index, [pool.lease(index)]) for index in range(4)]
+        pool.rows["observation", "float_image"].fill_(0.75)  # 8/255 of it are 0.0235
         pool.rows[key][6] += gap  # the first row of the last
         pool.rows["observation", "state"][7] += 1  # decisions after the first may differ
         with (

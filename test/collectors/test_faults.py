@@ -238,6 +238,23 @@ def test_a_task_that_keeps_failing_is_quarantined_and_the_others_go_on(make_coll
         collector.evaluate(episodes)
 
 
+def test_an_environment_of_another_task_is_compared_with_the_first(make_collector, caplog):
+    def blind():
+        env = make_env()
+        env.set_spec_lock_(False)
+        del env.observation_spec["success"]
+        return env
+
+    small = functools.partial(make_env, image_size=(8, 8))
+    workers = {"num_workers": 2, "max_rollout_failures": 1, "max_task_failures": 2}
+    collector = make_collector({"1": make_env, "blind": blind, "small": small}, workers=workers)
+    collector.start()
+    learn(collector, 3)
+    assert caplog.text.count("'blind' have no 'success'") == caplog.text.count("no 'success'") == 1
+    assert "Task 'small' is quarantined" in caplog.text and "first one's specs" in caplog.text
+    assert "faults/workers_replaced" not in collector.stats()
+
+
 def test_an_evaluation_of_a_task_that_keeps_failing_ends_with_its_error(make_collector):
     bad = FaultyEnvFactory(make_env, [Fault("raise", "reset", repeat=True)])
     collector = make_collector(

@@ -200,6 +200,7 @@ class TestRun:
         first, second = interrupted_and_resumed
         assert second.code == 0, second.output
         assert second.folders == [first.folder]
+        assert "decisions of its own version" not in second.output, "though weights were stepped"
         report = second.report
         assert report["num_updates"] == first.num_updates + 3
         assert report["ended_by"] == "update budget"

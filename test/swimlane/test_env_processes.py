@@ -36,7 +36,7 @@ def test_a_worker_is_replaced_by_one_with_the_same_specs(start):
     specs = processes.wait_ready(60.0)
     first, second = processes.workers
     processes.replace(0)
-    assert processes.receive_specs(0) == specs == processes.specs
+    assert processes.receive_specs(0) == specs
     assert processes.workers[0].pid != first.pid and processes.workers[1] is second
     assert not first.process.is_alive()
 

@@ -177,9 +177,10 @@ class WrongEnv(CountingChunkEnv):
             r"must be finite, got tensor\(\[1.0000e\+39\]",
         ),
         ({"reward": NonTensorData("one")}, "reward must be finite, got NonTensorData"),
-        ({"reward": torch.ones(2)}, "'reward', .* must have the shape of their specs"),
         ({"reward": None}, "'reward', .* must have the shape of their specs, got another, or none"),
         ({"reward": torch.tensor([complex(0, torch.nan)])}, "reward must be finite, got tensor"),
+        ({"reward": torch.ones(2)}, "'reward', .* shape of their specs, .*\\[1\\].* of size 2"),
+        ({"success": None}, "'success' must be one torch.bool, got None"),
         ({"success": torch.tensor([0.5])}, r"'success' must be one torch.bool, got tensor\(\[0.5"),
         ({"action_is_pad": torch.zeros(3).bool()}, r"must be \[4\] torch.bool, got \[3\]"),
         ({"observation": torch.zeros(4)}, r"'image'\) must be in what is written, got none"),
@@ -199,6 +200,14 @@ def test_what_no_learner_may_see_is_refused_by_name_and_ends_the_rollout(wrong, 
         with pytest.raises(RuntimeError, match="must be reset before it is stepped"):
             worker.step(step(0, row=0, next_row=1))
         assert worker.reset(reset(0, 1, row=0)).env_index == 0, "it goes on"
+
+
+def test_a_wrong_shape_inside_of_a_step_is_not_put_down_to_the_reward(worker_and_rows):
+    worker, _ = worker_and_rows
+    worker.reset(reset(0, 1, row=0))
+    worker._open[0].env._step = lambda _: torch.zeros(6).view(4)
+    with pytest.raises(RuntimeError, match=r"^shape '\[4\]' is invalid for input of size 6"):
+        worker.step(step(0, row=0, next_row=1))
 
 
 def test_an_instruction_that_changes_travels_with_the_step():
@@ -275,6 +284,10 @@ def act(spec):
         (observe(STATE, Unbounded((-1, 3))), r"'state.*static shape.*\[-1, 3\]"),
         (observe("observation", Composite()), "group of tensors under 'observation'"),
         (observe("action_mask", Binary(8)), r"under 'observation', got .*mask.*RenameTransform"),
+        (
+            observe(STATE, Unbounded(4, device="meta")),
+            "on the CPU, where .*'state'.* on meta. .*Cast",
+        ),
         (put("observation_spec", observation=Unbounded(4)), "group of tensors under 'observation'"),
         (put("full_reward_spec", pay=Unbounded(1)), "one 'reward' at the root"),
         (put("full_done_spec", done=Binary(3)), "one 'done' at the root"),
@@ -459,3 +472,18 @@ def test_a_failure_is_not_put_down_to_the_environments_before_it(monkeypatch, se
     failure = ours.recv()
     assert isinstance(failure, Failed) and "the simulator is gone" in failure.traceback
     assert pool.rows["observation", "image"][[1, 5], 1, 0, 0].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (act(Unbounded((2, 2))), r"\('vla_action', 'chunk'\) .*\[4, 2\].*, got .*\[2, 2\]"),
+        (observe(STATE, Unbounded(9)), r"\('observation', 'state'\) .*\[4\].*, got .*\[9\]"),
+        (observe(("observation", "pose"), Unbounded(3)), r"'pose'\) None, got .*\[3\]"),
+    ],
+)
+def test_an_environment_of_another_task_must_fit_the_rows(worker_and_rows, change, message):
+    worker, _ = worker_and_rows
+    worker._factories = {"other": functools.partial(make_with, change)}
+    with pytest.raises(RefusedError, match=f"^All env.*{message}.* task 'other', at the reset"):
+        worker.reset(reset(0, 1, row=0)._replace(task="other"))

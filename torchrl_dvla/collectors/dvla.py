@@ -183,12 +183,6 @@ class DVLACollector(BaseCollector):
             )
             undo.callback(processes.stop, workers.stop_timeout_s)
             specs = processes.wait_ready(workers.start_timeout_s)
-            if not specs.has_success:
-                _log.warning(
-                    "The environment's specs have no 'success': a rollout counts as solved when it "
-                    "terminates. If it may also terminate on failure, return 'success', or say by "
-                    "torchrl_dvla.envs.ChunkEnv(success=...) where it is found."
-                )
             if not specs.has_instruction and INSTRUCTION_KEY in getattr(policy, "in_keys", ()):
                 _log.warning(
                     "The environment's specs have no %r, which the policy reads: every decision is "

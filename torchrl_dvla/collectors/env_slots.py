@@ -126,6 +126,8 @@ class EnvSlot:
         command = Reset(self.env_index, spec.task, spec.seed, spec.init_state_id, *row)
         answer = await self._command(command, "reset_timeout_s")
         assert isinstance(answer, ResetDone)
+        if not answer.has_success:
+            self._slots.warn_without_success(spec.task)
         return answer.instruction
 
     async def step(self, row: RowRef, next_row: RowRef) -> StepDone:
@@ -236,6 +238,7 @@ class EnvSlots:
         self._reported_s = [0.0] * config.num_workers
         self._deadlines: list[asyncio.Timeout | None] = [None] * config.num_workers
         self._recycled: set[int] = set()
+        self._without_success: set[str] = set()
 
     def _new_slots(self, worker: int) -> list[EnvSlot]:
         return [EnvSlot(self, worker, index) for index in range(self._config.envs_per_worker)]
@@ -264,6 +267,17 @@ class EnvSlots:
                 self._recycle_if_idle(slot.worker)
         self._end_round()
         self._on_change()
+
+    def warn_without_success(self, task: str) -> None:
+        """Say, once for each task, that nothing tells success from failure."""
+        if task not in self._without_success:
+            self._without_success.add(task)
+            _log.warning(
+                "The specs of task %r have no 'success': a rollout counts as solved when it "
+                "terminates. If it may also terminate on failure, return 'success', or say by "
+                "torchrl_dvla.envs.ChunkEnv(success=...) where it is found.",
+                task,
+            )
 
     def set_idle_reason(self, reason: str) -> None:
         """Say on the timeline why workers without any rollout are idle."""
@@ -347,14 +361,9 @@ class EnvSlots:
             reason = self._describe_hang(index, "starting", "start_timeout_s")
         else:
             message = self._processes.receive(index)
-            if message == self._processes.specs:
+            if isinstance(message, EnvSpecs):  # of any task; a reset compares it with the rows
                 return ""
             reason = str(message)
-            if isinstance(message, EnvSpecs):
-                reason = (
-                    f"It has built an environment with the specs {message}, the others have "
-                    f"{self._processes.specs}. Make create_env_fn deterministic."
-                )
         # If it is the environment's fault, it will show in a rollout, and count for its task.
         self._choose_first_task(after=self._processes.first_task)
         return reason

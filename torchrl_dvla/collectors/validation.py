@@ -36,7 +36,7 @@ from torchrl_dvla.data.schema import (
     SAMPLE_LOG_PROB_KEY,
 )
 from torchrl_dvla.memory import DualPool, EnvironmentPool, Plan, RowLayout
-from torchrl_dvla.swimlane.inference import POLICY_OUTPUTS
+from torchrl_dvla.swimlane.inference import POLICY_OUTPUTS, check_decisions
 from torchrl_dvla.swimlane.messages import EnvSpecs
 from torchrl_dvla.weight_update import AsyncWeightUpdater
 
@@ -51,8 +51,8 @@ __all__ = [
     "plan_memory",
 ]
 
-#: Levels of a pixel and, relative to values above 1, floating-point numbers by which renderers and
-#: simulators may differ from process to process in the very same scene.
+#: Levels of 255 of a pixel and, relative to values above 1, floating-point numbers by which
+#: renderers and simulators may differ from process to process in the very same scene.
 _PIXEL_TOLERANCE, _STATE_TOLERANCE = 8, 1e-4
 
 
@@ -113,8 +113,8 @@ def match_policy(policy: TensorDictModuleBase, specs: EnvSpecs) -> RowLayout:
         RowLayout: the row of one decision.
 
     Raises:
-        ValueError: if the policy writes no chunk, no tokens, other tokens than integers of its
-            vocabulary, no log-prob for each token, or a chunk that the environment does not take.
+        ValueError: if the policy writes no chunk, no tokens, no log-prob for each token, a chunk
+            that the environment does not take, or what :func:`check_decisions` refuses.
     """
     device = next((tensor.device for tensor in policy.parameters()), torch.device("cpu"))
     # Zeros, but an action mask of ones: one of zeros would forbid everything.
@@ -145,7 +145,7 @@ def match_policy(policy: TensorDictModuleBase, specs: EnvSpecs) -> RowLayout:
                 "action_head='tokens', output_mode='both' and an action_tokenizer."
             )
         shapes[key] = tuple(value.shape[1:])
-    _check_tokens(tensordict.get(ACTION_TOKENS_KEY), getattr(policy, "vocab_size", None))
+    check_decisions(tensordict, policy)
     if shapes[ACTION_TOKENS_KEY] != shapes[SAMPLE_LOG_PROB_KEY]:
         raise ValueError(
             f"policy must write one log-prob a token, got tokens {list(shapes[ACTION_TOKENS_KEY])} "
@@ -164,30 +164,13 @@ def match_policy(policy: TensorDictModuleBase, specs: EnvSpecs) -> RowLayout:
     return decision_layout(observation, chunk_size=chunk_size, action_dim=action_dim)
 
 
-def _check_tokens(tokens: torch.Tensor, vocab_size: int | None) -> None:
-    """Require integers from 0, below ``vocab_size`` where the policy states it."""
-    dtype = tokens.dtype
-    if dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
-        raise ValueError(
-            f"policy must write integers as {ACTION_TOKENS_KEY}, got {dtype}: rows hold int64. "
-            "Give it a distribution over action tokens, and write as the chunk what they decode "
-            "to (torchrl.data.vla.UniformActionTokenizer); samples of a Gaussian are no tokens."
-        )
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or (vocab_size is not None and high >= vocab_size):
-        size = "" if vocab_size is None else f" below its vocab_size={vocab_size}"
-        raise ValueError(
-            f"policy must write {ACTION_TOKENS_KEY} from 0{size}, got {low} to {high}. Write the "
-            "indices that its distribution has drawn."
-        )
-
-
 def check_same_start(group: Group, pool: EnvironmentPool) -> None:
     """Require that the rollouts of a group have started from the same observation and instruction.
 
     Advantages compare the rollouts of a group with each other, which says something about actions
     only if they started alike. An environment that ignores its seed would be learned from all the
-    same. States may differ by 1e-4, pixels by 8 of 255 levels, everything else not at all.
+    same. States may differ by 1e-4, pixels by 8 of 255 levels (floating-point entries of three
+    dimensions: of their largest magnitude), everything else not at all.
 
     Args:
         group (Group): its rollouts have taken their first decision.
@@ -204,6 +187,8 @@ def check_same_start(group: Group, pool: EnvironmentPool) -> None:
         allowed = torch.zeros(())
         if values.dtype == torch.uint8:
             allowed = torch.tensor(_PIXEL_TOLERANCE)
+        elif values.dtype.is_floating_point and values.ndim > 3:  # rows, then those of an image
+            allowed = _PIXEL_TOLERANCE / 255 * first[0].abs().max()
         elif values.dtype.is_floating_point:
             allowed = _STATE_TOLERANCE * first[0].abs().clamp_min(1)
         gap = (first - first[0]).abs()

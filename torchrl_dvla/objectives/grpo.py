@@ -82,7 +82,8 @@ class GRPOLoss(LossModule):
 
     In the first forward of each version, decisions of that version must get the log-probabilities
     that the inference lane gave them, whose policy is in eval mode. If they do not, a warning names
-    the modules to blame: call ``policy.eval()`` before the loop.
+    the modules to blame: call ``policy.eval()`` before the loop. A run may be resumed in the
+    middle of a version, so set ``loss.compared_version = collector.policy_version`` then.
 
     Gradient accumulation: give every micro-batch the normaliser of the whole batch, and their
     losses and gradients sum to those of the whole batch::
@@ -197,6 +198,9 @@ class GRPOLoss(LossModule):
     reference_network_params: TensorDictParams
     #: The learner's version, for the lag metrics; set it after each publish.
     version: int | None = None
+    #: Version whose comparison is over; set it to the learner's when the run is resumed: optimiser
+    #: steps may have been taken in it. None: there is no other.
+    compared_version: int | None = -1
     _schedulable_buffers = frozenset(
         {"clip_epsilon_low", "clip_epsilon_high", "entropy_coeff", "kl_to_ref_coeff"}
     )
@@ -242,7 +246,6 @@ class GRPOLoss(LossModule):
         self.reduction = reduction
         self.kl_estimator = kl_estimator
         self.check_finite: bool = check("check_finite", check_finite, bool)
-        self._compared_version: int | None = -1
         device = next((p.device for p in self.parameters()), None)
         for name, value in (
             ("clip_epsilon_low", clip_low),
@@ -511,15 +514,15 @@ class GRPOLoss(LossModule):
     ) -> None:
         """Warn, once, if this is not the policy that took the decisions of the same version."""
         version = self.version or 0  # which is where a learner begins
-        if self._compared_version in (None, version) or stamped is None or not can_check():
+        if self.compared_version in (None, version) or stamped is None or not can_check():
             return
-        self._compared_version = version  # later in this version, optimiser steps come between
+        self.compared_version = version  # later in this version, optimiser steps come between
         found = F.masked_mean(difference, mask & (stamped == version).unsqueeze(-1)).item()
         dtypes = {value.dtype for value in self.actor_network_params.values(True, True)}
         allowed = max(_AGREEMENT.get(dtype, 1e-3) for dtype in dtypes)
         if found <= allowed:
             return
-        self._compared_version = None
+        self.compared_version = None
         modules = self.actor_network.named_modules()
         in_training = [f"{k} ({type(m).__name__})" for k, m in modules if _depends_on_mode(m)]
         warnings.warn(

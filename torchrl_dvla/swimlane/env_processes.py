@@ -52,8 +52,6 @@ class EnvProcesses:
         self.tasks = tuple(factories)
         #: The task whose environment a new worker builds before it sends its specs.
         self.first_task = self.tasks[0]
-        #: The specs of all environments; known after :meth:`wait_ready`.
-        self.specs: EnvSpecs | None = None
         self._envs_per_worker = envs_per_worker
         self._options: dict[str, Any] = {
             "num_threads": num_threads,
@@ -111,7 +109,6 @@ class EnvProcesses:
                     f"{first} from worker 0 and {other} from worker {index}. Make create_env_fn "
                     "deterministic."
                 )
-        self.specs = first
         return first
 
     def receive_specs(self, index: int) -> EnvSpecs:

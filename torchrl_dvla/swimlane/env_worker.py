@@ -34,6 +34,7 @@ from torchrl_dvla.data.schema import (
     SUCCESS_KEY,
     TERMINATED_KEY,
     TRUNCATED_KEY,
+    decision_layout,
 )
 from torchrl_dvla.memory import RowLayout, RowWriter, WorkerView
 from torchrl_dvla.swimlane.messages import (
@@ -70,6 +71,7 @@ _SEND_AFTER_S = 1e-2
 
 #: Of what a row holds. An action spec without bounds has this one, or infinity.
 _LARGEST = float(np.finfo(np.float32).max)
+_CPU = torch.device("cpu")
 
 EnvFactories = Mapping[str, Callable[[], EnvBase]]
 
@@ -125,6 +127,12 @@ def describe_env(env: EnvBase) -> EnvSpecs:
             f"Action masks must lie under {OBSERVATION_KEY!r}, got {masks}. Append RenameTransform("
             "['action_mask'], [('observation', 'action_mask')]) and let the policy read them there."
         )
+    for key, leaf in observed.items(True, True):
+        if not isinstance(leaf, NonTensor) and (leaf.device or _CPU).type != "cpu":
+            raise ValueError(
+                f"create_env_fn must return an environment that observes on the CPU, where rows "
+                f"are, got {key!r} on {leaf.device}. Append DeviceCastTransform('cpu')."
+            )
     leaves = []
     node = observed[OBSERVATION_KEY] if OBSERVATION_KEY in roots else None
     for key, leaf in node.items(True, True) if isinstance(node, Composite) else ():
@@ -151,7 +159,7 @@ def describe_env(env: EnvBase) -> EnvSpecs:
         action_dim,
         has_success,
         has_instruction=INSTRUCTION_KEY in roots,
-        has_init_states=_takes_init_states(env),
+        has_init_states=INIT_STATE_ID_KEY in set(env.state_spec.keys()),
     )
 
 
@@ -186,10 +194,6 @@ def _clip(chunk: torch.Tensor, bounds: tuple[np.ndarray, np.ndarray] | None) -> 
     return outside
 
 
-def _takes_init_states(env: EnvBase) -> bool:
-    return INIT_STATE_ID_KEY in set(env.state_spec.keys())
-
-
 def require_init_states(task: str, init_state_ids: Iterable[int], declared: bool) -> None:
     """Refuse numbered initial states of an environment that would never hear of them.
 
@@ -218,8 +222,8 @@ class _OpenRollout:
     #: What its next step starts from.
     tensordict: TensorDictBase
     instruction: str
-    #: Whether its specs have one, which every step returns then.
-    has_instruction: bool
+    #: What they have, every step returns.
+    specs: EnvSpecs
     num_decisions: int = 0
 
 
@@ -258,25 +262,25 @@ class EnvWorker:
 
     def __init__(self, factories: EnvFactories, num_envs: int) -> None:
         self._factories = factories
-        self._envs: dict[tuple[int, str], EnvBase] = {}
+        self._envs: dict[tuple[int, str], tuple[EnvBase, EnvSpecs]] = {}
         self._bounds: dict[str, tuple[np.ndarray, np.ndarray] | None] = {}
         self._open: list[_OpenRollout | None] = [None] * num_envs
         self._chunks = torch.empty(0)
+        self._layout: Mapping[NestedKey, Any] = {}
         self._observations: RowWriter | None = None
         self._outcomes: RowWriter | None = None
 
-    def build(self, env_index: int, task: str) -> EnvBase:
-        """The environment of ``env_index`` for ``task``, built at most once."""
+    def build(self, env_index: int, task: str) -> tuple[EnvBase, EnvSpecs]:
+        """The environment of ``env_index`` for ``task`` and its specs, built at most once."""
         key = (env_index, task)
         if key not in self._envs:
             env = self._factories[task]()
-            describe_env(env)  # for its errors: the environment of every task is checked
-            self._envs[key] = env
+            self._envs[key] = env, describe_env(env)  # that of every task is checked
         return self._envs[key]
 
     def use_pool(self, view: WorkerView) -> None:
         """Take the rows that chunks are read from and observations and outcomes written to."""
-        self._chunks = view.rows.get(ACTION_CHUNK_KEY)
+        self._layout, self._chunks = view.layout, view.rows.get(ACTION_CHUNK_KEY)
         keys = [key for key in view.layout if isinstance(key, tuple) and key[0] == OBSERVATION_KEY]
         self._observations = RowWriter(view, keys)
         self._outcomes = RowWriter(view, _OUTCOME_KEYS)
@@ -288,21 +292,21 @@ class EnvWorker:
 
         Raises:
             RefusedError: if the environment starts from another initial state than the one it was
-                asked for, or as :meth:`step`.
+                asked for, if its specs are not those that rows were made for, or as :meth:`step`.
         """
         if self._observations is None:
             raise RuntimeError("use_pool must be called before reset: there is no row to write to.")
-        env = self.build(command.env_index, command.task)
+        env, specs = self.build(command.env_index, command.task)
         if command.task not in self._bounds:
             self._bounds[command.task] = _action_bounds(env)
         # Not static, it would make a generator to draw a next seed that nobody asks for.
         env.set_seed(command.seed, static_seed=True)
         request = TensorDict({INIT_STATE_ID_KEY: torch.tensor([command.init_state_id])})
         tensordict = env.reset(request)
-        has_instruction = INSTRUCTION_KEY in set(env.observation_spec.keys())
-        rollout = _OpenRollout(command.task, env, tensordict, "", has_instruction)
+        rollout = _OpenRollout(command.task, env, tensordict, "", specs)
         try:
-            if _takes_init_states(env):
+            _require_fit(specs, self._layout)
+            if specs.has_init_states:
                 _require_init_state(int(tensordict[INIT_STATE_ID_KEY]), command.init_state_id)
             else:
                 require_init_states(command.task, [command.init_state_id], declared=False)
@@ -312,7 +316,7 @@ class EnvWorker:
         except (KeyError, TypeError, ValueError) as error:
             raise self._refuse(error, command.env_index, rollout) from error
         self._open[command.env_index] = rollout
-        return ResetDone(command.env_index, rollout.instruction)
+        return ResetDone(command.env_index, rollout.instruction, specs.has_success)
 
     def step(self, command: Step) -> StepDone:
         """Execute one chunk; write its outcome and, if the rollout goes on, the next observation.
@@ -321,8 +325,8 @@ class EnvWorker:
             RuntimeError: if the environment was not reset, or a row's page is not leased under its
                 generation.
             RefusedError: if it returns a reward or an observation that is not finite, an
-                observation of another shape or type than its spec's, or an instruction that is no
-                string; the rollout is over then.
+                observation of another shape or type than its spec's, no ``"success"`` although its
+                specs have one, or an instruction that is no string; the rollout is over then.
         """
         rollout = self._open[command.env_index]
         if rollout is None:
@@ -335,8 +339,8 @@ class EnvWorker:
         try:
             tensordict = rollout.env.step(rollout.tensordict.set(ACTION_CHUNK_KEY, chunk))
         except (AttributeError, RuntimeError) as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            if all(frame.name != "_step_proc_data" for frame in frames):
+            frames = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+            if frames.isdisjoint({"_step_proc_data", "_complete_done"}):
                 raise  # the environment's own; there, TorchRL looks at what it returned
             message = (
                 "'reward', 'done', 'terminated' and 'truncated' must have the shape of their "
@@ -371,7 +375,8 @@ class EnvWorker:
         changed = _instruction(entries, rollout)
         done = _flag(entries, "done")
         terminated = _flag(entries, "terminated") if "terminated" in entries else done
-        success = _flag(entries, "success") if "success" in entries else terminated
+        has_success = rollout.specs.has_success or "success" in entries
+        success = _flag(entries, "success") if has_success else terminated
         is_pad = entries[ACTION_IS_PAD_KEY].flatten()
         if is_pad.dtype is not torch.bool or is_pad.shape != self._chunks.shape[1:2]:
             raise ValueError(
@@ -402,7 +407,7 @@ class EnvWorker:
 
     def close(self) -> None:
         """Close every environment."""
-        for env in self._envs.values():
+        for env, _ in self._envs.values():
             if not env.is_closed:
                 env.close()
         self._envs.clear()
@@ -414,7 +419,9 @@ def _instruction(entries: Any, rollout: _OpenRollout) -> str:
     Raises:
         TypeError: if it is not a string.
     """
-    text = entries.get(INSTRUCTION_KEY, None if rollout.has_instruction else rollout.instruction)
+    text = entries.get(
+        INSTRUCTION_KEY, None if rollout.specs.has_instruction else rollout.instruction
+    )
     if is_non_tensor(text):
         text = getattr(text, "data", text)  # a stack of several has none
     if not isinstance(text, str):
@@ -426,12 +433,26 @@ def _instruction(entries: Any, rollout: _OpenRollout) -> str:
 
 
 def _flag(entries: Mapping[str, Any], name: str) -> bool:
-    flag = entries[name]
+    flag = entries.get(name)
     if not isinstance(flag, torch.Tensor) or flag.dtype is not torch.bool or flag.numel() != 1:
         raise ValueError(
             f"{name!r} must be one torch.bool, got {flag!r:.99}. Return [True] or [False]."
         )
     return bool(flag)
+
+
+def _require_fit(specs: EnvSpecs, layout: Mapping[NestedKey, Any]) -> None:
+    """Require an environment to observe and execute what rows hold, whatever its task."""
+    chunk_size = layout[ACTION_CHUNK_KEY][0][0] if specs.chunk_size == -1 else specs.chunk_size
+    observed = {key: (shape, dtype) for key, shape, dtype in specs.observation}
+    row = decision_layout(observed, chunk_size=chunk_size, action_dim=specs.action_dim)
+    for key in (*observed, ACTION_CHUNK_KEY, *layout):
+        if row.get(key) != layout.get(key):
+            raise ValueError(
+                f"All environments must have the first one's specs, {key} {layout.get(key)}, got "
+                f"{row.get(key)}. Make create_env_fn deterministic; make those of all tasks "
+                "alike, or train tasks apart."
+            )
 
 
 def _require_init_state(played: int, wanted: int) -> None:
@@ -496,7 +517,7 @@ def run_env_worker(
     worker, sender = None, _EventSender(connection)
     try:
         worker = EnvWorker(cloudpickle.loads(pickled_factories), num_envs)
-        connection.send(describe_env(worker.build(0, first_task)))
+        connection.send(worker.build(0, first_task)[1])
         while True:
             message = connection.recv()
             if isinstance(message, WorkerCommands):

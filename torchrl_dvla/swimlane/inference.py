@@ -29,11 +29,19 @@ from torchrl_dvla.data.schema import (
     SAMPLE_LOG_PROB_KEY,
 )
 from torchrl_dvla.memory.row_access import RowFields
+from torchrl_dvla.objectives.validation import FINITE, INTEGERS, ValueRange, check_ranges
 from torchrl_dvla.swimlane.managed_process import ManagedProcess, pickled
 from torchrl_dvla.swimlane.messages import Failed, Infer, Inferred, Snapshot, Stop, UsePool
 from torchrl_dvla.weight_update import WeightReader
 
-__all__ = ["POLICY_OUTPUTS", "InferenceEngine", "InferenceProcess", "batch_seed", "seeded"]
+__all__ = [
+    "POLICY_OUTPUTS",
+    "InferenceEngine",
+    "InferenceProcess",
+    "batch_seed",
+    "check_decisions",
+    "seeded",
+]
 
 #: Combinations of instructions that are kept: with one task there is one for each batch size.
 _MAX_STACKS = 256
@@ -164,7 +172,7 @@ class InferenceEngine:
         mode = ExplorationType.DETERMINISTIC if message.greedy else ExplorationType.RANDOM
         with set_exploration_type(mode), seeded(message.seed, self._device):
             tensordict = policy(tensordict)
-        _check_decisions(tensordict, policy)
+        check_decisions(tensordict, policy)
         tensordict.set(POLICY_VERSION_KEY, torch.full((len(index), 1), version))
         self._decisions.scatter(index, tensordict)
         return version
@@ -182,29 +190,33 @@ class InferenceEngine:
         self._reader.close()
 
 
-def _check_decisions(tensordict: TensorDictBase, policy: TensorDictModuleBase) -> None:
+def check_decisions(tensordict: TensorDictBase, policy: TensorDictModuleBase) -> None:
     """Refuse decisions that no environment may execute and no learner may see.
+
+    Args:
+        tensordict (TensorDictBase): ``[n]`` decisions that hold :data:`POLICY_OUTPUTS`.
+        policy (TensorDictModuleBase): has written them; its ``vocab_size``, if any, bounds tokens.
 
     Raises:
         ValueError: naming the policy and what it wrote.
     """
-    vocab_size = getattr(policy, "vocab_size", None)
-    largest = torch.finfo(torch.float32).max  # in a row
-    for key, requirement, smallest, greatest in (
-        (ACTION_CHUNK_KEY, "finite", -largest, largest),
-        # -inf may be a log-prob: that of a token which is never sampled.
-        (SAMPLE_LOG_PROB_KEY, "finite", -torch.inf, largest),
-        (ACTION_TOKENS_KEY, "integers of the vocabulary", 0, (vocab_size or 2**63) - 1),
-    ):
-        values = tensordict.get(key)
-        low, high = (bound.item() for bound in values.aminmax())  # NaN if there is one
-        is_right = smallest <= low and high <= greatest
-        if not is_right or (key == ACTION_TOKENS_KEY and values.is_floating_point()):
-            raise ValueError(
-                f"{key} must be {requirement}, got {values.dtype} from {low} to {high} of "
-                f"{type(policy).__name__} (vocab_size={vocab_size}). Its weights may have become "
-                "too large, or its tokens are not those of its head."
-            )
+    name, tokens = type(policy).__name__, tensordict.get(ACTION_TOKENS_KEY)
+    if tokens.dtype not in INTEGERS:
+        raise ValueError(
+            f"policy must write integers as {ACTION_TOKENS_KEY}, got {tokens.dtype} of {name}: "
+            "rows hold int64. Give it a distribution over action tokens, and write as the chunk "
+            "what they decode to (torchrl.data.vla.UniformActionTokenizer); samples of a Gaussian "
+            "are no tokens."
+        )
+    remedy = "Its weights may have become too large."
+    ranges = [
+        ValueRange(f"{key} of {name}", tensordict.get(key), -FINITE, FINITE, remedy)
+        for key in (ACTION_CHUNK_KEY, SAMPLE_LOG_PROB_KEY)
+    ]
+    size = getattr(policy, "vocab_size", None)
+    highest, remedy = size - 1 if size else FINITE, "Write what its distribution has drawn."
+    ranges.append(ValueRange(f"{ACTION_TOKENS_KEY} of {name}", tokens, 0, highest, remedy))
+    check_ranges(ranges, tensordict, len(tokens))
 
 
 def _serve(connection: Connection, engine: InferenceEngine) -> None:

@@ -95,6 +95,8 @@ class ResetDone(NamedTuple):
 
     env_index: int
     instruction: str
+    #: As in :class:`EnvSpecs`, of this task.
+    has_success: bool = True
 
 
 class StepDone(NamedTuple):
