@@ -10,6 +10,7 @@ import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,18 @@ def test_the_end_of_a_process_is_certain_without_the_fork_server(hung_process):
     assert has_ended(process.pid)
 
 
+def test_a_process_that_the_kernel_keeps_is_an_error_every_time(hung_process, monkeypatch):
+    process = hung_process("hang")
+    monkeypatch.setattr(managed_process, "_REST_S", 0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "pidfd_send_signal", lambda handle, number: None)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="dvla-env-0 must end when it is killed, got a"):
+                process.kill()
+    os.kill(process.pid, signal.SIGKILL)
+    multiprocessing.connection.wait([process.process.sentinel])
+
+
 def has_ended(pid):
     status = Path(f"/proc/{pid}/status")
     return not status.exists() or "State:\tZ" in status.read_text()
@@ -159,7 +172,7 @@ def test_a_message_that_stops_in_the_middle_is_an_error(monkeypatch):
 
 
 HUNG = """
-import os, threading
+import os, sys, threading
 from multiprocessing import forkserver
 from torchrl_dvla.swimlane import ManagedProcess
 
@@ -168,8 +181,10 @@ def hang(connection):
     threading.Event().wait()
 
 if __name__ == "__main__":
-    process = ManagedProcess(hang, (), name="dvla-env-0")
+    process = ManagedProcess(hang, (), name="dvla-env-0", start_method=sys.argv[1])
     process.connection.recv()
+    if os.getpid() == 1:
+        sys.exit("it works")
     print(process.pid, forkserver._forkserver._forkserver_pid, flush=True)
     process.connection.recv()
 """
@@ -180,12 +195,25 @@ def test_a_parent_that_is_killed_leaves_neither_hung_processes_nor_files(tmp_pat
     script.write_text(HUNG)
     folder.mkdir()
     env = dict(os.environ, TMPDIR=str(folder))
-    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, env=env) as parent:
+    with subprocess.Popen(
+        [sys.executable, script, "forkserver"], stdout=subprocess.PIPE, env=env
+    ) as parent:
         handles = [os.pidfd_open(int(pid)) for pid in parent.stdout.readline().split()]
         assert list(folder.iterdir())
         parent.kill()
     assert all(multiprocessing.connection.wait([handle], 60.0) for handle in handles)
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
+def test_the_learner_may_be_process_1_as_in_a_container(tmp_path, start_method):
+    in_container = ["unshare", "--user", "--map-root-user", "--pid", "--fork"]
+    if shutil.which("unshare") is None or subprocess.run([*in_container, "true"]).returncode:
+        pytest.skip("this machine allows no process namespaces")
+    script = tmp_path / "script.py"
+    script.write_text(HUNG)
+    command = [*in_container, sys.executable, script, start_method]
+    assert "it works" in subprocess.run(command, stderr=subprocess.PIPE, text=True).stderr
 
 
 EXITING = """
