@@ -15,6 +15,7 @@ import random
 import resource
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -321,7 +322,6 @@ DAMAGE = {
     "optimizer/param_groups/0/betas": [(0.9, 5.0), (0.9,)],
     "optimizer/param_groups/0/amsgrad": [7],
     "optimizer/param_groups/0/params": [[0, 1, 3, 2], [0, 1, 2]],
-    "optimizer/param_groups/0/momentum": [0.9],
     "optimizer/state": [[1, 2]],
     "optimizer/state/9": [{"step": torch.tensor(1.0)}],
     "optimizer/state/0": ["text"],
@@ -332,8 +332,9 @@ DAMAGE = {
     "scheduler/last_epoch": [-1, 1.5, "text"],
     "scheduler/_step_count": [REMOVED],
     "scheduler/base_lrs": [[NAN], [0.1, 0.1]],
-    "scheduler/_last_lr": [0.1],
+    "scheduler/_last_lr": [0.1, [-0.1]],
     "scheduler/optimizer": [3],
+    "rng/torch_cuda": ["text", [3]],
     "rng/torch_cpu": [REMOVED, *(torch.zeros(size, dtype=torch.uint8) for size in (9, 5056))],
     "rng/python": [(3, (1, 2), None), (3, (-1,) * 625, None), (3, (1,) * 624 + (0,), "text")],
     "rng/numpy": [
@@ -373,6 +374,41 @@ def test_a_foreign_entry_is_refused_by_name_and_nothing_is_loaded(whole, tmp_pat
         assert str(after) == str(before) and torch.equal(torch.get_rng_state(), generators)
 
 
+def test_a_checkpoint_of_another_machine_and_version_is_loaded(whole, tmp_path, caplog):
+    path, live = shutil.copytree(whole, tmp_path / "copy"), _components()
+    rng, optimizer = live["rng"].state_dict(), live["optimizer"].state_dict()
+    _rewrite(path, "rng", rng | {"torch_cuda": [torch.zeros(16, dtype=torch.uint8)] * 99})
+    del optimizer["param_groups"][0]["decoupled_weight_decay"]  # as PyTorch 2.6 did not know it
+    optimizer["param_groups"][0]["of_the_future"] = 1
+    _rewrite(path, "optimizer", optimizer)
+    RunCheckpoints(path.parent, **live).load(path)
+    assert live["optimizer"].param_groups[0]["decoupled_weight_decay"]
+    assert "states of 99 cuda generators are left out, got a machine" in caplog.text
+    _rewrite(path, "optimizer", torch.optim.SGD(_policy().parameters()).state_dict())
+    with pytest.raises(CheckpointError, match=r"'optimizer\.param_groups\.0\.betas' is missing"):
+        RunCheckpoints(path.parent, **live).load(path)
+
+
+def test_memory_holds_one_component_at_a_time(tmp_path):
+    found = []
+
+    class Large(Value):
+        def load_state_dict(self, state_dict):
+            state_dict["value"].sum()
+            found.append(_anonymous_bytes())
+
+    parts = {name: Large(torch.ones(10_000_000)) for name in "abc"}  # 40 MB each
+    path = RunCheckpoints(tmp_path, **parts).save(1)
+    before = _anonymous_bytes()
+    _load(path, **parts)
+    assert len(found) == 3 and max(found) - before < 60e6
+
+
+def _anonymous_bytes():
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0]) * 1024
+
+
 @pytest.mark.parametrize("component", ["policy", "optimizer", "scheduler", "rng"])
 def test_a_damaged_file_with_its_digest_made_anew_is_refused(whole, tmp_path, component):
     path = shutil.copytree(whole, tmp_path / "copy")
@@ -407,6 +443,15 @@ def test_a_manifest_of_anything_else_counts_for_nothing(checkpoint, content, is_
     assert _save(checkpoint.parent, 6) == RunCheckpoints(checkpoint.parent).latest()
 
 
+class Ahead(torch.optim.lr_scheduler.ReduceLROnPlateau):
+    """A user's schedule, whose state says at first nothing about what is to come."""
+
+    trend = None
+
+    def state_dict(self):
+        return super().state_dict() | {"trend": self.trend}
+
+
 def test_other_optimizers_and_schedules_round_trip(tmp_path):
     for number, (kind, options) in enumerate(
         [
@@ -422,7 +467,7 @@ def test_other_optimizers_and_schedules_round_trip(tmp_path):
         for _ in range(2):
             policy = _policy()
             optimizer = kind(policy.parameters(), lr=0.01, **options)
-            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            schedule = Ahead(optimizer)
             parts.append({"optimizer": optimizer, "scheduler": schedule, "policy": policy})
 
         def closure(policy=parts[0]["policy"]):
@@ -432,11 +477,13 @@ def test_other_optimizers_and_schedules_round_trip(tmp_path):
 
         closure()
         parts[0]["optimizer"].step(closure)
-        parts[0]["scheduler"].step(1.0)
+        parts[0]["scheduler"].step(-1.0)
+        parts[0]["scheduler"].trend = (-0.5, "falling")
         path = RunCheckpoints(tmp_path / str(number), **parts[0]).save(1)
         _load(path, **parts[1])
         assert str(parts[1]["optimizer"].state_dict()) == str(parts[0]["optimizer"].state_dict())
-        assert parts[1]["scheduler"].best == 1.0
+        assert parts[1]["scheduler"].best == -1.0
+        assert parts[1]["scheduler"].trend == (-0.5, "falling")
 
 
 # -- a full disk ----------------------------------------------------------------------------------
@@ -468,6 +515,16 @@ def test_a_full_disk_is_named_and_the_next_save_tries_again(tmp_path, caplog, nu
     assert _visible(tmp_path) == ["update-00000001"]
     _load(checkpoints.latest(), policy=nn.Linear(100, 100))
     assert checkpoints.save(4) == checkpoints.latest()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_no_failed_save(tmp_path, monkeypatch, caplog):
+    _save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: os.listdir(tmp_path / "none"))
+        assert _save(tmp_path, 2, keep_last=1) == RunCheckpoints(tmp_path).latest()
+    assert "update-00000001 must be removed, got" in caplog.text
+    _save(tmp_path, 3, keep_last=1)
+    assert _updates(tmp_path) == [3]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
