@@ -32,16 +32,7 @@ from torch.nn.parameter import is_lazy
 
 from torchrl_dvla.differences import join_some
 
-__all__ = [
-    "COUNT",
-    "OLDER_VERSION",
-    "Number",
-    "form_of",
-    "form_problems",
-    "read_state",
-    "require_form",
-    "types_of",
-]
+__all__ = ["COUNT", "Number", "form_of", "form_problems", "read_state", "require_form", "types_of"]
 
 
 @dataclass(frozen=True)
@@ -118,11 +109,11 @@ def types_of(state: Mapping[str, Any]) -> dict[str, Any]:
     For what only its author understands, such as a schedule: neither a length nor a sign, a string
     or ``None`` says there what is to come.
     """
-    kinds = (int | float, list | tuple, Mapping)
+    kinds = (int | float, list | tuple, Mapping, str, torch.Tensor)
     return {
         key: object
         if value is None
-        else next((kind for kind in kinds if isinstance(value, kind)), type(value)) | None
+        else next(filter(lambda kind: isinstance(value, kind), kinds), type(value)) | None
         for key, value in state.items()
     }
 

@@ -334,7 +334,6 @@ DAMAGE = {
     "scheduler/base_lrs": [[NAN], [0.1, 0.1]],
     "scheduler/_last_lr": [0.1, [-0.1]],
     "scheduler/optimizer": [3],
-    "rng/torch_cuda": ["text", [3]],
     "rng/torch_cpu": [REMOVED, *(torch.zeros(size, dtype=torch.uint8) for size in (9, 5056))],
     "rng/python": [(3, (1, 2), None), (3, (-1,) * 625, None), (3, (1,) * 624 + (0,), "text")],
     "rng/numpy": [
@@ -383,7 +382,7 @@ def test_a_checkpoint_of_another_machine_and_version_is_loaded(whole, tmp_path, 
     _rewrite(path, "optimizer", optimizer)
     RunCheckpoints(path.parent, **live).load(path)
     assert live["optimizer"].param_groups[0]["decoupled_weight_decay"]
-    assert "states of 99 cuda generators are left out, got a machine" in caplog.text
+    assert "states of 99 cuda generators are not loaded, got" in caplog.text
     _rewrite(path, "optimizer", torch.optim.SGD(_policy().parameters()).state_dict())
     with pytest.raises(CheckpointError, match=r"'optimizer\.param_groups\.0\.betas' is missing"):
         RunCheckpoints(path.parent, **live).load(path)
@@ -395,18 +394,14 @@ def test_memory_holds_one_component_at_a_time(tmp_path):
     class Large(Value):
         def load_state_dict(self, state_dict):
             state_dict["value"].sum()
-            found.append(_anonymous_bytes())
+            status = Path("/proc/self/status").read_text()
+            found.append(int(status.partition("RssAnon:")[2].split()[0]))
 
     parts = {name: Large(torch.ones(10_000_000)) for name in "abc"}  # 40 MB each
     path = RunCheckpoints(tmp_path, **parts).save(1)
-    before = _anonymous_bytes()
+    parts["a"].load_state_dict(parts["a"].state_dict())
     _load(path, **parts)
-    assert len(found) == 3 and max(found) - before < 60e6
-
-
-def _anonymous_bytes():
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["RssAnon"].split()[0]) * 1024
+    assert len(found) == 4 and max(found) - found[0] < 60_000
 
 
 @pytest.mark.parametrize("component", ["policy", "optimizer", "scheduler", "rng"])
@@ -443,15 +438,6 @@ def test_a_manifest_of_anything_else_counts_for_nothing(checkpoint, content, is_
     assert _save(checkpoint.parent, 6) == RunCheckpoints(checkpoint.parent).latest()
 
 
-class Ahead(torch.optim.lr_scheduler.ReduceLROnPlateau):
-    """A user's schedule, whose state says at first nothing about what is to come."""
-
-    trend = None
-
-    def state_dict(self):
-        return super().state_dict() | {"trend": self.trend}
-
-
 def test_other_optimizers_and_schedules_round_trip(tmp_path):
     for number, (kind, options) in enumerate(
         [
@@ -467,7 +453,8 @@ def test_other_optimizers_and_schedules_round_trip(tmp_path):
         for _ in range(2):
             policy = _policy()
             optimizer = kind(policy.parameters(), lr=0.01, **options)
-            schedule = Ahead(optimizer)
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            schedule.trend = None  # a subclass may have it
             parts.append({"optimizer": optimizer, "scheduler": schedule, "policy": policy})
 
         def closure(policy=parts[0]["policy"]):

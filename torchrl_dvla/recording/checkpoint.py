@@ -384,11 +384,10 @@ def _optimizer_problems(optimizer: Optimizer, state: Any, name: str) -> list[str
     form: Any = {"state": {int: {str: object}}, "param_groups": [{str: object}]}
     if problems := form_problems(form, state, name):
         return problems
-    # What the version of PyTorch that wrote it did not know yet is filled in by this one, and what
-    # this one does not know has no effect.
-    twin = copy.copy(optimizer)
-    empty = [{**group, "params": []} for group in state["param_groups"]]
-    twin.__setstate__({"state": defaultdict(dict), "param_groups": empty})
+    twin = copy.copy(optimizer)  # fills in what the PyTorch that wrote the state did not know
+    twin.__setstate__(
+        {"param_groups": [{**group, "params": []} for group in state["param_groups"]]}
+    )
     saved_groups = [{**new, **old} for new, old in zip(twin.param_groups, state["param_groups"])]
     groups = []
     for group in optimizer.state_dict()["param_groups"]:
@@ -398,9 +397,8 @@ def _optimizer_problems(optimizer: Optimizer, state: Any, name: str) -> list[str
         if "betas" in group:
             form["betas"] = (Number(0, 1 - 1e-12),) * len(group["betas"])
         groups.append(form)
-    known = [
-        {key: group[key] for key in set().union(*groups) & group.keys()} for group in saved_groups
-    ]
+    keys = set().union(*groups)  # others have no effect
+    known = [{key: group[key] for key in keys & group.keys()} for group in saved_groups]
     if problems := form_problems(tuple(groups), known, f"{name}.param_groups"):
         return problems
     left = dict(state["state"])
@@ -441,9 +439,8 @@ def _rng_problems(own: Mapping[str, Any], state: Any, name: str) -> list[str]:
         "numpy": (own["numpy"][0], own["numpy"][1], position, bit, Number()),
         "torch_cpu": own["torch_cpu"],
     }
-    devices = {"torch_cuda": [torch.Tensor], "torch_xpu": [torch.Tensor], "torch_mps": torch.Tensor}
-    if isinstance(state, Mapping):  # those of the machine that it was made on
-        form |= {key: devices[key] for key in devices if key in state}
+    devices = ("torch_cuda", "torch_xpu", "torch_mps")  # those of the machine it was made on
+    form |= {key: object for key in devices if isinstance(state, Mapping) and key in state}
     if problems := form_problems(form, state, name):
         return problems
     algorithm, words, *rest = state["numpy"]
@@ -453,19 +450,16 @@ def _rng_problems(own: Mapping[str, Any], state: Any, name: str) -> list[str]:
         random.Random().setstate(state["python"])
         np.random.RandomState().set_state((algorithm, words.numpy().astype(np.uint32), *rest))
         torch.Generator().set_state(state["torch_cpu"])
-        for key in state.keys() & devices.keys():
+        for key in state.keys() & set(devices):
+            states = state[key] if isinstance(state[key], list) else [state[key]]
             kind = key.removeprefix("torch_")
-            states = [state[key]] if key == "torch_mps" else state[key]
             if (here := getattr(torch, kind).device_count()) == len(states):
                 for index, saved in enumerate(states):
                     torch.Generator(f"{kind}:{index}").set_state(saved)
-                continue
-            del state[key]  # TorchRL's would raise, after the policy was loaded
-            text = (
-                "The checkpoint's states of %d %s generators are left out, got a machine with %d. "
-                "What is drawn there is not what an uninterrupted run would have drawn."
-            )
-            _log.warning(text, len(states), kind, here)
+            else:  # TorchRL's would raise, after the policy was loaded
+                del state[key]
+                text = "The states of %d %s generators are not loaded, got a machine with %d."
+                _log.warning(text, len(states), kind, here)
     except Exception as error:  # each says it in its own way
         return [f"'{name}', which a generator refuses: {error}"]
     return []

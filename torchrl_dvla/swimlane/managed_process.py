@@ -49,6 +49,7 @@ _ANSWER_S = 10.0
 _IMPORT_S = 300.0
 #: Seconds for the rest of a message that has begun, and for the kernel to end what is killed.
 _REST_S = 60.0
+_SEE = "It waits inside a driver or for a file system: see dmesg."
 #: multiprocessing's own, which has no public name.
 _server: Any = vars(forkserver)["_forkserver"]
 #: Process ids of the fork servers that have answered.
@@ -186,11 +187,13 @@ class ManagedProcess:
         Raises:
             RuntimeError: if the kernel does not end it.
         """
-        is_first, self._handle = self._at_exit.still_active(), None
+        self._handle = None
         self._at_exit()
-        if not is_first and not wait([self.process.sentinel], 0.0):
-            raise _kept_by_kernel(self.name)  # as it was the first time
-        self.process.join()  # it returns: _kill has seen that, or the line above
+        if self.process.exitcode is None:
+            raise RuntimeError(
+                f"{self.name} must end when it is killed, got one that is kept. {_SEE}"
+            )
+        self.process.join()
         self.connection.close()
         self._stacks.close()
 
@@ -290,17 +293,13 @@ def _kill(name: str, handle: int | None, sentinel: int) -> None:
         has_ended = wait([handle], _REST_S)
         os.close(handle)
         if not has_ended:
-            raise _kept_by_kernel(name)
+            raise RuntimeError(
+                f"{name} must end when it is killed, got a process that the kernel keeps for more "
+                f"than {_REST_S:g} s. {_SEE}"
+            )
     # It is for the fork server to tell: multiprocessing would wait for it for ever.
     if not wait([sentinel], _ANSWER_S):
         _end_fork_server()
-
-
-def _kept_by_kernel(name: str) -> RuntimeError:
-    return RuntimeError(
-        f"{name} must end when it is killed, got a process that the kernel keeps for more than "
-        f"{_REST_S:g} s. It waits inside a driver or for a file system: see dmesg."
-    )
 
 
 @atexit.register
@@ -350,10 +349,8 @@ def _run(
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         learner = multiprocessing.parent_process()
-        # The parent died before prctl took effect: init has adopted this process. A learner that is
-        # itself process 1, as in a container, takes all along when it dies.
         if os.getppid() == 1 and learner is not None and learner.pid != 1:
-            os._exit(1)
+            os._exit(1)  # the parent died before prctl took effect; process 1 takes all along
     # The fork server ends once nobody holds this: with the learner, though this process may hang.
     if _server._forkserver_alive_fd is not None:
         os.close(_server._forkserver_alive_fd)
