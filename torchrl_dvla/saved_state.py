@@ -33,7 +33,7 @@ from torch.nn.parameter import is_lazy
 
 from torchrl_dvla.differences import join_some
 
-__all__ = ["COUNT", "Number", "form_of", "form_problems", "read_state", "require_form"]
+__all__ = ["COUNT", "Number", "form_of", "form_problems", "read_state", "require_form", "types_of"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,12 @@ class Number:
     def __str__(self) -> str:
         return f"a {'whole' if self.whole else 'finite'} number in [{self.low:g}, {self.high:g}]"
 
+
+#: Remedy for a state that lacks what states hold now.
+OLDER_VERSION = (
+    "It was written by an older version of torchrl_dvla: load the policy and the optimizer alone, "
+    "and start with an empty buffer."
+)
 
 #: Form of a count, an index or a version.
 COUNT = Number(0, whole=True)
@@ -96,6 +102,21 @@ items, got 1", "'adam.step' must be float32 [2], got float32 [3]"]
             return int | float
         return Number(min(0, state), whole=whole and isinstance(state, int))
     return state if isinstance(state, str) and state else type(state)
+
+
+def types_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Form of states with the keys of ``state``, and values of its types or ``None``.
+
+    For what only its author understands, such as a schedule: neither a length nor a sign, a string
+    or ``None`` says there what is to come.
+    """
+    kinds = (int | float, list | tuple, Mapping, str, torch.Tensor)
+    return {
+        key: object
+        if value is None
+        else next(filter(lambda kind: isinstance(value, kind), kinds), type(value)) | None
+        for key, value in state.items()
+    }
 
 
 def form_problems(form: Any, state: Any, name: str) -> list[str]:

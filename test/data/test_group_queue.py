@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from torchrl_dvla.data import Group, GroupState
+from torchrl_dvla.data import Group, GroupState, InitStateSchedule
 from torchrl_dvla.memory import PageState
 
 from .conftest import LAYOUT, PAGES_PER_ROLLOUT, Plane
@@ -771,6 +771,25 @@ def test_state_is_plain_data_and_resumes(plane):
     assert new.pool.stats()["pages_stored"] == 6
 
 
+class Curriculum(InitStateSchedule):
+    seen = {"mean": 0.0, "best": None, "history": [], "phase": "easy"}
+
+    def state_dict(self):
+        return super().state_dict() | self.seen
+
+
+def test_the_state_of_a_users_schedule_is_compared_by_keys_and_types(plane):
+    old, new = plane(), plane()
+    old.groups.schedule, new.groups.schedule = Curriculum(("task",)), Curriculum(("task",))
+    next(old.groups.schedule)
+    old.groups.schedule.seen = {"mean": -1.0, "best": 0.5, "history": [1, -2], "phase": "hard"}
+    new.groups.load_state_dict(old.groups.state_dict())
+    assert next(new.groups.schedule) == next(old.groups.schedule)
+    old.groups.schedule.seen = Curriculum.seen | {"history": 3}
+    with pytest.raises(ValueError, match=r"'groups\.schedule\.history' must be list \| tuple"):
+        new.groups.load_state_dict(old.groups.state_dict())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -784,6 +803,9 @@ def test_a_checkpoint_of_other_groups_or_another_schedule_is_refused(plane, opti
     state = plane().groups.state_dict()
     with pytest.raises(ValueError, match=message):
         plane(**options).groups.load_state_dict(state)
+    older = {key: value for key, value in state.items() if key not in ("group_size", "tasks")}
+    with pytest.raises(ValueError, match=r"\['group_size', 'tasks'\], got none.*older version of"):
+        plane().groups.load_state_dict(older)
     other = plane()
     other.groups.schedule.seed = 5
     with pytest.raises(ValueError, match="'seed' is 5 instead of 0"):

@@ -622,6 +622,7 @@ DAMAGE = {
     "_groups.num_admitted": [0],
     "_groups.num_rollouts": [1],
     "_groups.schedule": [{"cursor": NAN, "seed": 0}],
+    "_groups.schedule.cursor": [NAN],
     "_groups.counts": [{}],
     "_groups.counts.updates": [NAN],
     "_groups.drops": [{"late": [0, 1.0]}],

@@ -15,6 +15,7 @@ import random
 import resource
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -312,7 +313,6 @@ DAMAGE = {
     "optimizer/param_groups/0/betas": [(0.9, 5.0), (0.9,)],
     "optimizer/param_groups/0/amsgrad": [7],
     "optimizer/param_groups/0/params": [[0, 1, 3, 2], [0, 1, 2]],
-    "optimizer/param_groups/0/momentum": [0.9],
     "optimizer/state": [[1, 2]],
     "optimizer/state/9": [{"step": torch.tensor(1.0)}],
     "optimizer/state/0": ["text"],
@@ -323,7 +323,7 @@ DAMAGE = {
     "scheduler/last_epoch": [-1, 1.5, "text"],
     "scheduler/_step_count": [REMOVED],
     "scheduler/base_lrs": [[NAN], [0.1, 0.1]],
-    "scheduler/_last_lr": [0.1],
+    "scheduler/_last_lr": [0.1, [-0.1]],
     "scheduler/optimizer": [3],
     "rng/torch_cpu": [REMOVED, *(torch.zeros(size, dtype=torch.uint8) for size in (9, 5056))],
     "rng/python": [(3, (1, 2), None), (3, (-1,) * 625, None), (3, (1,) * 624 + (0,), "text")],
@@ -362,6 +362,37 @@ def test_a_foreign_entry_is_refused_by_name_and_nothing_is_loaded(whole, tmp_pat
         assert named in str(info.value) or "a generator refuses" in str(info.value)
         after = [live[name].state_dict() for name in ("policy", "optimizer")]
         assert str(after) == str(before) and torch.equal(torch.get_rng_state(), generators)
+
+
+def test_a_checkpoint_of_another_machine_and_version_is_loaded(whole, tmp_path, caplog):
+    path, live = shutil.copytree(whole, tmp_path / "copy"), _components()
+    rng, optimizer = live["rng"].state_dict(), live["optimizer"].state_dict()
+    _rewrite(path, "rng", rng | {"torch_cuda": [torch.zeros(16, dtype=torch.uint8)] * 99})
+    del optimizer["param_groups"][0]["decoupled_weight_decay"]  # as PyTorch 2.6 did not know it
+    optimizer["param_groups"][0]["of_the_future"] = 1
+    _rewrite(path, "optimizer", optimizer)
+    RunCheckpoints(path.parent, **live).load(path)
+    assert live["optimizer"].param_groups[0]["decoupled_weight_decay"]
+    assert "states of 99 cuda generators are not loaded, got" in caplog.text
+    _rewrite(path, "optimizer", torch.optim.SGD(_policy().parameters()).state_dict())
+    with pytest.raises(CheckpointError, match=r"'optimizer\.param_groups\.0\.betas' is missing"):
+        RunCheckpoints(path.parent, **live).load(path)
+
+
+def test_memory_holds_one_component_at_a_time(tmp_path):
+    found = []
+
+    class Large(Value):
+        def load_state_dict(self, state_dict):
+            state_dict["value"].sum()
+            status = Path("/proc/self/status").read_text()
+            found.append(int(status.partition("RssAnon:")[2].split()[0]))
+
+    parts = {name: Large(torch.ones(10_000_000)) for name in "abc"}  # 40 MB each
+    path = RunCheckpoints(tmp_path, **parts).save(1)
+    parts["a"].load_state_dict(parts["a"].state_dict())
+    _load(path, **parts)
+    assert len(found) == 4 and max(found) - found[0] < 60_000
 
 
 @pytest.mark.parametrize("component", ["policy", "optimizer", "scheduler", "rng"])
@@ -414,6 +445,7 @@ def test_other_optimizers_and_schedules_round_trip(tmp_path):
             policy = _policy()
             optimizer = kind(policy.parameters(), lr=0.01, **options)
             schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            schedule.trend = None  # a subclass may have it
             parts.append({"optimizer": optimizer, "scheduler": schedule, "policy": policy})
 
         def closure(policy=parts[0]["policy"]):
@@ -423,11 +455,13 @@ def test_other_optimizers_and_schedules_round_trip(tmp_path):
 
         closure()
         parts[0]["optimizer"].step(closure)
-        parts[0]["scheduler"].step(1.0)
+        parts[0]["scheduler"].step(-1.0)
+        parts[0]["scheduler"].trend = (-0.5, "falling")
         path = RunCheckpoints(tmp_path / str(number), **parts[0]).save(1)
         _load(path, **parts[1])
         assert str(parts[1]["optimizer"].state_dict()) == str(parts[0]["optimizer"].state_dict())
-        assert parts[1]["scheduler"].best == 1.0
+        assert parts[1]["scheduler"].best == -1.0
+        assert parts[1]["scheduler"].trend == (-0.5, "falling")
 
 
 # -- a full disk ----------------------------------------------------------------------------------
@@ -457,6 +491,16 @@ def test_a_full_disk_is_named_and_the_next_save_tries_again(tmp_path, caplog, nu
     assert _visible(tmp_path) == ["update-00000001"]
     _load(checkpoints.latest(), policy=nn.Linear(100, 100))
     assert checkpoints.save(4) == checkpoints.latest()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_no_failed_save(tmp_path, monkeypatch, caplog):
+    _save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: os.listdir(tmp_path / "none"))
+        assert _save(tmp_path, 2, keep_last=1) == RunCheckpoints(tmp_path).latest()
+    assert "update-00000001 must be removed, got" in caplog.text
+    _save(tmp_path, 3, keep_last=1)
+    assert _updates(tmp_path) == [3]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -87,6 +87,18 @@ def test_the_end_of_a_process_is_certain_without_the_fork_server(hung_process):
     assert has_ended(process.pid)
 
 
+def test_a_process_that_the_kernel_keeps_is_an_error_every_time(hung_process, monkeypatch):
+    process = hung_process("hang")
+    monkeypatch.setattr(managed_process, "_REST_S", 0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "pidfd_send_signal", lambda handle, number: None)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="dvla-env-0 must end when it is killed"):
+                process.kill()
+    os.kill(process.pid, signal.SIGKILL)
+    process.process.join()
+
+
 def has_ended(pid):
     status = Path(f"/proc/{pid}/status")
     return not status.exists() or "State:\tZ" in status.read_text()
@@ -186,6 +198,17 @@ def test_a_parent_that_is_killed_leaves_neither_hung_processes_nor_files(tmp_pat
         parent.kill()
     assert all(multiprocessing.connection.wait([handle], 60.0) for handle in handles)
     assert list(folder.iterdir()) == []
+
+
+def test_the_learner_may_be_process_1_as_in_a_container():
+    container = ["unshare", "--user", "--map-root-user", "--pid", "--fork"]
+    if subprocess.run(["sh", "-c", f"{' '.join(container)} true"]).returncode:
+        pytest.skip("this machine allows no process namespaces")
+    code = """from torchrl_dvla.swimlane import ManagedProcess, env_worker
+args = env_worker.run_env_worker, (b"}.", "task", 1)
+process = ManagedProcess(*args, name="p", start_method="spawn")
+print(process.connection.recv().traceback)"""
+    assert b"KeyError" in subprocess.check_output([*container, sys.executable, "-c", code])
 
 
 EXITING = """

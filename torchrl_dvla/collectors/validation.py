@@ -36,6 +36,7 @@ from torchrl_dvla.data.schema import (
     SAMPLE_LOG_PROB_KEY,
 )
 from torchrl_dvla.memory import DualPool, EnvironmentPool, Plan, RowLayout
+from torchrl_dvla.saved_state import OLDER_VERSION
 from torchrl_dvla.swimlane.inference import POLICY_OUTPUTS, check_decisions
 from torchrl_dvla.swimlane.messages import EnvSpecs
 from torchrl_dvla.weight_update import AsyncWeightUpdater
@@ -284,14 +285,12 @@ def check_state(state_dict: Mapping[str, Any], seed: int) -> None:
     Raises:
         ValueError: if it was taken before it did, with another seed, or from something else.
     """
-    if "buffer" not in state_dict:
+    if missing := {"buffer", "seed"} - state_dict.keys():
         raise ValueError(
-            f"state_dict must hold the replay buffer's state as 'buffer', got {sorted(state_dict)}."
-            " Checkpoints of older versions kept collector and buffer apart, taken at two "
-            "instants: going on from them could learn from a group twice. Load the policy and the "
-            "optimizer alone, and start with an empty buffer."
+            f"The collector's state must hold {sorted(missing)}, got {sorted(state_dict)}. "
+            f"{OLDER_VERSION}"
         )
-    if state_dict.get("seed", seed) != seed:
+    if state_dict["seed"] != seed:
         raise ValueError(
             f"seed must equal the checkpoint's {state_dict['seed']}, got {seed}. Build the "
             "collector with it, or call set_seed first; with another seed, start anew."

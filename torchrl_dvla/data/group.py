@@ -17,7 +17,7 @@ import torch
 
 from torchrl_dvla.functional.advantage import group_advantage, has_contrast
 from torchrl_dvla.memory import EnvironmentPool, Page
-from torchrl_dvla.saved_state import COUNT, Number, form_of, require_form
+from torchrl_dvla.saved_state import COUNT, Number, form_of, require_form, types_of
 from torchrl_dvla.validation import Count, Range, check, check_fields
 
 __all__ = [
@@ -193,7 +193,8 @@ class InitStateSchedule(Iterator[EpisodeSpec]):
         Raises:
             ValueError: if it holds something else, or is of other tasks or init states.
         """
-        form = form_of(self.state_dict()) | {"cursor": COUNT, "seed": Number(whole=True)}
+        form = types_of(self.state_dict()) | form_of(InitStateSchedule.state_dict(self))
+        form |= {"cursor": COUNT, "seed": Number(whole=True)}
         require_form(form, state_dict, "schedule")
         self._cursor, self.seed = state_dict["cursor"], state_dict["seed"]
 

@@ -32,7 +32,7 @@ from torchrl_dvla.data.group import (
 from torchrl_dvla.data.schema import ADVANTAGE_KEY
 from torchrl_dvla.differences import differences, join_some
 from torchrl_dvla.memory import EnvironmentPool
-from torchrl_dvla.saved_state import Number, form_of, require_form
+from torchrl_dvla.saved_state import OLDER_VERSION, Number, form_of, require_form, types_of
 
 __all__ = ["GroupQueue", "Publication"]
 
@@ -677,6 +677,7 @@ class GroupQueue:
         """
         with self.lock:
             groups = self.check_state(state_dict)
+            self.schedule.load_state_dict(state_dict["schedule"])  # first: it checks the rest of it
             for group in self.stored:
                 self.pool.free(group.pages)
             self._groups = {group.group_id: group for group in groups}
@@ -686,7 +687,6 @@ class GroupQueue:
                 self.pool.store(group.pages)
             self._cohort = self.in_hand
             self._reopened = deque(EpisodeSpec(*spec) for spec in state_dict["reopened"])
-            self.schedule.load_state_dict(state_dict["schedule"])
             self.version = state_dict["version"]
             self.num_admitted = state_dict["num_admitted"]
             self.num_rollouts = state_dict["num_rollouts"]
@@ -716,15 +716,17 @@ class GroupQueue:
         if self.running:
             raise RuntimeError("load_state_dict must be called before the first group begins.")
         require_form({str: object}, state_dict, "groups")
-        own = {name: value for name, value in self._settings().items() if name in state_dict}
-        problems = differences({name: state_dict[name] for name in own}, own)
-        if problems:
+        own = self._settings()
+        if missing := sorted(own.keys() - state_dict.keys()):
+            raise ValueError(f"The groups' state must hold {missing}, got none. {OLDER_VERSION}")
+        if problems := differences({name: state_dict[name] for name in own}, own):
             raise ValueError(
                 f"Groups and schedule must be those of the checkpoint, got {join_some(problems)}. "
                 "Its groups were begun, and given their deadlines, under these: build the "
                 "collector with them, or start with an empty buffer to change them."
             )
         form = form_of(self.state_dict()) | {
+            "schedule": types_of(self.schedule.state_dict()),
             "groups": [Group.state_form()],
             "reopened": [SPEC_FORM],
             "drops": {str: (Number(1), Number(0))},

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from torchrl_dvla.modules.backbones import PixelStyle
 
-__all__ = ["PixelNormalizer", "StateProjector", "read_images", "read_instructions", "read_state"]
+__all__ = ["PixelNormalizer", "StateProjector", "read_images", "read_instructions", "read_proprio"]
 
 
 def read_images(
@@ -41,7 +41,7 @@ def read_images(
     return [_read(tensordict, key, (3, *image_size), remedy) for key in keys]
 
 
-def read_state(tensordict: TensorDictBase, key: NestedKey, state_dim: int) -> torch.Tensor:
+def read_proprio(tensordict: TensorDictBase, key: NestedKey, state_dim: int) -> torch.Tensor:
     """Proprioception ``[*B, S]``.
 
     Args:

@@ -54,7 +54,7 @@ _COPY_AGAIN = "copy the checkpoint again, with all its files"
 
 
 class PretrainedMixin(nn.Module):
-    """Mixin with ``save_pretrained``, ``from_pretrained``, ``load_weights``, ``read_weights``.
+    """Mixin with ``save_pretrained``, ``from_pretrained`` and ``read_weights``.
 
     The class it is mixed into takes ``(config, *, tokenizer, **kwargs)``.
     """
@@ -157,17 +157,6 @@ class PretrainedMixin(nn.Module):
                 policy = cls(dataclasses.replace(config, **given), tokenizer=tokenizer, **kwargs)
         policy.load_state_dict(policy._checked(weights, source=folder))
         return policy
-
-    def load_weights(self, folder: str | os.PathLike[str]) -> None:
-        """Load a checkpoint's weights into this policy, in place.
-
-        Args:
-            folder (path): the checkpoint folder.
-
-        Raises:
-            FileNotFoundError, ValueError: as :meth:`read_weights`; nothing has changed then.
-        """
-        self.load_state_dict(self.read_weights(folder))
 
     def read_weights(self, folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         """State dict of a checkpoint that fits this policy, which it is not loaded into yet.

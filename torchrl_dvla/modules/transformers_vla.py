@@ -30,7 +30,7 @@ from torchrl_dvla.modules.policy_inputs import (
     StateProjector,
     read_images,
     read_instructions,
-    read_state,
+    read_proprio,
 )
 from torchrl_dvla.modules.pretrained import (
     PretrainedMixin,
@@ -361,7 +361,7 @@ class TransformersVLA(PretrainedMixin, VLAWrapperBase):
         for image_tokens in features:
             stream += [image_start, image_tokens, image_end]
         if self.state_projector is not None:
-            state = read_state(tensordict, keys.state, self.config.state_dim)
+            state = read_proprio(tensordict, keys.state, self.config.state_dim)
             stream.append(self.state_projector(state.reshape(num_rows, -1)))
         stream.append(backbone.embed_tokens(prompt.token_ids))
         queries = self.query_head.queries

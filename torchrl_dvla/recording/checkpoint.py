@@ -31,7 +31,7 @@ from torchrl.checkpoint import Checkpoint, CheckpointAdapter, CheckpointError, G
 
 from torchrl_dvla._version import __version__
 from torchrl_dvla.differences import differences, join_some
-from torchrl_dvla.saved_state import COUNT, Number, form_of, form_problems, read_state
+from torchrl_dvla.saved_state import COUNT, Number, form_of, form_problems, read_state, types_of
 
 __all__ = ["RunCheckpoints", "find_latest_checkpoint"]
 
@@ -307,7 +307,11 @@ class _DigestedAdapter(CheckpointAdapter):
         """Read the files; what does not fit ``component``."""
 
     def load(self, component: Any, path: Path, **kwargs: Any) -> None:
-        component.load_state_dict(self.state)
+        state, self.state = self.state, None  # the next one's must not come on top of it
+        if isinstance(component, Optimizer):
+            # It keeps what it is given, which would go on being a part of the checkpoint's file.
+            state = tree_map_only(torch.Tensor, torch.clone, state)
+        component.load_state_dict(state)
 
 
 class _PretrainedFolder(_DigestedAdapter):
@@ -357,14 +361,16 @@ class _StateFile(_DigestedAdapter):
             ) from error
 
     def read(self, component: Any, path: Path) -> list[str]:
-        self.state = read_state(path / _STATE)
+        self.state = read_state(path / _STATE, mmap=True)
         if isinstance(component, Optimizer):
             return _optimizer_problems(component, self.state, self._name)
         if isinstance(component, GlobalRNGState):
             return _rng_problems(component.state_dict(), self.state, self._name)
         if isinstance(component, LRScheduler):
-            form = form_of(component.state_dict(), whole=False)
-            form |= {key: COUNT for key in ("last_epoch", "_step_count") if key in form}
+            own = component.state_dict()
+            rates = {key: own[key] for key in ("base_lrs", "_last_lr") if key in own}
+            form = types_of(own) | form_of(rates, whole=False)
+            form |= {key: COUNT for key in ("last_epoch", "_step_count") if key in own}
         elif isinstance(component, torch.nn.Module):
             state = component.state_dict()
             form = {
@@ -378,18 +384,28 @@ class _StateFile(_DigestedAdapter):
 
 def _optimizer_problems(optimizer: Optimizer, state: Any, name: str) -> list[str]:
     """Hyper-parameters as this optimizer has them, and the state that its next step expects."""
+    form: Any = {"state": {int: {str: object}}, "param_groups": [{str: object}]}
+    if problems := form_problems(form, state, name):
+        return problems
+    twin = copy.copy(optimizer)  # fills in what the PyTorch that wrote the state did not know
+    twin.__setstate__(
+        {"param_groups": [{**group, "params": []} for group in state["param_groups"]]}
+    )
+    saved_groups = [{**new, **old} for new, old in zip(twin.param_groups, state["param_groups"])]
     groups = []
     for group in optimizer.state_dict()["param_groups"]:
         form = form_of(group, whole=False)
+        form.pop("param_names", None)  # load_state_dict leaves out those that are not there
         form["params"] = tuple(Number(index, index, whole=True) for index in group["params"])
         if "betas" in group:
             form["betas"] = (Number(0, 1 - 1e-12),) * len(group["betas"])
         groups.append(form)
-    form = {"state": {int: {str: object}}, "param_groups": tuple(groups)}
-    if problems := form_problems(form, state, name):
+    keys = set().union(*groups)  # others have no effect
+    known = [{key: group[key] for key in keys & group.keys()} for group in saved_groups]
+    if problems := form_problems(tuple(groups), known, f"{name}.param_groups"):
         return problems
     left = dict(state["state"])
-    for own, saved in zip(optimizer.param_groups, state["param_groups"]):
+    for own, saved in zip(optimizer.param_groups, saved_groups):
         for index, parameter in zip(saved["params"], own["params"]):
             if not (entry := left.pop(index, None)):
                 continue  # it had no gradient yet
@@ -438,6 +454,16 @@ def _rng_problems(own: Mapping[str, Any], state: Any, name: str) -> list[str]:
         random.Random().setstate(state["python"])
         np.random.RandomState().set_state((algorithm, words.numpy().astype(np.uint32), *rest))
         torch.Generator().set_state(state["torch_cpu"])
+        for key in state.keys() & set(devices):
+            states = state[key] if isinstance(state[key], list) else [state[key]]
+            kind = key.removeprefix("torch_")
+            if (here := getattr(torch, kind).device_count()) == len(states):
+                for index, saved in enumerate(states):
+                    torch.Generator(f"{kind}:{index}").set_state(saved)
+            else:  # TorchRL's would raise, after the policy was loaded
+                del state[key]
+                text = "The states of %d %s generators are not loaded, got a machine with %d."
+                _log.warning(text, len(states), kind, here)
     except Exception as error:  # each says it in its own way
         return [f"'{name}', which a generator refuses: {error}"]
     return []
@@ -501,5 +527,8 @@ def _remove(path: Path) -> None:
     # Renamed first: a process killed meanwhile leaves no half of it under its name. It takes no
     # space, which a full disk would not have.
     hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    path.rename(hidden)
+    try:
+        path.rename(hidden)
+    except OSError as error:  # the new one is in place all the same
+        _log.warning("%s must be removed, got %s. The next save tries again.", path, error)
     shutil.rmtree(hidden, ignore_errors=True)

@@ -49,6 +49,7 @@ _ANSWER_S = 10.0
 _IMPORT_S = 300.0
 #: Seconds for the rest of a message that has begun, and for the kernel to end what is killed.
 _REST_S = 60.0
+_SEE = "It waits inside a driver or for a file system: see dmesg."
 #: multiprocessing's own, which has no public name.
 _server: Any = vars(forkserver)["_forkserver"]
 #: Process ids of the fork servers that have answered.
@@ -186,9 +187,13 @@ class ManagedProcess:
         Raises:
             RuntimeError: if the kernel does not end it.
         """
-        self._at_exit()
         self._handle = None
-        self.process.join()  # _kill has seen that it returns
+        self._at_exit()
+        if self.process.exitcode is None:
+            raise RuntimeError(
+                f"{self.name} must end when it is killed, got one that is kept. {_SEE}"
+            )
+        self.process.join()
         self.connection.close()
         self._stacks.close()
 
@@ -290,7 +295,7 @@ def _kill(name: str, handle: int | None, sentinel: int) -> None:
         if not has_ended:
             raise RuntimeError(
                 f"{name} must end when it is killed, got a process that the kernel keeps for more "
-                f"than {_REST_S:g} s. It waits inside a driver or for a file system: see dmesg."
+                f"than {_REST_S:g} s. {_SEE}"
             )
     # It is for the fork server to tell: multiprocessing would wait for it for ever.
     if not wait([sentinel], _ANSWER_S):
@@ -343,8 +348,9 @@ def _run(
         signal.signal(number, lambda number, frame: None)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1 and multiprocessing.parent_process() is not None:
-            os._exit(1)  # the parent died before prctl took effect
+        learner = multiprocessing.parent_process()
+        if os.getppid() == 1 and learner is not None and learner.pid != 1:
+            os._exit(1)  # the parent died before prctl took effect; process 1 takes all along
     # The fork server ends once nobody holds this: with the learner, though this process may hang.
     if _server._forkserver_alive_fd is not None:
         os.close(_server._forkserver_alive_fd)
