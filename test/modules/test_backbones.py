@@ -138,11 +138,7 @@ def test_qwen_positions_of_an_image():
     model = backbone_from_dict(backbone_to_dict(config), dtype=torch.float32)
     backbone = backbone_class("qwen2_5_vl")(model, image_size=(16, 24))
     positions, following = backbone.image_positions(7)
-    assert positions.tolist() == [
-        [7, 7, 7, 7, 7, 7],
-        [7, 7, 7, 8, 8, 8],
-        [7, 8, 9, 7, 8, 9],
-    ]
+    assert positions.tolist() == [[7, 7, 7, 7, 7, 7], [7, 7, 7, 8, 8, 8], [7, 8, 9, 7, 8, 9]]
     assert following == 10
     assert backbone.image_size_of(config, (30, 45)) == (32, 48)
     with pytest.raises(ValueError, match=r"multiple of 8 .* got \(16, 20\)"):

@@ -281,10 +281,7 @@ def test_an_inference_server_asks_between_two_batches() -> None:
     updater = make_updater(trained, num_workers=1)
     transport = ThreadingTransport()
     server = InferenceServer(
-        served,
-        transport,
-        weight_sync=updater.receiver(0),
-        policy_version_key="policy_version",
+        served, transport, weight_sync=updater.receiver(0), policy_version_key="policy_version"
     )
     with server:
         client = transport.client()
