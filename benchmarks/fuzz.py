@@ -119,13 +119,12 @@ def wrong_values(value: Any) -> list[Any]:
         return [1.5, 2, "maybe", NAN, [], {"a": 1}]
     if isinstance(value, int | float):
         return [NAN, INF, True, "abc", [], {"a": 1}, 10**400]
-    return [NAN, True, 3, [value] if isinstance(value, str) else "ab"]
+    return [NAN, True] + ([[value], {"a": 1}] if isinstance(value, str) else [3, "ab"])
 
 
-def show(path: Any, value: Any) -> str:
+def show(path: tuple[Any, ...], value: Any) -> str:
     """What is put where, in one short line."""
-    where = ".".join(map(str, path)) if isinstance(path, tuple) else path
-    return f"{where} = {value!r:.70}".replace("\n", " ")
+    return f"{'.'.join(map(str, path))} = {value!r:.70}".replace("\n", " ")
 
 
 # -- settings --------------------------------------------------------------------------------------
@@ -178,7 +177,9 @@ def recipe(config: str) -> tuple[Callable[[Any], Any], dict[str, Any]]:
     sys.modules[config] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     plain = yaml.safe_load(file.read_text().replace("???", "x"))
-    return module.settings_from, {k: plain[k] for k in plain.keys() - {"hydra", "defaults"}}
+    del plain["hydra"]
+    plain.pop("defaults", None)
+    return module.settings_from, plain
 
 
 def settings(rng: random.Random, is_wrong: bool) -> Case:
@@ -186,17 +187,18 @@ def settings(rng: random.Random, is_wrong: bool) -> Case:
     way = rng.choice(["value"] * 6 + ["class"] * 4 + ["name"] + ["unfit"] * 2) if is_wrong else ""
     if way == "class":
         cls = rng.choice(CLASSES)
-        parameters, kinds = inspect.signature(cls.__init__).parameters, bool | int | float | str
-        known = {name: parameters[name].default for name in parameters}
-        name = rng.choice([name for name in known if isinstance(known[name], kinds | tuple)])
-        value, policy = rng.choice(wrong_settings(name, known[name])), [token_policy()]
-        call = functools.partial(cls, *policy * (cls in OF_A_POLICY), **{name: value})
+        parameters, kinds = inspect.signature(cls.__init__).parameters, int | float | str | tuple
+        known = [x for x in parameters.values() if isinstance(x.default, kinds)]
+        chosen, policy = rng.choice(known), [token_policy()] * (cls in OF_A_POLICY)
+        name, value = chosen.name, rng.choice(wrong_settings(chosen.name, chosen.default))
+        call = functools.partial(cls, *policy, **{name: value})
         return Case(show((cls.__name__, name), value), (name,), call)
     config = rng.choice([*UNFIT])
     check, plain = recipe(config)
     # Of a valid case, a flag or a float that is another.
-    kinds = bool | int | float | str | list | dict if is_wrong else bool | float
-    path, at = rng.choice([(p, x) for p, x in sorted(walk(plain)) if isinstance(x, kinds)])
+    kinds = object if is_wrong else bool | float
+    known = [item for item in walk(plain) if item[1] is not None and isinstance(item[1], kinds)]
+    path, at = rng.choice(known)
     value = (not at) if isinstance(at, bool) else 0.5
     if way == "value":
         value = rng.choice(wrong_settings(path[-1], at))
@@ -345,7 +347,8 @@ def specs(rng: random.Random, is_wrong: bool) -> Case:
         play(env)
 
     name = key[-1] if isinstance(key, tuple) else key.split("_")[-2]
-    return Case(show(key, spec), (name.removeprefix("action_"),), call)
+    names = ("vla_action", "action_spec") if name == "action" else (name.removeprefix("action_"),)
+    return Case(show((key,), spec), names, call)
 
 
 def play(env: Any, chunk: float = 0.5) -> None:
