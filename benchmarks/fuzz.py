@@ -270,7 +270,7 @@ def batches(rng: random.Random, is_wrong: bool) -> Case:
 
 
 # -- environments ----------------------------------------------------------------------------------
-NO_TEXTS = (["a"], b"bytes", None, 7, NAN, {"a": 1}, ("a", "b"), True, object(), [])
+NO_TEXTS = (["a"], b"bytes", NAN, {"a": 1}, ("a", "b"), True, object(), [])
 FLAGS = ("success", "done", "terminated", PAD)
 KEYS = {"rewards": ("reward", *FLAGS), "observations": (STATE, IMAGE)}
 KEYS |= {"instructions": ("language_instruction",)}
@@ -472,7 +472,9 @@ def checkpoints(rng: random.Random, is_wrong: bool) -> Case:
         key = rng.choice([key for key in wrong if wrong[key]])
         torch.save(edit(state, key, new := rng.choice(wrong[key])), file)
         inner = [name.lstrip("_") for name in key if isinstance(name, str)]
-        names = (inner[-1] if inner else component, *["generator"] * (component == "rng"))
+        # An entry of a list is named by the list, or by what holds the list.
+        names = (*inner[-1 - isinstance(key[-1], int) :], *["generator"] * (component == "rng"))
+        names = names or (component,)
     if way not in ("", "file"):
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         record["metadata"]["sha256"][file.relative_to(path).as_posix()] = digest
@@ -511,10 +513,9 @@ def judge(case: Case, is_wrong: bool) -> tuple[str, str]:
         if not is_wrong:
             return "valid_refused", repr(error)
         says = re.search(r"(?s)\bmust\b.*\bgot\b|' is (missing|unknown)", str(error))
-        is_clear = says or isinstance(error, FileNotFoundError)  # which says the file's name
-        is_clear = is_clear and any(name in str(error) for name in case.names)
-        is_clear = is_clear and isinstance(error, DOCUMENTED)
-        return "refused" if is_clear else "unclear", repr(error)
+        says = says or isinstance(error, FileNotFoundError)  # which says the file's name
+        is_named = isinstance(error, DOCUMENTED) and any(x in str(error) for x in case.names)
+        return "refused" if says and is_named else "unclear", repr(error)
     return "silent" if is_wrong else "accepted" if case.text in ALLOWED else "valid", ""
 
 
@@ -565,17 +566,17 @@ def main() -> None:
     if args.case:
         kind, _, number = args.case.partition(":")
         wanted = {kind: [int(number)]}
-    table, bad = {}, []
+    table: dict[str, Counter[str]] = {}
+    bad: list[str] = []
     for kind, numbers in wanted.items():
-        counts: Counter[str] = Counter()
+        table[kind] = counts = Counter[str]()
         for number, text, outcome, said in outcomes(kind, numbers, args.seed):
             counts[outcome] += 1
             if outcome in BAD or args.case:
                 bad.append(f"{outcome} --case {kind}:{number} --seed {args.seed}  {text}")
                 log(f"{bad[-1]}  {said if args.case else said[:300]}")
-        table[kind] = dict(counts)
-        log(f"{kind}: {table[kind]}")
-    totals = {f"num_{x}": sum(count.get(x, 0) for count in table.values()) for x in BAD}
+        log(f"{kind}: {dict(counts)}")
+    totals = {f"num_{x}": sum(counts[x] for counts in table.values()) for x in BAD}
     report("fuzz", {**totals, "outcomes": table, "seed": args.seed, "bad": bad}, args.quick)
 
 
