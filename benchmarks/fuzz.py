@@ -482,6 +482,7 @@ def checkpoints(rng: random.Random, is_wrong: bool) -> Case:
             key = rng.choice([key for key, _ in walk(record) if key[0] != "versions"])
             record = edit(record, key, new := rng.choice([GONE, -7, None, NAN, [1]]))
             names = ("component", *key[1:2]) if key[0] == "components" else (key[-1], "format")
+            names += ("manifest.json",) * (key == ("format",))  # which is of something else
         manifest.write_text(json.dumps(record))
 
     def call() -> None:
