@@ -484,6 +484,6 @@ def test_a_failure_is_not_put_down_to_the_environments_before_it(monkeypatch, se
 )
 def test_an_environment_of_another_task_must_fit_the_rows(worker_and_rows, change, message):
     worker, _ = worker_and_rows
-    worker._factories = {"other": functools.partial(make_with, change)}
+    worker._factories = {"other": change}
     with pytest.raises(RefusedError, match=f"^All env.*{message}.* task 'other', at the reset"):
         worker.reset(reset(0, 1, row=0)._replace(task="other"))
