@@ -344,13 +344,10 @@ def _learned(repeats: list[Repeat], mix: Mix) -> float:
 def main() -> None:
     args = arguments(__doc__, "two mixes, short repeats", mix=str)
     names = [args.mix] if args.mix else list(QUICK if args.quick else MIXES)
-    num_repeats, min_s = (3, 1.5) if args.quick else (5, 3.0)
+    num_repeats, min_s = (3, 3.0) if args.quick else (5, 6.0)
     torch.set_num_threads(1)  # the learner's process has one lane's worth to do
     # Where groups end in bursts, so do updates: the more of them, the less the last one weighs.
-    mixes = {
-        name: measure(name, MIXES[name], num_repeats, min_s if name == EQUAL else 2 * min_s)
-        for name in names
-    }
+    mixes = {name: measure(name, MIXES[name], num_repeats, min_s) for name in names}
     result = {
         "latencies": "emulated",
         "overlap_efficiency": min(mix["efficiency"] for mix in mixes.values()),
