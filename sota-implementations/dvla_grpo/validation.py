@@ -65,7 +65,7 @@ def check_policy(cfg: Settings, policy: VLAWrapperBase) -> None:
     num_cameras = len(env.cameras) if is_libero else 1
     sides = "env.camera_height and env.camera_width" if is_libero else "env.image_size"
     # What this environment has, what the policy was made for, and what to do about it; its actions
-    # are looked at below.
+    # are checked below.
     sizes = {}
     if config:
         wanted = (3, *config.image_size)

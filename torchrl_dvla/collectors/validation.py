@@ -213,9 +213,9 @@ def plan_memory(
     weight_bytes: int,
     rows_per_page: int,
 ) -> Plan:
-    """Sizes of both pools of a collector, with room for the episodes of an evaluation.
+    """Sizes of both pools of a collector, with space for the episodes of an evaluation.
 
-    The groups of an update and one rollout of an evaluation must find room at once: with fewer
+    The groups of an update and one rollout of an evaluation must find pages at once: with fewer
     pages than those groups, the learner would wait for groups that wait for pages; without the one
     rollout, a learner that waits for an evaluation would never free any.
 
@@ -231,7 +231,7 @@ def plan_memory(
         max_decisions=workers.max_decisions,
         num_env=workers.num_workers * workers.envs_per_worker,
         rows_per_page=rows_per_page,
-        num_spare_groups=1,  # episodes of an evaluation find room beside all groups
+        num_spare_groups=1,  # pages for episodes of an evaluation beside all groups
         weight_bytes=weight_bytes,
         batch_size=replay_buffer.batch_size or 0,
         num_staging=replay_buffer.num_staging,

@@ -45,7 +45,7 @@ class ValueRange(NamedTuple):
 
 
 def can_check() -> bool:
-    """Whether values can be looked at: not while compiling, nor inside of a vmap."""
+    """Whether values can be read: not while compiling, nor inside of a vmap."""
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
 
 
