@@ -13,10 +13,10 @@ RECIPE := sota-implementations/dvla_grpo/dvla_grpo.py
 export VENV PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor train quick test lint format docs bench pins clean distclean
+.PHONY: help setup doctor train quick test test-gpu lint format docs bench bench-gpu pins clean distclean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1|/' | awk -F '|' '{printf "%-20s%s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1|/' | awk -F '|' '{printf "%-20s%s\n", $$1, $$2}'
 	@echo
 	@echo "  ARGS='...' is handed on:  make train ARGS='seed=1'    make test ARGS='-k admission'"
 
@@ -35,6 +35,9 @@ quick: setup ## the same loop on a toy environment, under two minutes
 test: setup ## the test suite and the documentation's examples
 	$(PY) -m pytest $(ARGS)
 
+test-gpu: setup ## the tests that need a GPU; skipped with the reason where there is none
+	@$(PY) -m pytest -m gpu $(ARGS)
+
 lint: setup ## ruff (lint and format), mypy, and the project's size as information
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -50,10 +53,13 @@ docs: ## build the documentation into docs/build/html
 	$(PY) -m sphinx -q -W --keep-going -b html docs/source docs/build/html $(ARGS)
 	@echo "open docs/build/html/index.html"
 
-bench: setup ## run every benchmark; each prints one JSON object as its last line
+bench: setup ## run every benchmark but gpu.py; each prints one JSON object as its last line
 	@set -e; for file in benchmarks/*.py; do \
-	  case "$$file" in */_*) continue;; esac; \
+	  case "$$file" in */_* | */gpu.py) continue;; esac; \
 	  echo "== $$file"; $(PY) "$$file" $(ARGS); done
+
+bench-gpu: setup ## decisions, publication and memory with learner and policy on one GPU
+	$(PY) benchmarks/gpu.py $(ARGS)
 
 pins: ## write requirements/constraints.txt anew from .venv, after an upgrade
 	@bash scripts/pins.sh

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import math
 import multiprocessing
 import os
@@ -128,10 +129,15 @@ def soak(collector: DVLACollector, policy: Any, duration_s: float, folder: str) 
     checkpoints = RunCheckpoints(folder, policy=policy, optimizer=optimizer, collector=collector)
     episodes = [EpisodeSpec("default", seed=10**9 + k) for k in range(4)]
     victims = ("dvla-env-0", "dvla-inference", "dvla-env-1")
-    samples, counts = list[dict[str, float]](), Counter[str]()
+    counts = Counter[str]()
+    record = Path(folder) / "samples.jsonl"  # kept here, 300 of them would be growth
+
+    def take_sample() -> None:
+        with record.open("a") as file:
+            file.write(json.dumps(sample()) + "\n")
 
     def kill() -> None:
-        log(f"{counts['updates']} updates, {samples[-1]}")
+        log(f"{counts['updates']} updates, {sample()}")
         collector.memory.environment.check()
         for process in multiprocessing.active_children():
             if process.name == victims[counts["kills"] % 3]:
@@ -140,7 +146,7 @@ def soak(collector: DVLACollector, policy: Any, duration_s: float, folder: str) 
     for _ in range(100_000):
         collector.timeline.add("gradient", time.monotonic(), time.monotonic(), track="learner")
     chores = {
-        "samples": (min(2.0, duration_s / 100), lambda: samples.append(sample())),
+        "samples": (min(2.0, duration_s / 100), take_sample),
         "evaluations": (5.0, lambda: collector.evaluate(episodes).result(120.0)),
         "checkpoints": (5.0, lambda: checkpoints.save(collector.policy_version)),
         "kills": (10.0, kill),
@@ -159,6 +165,7 @@ def soak(collector: DVLACollector, policy: Any, duration_s: float, folder: str) 
                 do()
                 counts[name] += 1
         stats = collector.stats()
+    samples = [json.loads(line) for line in record.read_text().splitlines()]
     return samples, counts + Counter({k: v for k, v in stats.items() if k.startswith("faults/")})
 
 

@@ -43,6 +43,7 @@ import numpy as np
 import torch
 from _machine import arguments, log, paired_ratio, report, spread
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torchrl.modules.vla import TinyVLA
 
 from torchrl_dvla import (
@@ -119,6 +120,7 @@ class Mix:
     max_wait_s: float = 0.01
     heavy_tailed: bool = False
     max_policy_lag: int = 2
+    image_size: int = 64
 
     def rates(self, step_s: float | None = None) -> dict[str, float]:
         """Decisions a second that each lane can do at most, with steps of that mean."""
@@ -142,12 +144,12 @@ class Mix:
 class RandomReturn(CountingChunkEnv):
     """Every rollout is of one length and has another return: no group is without contrast."""
 
-    def __init__(self, latency: Latency) -> None:
+    def __init__(self, latency: Latency, image_size: int) -> None:
         super().__init__(
             chunk_size=4,
             max_env_steps=4 * DECISIONS_PER_ROLLOUT,
             stop_on_success=False,
-            image_size=(64, 64),
+            image_size=(image_size, image_size),
         )
         if latency.base_s:  # the step as the collector sees it, TorchRL's part of it included
             self.step = emulate_latency(self.step, latency)
@@ -160,7 +162,8 @@ class RandomReturn(CountingChunkEnv):
 def make_env(mix: Mix, draws: Draws) -> Any:
     torch.manual_seed(os.getpid())
     random.seed(os.getpid())
-    return RandomReturn(HeavyTail(mix.step_s, draws) if mix.heavy_tailed else Latency(mix.step_s))
+    latency = HeavyTail(mix.step_s, draws) if mix.heavy_tailed else Latency(mix.step_s)
+    return RandomReturn(latency, mix.image_size)
 
 
 def make_policy(mix: Mix) -> TinyVLA:
@@ -189,15 +192,24 @@ class Loop:
     """A collector and a learner's step of stated length; it may rest between two repeats.
 
     A sequential one admits the groups of one update at a time: with a lag of 0 there is nothing
-    left to admit until they are learned from and published.
+    left to admit until they are learned from and published. Policy calls and learner's step are
+    emulated, but for a ``policy`` and its ``learn`` that are given.
     """
 
-    def __init__(self, mix: Mix, *, sequential: bool = False) -> None:
+    def __init__(
+        self,
+        mix: Mix,
+        *,
+        sequential: bool = False,
+        policy: TensorDictModuleBase | None = None,
+        learn: Callable[[TensorDictBase], int] | None = None,
+    ) -> None:
         self.mix, self._draws = mix, Draws()
         self._lag = 0 if sequential else mix.max_policy_lag
+        self.publish_s: list[float] = []
         self.collector = DVLACollector(
             functools.partial(make_env, mix, self._draws),
-            make_policy(mix),
+            policy or make_policy(mix),
             replay_buffer=PooledReplayBuffer(batch_size=ROWS_PER_UPDATE, timeout_s=60.0),
             group=GroupConfig(
                 group_size=GROUP_SIZE, groups_per_update=GROUPS_PER_UPDATE, max_policy_lag=self._lag
@@ -211,14 +223,16 @@ class Loop:
                 max_batch_size=mix.max_batch_size, max_wait_s=mix.max_wait_s, deterministic=False
             ),
         )
-        self._learn = emulate_latency(
+        self._learn = learn or emulate_latency(
             lambda batch: len(batch), Latency(0, per_row_s=mix.learn_row_s)
         )
 
     def update(self, learn: Callable[[TensorDictBase], int] | None = None) -> int:
         """One update, published; returns its rows."""
         num_rows = sum((learn or self._learn)(batch) for batch in self.collector.replay_buffer)
+        start_s = time.perf_counter()
         self.collector.update_policy_weights_()
+        self.publish_s.append(time.perf_counter() - start_s)
         return num_rows
 
     def catch_up(self) -> None:
@@ -253,8 +267,8 @@ class Loop:
 
 
 @contextmanager
-def running(mix: Mix, *, sequential: bool = False) -> Iterator[Loop]:
-    loop = Loop(mix, sequential=sequential)
+def running(mix: Mix, **kwargs: Any) -> Iterator[Loop]:
+    loop = Loop(mix, **kwargs)
     try:
         with loop.collector:
             yield loop

@@ -149,7 +149,8 @@ def cudart(monkeypatch):
     return fake
 
 
-def test_without_cuda_nothing_is_pinned():
+def test_without_cuda_nothing_is_pinned(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     shared = SharedArena(128)
     assert not shared.pin()
     shared.close()

@@ -71,11 +71,11 @@ def infer(rows: list[int], **kwargs: bool) -> Infer:
 
 
 @pytest.fixture
-def learner_and_engine(rows):
-    policy = make_policy()
+def learner_and_engine(rows, device):
+    policy = make_policy().to(device)
     prefer(policy, 2)
     with WeightStore(policy) as store:
-        engine = InferenceEngine(make_policy(), store.reader("engine"))
+        engine = InferenceEngine(make_policy().to(device), store.reader("engine"))
         engine.use_pool(rows)
         yield policy, store, engine
         engine.close()

@@ -16,6 +16,7 @@ from torch import nn
 
 from torchrl_dvla.memory import SharedArena
 from torchrl_dvla.weight_update import WeightStore
+from torchrl_dvla.weight_update.reader import memory_of
 
 from .linear import constant, readers_of, set_constant, value_of
 
@@ -327,3 +328,14 @@ def test_two_idle_readers_keep_the_others_at_the_latest_visible_version(store):
         assert busy.adopt_into(busy_module) == version
     assert store.stats().num_deferred == 5
     assert value_of(second_module) == 1.0
+
+
+def test_weights_made_for_one_publication_are_not_taken_for_what_lives_where_they_were():
+    with WeightStore(constant(0.0)) as store:
+        made = constant(1.0)
+        addresses = memory_of(made)
+        store.publish(made)
+        assert store.publishes_from(addresses)
+        del made
+        gc.collect()
+        assert not store.publishes_from(addresses)

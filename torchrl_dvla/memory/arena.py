@@ -122,8 +122,6 @@ class SharedArena(AnonymousFile):
     def pin(self) -> bool:
         """Page-lock the memory for CUDA copies; does nothing without CUDA.
 
-        Not run on a GPU in this project's own tests, which exercise it with a fake runtime.
-
         Returns:
             bool: whether the memory is pinned.
 

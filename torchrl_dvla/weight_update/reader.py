@@ -391,7 +391,7 @@ class WeightReader:
 
     def _bind(self, module: nn.Module, copy: bool) -> None:
         writer = self._writer()
-        if writer is not None and not writer.source_addresses.isdisjoint(memory_of(module)):
+        if writer is not None and writer.publishes_from(memory_of(module)):
             raise ValueError(
                 "module must not be the one that is published, got the learner's own. "
                 "Build a second one: its parameters will point into the store."

@@ -510,7 +510,7 @@ def wait_for_devices(tensors: Iterable[torch.Tensor]) -> None:
     """Wait on the host for the copies of CUDA ``tensors`` that this thread has started.
 
     They are in the order of the stream that the caller computes on, so an optimiser step before
-    them is in what they copied, and one after this call is not. Not run on a GPU by this project.
+    them is in what they copied, and one after this call is not.
     """
     for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import get_total_norm
 
 from torchrl_dvla.weight_update.segment import (
     WRITER_BYTE,
@@ -98,7 +100,7 @@ def non_finite_names(
         indices (iterable of int): the entries to check.
     """
     names = []
-    for index in indices:
+    for index in _uncertain(layout, tensors, indices):
         entry, tensor = layout.entries[index], tensors[index].detach()
         stored = tensor.to(entry.dtype)
         if is_finite(stored.reshape(-1)):
@@ -110,6 +112,24 @@ def non_finite_names(
         if count:
             names.append(f"{entry.name} ({count} of {entry.numel} elements)")
     return names
+
+
+def _uncertain(
+    layout: WeightLayout, tensors: Sequence[torch.Tensor], indices: Iterable[int]
+) -> list[int]:
+    """The entries but for parameters on a device that one question finds finite all together.
+
+    Every answer of a device is waited for: 370 of them take longer than to copy a gigabyte.
+    """
+    indices, together = list(indices), {}
+    for index in indices:
+        entry, tensor = layout.entries[index], tensors[index].detach()
+        is_floating = tensor.is_floating_point() and tensor.dtype.itemsize > 1
+        if tensor.is_cuda and is_floating and tensor.dtype == entry.dtype and not entry.is_buffer:
+            together[index] = tensor
+    if together and not math.isfinite(get_total_norm(together.values(), math.inf)):
+        together.clear()
+    return [index for index in indices if index not in together]
 
 
 # -- copy ------------------------------------------------------------------------------------------
@@ -189,8 +209,11 @@ class WeightCopier:
         Returns:
             True if everything was copied and, where that is checked, is finite.
         """
+        has_pieces = check_finite or should_stop is not None
         for group in self._groups:
-            numel = max(1, self._piece_bytes // group.dtype.itemsize)
+            numel = group.stop - group.start
+            if has_pieces:
+                numel = max(1, self._piece_bytes // group.dtype.itemsize)
             pieces = destination.runs[group.dtype][group.start : group.stop].split(numel)
             flat = self._flat(group, source)
             if flat is None:
@@ -249,8 +272,8 @@ class SlotWriter:
         self._copier = WeightCopier(segment.layout)
         self._views = [segment.views(slot) for slot in range(segment.num_slots)]
         self.stats = PublishStats()
-        #: Memory addresses of the weights that were published last.
-        self.source_addresses: set[int] = set()
+        # Memory of the weights that were published last, by address.
+        self._sources: dict[int, StorageWeakRef] = {}
         # A version that found no free slot (-1: none), where it waits, and who moves it.
         self._deferred_version = -1
         self._deferred: SlotViews | None = None
@@ -326,7 +349,16 @@ class SlotWriter:
             wait_for_devices(tensors)
 
         self._write(copy, version)
-        self.source_addresses = {tensor.data_ptr() for tensor in tensors if tensor.numel()}
+        self._sources = {
+            tensor.data_ptr(): StorageWeakRef(tensor.untyped_storage())
+            for tensor in tensors
+            if tensor.numel()
+        }
+
+    def publishes_from(self, addresses: set[int]) -> bool:
+        """Whether one of the memory addresses belongs to the weights published last."""
+        # Weights that were made for one publication are gone, and others live where they were.
+        return any(not self._sources[key].expired() for key in addresses & self._sources.keys())
 
     def close(self) -> None:
         """Stop the deferred writer, drop what it has, and let every lock go."""

@@ -491,7 +491,7 @@ class WeightStore:
 
     def publishes_from(self, addresses: set[int]) -> bool:
         """Whether one of the memory addresses belongs to the weights published last."""
-        return not self._writer.source_addresses.isdisjoint(addresses)
+        return self._writer.publishes_from(addresses)
 
     def _require_writer(self) -> None:
         if os.getpid() != self._pid:
