@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import statistics
 import tempfile
@@ -136,11 +137,6 @@ class Policy(TensorDictModuleBase):
         if self.stamps:
             tensordict["policy_version"] = torch.zeros(*size, 1, dtype=torch.int64)
         return tensordict
-
-
-def state_policy() -> Policy:
-    """The policy of a server, which stamps versions itself."""
-    return Policy(stamps=False)
 
 
 # -- this project ----------------------------------------------------------------------------------
@@ -353,7 +349,7 @@ class TorchRL:
         else:
             self.collector = AsyncBatchedCollector(
                 [make_env] * workers,
-                policy_factory=state_policy,
+                policy_factory=functools.partial(Policy, stamps=False),  # its server stamps
                 frames_per_batch=rows * workers,
                 transition_chunk_size=rows,
                 total_frames=-1,

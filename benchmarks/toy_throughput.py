@@ -186,11 +186,7 @@ def observations(batch_size: int) -> TensorDict:
 
 # -- the arrangements ------------------------------------------------------------------------------
 class Arrangement:
-    """Something that collects and learns, in stretches of time; a context manager.
-
-    Args:
-        policy (TinyVLA): the learner's.
-    """
+    """Something that collects and learns, in stretches of time; a context manager."""
 
     def __init__(self, policy: TinyVLA) -> None:
         self.update = Update(policy)
@@ -200,18 +196,14 @@ class Arrangement:
         """Decisions collected so far."""
         return self._num_decisions
 
-    def collect_for(self, seconds: float) -> None:
-        """Take the data and do nothing with it."""
-        self._run(seconds, learn=False)
-
-    def learn_for(self, seconds: float) -> None:
-        """Learn from the data, and give the weights away."""
-        self._run(seconds, learn=True)
-
     def _run(self, seconds: float, *, learn: bool) -> None:
+        """Take the data; learn from it and give the weights away, or do nothing with it."""
         end_s = time.monotonic() + seconds
         while time.monotonic() < end_s:
             self._take_batch(learn)
+
+    collect_for = functools.partialmethod(_run, learn=False)
+    learn_for = functools.partialmethod(_run, learn=True)
 
 
 class Ours(Arrangement):
@@ -273,12 +265,7 @@ def make_recipe(**settings: Any) -> Recipe:
 
 
 class AsyncBatched(Arrangement):
-    """``AsyncBatchedCollector``: environments step while others wait for the policy server.
-
-    Keyword Args:
-        num_envs (int): environments.
-        **kwargs: its settings; see ``SEARCH``.
-    """
+    """``AsyncBatchedCollector``: environments step while others wait for the policy server."""
 
     def __init__(self, *, num_envs: int, **kwargs: Any) -> None:
         policy = TextlessPolicy()
@@ -313,12 +300,7 @@ class AsyncBatched(Arrangement):
 
 
 class Sync(AsyncBatched):
-    """``Collector`` in this process, on a batched environment: collect, update, collect.
-
-    Keyword Args:
-        num_envs (int): environments of the batch.
-        batched_env (str): ``"serial"`` or ``"parallel"``.
-    """
+    """``Collector`` in this process, on a batched environment: collect, update, collect."""
 
     def __init__(self, *, num_envs: int, batched_env: str) -> None:
         policy = make_policy()

@@ -186,8 +186,6 @@ class Node:
     def __init__(self, name: str, num_readers: int, megabytes: int) -> None:
         context = fork_server()
         self.name = name
-        self.megabytes = megabytes
-        self.num_readers = num_readers
         self.policy = set_version(make_policy(megabytes), 0)
         self.version = 0
         self.words = torch.zeros(num_readers, 2, dtype=torch.int64).share_memory_()
@@ -280,6 +278,9 @@ class Node:
     def close(self) -> None:
         # First the scheme: TorchRL's flush queues that only a living reader empties.
         self.scheme.shutdown()
+        self.end_processes()
+
+    def end_processes(self) -> None:
         for pipe in self._pipes:
             pipe.send("stop")
         for process in self._processes:
@@ -337,12 +338,9 @@ class ServerNode(Node):
     more process asks them without rest. A version counts as used when the last update returns.
     """
 
-    name = "process_server"
-
-    def __init__(self, num_readers: int, megabytes: int) -> None:
+    def __init__(self, name: str, num_readers: int, megabytes: int) -> None:
         context = fork_server()
-        self.megabytes = megabytes
-        self.num_readers = num_readers
+        self.name = name
         self.policy = set_version(make_policy(megabytes), 0)
         self.version = 0
         names = {f"module.policy.{name}": p.data for name, p in self.policy.named_parameters()}
@@ -357,9 +355,10 @@ class ServerNode(Node):
             )
             for transport in transports
         ]
-        self._pipe, theirs = context.Pipe()
-        self._asker = context.Process(target=ask, args=(theirs, clients), daemon=True)
-        self._asker.start()
+        ours, theirs = context.Pipe()
+        asker = context.Process(target=ask, args=(theirs, clients), daemon=True)
+        self._pipes, self._processes = [ours], [asker]
+        asker.start()
         theirs.close()
         self._threads = ThreadPoolExecutor(num_readers)
         list(self._threads.map(lambda server: server.start(), self.servers))
@@ -373,32 +372,13 @@ class ServerNode(Node):
         self.publish()
         return time.monotonic() - start
 
-    @contextmanager
-    def ordered(self, order: str) -> Iterator[list[int]]:
-        """As :meth:`Node.ordered`."""
-        counts: list[int] = []
-        self._pipe.send(order)
-        yield counts
-        self._pipe.send("enough")
-        counts += self._pipe.recv()
-
     def close(self) -> None:
-        self._pipe.send("stop")
-        self._asker.join(timeout=20.0)
+        self.end_processes()
         list(self._threads.map(lambda server: server.shutdown(), self.servers))
         self._threads.shutdown()
-        if self._asker.is_alive():
-            self._asker.kill()
-            self._asker.join()
 
 
 # -- measuring -------------------------------------------------------------------------------------
-def timed(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def measure_stall(megabytes: int, repeats: int) -> dict[str, Any]:
     """Ratio to a plain copy, in turns. No reader: who reads is the next question."""
     policy = set_version(make_policy(megabytes), 1)
@@ -413,7 +393,9 @@ def measure_stall(megabytes: int, repeats: int) -> dict[str, Any]:
         for _ in range(repeats + 3):
             random.shuffle(names)  # else a scheduler's time slice may always end in the same call
             for name in names:
-                times[name].append(timed(calls[name]))
+                start_s = time.perf_counter()
+                calls[name]()
+                times[name].append(time.perf_counter() - start_s)
     copies, stalls = times["copy_s"][3:], times["stall_s"][3:]
     return {
         "stall_over_copy": statistics.median(stalls) / statistics.median(copies),
@@ -456,7 +438,8 @@ def measure_model(megabytes: int, num_readers: int, quick: bool) -> dict[str, An
         out["resident_over_model"] = dvla.resident_bytes() / (megabytes << 20)
         rounds = 5 if quick or not is_small else 11
         names = ["shared"] if is_large else ["shared", "multiprocess", "process_server"]
-        nodes += [make_node(name, num_readers, megabytes) for name in names]
+        kinds = {"process_server": ServerNode}
+        nodes += [kinds.get(name, Node)(name, num_readers, megabytes) for name in names]
         log(f"{megabytes} MB: {num_readers} readers under each scheme")
         repeats = 5 if is_small else 2
         out["emulate"] = measure_adoption(nodes, "emulate", rounds, repeats)
@@ -470,12 +453,6 @@ def measure_model(megabytes: int, num_readers: int, quick: bool) -> dict[str, An
     # A run that is ended early has not measured in vain.
     log(json.dumps(out))
     return out
-
-
-def make_node(name: str, num_readers: int, megabytes: int) -> Node:
-    if name in SCHEMES:
-        return Node(name, num_readers, megabytes)
-    return ServerNode(num_readers, megabytes)
 
 
 def worst(models: list[dict[str, Any]], serving: tuple[str, ...]) -> dict[str, float | None]:

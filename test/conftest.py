@@ -10,8 +10,11 @@ import faulthandler
 import gc
 import importlib.util
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported anywhere: the tests' own processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,6 +26,7 @@ import pytest
 import torch
 from torchrl.envs.utils import exploration_type, set_exploration_type
 
+ROOT = Path(__file__).resolve().parents[1]
 HAS_LIBERO = importlib.util.find_spec("libero") is not None
 
 
@@ -60,6 +64,24 @@ def no_exploration_type_left() -> Iterator[None]:
     left = exploration_type()
     set_exploration_type(None).__enter__()  # for good
     assert left is None, f"the exploration type {left} was left set"
+
+
+@pytest.fixture
+def run_python(tmp_path: Path) -> Callable[..., Any]:
+    """Runs Python with arguments in a folder of its own, where it finds the package."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=600.0,  # a hang; seconds when the machine is idle
+        )
+
+    return run
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,10 +6,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -30,14 +27,7 @@ def test_every_example_is_tested():
 
 
 @pytest.mark.parametrize("name", sorted(LAST_LINE))
-def test_example(name, tmp_path):
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
+def test_example(name, run_python):
+    run = run_python(ROOT / "examples" / name)
     assert run.returncode == 0, run.stderr
     assert re.fullmatch(LAST_LINE[name], run.stdout.splitlines()[-1]), run.stdout

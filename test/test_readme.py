@@ -6,10 +6,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,17 +30,10 @@ def test_snippet_is_short() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(330)
-def test_snippet_runs(tmp_path: Path) -> None:
+def test_snippet_runs(tmp_path: Path, run_python) -> None:
     file = tmp_path / "snippet.py"
     file.write_text(snippet())
-    run = subprocess.run(
-        [sys.executable, str(file)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,  # seconds when the machine is idle
-    )
+    run = run_python(file)
     assert run.returncode == 0, run.stderr
     assert re.fullmatch(r"(update \d+: \d+% success\n){5}", run.stdout), run.stdout
     assert "Traceback" not in run.stderr

@@ -142,6 +142,8 @@ def collector(**kwargs):  # before a worker is started
     [
         (GroupConfig, "group_size groups_per_update max_no_signal_groups", COUNTS),
         (GroupConfig, "max_policy_lag candidate_group_size", COUNTS[1:]),
+        (GroupConfig, "candidate_group_size", (1, 2)),  # fewer than those that are kept
+        (GroupConfig, "on_no_signal", ("stop", None, 1)),
         (GroupConfig, "return_bounds", (0.5, (0.1,), (0, math.inf), (1, 0), "ab")),
         (GroupConfig, "normalise_std", SWITCHES),
         (WorkerConfig, "num_workers envs_per_worker max_decisions num_threads", COUNTS),

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,10 +14,9 @@ import pytest
 
 from torchrl_dvla.collectors import DVLACollector, GroupConfig, InferenceConfig, WorkerConfig
 from torchrl_dvla.data import PooledReplayBuffer
-from torchrl_dvla.testing import CountingChunkEnv
 
 from . import counting_task
-from .counting_task import ENV_KWARGS, make_policy
+from .counting_task import make_env, make_policy
 
 # The inference process cannot import the tests' modules: it gets their functions whole.
 cloudpickle.register_pickle_by_value(counting_task)
@@ -43,7 +41,7 @@ def make_collector() -> Iterator[Callable[..., DVLACollector]]:
         group = kwargs.pop("group", None) or GroupConfig(group_size=3, groups_per_update=2)
         buffer = PooledReplayBuffer(batch_size=batch_size, num_epochs=num_epochs, timeout_s=60.0)
         collector = DVLACollector(
-            create_env_fn or functools.partial(CountingChunkEnv, **ENV_KWARGS),
+            create_env_fn or make_env,
             policy or make_policy(),
             replay_buffer=buffer if replay_buffer is None else replay_buffer,
             group=group,
@@ -57,3 +55,15 @@ def make_collector() -> Iterator[Callable[..., DVLACollector]]:
     yield make
     for collector in built:
         collector.shutdown()
+
+
+@pytest.fixture
+def start_collector(make_collector: Callable[..., DVLACollector]) -> Callable[..., DVLACollector]:
+    """Builds collectors as ``make_collector`` does, and starts them."""
+
+    def start(*args: Any, **kwargs: Any) -> DVLACollector:
+        collector = make_collector(*args, **kwargs)
+        collector.start()
+        return collector
+
+    return start

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ ENV_KWARGS: dict[str, Any] = {
     "max_env_steps": 12,
     "length": "heavy_tailed",
 }
+make_env = functools.partial(CountingChunkEnv, **ENV_KWARGS)
 
 
 def make_policy(action_dim: int = 2, chunk_size: int = 4) -> TinyVLA:
@@ -37,7 +39,7 @@ def make_policy(action_dim: int = 2, chunk_size: int = 4) -> TinyVLA:
 def make_initialised_policy() -> TinyVLA:
     """The policy after its first call, which makes its lazy parameters."""
     policy = make_policy()
-    observed = CountingChunkEnv(**ENV_KWARGS).reset().unsqueeze(0)
+    observed = make_env().reset().unsqueeze(0)
     torch.manual_seed(0)
     policy(observed)
     return policy

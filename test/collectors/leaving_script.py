@@ -9,19 +9,17 @@ python leaving_script.py built|end|raise
 
 from __future__ import annotations
 
-import functools
 import sys
 
 from torchrl_dvla import DVLACollector, GroupConfig, PooledReplayBuffer, WorkerConfig
-from torchrl_dvla.testing import CountingChunkEnv
 
 
 def main(way: str) -> None:
     # Here, for pytest looks for doctests in this file, without a script's path.
-    from counting_task import ENV_KWARGS, make_policy
+    from counting_task import make_env, make_policy
 
     collector = DVLACollector(
-        functools.partial(CountingChunkEnv, **ENV_KWARGS),
+        make_env,
         make_policy(),
         replay_buffer=PooledReplayBuffer(batch_size=16, timeout_s=60.0),
         group=GroupConfig(group_size=3, groups_per_update=2),

@@ -9,7 +9,6 @@ python resumable_run.py FOLDER NUM_UPDATES
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from typing import Any
@@ -21,7 +20,6 @@ from torchrl_dvla.collectors import DVLACollector, GroupConfig, InitStateSchedul
 from torchrl_dvla.data import PooledReplayBuffer
 from torchrl_dvla.objectives import GRPOLoss
 from torchrl_dvla.recording import RunCheckpoints
-from torchrl_dvla.testing import CountingChunkEnv
 
 SAVE_EVERY = 2
 
@@ -37,10 +35,9 @@ def queue_of(state: dict[str, Any]) -> dict[str, Any]:
 
 def main(folder: str, num_updates: int) -> None:
     # Here, for pytest looks for doctests in this file, without a script's path.
-    from counting_task import ENV_KWARGS, make_initialised_policy
+    from counting_task import make_env, make_initialised_policy
 
     policy = make_initialised_policy()
-    make_env = functools.partial(CountingChunkEnv, **ENV_KWARGS)
     loss = GRPOLoss(policy, entropy_coeff=0.03)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     generators = GlobalRNGState()

@@ -111,6 +111,11 @@ class ScriptedWorkers:
                 continue
             self._theirs[index].send(WorkerEvents([event], []))
 
+    def release(self) -> None:
+        """Answer all commands from now on."""
+        self.hold = False
+        self.answer()
+
     def crash(self, index: int) -> None:
         """End a worker."""
         self._theirs[index].close()
@@ -215,8 +220,7 @@ class Bench:
         self.processes.refusals = list(refusals)
         self.inference = ScriptedInference()
         self.inference.hold = hold_inference
-        self.timeline, self.counters = Timeline(), CollectionCounters()
-        self.errors: list[BaseException] = []
+        self.counters = CollectionCounters()
         config = WorkerConfig(
             **{"num_workers": num_workers, "max_decisions": num_decisions, **(workers or {})}
         )
@@ -225,13 +229,13 @@ class Bench:
             self.inference.start,
             self.groups,
             InstructionTable(),
-            timeline=self.timeline,
+            timeline=Timeline(),
             counters=self.counters,
             seed=0,
             lockstep=lockstep,
             workers=config,
             inference=inference,
-            on_error=self.errors.append,
+            on_error=lambda error: None,
         )
         self.groups.set_paused(False)
 
@@ -257,14 +261,22 @@ class Bench:
             while not condition():
                 await asyncio.sleep(1e-3)
 
-    def evaluate(self, *specs: EpisodeSpec, greedy: bool = True) -> Evaluation:
-        evaluation = Evaluation(specs, greedy=greedy, num_frames_episodes=0)
+    def evaluate(self, *specs: EpisodeSpec) -> Evaluation:
+        evaluation = Evaluation(specs, greedy=True, num_frames_episodes=0)
         self.loop.add_evaluation(evaluation)
         return evaluation
 
-    def resets(self) -> list[tuple[str, int]]:
-        """Task and seed of every rollout that was begun."""
-        return [(c.task, c.seed) for _, c in self.processes.sent if hasattr(c, "seed")]
+    async def error(self) -> str:
+        """What the loop ends with."""
+        await self.until(self._main.done)
+        error = self._main.exception()
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        return str(error)
+
+    def resets(self) -> list[int]:
+        """Seed of every rollout that was begun."""
+        return [c.seed for _, c in self.processes.sent if hasattr(c, "seed")]
 
     def publish(self) -> None:
         self.groups.wait_cohort(0.0)

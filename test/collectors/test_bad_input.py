@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import multiprocessing
 
 import pytest
@@ -27,11 +26,9 @@ from torchrl_dvla.collectors.validation import check_episodes, check_same_start,
 from torchrl_dvla.data import Group, Rollout, decision_layout
 from torchrl_dvla.memory import DualPool, EnvironmentPool, RowLayout
 from torchrl_dvla.swimlane.env_worker import describe_env
-from torchrl_dvla.testing import CountingChunkEnv, Fault, FaultyEnvFactory
+from torchrl_dvla.testing import Fault, FaultyEnvFactory
 
-from .counting_task import ENV_KWARGS, make_policy
-
-make_env = functools.partial(CountingChunkEnv, **ENV_KWARGS)
+from .counting_task import make_env, make_policy
 
 
 @pytest.fixture(autouse=True)
@@ -61,12 +58,9 @@ def no_process(monkeypatch):
     )
 
 
-def test_no_policy(no_process):
+def test_no_policy_and_a_factory_of_lazy_policies_alone(no_process):
     with pytest.raises(ValueError, match="policy or policy_factory must be given, got neither"):
         DVLACollector(make_env)
-
-
-def test_a_factory_of_lazy_policies_alone(no_process):
     with pytest.raises(ValueError, match="policy_factory must build a policy whose .*lazy ones: "):
         DVLACollector(make_env, policy_factory=make_policy)
 
@@ -79,17 +73,18 @@ def test_a_factory_of_lazy_policies_in_the_lane(make_collector):
         next(iter(collector.replay_buffer))
 
 
-def test_an_environment_without_chunks(refuse):
+def test_an_environment_without_chunks_or_with_others_than_the_policys(refuse):
     refuse(
         r"(?s)create_env_fn failed in dvla-env-0.*whose action is .*chunk.*ChunkEnv",
         error=RuntimeError,
         create_env_fn=ToyVLAEnv,
     )
+    refuse(r"chunk_size=4, action_dim=2.*got \[5, 2\]", policy=make_policy(chunk_size=5))
 
 
 def test_numbered_initial_states_that_the_environment_would_not_hear_of(refuse, make_collector):
     def make():  # nested, so that it is pickled by value
-        env = CountingChunkEnv(**ENV_KWARGS)
+        env = make_env()
         env.set_spec_lock_(False)
         env.state_spec = Composite()
         return env
@@ -105,7 +100,7 @@ def test_numbered_initial_states_that_the_environment_would_not_hear_of(refuse, 
 
 def test_an_environment_without_instructions_is_said_once(make_collector, caplog):
     def make():
-        env = CountingChunkEnv(**ENV_KWARGS)
+        env = make_env()
         env.set_spec_lock_(False)
         del env.observation_spec["language_instruction"]
         return env
@@ -117,7 +112,7 @@ def test_an_environment_without_instructions_is_said_once(make_collector, caplog
 def test_specs_that_differ_between_workers(refuse):
     def make():  # nested, so that it is pickled by value
         size = 8 if multiprocessing.current_process().name == "dvla-env-1" else 16
-        return CountingChunkEnv(**ENV_KWARGS, image_size=(size, size))
+        return make_env(image_size=(size, size))
 
     refuse(
         "(?s)same specs.*worker 0.*worker 1.*Make create_env_fn deterministic",
@@ -181,15 +176,14 @@ def test_a_constructor_that_hangs_is_named_at_the_deadline(refuse):
     )
 
 
-def test_a_group_larger_than_the_workers_can_hold_runs_one_after_the_other(make_collector):
+def test_a_group_larger_than_the_workers_can_hold_runs_one_after_the_other(start_collector):
     group = GroupConfig(group_size=7, groups_per_update=2, max_policy_lag=0)
-    collector = make_collector(group=group, workers={"num_workers": 1, "envs_per_worker": 1})
-    collector.start()
+    collector = start_collector(group=group, workers={"num_workers": 1, "envs_per_worker": 1})
     rows = torch.cat([batch.clone() for batch in collector.replay_buffer])
     assert rows["rollout_id"].unique().numel() == 14
 
 
-def test_pages_for_the_groups_but_not_for_an_evaluation(refuse, make_collector):
+def test_pages_for_the_groups_but_not_for_an_evaluation(refuse, make_collector, start_collector):
     probe = make_collector()
     plan = probe.plan
     probe.shutdown()
@@ -198,11 +192,10 @@ def test_pages_for_the_groups_but_not_for_an_evaluation(refuse, make_collector):
         r"env_bytes must hold .* = 2 x 3 \+ 1 = 7 pages, got 6.*would wait for each other",
         memory=DualPool(env_bytes=plan.min_env_bytes),
     )
-    collector = make_collector(memory=DualPool(env_bytes=enough))
-    collector.start()
+    refuse("env_bytes must be at least", memory=DualPool(env_bytes="20KB"))
+    collector = start_collector(memory=DualPool(env_bytes=enough))
     for _ in range(3):
-        for _ in collector.replay_buffer:
-            pass
+        list(collector.replay_buffer)
         collector.update_policy_weights_()
 
 
@@ -213,7 +206,8 @@ def test_a_buffer_of_another_collector(refuse, make_collector):
 
 
 def test_settings_are_refused_before_a_process_starts(refuse, no_process):
-    refuse("deterministic must be", inference=InferenceConfig(deterministic=True))
+    deterministic = InferenceConfig(deterministic=True)
+    refuse("deterministic must be None or False", inference=deterministic)  # at lag 1
     refuse("schedule must name tasks", schedule=InitStateSchedule(("other",)))
     refuse("weight_sync_schemes must be", weight_sync_schemes={"policy": object()})
 

@@ -38,8 +38,7 @@ def on_a_bench(**options):
 @on_a_bench(groups_per_update=2)
 async def test_a_group_is_sampled_whole_from_one_scene_and_completed(bench):
     await bench.until(lambda: len(bench.groups.stored) == 2)
-    seeds = [seed for _, seed in bench.resets()]
-    assert seeds == [0, 0, 1, 1]
+    assert bench.resets() == [0, 0, 1, 1]
     first, second = bench.groups.stored
     assert [rollout.rollout_id for rollout in first.rollouts] == [0, 1]
     assert [rollout.num_rows for rollout in second.rollouts] == [2, 2]
@@ -63,7 +62,7 @@ async def test_a_group_waits_for_the_pages_of_all_its_rollouts(bench):
     # Beside the first group, a rollout of an evaluation always has room, and nothing more.
     await bench.until(lambda: bench.groups.stored)
     await bench.quiet()
-    assert [seed for _, seed in bench.resets()] == [0, 0]
+    assert bench.resets() == [0, 0]
     assert bench.groups.admit() == "no_page"
 
 
@@ -71,9 +70,8 @@ async def test_a_group_waits_for_the_pages_of_all_its_rollouts(bench):
 async def test_a_lost_rollout_is_sampled_again_before_a_new_group(bench):
     bench.processes.crash(0)
     await bench.until(lambda: bench.processes.num_replaced == 1 and len(bench.resets()) == 3)
-    assert [seed for _, seed in bench.resets()] == [0, 0, 0], "the scene of the group"
-    bench.processes.hold = False
-    bench.processes.answer()
+    assert bench.resets() == [0, 0, 0], "the scene of the group"
+    bench.processes.release()
     await bench.until(lambda: len(bench.groups.stored) == 2)
     assert [r.num_failures for r in bench.groups.stored[0].rollouts] == [1, 0]
     assert bench.pool.stats()["pages_reserved"] == 0
@@ -85,12 +83,13 @@ async def test_a_group_that_keeps_failing_is_dropped_and_leaves_no_page(bench):
     await bench.until(lambda: bench.processes.num_replaced == 1)
     await bench.quiet()
     assert bench.groups.drop_counts() == {}, "the other rollout's worker may still write its rows"
-    bench.processes.hold = False
-    bench.processes.answer()
+    bench.processes.release()
     await bench.until(lambda: bench.groups.drop_counts())
     assert bench.counters.totals["faults/groups_dropped"] == 1
     await bench.until(lambda: bench.groups.stored)
     assert bench.groups.stored[0].group_id == 1
+    assert bench.groups.drop_counts()["the environment kept failing"]["count"] == 1
+    assert bench.groups.quarantined == set()
 
 
 @on_a_bench(
@@ -121,12 +120,9 @@ async def test_a_rollout_that_is_refused_costs_its_group_and_no_worker(bench):
 
 @on_a_bench(num_workers=1, refusals=(True,) * 9, workers={"max_task_failures": 3})
 async def test_a_task_that_is_always_refused_ends_with_the_reason(bench):
-    await bench.until(bench._main.done)
-    error = bench._main.exception()
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert "failed max_task_failures (3) x max_rollout_failures (3) times in a row" in str(error)
-    assert "Worker 0: NaN" in str(error)
+    error = await bench.error()
+    assert "failed max_task_failures (3) x max_rollout_failures (3) times in a row" in error
+    assert "Worker 0: NaN" in error
     assert bench.counters.totals["faults/groups_dropped"] == 9
     assert bench.processes.num_replaced == 0
 
@@ -137,12 +133,9 @@ async def test_a_worker_that_hangs_is_replaced_until_there_were_too_many(bench):
     await bench.until(lambda: bench.processes.num_replaced == 1)
     await bench.until(lambda: bench.processes.held)
     bench.processes.answer(0)
-    await bench.until(bench._main.done)
-    error = bench._main.exception()
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert "max_failures (1)" in str(error)
-    assert "stepping took more than step_timeout_s=0.05 s. Stack:\nthe stack" in str(error)
+    error = await bench.error()
+    assert "max_failures (1)" in error
+    assert "stepping took more than step_timeout_s=0.05 s. Stack:\nthe stack" in error
 
 
 @on_a_bench(hold=True, num_workers=1, workers={"step_timeout_s": 0.05, "max_rss_bytes": 1})
@@ -159,12 +152,10 @@ async def test_a_worker_that_hangs_before_it_is_recycled_has_failed(bench):
 async def test_evaluations_are_played_one_after_the_other_before_new_groups(bench):
     first = bench.evaluate(EpisodeSpec("task", 71), EpisodeSpec("task", 72))
     second = bench.evaluate(EpisodeSpec("task", 73))
-    bench.processes.hold = False
-    bench.processes.answer()
+    bench.processes.release()
     await bench.until(second.done)
-    seeds = [seed for _, seed in bench.resets()]
     # The first rollout had begun: the evaluations come next, then the other one of its group.
-    assert seeds[:5] == [0, 71, 72, 73, 0]
+    assert bench.resets()[:5] == [0, 71, 72, 73, 0]
     assert first.result().num_env_steps == [4, 4]
 
 
@@ -173,9 +164,8 @@ async def test_an_evaluation_without_room_holds_no_group_up_that_has_it(bench):
     assert len(bench.resets()) == 2, "one group has room, and one rollout of an evaluation"
     evaluation = bench.evaluate(*[EpisodeSpec("task", seed) for seed in (7, 8)])
     await bench.quiet()
-    assert [seed for _, seed in bench.resets()] == [0, 0, 7], "no page for the second episode"
-    bench.processes.hold = False
-    bench.processes.answer()
+    assert bench.resets() == [0, 0, 7], "no page for the second episode"
+    bench.processes.release()
     await bench.until(evaluation.done)
     assert bench.pool.stats()["pages_reserved"] == 0
 
@@ -318,8 +308,7 @@ async def test_a_worker_that_is_lost_after_its_answer_takes_it_along(bench):
     await bench.quiet()
     bench.processes.crash(0)
     await bench.until(lambda: bench.processes.num_replaced == 1)
-    bench.processes.hold = False
-    bench.processes.answer()
+    bench.processes.release()
     await bench.until(lambda: bench.groups.stored)
     assert [r.num_rows for r in bench.groups.stored[0].rollouts] == [2, 2]
 
@@ -338,8 +327,7 @@ async def test_an_answer_held_for_a_cancelled_rollout_reaches_no_other(bench):
     await bench.quiet()
     bench.processes.crash(0)  # group 0 is dropped
     await bench.until(lambda: bench.groups.drop_counts())
-    bench.processes.hold = False
-    bench.processes.answer()
+    bench.processes.release()
     await bench.until(lambda: len(bench.groups.stored) == 2)
     assert not bench._main.done()
 
@@ -347,9 +335,8 @@ async def test_an_answer_held_for_a_cancelled_rollout_reaches_no_other(bench):
 @on_a_bench(hold=True, num_workers=2, lockstep=True, groups_per_update=2)
 async def test_in_lockstep_an_evaluation_has_the_environments_to_itself(bench):
     evaluation = bench.evaluate(EpisodeSpec("task", 70), EpisodeSpec("task", 71))
-    bench.processes.hold = False
-    bench.processes.answer()
+    bench.processes.release()
     await bench.until(evaluation.done)
-    assert [seed for _, seed in bench.resets()] == [0, 0, 1, 1, 70, 71], "after the last group"
+    assert bench.resets() == [0, 0, 1, 1, 70, 71], "after the last group"
     bench.publish()
     await bench.until(lambda: len(bench.resets()) == 10)

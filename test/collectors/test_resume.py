@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import uuid
+from multiprocessing import connection
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def killed_and_resumed(tmp_path_factory):
         first.kill()
         first.num_children = len(children)
         first.survivors = [
-            pid for pid, descriptor in children.items() if not _ends(descriptor, timeout_s=10.0)
+            pid for pid, handle in children.items() if not connection.wait([handle], 10.0)
         ]
         first.read()  # what it had still said
         second = Run(folder, 10)
@@ -84,15 +85,6 @@ def killed_and_resumed(tmp_path_factory):
                 run.kill()
                 run.process.stdout.close()
     return first, second
-
-
-def _ends(descriptor, timeout_s):
-    import select
-
-    try:
-        return bool(select.select([descriptor], [], [], timeout_s)[0])
-    finally:
-        os.close(descriptor)
 
 
 @pytest.mark.slow

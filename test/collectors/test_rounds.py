@@ -23,9 +23,9 @@ from torchrl_dvla.data.replay_buffer import CohortPlan
 from torchrl_dvla.functional import group_advantage
 from torchrl_dvla.objectives import GRPOLoss
 from torchrl_dvla.swimlane import batch_seed
-from torchrl_dvla.testing import CountingChunkEnv, Latency
+from torchrl_dvla.testing import Latency
 
-from .counting_task import ENV_KWARGS, make_initialised_policy
+from .counting_task import make_env, make_initialised_policy
 
 NUM_UPDATES, NUM_SLOTS, GROUP_SIZE, GROUPS_PER_UPDATE, MAX_DECISIONS = 4, 4, 3, 2, 4
 BATCH_SIZE, NUM_EPOCHS, SEED = 7, 2, 11
@@ -112,7 +112,7 @@ class SequentialLoop:
 
     def __init__(self, policy):
         self.policy = policy
-        self.envs = [CountingChunkEnv(**ENV_KWARGS) for _ in range(NUM_SLOTS)]
+        self.envs = [make_env() for _ in range(NUM_SLOTS)]
         self.schedule = InitStateSchedule(seed=SEED)
         self.num_calls, self.group_ids, self.rollout_ids = 0, itertools.count(), itertools.count()
         self.num_dropped = 0
@@ -198,16 +198,16 @@ def slow_env(latency_seed):
         name = multiprocessing.current_process().name
         seed = random.Random(f"{latency_seed}/{name}").randrange(1000)
         latency = Latency(0.004, tail_index=1.2, seed=seed)
-        return CountingChunkEnv(**ENV_KWARGS, step_latency_s=latency)
+        return make_env(step_latency_s=latency)
 
     return make
 
 
-def run(make_collector, make_env=None, *, before_update=lambda collector: None, **kwargs):
+def run(start_collector, create_env_fn=None, *, before_update=lambda collector: None, **kwargs):
     """The learner of a collector on four environments in two workers."""
     learner = Learner()
-    collector = make_collector(
-        make_env,
+    collector = start_collector(
+        create_env_fn,
         policy=learner.policy,
         group=GROUP,
         workers={"num_workers": 2, "envs_per_worker": 2, "max_decisions": MAX_DECISIONS},
@@ -216,7 +216,6 @@ def run(make_collector, make_env=None, *, before_update=lambda collector: None, 
         seed=SEED,
         **kwargs,
     )
-    collector.start()
     for _ in range(NUM_UPDATES):
         before_update(collector)
         learner.learn(collector.replay_buffer)
@@ -225,29 +224,27 @@ def run(make_collector, make_env=None, *, before_update=lambda collector: None, 
 
 
 @pytest.mark.parametrize("latency_seed", [0, 1, 2])
-def test_lag_0_equals_a_sequential_loop(make_collector, sequential, latency_seed):
-    run(make_collector, slow_env(latency_seed)).assert_equals(sequential)
+def test_lag_0_equals_a_sequential_loop(start_collector, sequential, latency_seed):
+    run(start_collector, slow_env(latency_seed)).assert_equals(sequential)
 
 
-def test_an_evaluation_beside_training_changes_nothing(make_collector, sequential):
+def test_an_evaluation_beside_training_changes_nothing(start_collector, sequential):
     evaluations, episodes = [], [EpisodeSpec("default", seed=k) for k in range(6)]
 
     def evaluate(collector):
         evaluations.append(collector.evaluate(episodes, greedy=False))
 
-    run(make_collector, before_update=evaluate).assert_equals(sequential)
+    run(start_collector, before_update=evaluate).assert_equals(sequential)
     versions = [evaluation.result(60.0).policy_version for evaluation in evaluations]
     assert len(versions) == NUM_UPDATES and versions == sorted(versions)
 
 
-def test_small_batches_are_deterministic_too(make_collector):
+def test_small_batches_are_deterministic_too(start_collector):
     inference = InferenceConfig(max_batch_size=3)
-    first, second = (run(make_collector, slow_env(k), inference=inference) for k in (3, 4))
+    first, second = (run(start_collector, slow_env(k), inference=inference) for k in (3, 4))
     first.assert_equals(second)
 
 
-def test_deterministic_needs_lag_0(make_collector):
-    with pytest.raises(ValueError, match="deterministic must be None or False"):
-        make_collector(inference=InferenceConfig(deterministic=True))
+def test_it_is_deterministic_at_lag_0_alone():
     assert InferenceConfig().is_deterministic(0) and not InferenceConfig().is_deterministic(1)
     assert not InferenceConfig(deterministic=False).is_deterministic(0)

@@ -67,20 +67,6 @@ class OwnReturnEnv(CountingChunkEnv):
         return out.set("reward", (chunk * self.weights).sum().view(1))
 
 
-def record_groups(collector):
-    """Every group that is sampled to its end from now on, by id."""
-    groups, sampled = collector.replay_buffer.groups, {}
-    complete = groups.complete
-
-    def record(group):
-        assert group.group_id not in sampled
-        sampled[group.group_id] = group
-        complete(group)
-
-    groups.complete = record
-    return sampled
-
-
 class Learner:
     """Takes updates at an irregular speed, and writes down what it meets.
 
@@ -91,7 +77,9 @@ class Learner:
     def __init__(self, collector, seed):
         self.collector = collector
         self.groups = collector.replay_buffer.groups
-        self.sampled = record_groups(collector)
+        #: Every group that is sampled to its end, by id.
+        self.sampled = {}
+        self.complete, self.groups.complete = self.groups.complete, self.record
         self.pace = random.Random(seed)
         self.changed = threading.Event()
         self.groups.add_listener(self.changed.set)
@@ -100,6 +88,11 @@ class Learner:
         self.rollout_ids = []
         #: Env steps of the learned rollouts, by group.
         self.lengths = defaultdict(list)
+
+    def record(self, group):
+        assert group.group_id not in self.sampled
+        self.sampled[group.group_id] = group
+        self.complete(group)
 
     def dawdle(self):
         if self.pace.random() < 0.5:

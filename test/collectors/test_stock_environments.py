@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import sys
 
 import cloudpickle
@@ -33,8 +32,8 @@ def make_toy():
     return ChunkEnv(TransformedEnv(env, SuccessReward()), chunk_size=4)
 
 
-def test_a_group_of_the_toy_task_is_learned(make_collector):
-    collector = make_collector(
+def test_a_group_of_the_toy_task_is_learned(start_collector):
+    collector = start_collector(
         make_toy,
         policy=make_policy(action_dim=2, chunk_size=4),
         # Nobody succeeds within three decisions: groups are kept as they come.
@@ -43,7 +42,6 @@ def test_a_group_of_the_toy_task_is_learned(make_collector):
         ),
         workers={"envs_per_worker": 2, "max_decisions": 3},
     )
-    collector.start()
     rows = torch.cat([batch.clone() for batch in collector.replay_buffer])
     collector.update_policy_weights_()
     ids = rows[schema.ROLLOUT_ID_KEY].flatten()
@@ -52,9 +50,7 @@ def test_a_group_of_the_toy_task_is_learned(make_collector):
         mine = rows[ids == rollout_id]
         assert sorted(mine[schema.DECISION_INDEX_KEY].flatten().tolist()) == [0, 1, 2]
     first = rows[(rows[schema.DECISION_INDEX_KEY] == 0).squeeze(-1)]
-    assert torch.equal(first[schema.STATE_KEY][0], first[schema.STATE_KEY][1]), (
-        "a group shares its scene"
-    )
+    assert torch.equal(*first[schema.STATE_KEY]), "a group shares its scene"
     assert set(rows[schema.INSTRUCTION_KEY]) == {make_toy().reset()[schema.INSTRUCTION_KEY]}
     assert (rows[schema.ADVANTAGE_KEY] == 0).all()
 
@@ -73,9 +69,9 @@ class MaskedEnv(CountingChunkEnv):
         return super()._observe(success, num_executed) | {"action_mask": self.mask.clone()}
 
 
-def test_a_mask_of_actions_reaches_the_policy_in_the_lane_and_in_the_loss(make_collector):
+def test_a_mask_of_actions_reaches_the_policy_in_the_lane_and_in_the_loss(start_collector):
     with pytest.raises(RuntimeError, match="RenameTransform"):
-        make_collector(functools.partial(MaskedEnv, **ENV_KWARGS))
+        start_collector(functools.partial(MaskedEnv, **ENV_KWARGS))
     mask_key = ("observation", "action_mask")
 
     def make():
@@ -85,8 +81,7 @@ def test_a_mask_of_actions_reaches_the_policy_in_the_lane_and_in_the_loss(make_c
 
     policy = make_policy().set_keys(action_mask=mask_key)
     assert mask_key not in policy.in_keys
-    collector = make_collector(make, policy=policy)
-    collector.start()
+    collector = start_collector(make, policy=policy)
     loss = GRPOLoss(policy)
     for batch in collector.replay_buffer:
         tokens = batch["vla_action", "tokens"]
@@ -112,10 +107,8 @@ class Unseeded(CountingChunkEnv):
         return out
 
 
-def test_an_environment_that_ignores_its_seed_ends_the_run(make_collector, caplog):
-    with caplog.at_level(logging.WARNING, "torchrl_dvla"):
-        collector = make_collector(lambda: Unseeded(), workers={"envs_per_worker": 2})
-        collector.start()
-        with pytest.raises(RuntimeError, match="(?s)same observation.*task 'default' ignores"):
-            next(iter(collector.replay_buffer))
+def test_an_environment_that_ignores_its_seed_ends_the_run(start_collector, caplog):
+    collector = start_collector(lambda: Unseeded(), workers={"envs_per_worker": 2})
+    with pytest.raises(RuntimeError, match="(?s)same observation.*task 'default' ignores"):
+        next(iter(collector.replay_buffer))
     assert caplog.text.count("no 'success'") == 1 and "ChunkEnv(success=...)" in caplog.text

@@ -42,11 +42,12 @@ class Plane:
         config=None,
         tasks=("task",),
         model_pool=None,
+        layout=LAYOUT,
         **options,
     ):
         config = {"group_size": 2, "normalise_std": False, **(config or {})}
         self.config = GroupConfig(groups_per_update=groups, max_policy_lag=lag, **config)
-        self.pool = EnvironmentPool(LAYOUT, num_pages, ROWS_PER_PAGE)
+        self.pool = EnvironmentPool(layout, num_pages, ROWS_PER_PAGE)
         self.groups = GroupQueue(
             self.config, self.pool, InitStateSchedule(tasks), pages_per_rollout=PAGES_PER_ROLLOUT
         )
@@ -103,7 +104,7 @@ class Plane:
 
 
 @pytest.fixture
-def plane():
+def make_plane():
     planes = []
 
     def make(**options):
@@ -114,3 +115,8 @@ def plane():
     for made in planes:
         made.pool.check()
         made.pool.close()
+
+
+@pytest.fixture
+def plane(make_plane):
+    return make_plane()

@@ -122,19 +122,6 @@ def test_a_group_survives_json():
     assert all(rollout in again.candidates and not rollout.pages for rollout in again.rollouts)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"group_size": 4, "candidate_group_size": 3}, "candidate_group_size must be at least"),
-        ({"return_bounds": (1, 0)}, "return_bounds must be increasing"),
-        ({"on_no_signal": "stop"}, "on_no_signal must be one of .*'stop'"),
-    ],
-)
-def test_bad_settings(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        GroupConfig(**arguments)
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     returns=st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]), min_size=2, max_size=7), data=st.data()

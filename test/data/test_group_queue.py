@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -48,8 +48,8 @@ def wait_message(plane):
 
 
 # -- admission ----------------------------------------------------------------------------------
-def test_the_worked_trace_of_the_docstring(plane):
-    plane = plane(groups=1, lag=1)
+def test_the_worked_trace_of_the_docstring(make_plane):
+    plane = make_plane(groups=1, lag=1)
     zero, one = plane.admit(), plane.admit()
     assert (zero.deadline, one.deadline) == (1, 1)
     assert plane.groups.admit() == "no_admission"
@@ -65,8 +65,8 @@ def test_the_worked_trace_of_the_docstring(plane):
     assert cohort_of(plane) == [0]
 
 
-def test_synchronous_loop(plane):
-    plane = plane(groups=2, lag=0)
+def test_synchronous_loop(make_plane):
+    plane = make_plane(groups=2, lag=0)
     zero, one = plane.admit(), plane.admit()
     assert plane.groups.admit() == "no_admission"
     plane.sample(one)
@@ -79,8 +79,8 @@ def test_synchronous_loop(plane):
     assert plane.admit().deadline == 1
 
 
-def test_a_group_is_admitted_whole_and_shares_its_initial_state(plane):
-    plane = plane(tasks=("a", "b"))
+def test_a_group_is_admitted_whole_and_shares_its_initial_state(make_plane):
+    plane = make_plane(tasks=("a", "b"))
     assert plane.groups.num_rollouts == 0
     first, second = plane.admit(), plane.admit()
     assert [rollout.rollout_id for rollout in first.rollouts] == [0, 1]
@@ -92,7 +92,6 @@ def test_a_group_is_admitted_whole_and_shares_its_initial_state(plane):
 
 
 def test_no_group_begins_while_it_is_paused(plane):
-    plane = plane()
     heard = []
     plane.groups.add_listener(lambda: heard.append(plane.groups.paused))
     plane.groups.set_paused(True)
@@ -102,8 +101,8 @@ def test_no_group_begins_while_it_is_paused(plane):
     assert isinstance(plane.groups.admit(), Group)
 
 
-def test_a_straggler_is_overtaken_until_its_deadline(plane):
-    plane = plane(groups=1, lag=2)
+def test_a_straggler_is_overtaken_until_its_deadline(make_plane):
+    plane = make_plane(groups=1, lag=2)
     groups = [plane.admit() for _ in range(3)]
     assert plane.groups.admit() == "no_admission"
     for version, number in enumerate((1, 2)):
@@ -118,10 +117,10 @@ def test_a_straggler_is_overtaken_until_its_deadline(plane):
     assert cohort_of(plane) == [0]
 
 
-def test_several_stragglers_may_not_all_wait_for_the_last_version(plane):
+def test_several_stragglers_may_not_all_wait_for_the_last_version(make_plane):
     # G = 2, L = 1: four groups of one deadline, two learned a version. Three that stay behind
     # would be one too many for the last version.
-    plane = plane(groups=2, lag=1)
+    plane = make_plane(groups=2, lag=1)
     groups = [plane.admit() for _ in range(4)]
     plane.sample(groups[3])
     assert cohort_of(plane) is None
@@ -136,9 +135,9 @@ def test_several_stragglers_may_not_all_wait_for_the_last_version(plane):
     assert cohort_of(plane) == [0, 2]
 
 
-def test_only_who_must_go_now_is_named(plane):
+def test_only_who_must_go_now_is_named(make_plane):
     # Group 0 has to be learned at version 2; 3 and 4 may follow at 3 and 4, as they are due.
-    plane = plane(groups=1, lag=2)
+    plane = make_plane(groups=1, lag=2)
     groups = [plane.admit() for _ in range(3)]
     for number in (1, 2):
         plane.sample(groups[number])
@@ -150,16 +149,17 @@ def test_only_who_must_go_now_is_named(plane):
         plane.publish()
 
 
-def test_a_dropped_straggler_sets_the_learner_free(plane):
-    plane = plane(groups=1, lag=1)
+def test_a_dropped_straggler_sets_the_learner_free(make_plane):
+    plane = make_plane(groups=1, lag=1)
     zero, one = plane.admit(), plane.admit()
     plane.sample(one)
     assert cohort_of(plane) == [1]
     plane.publish()
     plane.add()
     assert cohort_of(plane) is None
+    learner = learner_of(plane)
     plane.groups.drop(zero, "its environment failed")
-    assert cohort_of(plane) == [2]
+    assert learner.result(60) == [2]
 
 
 class AdmissionMachine(RuleBasedStateMachine):
@@ -358,9 +358,9 @@ def test_staleness_is_bounded_and_there_is_no_deadlock(steps):
 
 
 # -- pages --------------------------------------------------------------------------------------
-def test_a_group_waits_for_the_pages_of_all_its_rollouts(plane):
+def test_a_group_waits_for_the_pages_of_all_its_rollouts(make_plane):
     # Beside the group, a rollout of an evaluation always has room.
-    plane = plane(num_pages=3 * PAGES_PER_ROLLOUT + 1)
+    plane = make_plane(num_pages=3 * PAGES_PER_ROLLOUT + 1)
     group = plane.admit()
     assert plane.groups.admit() == "no_page"
     # What finished rollouts did not take is free for others.
@@ -372,7 +372,6 @@ def test_a_group_waits_for_the_pages_of_all_its_rollouts(plane):
 
 
 def test_a_kept_group_has_its_advantages_in_every_row_and_moves_no_tensor(plane):
-    plane = plane()
     plane.pool.rows["advantage"].fill_(-9)
     pointers = {key: plane.pool.rows.get(key).data_ptr() for key in LAYOUT}
     group = plane.admit()
@@ -386,7 +385,6 @@ def test_a_kept_group_has_its_advantages_in_every_row_and_moves_no_tensor(plane)
 
 
 def test_a_dropped_group_frees_what_it_had(plane):
-    plane = plane()
     group = plane.admit()
     finished, running = group.rollouts
     plane.play(finished)
@@ -411,7 +409,6 @@ def test_a_dropped_group_frees_what_it_had(plane):
 
 
 def test_groups_out_of_turn_are_refused_and_nothing_changes(plane):
-    plane = plane()
     group = plane.admit()
     with pytest.raises(RuntimeError, match=r"got \[0, 1\] unfinished. Call finish"):
         plane.groups.complete(group)
@@ -436,8 +433,8 @@ def test_groups_out_of_turn_are_refused_and_nothing_changes(plane):
     assert ids(plane.groups.stored) == [0]
 
 
-def test_a_quarantined_task_is_skipped_and_the_last_one_ends_the_run(plane):
-    plane = plane(tasks=("a", "b"), lag=3)
+def test_a_quarantined_task_is_skipped_and_the_last_one_ends_the_run(make_plane):
+    plane = make_plane(tasks=("a", "b"), lag=3)
     first, second = plane.admit(), plane.admit()
     plane.groups.quarantine("a")
     assert plane.groups.running == [first, second], "the caller drops them"
@@ -449,14 +446,13 @@ def test_a_quarantined_task_is_skipped_and_the_last_one_ends_the_run(plane):
 
 
 # -- groups with nothing to learn from ----------------------------------------------------------
-def no_signal_plane(plane, on_no_signal):
-    return plane(lag=3, config={"max_no_signal_groups": 3, "on_no_signal": on_no_signal})
+def no_signal_plane(make_plane, on_no_signal):
+    return make_plane(lag=3, config={"max_no_signal_groups": 3, "on_no_signal": on_no_signal})
 
 
-def test_warn_samples_on_and_says_so_again_and_again(plane, caplog):
-    plane = no_signal_plane(plane, "warn")
-    with caplog.at_level(logging.WARNING, "torchrl_dvla"):
-        plane.add(13, returns=(0.0, 0.0))
+def test_warn_samples_on_and_says_so_again_and_again(make_plane, caplog):
+    plane = no_signal_plane(make_plane, "warn")
+    plane.add(13, returns=(0.0, 0.0))
     assert [record.message[:22] for record in caplog.records] == [
         "3 groups in a row had ",
         "6 groups in a row had ",
@@ -469,8 +465,8 @@ def test_warn_samples_on_and_says_so_again_and_again(plane, caplog):
     assert plane.groups.stats()["no_signal_groups"] == 0
 
 
-def test_keep_keeps_groups_until_there_is_contrast_again(plane, caplog):
-    plane = no_signal_plane(plane, "keep")
+def test_keep_keeps_groups_until_there_is_contrast_again(make_plane, caplog):
+    plane = no_signal_plane(make_plane, "keep")
     groups = plane.add(5, returns=(1.0, 1.0))
     assert [group.kept for group in groups] == [False] * 3 + [True] * 2
     assert groups[-1].advantages.tolist() == [0.0, 0.0]
@@ -483,8 +479,8 @@ def test_keep_keeps_groups_until_there_is_contrast_again(plane, caplog):
     assert [group.kept for group in plane.add(1) + plane.add(returns=(1.0, 1.0))] == [True, False]
 
 
-def test_solved_is_what_succeeds_and_teaches_nothing_in_a_row(plane):
-    plane = no_signal_plane(plane, "warn")
+def test_solved_is_what_succeeds_and_teaches_nothing_in_a_row(make_plane):
+    plane = no_signal_plane(make_plane, "warn")
     for returns, num_groups, is_solved in (
         ((0.0, 0.0), 1, False),
         ((1.0, 1.0), 2, False),
@@ -497,8 +493,8 @@ def test_solved_is_what_succeeds_and_teaches_nothing_in_a_row(plane):
         assert plane.groups.is_solved is is_solved, returns
 
 
-def test_a_run_that_ends_as_solved_stays_so_whatever_its_last_groups_do(plane, caplog):
-    plane = no_signal_plane(plane, "warn")
+def test_a_run_that_ends_as_solved_stays_so_whatever_its_last_groups_do(make_plane, caplog):
+    plane = no_signal_plane(make_plane, "warn")
     groups = plane.groups
     groups.add_listener(lambda: groups.is_solved and groups.end("nothing is left to learn"))
     under_way = [plane.admit() for _ in range(2)]
@@ -521,16 +517,16 @@ def test_a_run_that_ends_as_solved_stays_so_whatever_its_last_groups_do(plane, c
         ([1.0, 1.0], "2 groups had nothing to teach (mean return 1): take easier or"),
     ],
 )
-def test_a_learner_that_waits_for_contrast_is_not_told_to_wait_longer(plane, returns, message):
-    plane = no_signal_plane(plane, "warn")
+def test_a_learner_that_waits_for_contrast_is_not_told_to_wait_longer(make_plane, returns, message):
+    plane = no_signal_plane(make_plane, "warn")
     plane.admit()
     for value in returns:
         plane.add(returns=(value, value))
     assert message in wait_message(plane)
 
 
-def test_raise_ends_the_run(plane):
-    plane = no_signal_plane(plane, "raise")
+def test_raise_ends_the_run(make_plane):
+    plane = no_signal_plane(make_plane, "raise")
     plane.add(2, returns=(1.0, 1.0))
     with pytest.raises(RuntimeError, match="3 groups in a row .* The run ends here"):
         plane.add(returns=(1.0, 1.0))
@@ -540,7 +536,6 @@ def test_raise_ends_the_run(plane):
 
 # -- waiting and publishing ---------------------------------------------------------------------
 def test_dropped_groups_are_counted_and_explained(plane):
-    plane = plane()
     plane.add(3, returns=(1.0, 1.0))
     plane.add(returns=(0.0, 0.0), sizes=(1, 1))
     assert plane.groups.drop_counts() == {
@@ -562,27 +557,18 @@ def test_dropped_groups_are_counted_and_explained(plane):
 
 
 def test_every_wait_has_its_reason(plane):
-    plane = plane()
     assert wait_message(plane).endswith("Nothing is being collected: start the collector.")
     plane.admit()
     message = wait_message(plane)
     assert "1 in flight [0]" in message and "raise timeout_s" in message
 
 
-def learner_of(plane, result):
-    def learn():
-        try:
-            result.append(ids(plane.groups.wait_cohort(60.0)))
-        except RuntimeError as error:
-            result.append(error)
-
-    thread = threading.Thread(target=learn)
-    thread.start()
-    return thread
+def learner_of(plane):
+    return ThreadPoolExecutor(1).submit(lambda: ids(plane.groups.wait_cohort(60.0)))
 
 
-def test_a_waiting_learner_is_woken_by_the_last_group_and_not_before(plane, monkeypatch):
-    plane = plane(groups=3)
+def test_a_waiting_learner_is_woken_by_the_last_group_and_not_before(make_plane, monkeypatch):
+    plane = make_plane(groups=3)
     waiting = threading.Event()
     wait, wake, wakes = plane.groups.lock.wait, plane.groups.lock.notify_all, []
     # It holds the lock until it sleeps.
@@ -590,46 +576,31 @@ def test_a_waiting_learner_is_woken_by_the_last_group_and_not_before(plane, monk
     monkeypatch.setattr(
         plane.groups.lock, "notify_all", lambda: (wakes.append(len(plane.groups)), wake())
     )
-    result = []
-    learner = learner_of(plane, result)
+    learner = learner_of(plane)
     assert waiting.wait(60)
     plane.add(2)
     assert wakes == []
     plane.add()
-    learner.join(60)
-    assert result == [[0, 1, 2]]
+    assert learner.result(60) == [0, 1, 2]
     stats = plane.groups.stats()
     assert stats["wait_s"] >= stats["last_wait_s"] >= 0
 
 
-def test_a_waiting_learner_is_woken_when_the_straggler_is_given_up(plane):
-    plane = plane(groups=1, lag=0)
-    group, result = plane.admit(), []
-    learner = learner_of(plane, result)
-    plane.groups.drop(group, "environment failed")
-    plane.add()
-    learner.join(60)
-    assert result == [[1]]
-
-
 @pytest.mark.parametrize("how", ["end", "close"])
 def test_the_end_wakes_a_waiting_learner_with_the_cause(plane, how):
-    plane = plane()
-    cause, result = ValueError("the simulator is gone"), []
-    learner = learner_of(plane, result)
+    cause, learner = ValueError("the simulator is gone"), learner_of(plane)
     if how == "end":
         plane.groups.end("collection failed", cause)
     else:
         plane.groups.close("collection failed")
-    learner.join(60)
-    assert str(result[0]) == "The replay buffer was closed: collection failed"
-    assert result[0].__cause__ is (cause if how == "end" else None)
+    error = learner.exception(60)
+    assert str(error) == "The replay buffer was closed: collection failed"
+    assert error.__cause__ is (cause if how == "end" else None)
     if how == "end":
         assert plane.groups.admit() == "paused"
 
 
 def test_what_is_complete_is_still_learned_after_the_end(plane):
-    plane = plane()
     plane.add(2)
     plane.groups.end("collection ended")
     assert cohort_of(plane) == [0, 1]
@@ -639,7 +610,6 @@ def test_what_is_complete_is_still_learned_after_the_end(plane):
 
 
 def test_nothing_works_once_the_pages_are_gone(plane):
-    plane = plane()
     running = plane.admit()
     plane.add()
     plane.groups.end("the environments failed")
@@ -660,7 +630,6 @@ def test_nothing_works_once_the_pages_are_gone(plane):
 
 
 def test_a_publication_that_fails_changes_nothing(plane):
-    plane = plane()
     plane.add(2)
     plane.groups.wait_cohort()
     may_admit = []
@@ -676,8 +645,8 @@ def test_a_publication_that_fails_changes_nothing(plane):
     assert plane.groups.num_updates == 1
 
 
-def test_a_publication_that_would_break_the_bound_is_refused_before_anything_is_sent(plane):
-    plane = plane(groups=1, lag=0)
+def test_a_publication_that_would_break_the_bound_is_refused_before_anything_is_sent(make_plane):
+    plane = make_plane(groups=1, lag=0)
     assert plane.publish() == 1  # nothing is under way
     plane.admit()
     sent = []
@@ -688,7 +657,6 @@ def test_a_publication_that_would_break_the_bound_is_refused_before_anything_is_
 
 
 def test_nothing_is_admitted_while_weights_are_sent(plane):
-    plane = plane()
     heard = []
     plane.groups.add_listener(lambda: heard.append(plane.groups.version))
     with plane.groups.publishing():
@@ -699,8 +667,8 @@ def test_nothing_is_admitted_while_weights_are_sent(plane):
     assert plane.admit().deadline == 2
 
 
-def test_whoever_publishes_may_say_the_version(plane):
-    plane = plane(groups=1, lag=1)
+def test_whoever_publishes_may_say_the_version(make_plane):
+    plane = make_plane(groups=1, lag=1)
     straggler = plane.admit()
     plane.add()
     plane.groups.wait_cohort()
@@ -716,8 +684,8 @@ def test_whoever_publishes_may_say_the_version(plane):
     assert cohort_of(plane) == [0]
 
 
-def test_listeners_hear_of_what_may_let_sampling_go_on(plane):
-    plane = plane(groups=1, lag=0)
+def test_listeners_hear_of_what_may_let_sampling_go_on(make_plane):
+    plane = make_plane(groups=1, lag=0)
     heard = []
     plane.groups.add_listener(lambda: heard.append(len(plane.groups)))
     group = plane.admit()
@@ -732,14 +700,14 @@ def test_listeners_hear_of_what_may_let_sampling_go_on(plane):
 
 
 # -- checkpoints --------------------------------------------------------------------------------
-def test_unfinished_groups_are_begun_anew_after_a_resume(plane):
-    old = plane(lag=3)
+def test_unfinished_groups_are_begun_anew_after_a_resume(make_plane):
+    old = make_plane(lag=3)
     groups = [old.admit() for _ in range(3)]
     specs = [group.spec for group in groups]
     old.sample(groups[1])
     old.play(groups[2].rollouts[0])
     state = old.groups.state_dict()
-    new = plane(lag=3)
+    new = make_plane(lag=3)
     new.groups.load_state_dict(state)
     assert ids(new.groups.stored) == [1]
     assert ids(new.groups.running) == []
@@ -751,8 +719,8 @@ def test_unfinished_groups_are_begun_anew_after_a_resume(plane):
     assert resumed[0].rollouts[0].rollout_id == 6
 
 
-def test_state_is_plain_data_and_resumes(plane):
-    old = plane(groups=1, lag=1)
+def test_state_is_plain_data_and_resumes(make_plane):
+    old = make_plane(groups=1, lag=1)
     zero = old.admit()
     old.add()
     old.groups.wait_cohort()
@@ -761,7 +729,7 @@ def test_state_is_plain_data_and_resumes(plane):
     old.sample(zero)
     old.groups.wait_cohort()
     state = json.loads(json.dumps(old.groups.state_dict()))
-    new = plane(groups=1, lag=1, num_pages=20)
+    new = make_plane(groups=1, lag=1, num_pages=20)
     new.pool.lease("someone else")  # page numbers differ from the run before
     new.groups.load_state_dict(state)
     assert new.groups.state_dict() == state
@@ -778,8 +746,8 @@ class Curriculum(InitStateSchedule):
         return super().state_dict() | self.seen
 
 
-def test_the_state_of_a_users_schedule_is_compared_by_keys_and_types(plane):
-    old, new = plane(), plane()
+def test_the_state_of_a_users_schedule_is_compared_by_keys_and_types(make_plane):
+    old, new = make_plane(), make_plane()
     old.groups.schedule, new.groups.schedule = Curriculum(("task",)), Curriculum(("task",))
     next(old.groups.schedule)
     old.groups.schedule.seen = {"mean": -1.0, "best": 0.5, "history": [1, -2], "phase": "hard"}
@@ -799,21 +767,21 @@ def test_the_state_of_a_users_schedule_is_compared_by_keys_and_types(plane):
         ({"tasks": ("task", "other")}, r"'tasks' is \['task', 'other'\] instead of \['task'\]"),
     ],
 )
-def test_a_checkpoint_of_other_groups_or_another_schedule_is_refused(plane, options, message):
-    state = plane().groups.state_dict()
+def test_a_checkpoint_of_other_groups_or_another_schedule_is_refused(make_plane, options, message):
+    state = make_plane().groups.state_dict()
     with pytest.raises(ValueError, match=message):
-        plane(**options).groups.load_state_dict(state)
+        make_plane(**options).groups.load_state_dict(state)
     older = {key: value for key, value in state.items() if key not in ("group_size", "tasks")}
     with pytest.raises(ValueError, match=r"\['group_size', 'tasks'\], got none.*older version of"):
-        plane().groups.load_state_dict(older)
-    other = plane()
+        make_plane().groups.load_state_dict(older)
+    other = make_plane()
     other.groups.schedule.seed = 5
     with pytest.raises(ValueError, match="'seed' is 5 instead of 0"):
         other.groups.load_state_dict(state)
 
 
-def test_a_checkpoint_that_does_not_fit_changes_nothing(plane):
-    old, small = plane(), plane(num_pages=8)
+def test_a_checkpoint_that_does_not_fit_changes_nothing(make_plane):
+    old, small = make_plane(), make_plane(num_pages=8)
     old.add(3)
     small.add()
     taken = small.pool.lease("someone")
@@ -821,17 +789,16 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(plane):
         small.groups.load_state_dict(old.groups.state_dict())
     assert ids(small.groups.stored) == [0]
     small.pool.free([taken])
-    running = plane()
+    running = make_plane()
     running.admit()
     with pytest.raises(RuntimeError, match="before the first group begins"):
         running.groups.load_state_dict(old.groups.state_dict())
 
 
 # -- two threads --------------------------------------------------------------------------------
-def test_collector_and_learner_threads(plane):
-    """A collector and a learner race for 40 updates on a pool with room for too few groups."""
-    plane = plane(num_pages=16, groups=2, lag=2, timeout_s=60.0)
-    may_go_on, stop, errors = threading.Event(), threading.Event(), []
+def test_collector_and_learner_threads(make_plane):
+    plane = make_plane(num_pages=16, groups=2, lag=2, timeout_s=60.0)
+    may_go_on, stop = threading.Event(), threading.Event()
     plane.groups.add_listener(may_go_on.set)
 
     def collect():
@@ -846,11 +813,10 @@ def test_collector_and_learner_threads(plane):
                 sizes = (1 + number % 4, 1 + number // 4 % 4)
                 plane.sample(group, sizes, returns=(1.0, float(number % 5 == 0)))
         except BaseException as error:
-            errors.append(error)
             plane.groups.end("the collector failed", error)
+            raise
 
-    collector = threading.Thread(target=collect)
-    collector.start()
+    collector = ThreadPoolExecutor(1).submit(collect)
     seen: list[int] = []
     try:
         for version in range(40):
@@ -859,10 +825,8 @@ def test_collector_and_learner_threads(plane):
             assert all(group.group_id % 5 for group in plane.buffer.cohort)
             assert plane.publish() == version + 1
     finally:
-        stop.set()
-        may_go_on.set()
-        collector.join(60)
-    assert errors == []
+        stop.set(), may_go_on.set()
+    collector.result(60)
     assert len(seen) == len(set(seen))  # no row was handed out twice
     stats = plane.buffer.stats()
     assert (stats["updates"], stats["groups_learned"]) == (40, 80)

@@ -50,6 +50,7 @@ def test_transform():
     assert single["language_instruction"] == "close"
     square = transform(TensorDict({"instruction_id": torch.tensor([[[0]], [[1]]])}, [2, 1]))
     assert square["language_instruction"] == [["open"], ["close"]]
+    assert set(transform(TensorDict({"x": torch.ones(2)}, [2])).keys()) == {"x"}
 
 
 def test_batches_share_no_entry():
@@ -62,9 +63,3 @@ def test_batches_share_no_entry():
     first["language_instruction"][0] = "push"
     assert second["language_instruction"] == ["close", "open", "close"]
     assert table.text(1) == "close"
-
-
-def test_other_data_passes():
-    transform = InstructionTransform(InstructionTable())
-    batch = TensorDict({"x": torch.ones(2)}, [2])
-    assert set(transform(batch).keys()) == {"x"}

@@ -31,8 +31,8 @@ from torchrl.data.replay_buffers.samplers import PromptGroupSampler
 from torchrl.data.replay_buffers.writers import RoundRobinWriter
 from torchrl.envs.transforms import RenameTransform
 
-from torchrl_dvla.data import GroupConfig, GroupQueue, InitStateSchedule, PooledReplayBuffer
-from torchrl_dvla.memory import EnvironmentPool, ModelPool, RowLayout
+from torchrl_dvla.data import PooledReplayBuffer
+from torchrl_dvla.memory import ModelPool, RowLayout
 
 from .conftest import LAYOUT
 
@@ -47,10 +47,8 @@ def rows(num_rows, start=0):
 
 
 # -- one update ---------------------------------------------------------------------------------
-
-
-def test_an_update_hands_out_every_row_once_and_publishing_frees_them(plane):
-    plane = plane(shuffle=False)
+def test_an_update_hands_out_every_row_once_and_publishing_frees_them(make_plane):
+    plane = make_plane(shuffle=False)
     plane.add(2)
     assert len(plane.buffer) == 10
     batches = []
@@ -73,8 +71,12 @@ def test_an_update_hands_out_every_row_once_and_publishing_frees_them(plane):
     assert [group.group_id for group in plane.buffer.cohort] == [0, 1]  # for the metrics
 
 
-def test_epochs_are_seeded_permutations(plane):
-    first, again, other = plane(num_epochs=2), plane(num_epochs=2), plane(num_epochs=2, seed=1)
+def test_epochs_are_seeded_permutations(make_plane):
+    first, again, other = (
+        make_plane(num_epochs=2),
+        make_plane(num_epochs=2),
+        make_plane(num_epochs=2, seed=1),
+    )
     seen = []
     for one in (first, again, other):
         one.add(2)
@@ -90,14 +92,14 @@ def test_epochs_are_seeded_permutations(plane):
     assert [[x - 10 for x in batch] for batch in first.update()] != seen[0]  # updates differ too
 
 
-def test_a_minibatch_of_all_rows(plane):
-    plane = plane(batch_size=100)
+def test_a_minibatch_of_all_rows(make_plane):
+    plane = make_plane(batch_size=100)
     plane.add(2)
     assert [len(batch) for batch in plane.update()] == [10]
 
 
-def test_nothing_is_allocated_and_a_batch_lives_until_the_second_next(plane):
-    plane = plane(shuffle=False)
+def test_nothing_is_allocated_and_a_batch_lives_until_the_second_next(make_plane):
+    plane = make_plane(shuffle=False)
     staged = set()
     for _ in range(4):
         plane.add(2)
@@ -113,17 +115,16 @@ def test_nothing_is_allocated_and_a_batch_lives_until_the_second_next(plane):
     assert xs(first) == [48, 49, 42, 43]
 
 
-def test_it_creates_no_named_semaphore(plane, monkeypatch):
+def test_it_creates_no_named_semaphore(make_plane, monkeypatch):
     created = []
     monkeypatch.setattr(SemLock, "__init__", lambda self, *args, **kwargs: created.append(args))
-    plane = plane()
+    plane = make_plane()
     plane.add(2)
     plane.update()
     assert created == []
 
 
 def test_the_learner_may_write_to_a_batch(plane):
-    plane = plane()
     for _ in range(2):
         plane.add(2)
         for batch in plane.buffer:
@@ -133,10 +134,8 @@ def test_the_learner_may_write_to_a_batch(plane):
 
 
 # -- leaving an update --------------------------------------------------------------------------
-
-
-def test_an_update_that_was_left_goes_on_with_its_next_minibatch(plane):
-    plane = plane(shuffle=False)
+def test_an_update_that_was_left_goes_on_with_its_next_minibatch(make_plane):
+    plane = make_plane(shuffle=False)
     plane.add(2)
     for batch in plane.buffer:
         assert xs(batch) == [0, 1, 2, 3]
@@ -148,8 +147,8 @@ def test_an_update_that_was_left_goes_on_with_its_next_minibatch(plane):
     assert plane.update() == [[10, 11, 12, 13], [14, 15, 16, 17], [18, 19]]
 
 
-def test_an_update_that_was_left_at_its_last_minibatch_ends_at_once(plane):
-    plane = plane(shuffle=False)
+def test_an_update_that_was_left_at_its_last_minibatch_ends_at_once(make_plane):
+    plane = make_plane(shuffle=False)
     plane.add(2)
     for batch in plane.buffer:
         if xs(batch) == [8, 9]:
@@ -161,8 +160,8 @@ def test_an_update_that_was_left_at_its_last_minibatch_ends_at_once(plane):
     plane.publish()
 
 
-def test_an_update_that_was_left_may_be_published(plane):
-    plane = plane(shuffle=False)
+def test_an_update_that_was_left_may_be_published(make_plane):
+    plane = make_plane(shuffle=False)
     plane.add(4)
     for _ in plane.buffer:
         break
@@ -170,7 +169,7 @@ def test_an_update_that_was_left_may_be_published(plane):
     assert plane.update()[0] == [10, 11, 12, 13]
 
 
-def test_an_error_in_a_transform_loses_no_minibatch(plane):
+def test_an_error_in_a_transform_loses_no_minibatch(make_plane):
     calls = []
 
     def fail_once(batch):
@@ -179,7 +178,7 @@ def test_an_error_in_a_transform_loses_no_minibatch(plane):
             raise ArithmeticError
         return batch
 
-    plane = plane(transform=fail_once, shuffle=False)
+    plane = make_plane(transform=fail_once, shuffle=False)
     plane.add(2)
     with pytest.raises(ArithmeticError):
         plane.update()
@@ -188,19 +187,7 @@ def test_an_error_in_a_transform_loses_no_minibatch(plane):
     assert calls[0] == [0, 1, 2, 3], "that one was handed out"
 
 
-def test_the_next_update_needs_a_publication(plane):
-    plane = plane(groups=1, lag=0)
-    plane.add()
-    plane.update()
-    with pytest.raises(RuntimeError, match=r"call update_policy_weights_\(\) after each update"):
-        plane.update()
-    plane.publish()
-    plane.add()
-    assert len(plane.update()) == 2
-
-
 def test_publishing_in_the_middle_of_the_loop_is_refused_at_the_next_minibatch(plane):
-    plane = plane()
     plane.add(4)
     update = iter(plane.buffer)
     next(update)
@@ -211,7 +198,6 @@ def test_publishing_in_the_middle_of_the_loop_is_refused_at_the_next_minibatch(p
 
 
 def test_one_loop_at_a_time(plane):
-    plane = plane()
     plane.add(2)
     loop = iter(plane.buffer)
     next(loop)
@@ -222,7 +208,6 @@ def test_one_loop_at_a_time(plane):
 
 
 def test_an_update_waits_for_its_cohort_and_tells_the_track(plane):
-    plane = plane()
     notes = []
 
     class Track:
@@ -242,7 +227,6 @@ def test_an_update_waits_for_its_cohort_and_tells_the_track(plane):
 
 
 def test_a_closed_buffer_says_why(plane):
-    plane = plane()
     plane.add(3)
     update = iter(plane.buffer)
     next(update)
@@ -259,10 +243,8 @@ def test_a_closed_buffer_says_why(plane):
 
 
 # -- binding ------------------------------------------------------------------------------------
-
-
-def test_a_buffer_is_bound_once_and_empty(plane):
-    bound = plane()
+def test_a_buffer_is_bound_once_and_empty(make_plane):
+    bound = make_plane()
     assert bound.buffer.is_bound and bound.buffer.pool is bound.pool
     with pytest.raises(RuntimeError, match="bound to a collector already"):
         bound.buffer.bind(bound.groups)
@@ -290,10 +272,12 @@ def test_a_buffer_is_bound_once_and_empty(plane):
         ("ConsumingSampler", {"consume_after_n_samples": 1}),
     ],
 )
-def test_samplers_that_cannot_follow_groups_that_leave_are_refused_by_name(plane, name, options):
+def test_samplers_that_cannot_follow_groups_that_leave_are_refused_by_name(
+    make_plane, name, options
+):
     buffer = PooledReplayBuffer(batch_size=2, **options)
     with pytest.raises(TypeError, match=f"got a {name}: it keeps state by position"):
-        buffer.bind(plane().groups)
+        buffer.bind(make_plane().groups)
 
 
 SETTINGS = {
@@ -310,7 +294,6 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_setting_without_effect_on_a_bound_buffer_is_refused(plane, setting):
     given, call = SETTINGS[setting]
-    plane = plane()
     refused = f"{setting} must be left out to learn from groups"
     buffers = [] if given is None else [PooledReplayBuffer(batch_size=2, **{setting: given})]
     if call is not None:
@@ -323,21 +306,19 @@ def test_a_setting_without_effect_on_a_bound_buffer_is_refused(plane, setting):
             buffer.bind(plane.groups)
 
 
-def test_staging_batches_come_from_the_model_pool_that_is_given(plane):
+def test_staging_batches_come_from_the_model_pool_that_is_given(make_plane):
     size = 2 * ModelPool.nbytes_for(LAYOUT, 4)
     model_pool = ModelPool(size)
-    plane(model_pool=model_pool).add(2)
+    make_plane(model_pool=model_pool).add(2)
     assert model_pool.used_by_name() == {"staging batches": size}
     with pytest.raises(RuntimeError, match="model_bytes must hold staging batches"):
-        plane(model_pool=model_pool)
+        make_plane(model_pool=model_pool)
     model_pool.close()
 
 
 # -- a bound buffer as TorchRL's ----------------------------------------------------------------
-
-
-def test_rows_are_read_by_position_oldest_group_first(plane):
-    plane = plane(groups=1, lag=3)
+def test_rows_are_read_by_position_oldest_group_first(make_plane):
+    plane = make_plane(groups=1, lag=3)
     groups = [plane.admit() for _ in range(3)]
     for number in (2, 0, 1):  # rows 0-4 are of the youngest group
         plane.sample(groups[number])
@@ -362,15 +343,14 @@ def test_rows_are_read_by_position_oldest_group_first(plane):
 
 
 def test_what_is_read_is_a_copy(plane):
-    plane = plane()
     plane.add()
     read = [plane.buffer[1:3], plane.buffer[:], plane.buffer[torch.tensor([1, 2])], plane.buffer[1]]
     plane.pool.rows["x"].zero_()
     assert [xs(data) for data in read] == [[1, 2], [0, 1, 2, 3, 4], [1, 2], [1]]
 
 
-def test_random_samples_are_whole_rows_and_follow_the_groups(plane):
-    plane = plane(groups=1, lag=1, sampler=RandomSampler(), batch_size=64)
+def test_random_samples_are_whole_rows_and_follow_the_groups(make_plane):
+    plane = make_plane(groups=1, lag=1, sampler=RandomSampler(), batch_size=64)
     with pytest.raises(RuntimeError, match="empty storage"):
         plane.buffer.sample()
     plane.add(2)
@@ -384,9 +364,9 @@ def test_random_samples_are_whole_rows_and_follow_the_groups(plane):
     assert plane.buffer.can_sample()
 
 
-def test_staleness_aware_samples_copy_no_image_to_choose(plane):
+def test_staleness_aware_samples_copy_no_image_to_choose(make_plane):
     sampler = StalenessAwareSampler(max_staleness=0)
-    plane = plane(groups=1, lag=2, sampler=sampler, batch_size=16)
+    plane = make_plane(groups=1, lag=2, sampler=sampler, batch_size=16)
     plane.admit()
     plane.add()
     plane.update()
@@ -402,7 +382,6 @@ def test_staleness_aware_samples_copy_no_image_to_choose(plane):
 
 
 def test_rows_come_from_the_collector(plane):
-    plane = plane()
     plane.add()
     buffer, row = plane.buffer, plane.buffer[0]
     for write in (
@@ -424,8 +403,8 @@ def test_rows_come_from_the_collector(plane):
         pickle.dumps(buffer.storage)
 
 
-def test_fields_shape_and_counts_of_a_bound_buffer(plane):
-    plane = plane(collate_fn=lambda rows: rows.select("x", "group_id"))
+def test_fields_shape_and_counts_of_a_bound_buffer(make_plane):
+    plane = make_plane(collate_fn=lambda rows: rows.select("x", "group_id"))
     plane.add(2)
     buffer, storage = plane.buffer, plane.buffer.storage
     assert storage["x"].flatten().tolist() == xs(buffer[:]) == list(range(10))
@@ -450,7 +429,6 @@ def test_fields_shape_and_counts_of_a_bound_buffer(plane):
 
 
 def test_statistics_and_shutdown(plane):
-    plane = plane()
     plane.add(2)
     stats = plane.buffer.stats()
     assert (stats["size"], stats["capacity"], stats["groups_stored"]) == (10, 80, 2)
@@ -462,8 +440,6 @@ def test_statistics_and_shutdown(plane):
 
 
 # -- before it is bound -------------------------------------------------------------------------
-
-
 def test_it_is_torchrls_buffer_until_it_is_bound():
     """The same calls on both buffers give the same numbers, wrap-around included."""
     ours = PooledReplayBuffer(max_size=10, batch_size=4, generator=torch.Generator().manual_seed(0))
@@ -513,13 +489,11 @@ def test_samplers_transforms_and_checkpoints_before_it_is_bound(tmp_path, on_dis
 
 
 # -- checkpoints of a bound buffer --------------------------------------------------------------
-
-
 @pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize("taken_after", [0, 1, 4, 6])
-def test_a_resumed_run_sees_every_minibatch_once(plane, tmp_path, on_disk, taken_after):
+def test_a_resumed_run_sees_every_minibatch_once(make_plane, tmp_path, on_disk, taken_after):
     """Checkpoints before, in the middle of each epoch of, and after an update."""
-    old = plane(num_epochs=2)
+    old = make_plane(num_epochs=2)
     groups = old.add(4)
     loop = iter(old.buffer)
     seen = [xs(batch) for batch in islice(loop, taken_after)]
@@ -529,7 +503,7 @@ def test_a_resumed_run_sees_every_minibatch_once(plane, tmp_path, on_disk, taken
         assert [file.name for file in (tmp_path / "buffer").iterdir()] == ["groups.pt"]
     rest = [xs(batch) for batch in loop]
 
-    new = plane(num_epochs=2, num_pages=24)
+    new = make_plane(num_epochs=2, num_pages=24)
     new.pool.lease("someone else")  # page numbers differ from the run before
     if on_disk:
         new.buffer.loads(tmp_path / "buffer")
@@ -548,7 +522,6 @@ def test_a_resumed_run_sees_every_minibatch_once(plane, tmp_path, on_disk, taken
 
 
 def test_state_is_plain_data(plane):
-    plane = plane()
     plane.add(3)
     loop = iter(plane.buffer)
     next(loop)
@@ -568,34 +541,26 @@ def test_state_is_plain_data(plane):
     loop.close()
 
 
-def test_checkpoints_that_do_not_fit_change_nothing(plane):
-    old = plane()
+def test_checkpoints_that_do_not_fit_change_nothing(make_plane):
+    old = make_plane()
     old.add()
     state = old.buffer.state_dict()
-    other = plane(groups=3)
+    other = make_plane(groups=3)
     other.add()
     with pytest.raises(ValueError, match="'groups_per_update' is 3 instead of 2"):
         other.buffer.load_state_dict(state)
     assert xs(other.buffer[:]) == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="batch_size must equal the checkpoint's 4, got 3"):
-        plane(batch_size=3).buffer.load_state_dict(state)
+        make_plane(batch_size=3).buffer.load_state_dict(state)
     with pytest.raises(ValueError, match="must come from a buffer that was not bound"):
         PooledReplayBuffer(batch_size=4).load_state_dict(state)
     with pytest.raises(ValueError, match="must come from a buffer that was bound"):
         old.buffer.load_state_dict(PooledReplayBuffer(batch_size=4).state_dict())
     layout = RowLayout({"x": ((2,), torch.int64), "advantage": ((1,), torch.float32)})
-    with EnvironmentPool(layout, 40, 2) as pool:
-        groups = GroupQueue(
-            GroupConfig(group_size=2, groups_per_update=2),
-            pool,
-            InitStateSchedule(("task",)),
-            pages_per_rollout=2,
-        )
-        buffer = PooledReplayBuffer(batch_size=4)
-        buffer.bind(groups)
-        with pytest.raises(ValueError, match="must come from the same specs"):
-            buffer.load_state_dict(state)
-        assert pool.num_free_pages == 40
+    other = make_plane(layout=layout)
+    with pytest.raises(ValueError, match="must come from the same specs"):
+        other.buffer.load_state_dict(state)
+    assert other.pool.num_free_pages == 40
 
 
 NAN = float("nan")
@@ -643,8 +608,8 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("entry", DAMAGE)
-def test_a_foreign_entry_is_refused_and_changes_nothing(plane, entry):
-    old, new = plane(groups=1), plane(groups=1)
+def test_a_foreign_entry_is_refused_and_changes_nothing(make_plane, entry):
+    old, new = make_plane(groups=1), make_plane(groups=1)
     old.add()
     next(iter(old.buffer))
     *parents, last = (int(part) if part.isdecimal() else part for part in entry.split("."))
@@ -659,7 +624,6 @@ def test_a_foreign_entry_is_refused_and_changes_nothing(plane, entry):
 
 
 def test_a_pool_that_was_closed_is_not_read_as_zeros(plane):
-    plane = plane()
     plane.add()
     plane.pool.close()
     for use in (

@@ -6,10 +6,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -203,22 +200,18 @@ def test_resets_leave_the_global_generator_alone(env):
 
 
 @pytest.mark.timeout(600)
-def test_scene_is_the_same_in_a_simulator_just_built_in_another_process(env, tmp_path: Path):
+def test_scene_is_the_same_in_a_simulator_just_built_in_another_process(env, tmp_path, run_python):
     decide(env, reset(env, 32), LOWER)  # this one has a past
     code = f"""
-import numpy as np, torch
+import sys, numpy as np, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_libero_env import FAST, SUITE, TASK, LiberoChunkEnv, reset, scene_of
 env = LiberoChunkEnv(SUITE, TASK, chunk_size=4, **FAST)
 td = reset(env, 33, 6)
 np.savez({str(tmp_path / "scene.npz")!r}, scene=scene_of(env), image=td["observation", "image"])
 """
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    subprocess.run(
-        [sys.executable, "-c", code],
-        check=True,
-        timeout=580,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+    run = run_python("-c", code)
+    assert run.returncode == 0, run.stderr
     td = reset(env, 33, 6)
     with np.load(tmp_path / "scene.npz") as fresh:
         np.testing.assert_array_equal(scene_of(env), fresh["scene"])
@@ -226,12 +219,8 @@ np.savez({str(tmp_path / "scene.npz")!r}, scene=scene_of(env), image=td["observa
 
 
 def in_thread(call):
-    result = []
-    thread = threading.Thread(target=lambda: result.append(call()))
-    thread.start()
-    thread.join(120)
-    assert result, "the thread raised"
-    return result[0]
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(call).result(120)
 
 
 def test_each_environment_renders_its_own_images(env):

@@ -7,8 +7,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import numpy as np
@@ -192,8 +191,6 @@ def test_missing_package_is_named(monkeypatch):
 
 
 def _set_up(root: str, config: str, gate):
-    import os
-
     os.environ["LIBERO_CONFIG_PATH"] = config
     libero_setup._package_root = lambda: Path(root)
     libero_setup._wheel_assets = lambda: Path(root) / "assets"
@@ -284,13 +281,11 @@ def test_bad_arguments(arguments: dict[str, object], message: str):
 
 @pytest.mark.libero
 @pytest.mark.timeout(600)
-def test_validation_imports_no_simulator():
+def test_validation_imports_no_simulator(run_python):
     code = (
         "import sys; from torchrl_dvla.envs import validate_libero; "
         "validate_libero('libero_goal', 3); "
         "print(sorted({'robosuite', 'numba'} & set(sys.modules)))"
     )
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=580, check=True
-    )
-    assert out.stdout.strip() == "[]"
+    run = run_python("-c", code)
+    assert (run.returncode, run.stdout.strip()) == (0, "[]"), run.stderr

@@ -11,10 +11,6 @@ from torchrl.envs import MultiAction, ToyVLAEnv, TransformedEnv, check_env_specs
 from torchrl_dvla.envs import ToyChunkEnv
 
 
-def test_specs():
-    check_env_specs(ToyChunkEnv(seed=0))
-
-
 def test_the_same_seed_is_the_same_scene():
     first, second = ToyChunkEnv(seed=1), ToyChunkEnv(seed=2)
     second.reset()
@@ -83,8 +79,9 @@ def test_it_is_the_stock_environment_under_multi_action():
             ours, theirs = chunk_env.step_mdp(ours), stock.step_mdp(theirs)
 
 
-def test_the_image_shows_target_and_action():
+def test_specs_and_an_image_that_shows_target_and_action():
     env = ToyChunkEnv(image_size=32, seed=0)
+    check_env_specs(env)
     td = env.reset()
     image = td["observation", "image"]
     column, row = ((td["observation", "state"][2:] + 1) / 2 * 31).round().long().tolist()

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensordict import TensorDict
+from torchrl.objectives.llm import MCAdvantage
 
 from torchrl_dvla.functional import group_advantage, has_contrast
 
@@ -35,9 +37,6 @@ def test_groups_do_not_mix():
 
 
 def test_same_figures_as_torchrl_mc_advantage():
-    from tensordict import TensorDict
-    from torchrl.objectives.llm import MCAdvantage
-
     returns = torch.tensor([1.0, 0.0, 0.25, 0.0])
     transform = MCAdvantage(4, prompt_key="group_id", trajectory_return="sum")
     out = None

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -116,12 +116,9 @@ def test_reclaim_takes_only_what_was_being_written_and_can_reserve_it_again():
 def test_a_waiting_reserve_is_woken_by_free_and_its_wait_is_counted():
     ledger = PageLedger(1, rows_per_page=1)
     page = ledger.lease("worker")
-    granted = []
-    waiter = threading.Thread(target=lambda: granted.append(ledger.reserve(1, timeout_s=30)))
-    waiter.start()
+    waiter = ThreadPoolExecutor(1).submit(ledger.reserve, 1, timeout_s=30)
     ledger.free([page])
-    waiter.join(30)
-    assert granted == [True]
+    assert waiter.result(30) is True
     ledger.unreserve(1)
     ledger.lease("worker")
     assert not ledger.reserve(1)

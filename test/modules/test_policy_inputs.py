@@ -218,7 +218,6 @@ def test_words_that_the_tokenizer_does_not_know_are_said(policy, caplog):
 
 @torch.no_grad()
 def test_queries_see_each_other_but_not_backwards(policy):
-    """Changing the last action query changes the first action, and nothing in the prompt."""
     td = make_observation(2)
     states: list[torch.Tensor] = []
     last = policy.backbone.model.text_model.layers[-1]
@@ -235,7 +234,6 @@ def test_queries_see_each_other_but_not_backwards(policy):
 
 @torch.no_grad()
 def test_padding_changes_nothing(policy):
-    """Whatever the padding embeds to, logits stay."""
     td = make_observation(2, instructions=["lift it", "pick up the black bowl"])
     before = policy.action_logits(td)
     policy.backbone.model.text_model.embed_tokens.weight.data[0] = 123.0

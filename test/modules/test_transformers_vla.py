@@ -121,7 +121,6 @@ def test_every_input_matters(policy):
 
 @torch.no_grad()
 def test_location_of_a_patch_matters(policy):
-    """Two images with the same patches in different places are different images."""
     patch = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     images[0, :, :8, :8] = patch

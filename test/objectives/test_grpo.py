@@ -22,6 +22,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules.vla import TinyVLA
 from torchrl.objectives import ClipPPOLoss
 
+from torchrl_dvla.modules import TransformersVLA
 from torchrl_dvla.objectives import GRPOLoss
 
 CHUNK = 4
@@ -47,9 +48,13 @@ class TablePolicy(TensorDictModuleBase):
 
 @pytest.fixture
 def table():
+    return TablePolicy([0.5, 0.25, 0.25])
+
+
+@pytest.fixture
+def decisions():
     """Two decisions of two tokens under pi = (1/2, 1/4, 1/4); the last token never executed."""
-    policy = TablePolicy([0.5, 0.25, 0.25])
-    batch = TensorDict(
+    return TensorDict(
         {
             "observation": torch.zeros(2, 1),
             "vla_action": {
@@ -62,7 +67,6 @@ def table():
         },
         batch_size=[2],
     )
-    return policy, batch
 
 
 def make_policy(**kwargs) -> TinyVLA:
@@ -95,6 +99,16 @@ def make_batch(policy: TinyVLA, num_rows: int = 6, *, pads: bool = False) -> Ten
     return batch
 
 
+@pytest.fixture
+def policy():
+    return make_policy()
+
+
+@pytest.fixture
+def batch(policy):
+    return make_batch(policy)
+
+
 @torch.no_grad()
 def drift(policy, scale=0.1):
     """Move the policy away from the one that took the data."""
@@ -102,8 +116,9 @@ def drift(policy, scale=0.1):
         param.add_(scale * torch.randn_like(param))
 
 
-def gradients(policy):
+def gradients(policy, loss):
     """Gradients of the policy, which are cleared."""
+    loss.backward()
     grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in policy.parameters()]
     policy.zero_grad()
     return grads
@@ -124,15 +139,13 @@ def gradients(policy):
         ({"ratio_level": "sequence_mean"}, (1 - 2) / 2),
     ],
 )
-def test_objective_by_hand(table, options, expected):
-    policy, batch = table
-    loss = GRPOLoss(policy, **options)(batch)["loss_objective"].detach()
+def test_objective_by_hand(table, decisions, options, expected):
+    loss = GRPOLoss(table, **options)(decisions)["loss_objective"].detach()
     torch.testing.assert_close(loss, -torch.as_tensor(expected))
 
 
-def test_metrics_by_hand(table):
-    policy, batch = table
-    out = GRPOLoss(policy, entropy_coeff=0.1)(batch)
+def test_metrics_by_hand(table, decisions):
+    out = GRPOLoss(table, entropy_coeff=0.1)(decisions)
     entropy = 0.5 * math.log(2) + 2 * 0.25 * math.log(4)
     assert out["entropy"].item() == pytest.approx(entropy, rel=1e-5)
     assert out["loss_entropy"].item() == pytest.approx(-0.1 * entropy, rel=1e-5)
@@ -146,22 +159,20 @@ def test_metrics_by_hand(table):
     assert out["advantage_std"].item() == 1.5
 
 
-def test_one_ratio_per_decision_metrics(table):
-    policy, batch = table
-    batch["vla_action", "log_probs"][0, 1] = math.log(0.125)  # ratios 2, 2 | 1
+def test_one_ratio_per_decision_metrics(table, decisions):
+    decisions["vla_action", "log_probs"][0, 1] = math.log(0.125)  # ratios 2, 2 | 1
     for level, ratio in (("sequence", 4.0), ("sequence_mean", 2.0)):
-        out = GRPOLoss(policy, ratio_level=level)(batch)
+        out = GRPOLoss(table, ratio_level=level)(decisions)
         assert out["max_ratio"].item() == pytest.approx(ratio)
         assert out["clip_fraction"].item() == 0.5
         assert out["loss_objective"].item() == pytest.approx(-(1.28 - 2) / 2, rel=1e-5)
 
 
-def test_decoupled_by_hand(table):
-    policy, batch = table
+def test_decoupled_by_hand(table, decisions):
     # proximal probabilities 0.4, 0.5, 0.2: trust ratios 5/4, 1/2, 5/4; weights 8/5, 1 and 4/5
-    batch["proximal_log_prob"] = torch.tensor([[[0.4], [0.5]], [[0.2], [0.9]]]).log()
-    loss = GRPOLoss(policy, importance="decoupled", clip_epsilon=0.2, behavior_weight_cap=1.5)
-    out = loss(batch)
+    decisions["proximal_log_prob"] = torch.tensor([[[0.4], [0.5]], [[0.2], [0.9]]]).log()
+    loss = GRPOLoss(table, importance="decoupled", clip_epsilon=0.2, behavior_weight_cap=1.5)
+    out = loss(decisions)
     gains = 1.5 * 1.2 + 1.0 * 0.5 + 0.8 * 1.25 * -2
     assert out["loss_objective"].item() == pytest.approx(-gains / 3, rel=1e-5)
     assert out["behavior_weight"].item() == pytest.approx((1.5 + 1 + 0.8) / 3)
@@ -169,32 +180,30 @@ def test_decoupled_by_hand(table):
     assert out["max_ratio"].item() == pytest.approx(2.0)  # to the behaviour policy, uncut
 
 
-def test_row_weight_and_dual_clip(table):
-    policy, batch = table
-    batch["importance"] = torch.tensor([[0.5], [3.0]])
-    loss = GRPOLoss(policy)
+def test_row_weight_and_dual_clip(table, decisions):
+    decisions["importance"] = torch.tensor([[0.5], [3.0]])
+    loss = GRPOLoss(table)
     loss.set_keys(weight="importance")
     expected = (0.5 * (1.28 + 0.5) + 3.0 * -2) / (0.5 * 2 + 3.0)
-    assert loss(batch)["loss_objective"].item() == pytest.approx(-expected, rel=1e-5)
-    batch["vla_action", "log_probs"][1, 0] = math.log(0.025)  # ratio 10, advantage -2
-    free = GRPOLoss(policy)(batch)["loss_objective"].item()
-    bounded = GRPOLoss(policy, dual_clip=3.0)(batch)["loss_objective"].item()
+    assert loss(decisions)["loss_objective"].item() == pytest.approx(-expected, rel=1e-5)
+    decisions["vla_action", "log_probs"][1, 0] = math.log(0.025)  # ratio 10, advantage -2
+    free = GRPOLoss(table)(decisions)["loss_objective"].item()
+    bounded = GRPOLoss(table, dual_clip=3.0)(decisions)["loss_objective"].item()
     assert free - bounded == pytest.approx((20 - 6) / 3, rel=1e-5)
 
 
-def test_kl_to_reference_by_hand(table):
-    policy, batch = table
+def test_kl_to_reference_by_hand(table, decisions):
     ref = torch.tensor([[[0.25], [0.25]], [[0.5], [0.9]]])
-    batch["ref_log_prob"] = ref.log()  # log ref / pi: -log 2, 0, log 2
+    decisions["ref_log_prob"] = ref.log()  # log ref / pi: -log 2, 0, log 2
     k3 = (0.5 - 1 + math.log(2)) + 0 + (2 - 1 - math.log(2))
     for estimator, expected in (("k3", k3 / 3), ("k2", math.log(2) ** 2 / 3)):
-        out = GRPOLoss(policy, kl_to_ref_coeff=0.5, kl_estimator=estimator)(batch)
+        out = GRPOLoss(table, kl_to_ref_coeff=0.5, kl_estimator=estimator)(decisions)
         assert out["kl_to_ref"].item() == pytest.approx(expected, rel=1e-5)
         assert out["loss_kl"].item() == pytest.approx(0.5 * expected, rel=1e-5)
-    reference = type(policy)([0.25, 0.5, 0.25])
-    loss = GRPOLoss(policy, kl_to_ref_coeff=1.0, kl_estimator="exact", reference_network=reference)
+    reference = type(table)([0.25, 0.5, 0.25])
+    loss = GRPOLoss(table, kl_to_ref_coeff=1.0, kl_estimator="exact", reference_network=reference)
     expected = 0.5 * math.log(2) + 0.25 * math.log(0.5)
-    assert loss(batch)["loss_kl"].item() == pytest.approx(expected, rel=1e-5)
+    assert loss(decisions)["loss_kl"].item() == pytest.approx(expected, rel=1e-5)
 
 
 # -- parity ----------------------------------------------------------------------------------------
@@ -216,42 +225,34 @@ def test_same_loss_and_gradient_as_clip_ppo(clip, level):
     drift(policy)
     reference = make_clip_ppo(policy, clip_epsilon=clip, entropy_coeff=0.0, entropy_bonus=False)
     expected = reference(theirs)
-    expected["loss_objective"].backward()
-    expected_grads = gradients(policy)
+    expected_grads = gradients(policy, expected["loss_objective"])
     out = GRPOLoss(policy, clip_epsilon=clip, ratio_level=level)(ours)
-    out["loss_objective"].backward()
     assert 0 < expected["clip_fraction"].item() < 1  # the clip is at work
     torch.testing.assert_close(out["loss_objective"], expected["loss_objective"])
     torch.testing.assert_close(out["clip_fraction"], expected["clip_fraction"])
     torch.testing.assert_close(out["max_ratio"], expected["max_ratio"])
-    torch.testing.assert_close(gradients(policy), expected_grads, rtol=1e-4, atol=1e-6)
+    grads = gradients(policy, out["loss_objective"])
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-6)
 
 
-def test_same_entropy_bonus_as_clip_ppo():
-    policy = make_policy()
-    batch = make_batch(policy)
-    make_clip_ppo(policy, entropy_coeff=0.3)(batch.clone())["loss_entropy"].backward()
-    expected = gradients(policy)
-    GRPOLoss(policy, entropy_coeff=0.3)(batch)["loss_entropy"].backward()
-    torch.testing.assert_close(gradients(policy), expected)
+def test_same_entropy_bonus_as_clip_ppo(policy, batch):
+    theirs, ours = make_clip_ppo(policy, entropy_coeff=0.3), GRPOLoss(policy, entropy_coeff=0.3)
+    expected = gradients(policy, theirs(batch.clone())["loss_entropy"])
+    torch.testing.assert_close(gradients(policy, ours(batch)["loss_entropy"]), expected)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("importance", ["behavior", "decoupled"])
-def test_fresh_data_gives_the_reinforce_gradient(level, importance):
-    policy = make_policy()
-    batch = make_batch(policy)
+def test_fresh_data_gives_the_reinforce_gradient(policy, batch, level, importance):
     loss = GRPOLoss(policy, ratio_level=level, importance=importance, reduction="sum")
     loss.write_proximal_log_prob(batch)
     out = loss(batch)
-    out["loss_objective"].backward()
-    ours = gradients(policy)
+    ours = gradients(policy, out["loss_objective"])
     log_prob = policy.get_dist(batch).log_prob(batch["vla_action", "tokens"])
     weighted = batch["advantage"].squeeze(-1) * log_prob.sum((-2, -1))
     if level == "sequence_mean":
         weighted = weighted / log_prob[0].numel()
-    (-weighted.sum()).backward()
-    torch.testing.assert_close(ours, gradients(policy), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, gradients(policy, -weighted.sum()), rtol=1e-4, atol=1e-5)
     assert out["ESS"].item() == pytest.approx(1.0)
     assert out["clip_fraction"].item() == 0.0
     assert out["kl_approx"].item() == pytest.approx(0.0, abs=1e-6)
@@ -260,8 +261,7 @@ def test_fresh_data_gives_the_reinforce_gradient(level, importance):
 # -- invariances -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_micro_batches_sum_to_the_whole_batch(level, reduction):
-    policy = make_policy()
+def test_micro_batches_sum_to_the_whole_batch(policy, level, reduction):
     batch = make_batch(policy, pads=True)
     drift(policy)
     reference = copy.deepcopy(policy)
@@ -270,42 +270,34 @@ def test_micro_batches_sum_to_the_whole_batch(level, reduction):
     loss = GRPOLoss(policy, ratio_level=level, reduction=reduction, **options)
     names = ("loss_objective", "loss_entropy", "loss_kl")
     whole = loss(batch)
-    sum(whole[name] for name in names).backward()
-    expected = gradients(policy)
+    expected = gradients(policy, sum(whole[name] for name in names))
     total = loss.normaliser(batch)
-    parts = []
-    for part in batch.split([1, 3, 2]):
-        out = loss(part, normaliser=total)
-        sum(out[name] for name in names).backward()
-        parts.append(out.detach())
+    parts = [loss(part, normaliser=total) for part in batch.split([1, 3, 2])]
     for name in names:
-        torch.testing.assert_close(sum(part[name] for part in parts), whole[name].detach())
-    torch.testing.assert_close(gradients(policy), expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(sum(part[name] for part in parts), whole[name])
+    grads = gradients(policy, sum(part[name] for part in parts for name in names))
+    torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("garbage", [0.0, torch.nan, torch.inf])
-def test_what_was_never_executed_does_not_count(level, garbage):
-    policy = make_policy()
+def test_what_was_never_executed_does_not_count(policy, level, garbage):
     batch = make_batch(policy, pads=True)
     drift(policy)
     loss = GRPOLoss(policy, ratio_level=level)
     expected = loss(batch)
-    expected["loss_objective"].backward()
-    grads = gradients(policy)
+    grads = gradients(policy, expected["loss_objective"])
     pad = batch["action_is_pad"]
     batch["vla_action", "log_probs"][pad] = garbage
     batch["vla_action", "tokens"][pad] = -100
     out = loss(batch)
-    out["loss_objective"].backward()
     torch.testing.assert_close(out.detach(), expected.detach())
-    torch.testing.assert_close(gradients(policy), grads)
+    torch.testing.assert_close(gradients(policy, out["loss_objective"]), grads)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_nothing_executed_and_zero_advantage(level, reduction):
-    policy = make_policy()
+def test_nothing_executed_and_zero_advantage(policy, level, reduction):
     loss = GRPOLoss(policy, ratio_level=level, reduction=reduction)
     batch = make_batch(policy, 2)
     batch["advantage"].zero_()
@@ -315,27 +307,26 @@ def test_nothing_executed_and_zero_advantage(level, reduction):
     drift(policy)
     for case in (batch, padded, padded[:1]):
         out = loss(case)
-        out["loss_objective"].backward()
         assert out["loss_objective"].item() == 0.0
         assert all(bool(value.isfinite()) for value in out.values())
-        assert all(not grad.any() for grad in gradients(policy))
+        assert all(not grad.any() for grad in gradients(policy, out["loss_objective"]))
 
 
 @pytest.mark.parametrize(("num_rows", "log_prob"), [(1, -1e6), (2, -torch.inf), (5, -1.0)])
-def test_any_batch_size_and_impossible_behaviour_stay_finite(num_rows, log_prob):
-    policy = make_policy()
+def test_any_batch_size_and_impossible_behaviour_stay_finite(policy, num_rows, log_prob):
     batch = make_batch(policy, num_rows)
     batch["vla_action", "log_probs"][0] = log_prob
     for level in LEVELS:
         options = {"dual_clip": 3.0, "entropy_coeff": 0.1, "check_finite": False}
         out = GRPOLoss(policy, ratio_level=level, **options)(batch)
-        (out["loss_objective"] + out["loss_entropy"]).backward()
+        grads = gradients(policy, out["loss_objective"] + out["loss_entropy"])
         assert all(value.shape == () and bool(value.isfinite()) for value in out.values())
-        assert all(bool(grad.isfinite().all()) for grad in gradients(policy))
+        assert all(bool(grad.isfinite().all()) for grad in grads)
 
 
 # -- the finite check ------------------------------------------------------------------------------
 TOKENS, LOG_PROBS = ("vla_action", "tokens"), ("vla_action", "log_probs")
+STATE = ("observation", "state")
 
 
 def make_full_batch(policy):
@@ -371,8 +362,7 @@ def test_values_out_of_range_are_refused_by_name_and_row(key, value, message):
         loss(batch)
 
 
-def test_a_token_that_the_policy_forbids_and_what_has_no_rows():
-    policy = make_policy()
+def test_a_token_that_the_policy_forbids_and_what_has_no_rows(policy):
     loss, batch = make_full_batch(policy)
     for normaliser in (math.nan, -1.0):
         with pytest.raises(ValueError, match="normaliser must be finite, at least 0, got .*loss.n"):
@@ -403,16 +393,8 @@ def test_a_token_that_the_policy_forbids_and_what_has_no_rows():
         ("policy_version", torch.float32, "policy_version must hold integers"),
         ("action_is_pad", torch.uint8, "action_is_pad must be boolean"),
         (("collector", "mask"), torch.float32, "must hold one boolean for each decision"),
-        (
-            ("observation", "state"),
-            torch.zeros(6, 9),
-            r"must hold inputs that the policy takes, .*state'\): \(\[6, 9\]",
-        ),
-        (
-            ("observation", "state"),
-            torch.full((6, 3), 1j),
-            "the policy's inputs must be real, got complex .*state",
-        ),
+        (STATE, torch.zeros(6, 9), r"hold inputs that the policy takes, .*state'\): \(\[6, 9\]"),
+        (STATE, torch.full((6, 3), 1j), "the policy's inputs must be real, got complex .*state"),
     ],
 )
 def test_wrong_shapes_and_dtypes(key, wrong, message):
@@ -422,13 +404,13 @@ def test_wrong_shapes_and_dtypes(key, wrong, message):
         loss(batch)
 
 
-def test_empty_batches_and_distributions_that_would_broadcast(table):
-    policy, batch = table
+def test_empty_batches_and_distributions_that_would_broadcast(table, decisions):
     with pytest.raises(ValueError, match=r"at least one token, got tokens \[0, 2, 1\]"):
-        GRPOLoss(policy)(batch[:0])
-    batch[TOKENS], batch[LOG_PROBS] = (batch[key].expand(2, 2, 3) for key in (TOKENS, LOG_PROBS))
+        GRPOLoss(table)(decisions[:0])
+    for key in (TOKENS, LOG_PROBS):
+        decisions[key] = decisions[key].expand(2, 2, 3)
     with pytest.raises(ValueError, match=r"for each token, of shape \[2, 2, 3\], got \[2, 2, 1\]"):
-        GRPOLoss(policy)(batch)
+        GRPOLoss(table)(decisions)
 
 
 @settings(max_examples=60, deadline=None)
@@ -488,9 +470,8 @@ class LayerPolicy(TablePolicy):
         (nn.Dropout(0.5), r"layer \(Dropout\)"),
     ],
 )
-def test_another_mode_than_the_inference_lanes_is_told_once(table, layer, message):
-    torch.manual_seed(0)
-    batch, policy = table[1], LayerPolicy(layer)
+def test_another_mode_than_the_inference_lanes_is_told_once(decisions, layer, message):
+    batch, policy = decisions, LayerPolicy(layer)
     batch["policy_version"] = torch.tensor([[0], [0]])
     # as the lane writes them, in eval mode
     batch[LOG_PROBS] = torch.tensor([[[0.5], [0.25]], [[0.25], [0.25]]]).log()
@@ -515,26 +496,26 @@ def test_another_mode_than_the_inference_lanes_is_told_once(table, layer, messag
 
 
 # -- as a LossModule -------------------------------------------------------------------------------
-def test_coefficients_may_be_set_at_any_time(table):
-    policy, batch = table
-    batch["ref_log_prob"] = torch.tensor([[[0.25], [0.25]], [[0.5], [0.9]]]).log()
-    loss = GRPOLoss(policy)
-    assert loss(batch)["loss_entropy"].item() == 0.0
+def test_coefficients_may_be_set_at_any_time(table, decisions):
+    decisions["ref_log_prob"] = torch.tensor([[[0.25], [0.25]], [[0.5], [0.9]]]).log()
+    loss = GRPOLoss(table)
+    assert loss(decisions)["loss_entropy"].item() == 0.0
     loss.entropy_coeff, loss.kl_to_ref_coeff, loss.clip_epsilon = 0.5, 0.5, (0.1, 0.5)
-    out = loss(batch)
+    out = loss(decisions)
     assert set(out.keys()) == set(loss.out_keys)
     assert "ref_log_prob" in loss.in_keys
     assert out["loss_entropy"].item() == pytest.approx(-0.5 * 1.5 * math.log(2), rel=1e-5)
     assert out["loss_kl"].item() == pytest.approx(0.5 * 0.5 / 3, rel=1e-5)  # as by hand above
     assert out["loss_objective"].item() == pytest.approx(-(1.5 + 0.5 - 2) / 3, abs=1e-6)
-    loss.load_state_dict(GRPOLoss(policy, entropy_coeff=0.25).state_dict())
-    assert loss(batch)["loss_entropy"].item() == pytest.approx(-0.25 * 1.5 * math.log(2), rel=1e-5)
+    loss.load_state_dict(GRPOLoss(table, entropy_coeff=0.25).state_dict())
+    assert loss(decisions)["loss_entropy"].item() == pytest.approx(
+        -0.25 * 1.5 * math.log(2), rel=1e-5
+    )
     with pytest.raises(ValueError, match="0 <= low < 1"):
         loss.clip_epsilon = 1.5
 
 
-def test_networks_of_a_loss_module():
-    policy = make_policy()
+def test_networks_of_a_loss_module(policy):
     loss = GRPOLoss(policy, kl_to_ref_coeff=0.1, reference_network=copy.deepcopy(policy))
     other = copy.deepcopy(loss.get_stateful_net("actor_network"))
     drift(other)
@@ -556,8 +537,7 @@ def test_networks_of_a_loss_module():
     torch.testing.assert_close(found, loss(batch)["loss_objective"].detach().expand(2))
 
 
-def test_only_the_actor_is_trained():
-    policy = make_policy()
+def test_only_the_actor_is_trained(policy):
     reference = copy.deepcopy(policy)
     loss = GRPOLoss(policy, kl_to_ref_coeff=0.1, reference_network=reference)
     assert {id(p) for p in loss.parameters()} == {id(p) for p in policy.parameters()}
@@ -566,21 +546,20 @@ def test_only_the_actor_is_trained():
     assert out["loss_kl"].item() == pytest.approx(0.0, abs=1e-6)
     drift(policy)
     out = loss(batch)
-    (out["loss_objective"] + out["loss_kl"]).backward()
+    grads = gradients(policy, out["loss_objective"] + out["loss_kl"])
     assert out["kl_to_ref"].item() > 0
     assert all(p.grad is None for p in reference.parameters())
-    assert any(grad.any() for grad in gradients(policy))
+    assert any(grad.any() for grad in grads)
 
 
-def test_one_forward_pass_gives_losses_with_gradient_and_leaves_the_batch_alone(table):
-    policy, batch = table
-    before = batch.clone()
-    out = GRPOLoss(policy, entropy_coeff=0.1)(batch)
-    assert policy.num_forwards == 1
+def test_one_forward_pass_gives_losses_with_gradient_and_leaves_the_batch_alone(table, decisions):
+    before = decisions.clone()
+    out = GRPOLoss(table, entropy_coeff=0.1)(decisions)
+    assert table.num_forwards == 1
     for name, value in out.items():
         assert value.requires_grad == name.startswith("loss_"), name
-    assert set(batch.keys(True, True)) == set(before.keys(True, True))
-    assert (batch == before).all()
+    assert set(decisions.keys(True, True)) == set(before.keys(True, True))
+    assert (decisions == before).all()
 
 
 @pytest.mark.parametrize("container", [False, True])
@@ -588,35 +567,30 @@ def test_stored_logits_do_not_replace_the_forward_pass(container):
     policy = make_policy(return_logits=True, return_vla_action_container=container)
     batch = make_batch(policy)
     assert batch["vla_action"].logits is not None if container else True
-    GRPOLoss(policy)(batch)["loss_objective"].backward()
-    assert any(grad.any() for grad in gradients(policy))
+    assert any(grad.any() for grad in gradients(policy, GRPOLoss(policy)(batch)["loss_objective"]))
 
 
-def test_masks_of_torchrl_samplers_and_scheduled_coefficients_count(table):
-    policy, batch = table
-    loss = GRPOLoss(policy)
+def test_masks_of_torchrl_samplers_and_scheduled_coefficients_count(table, decisions):
+    loss = GRPOLoss(table)
     loss.clip_epsilon_high = 0.5
     assert loss.clip_epsilon_high.dtype == torch.float32
-    assert loss(batch)["loss_objective"].item() == pytest.approx(-(1.5 + 0.5 - 2) / 3, abs=1e-6)
-    batch["collector", "mask"] = torch.tensor([[True], [False]])
-    assert loss(batch)["loss_objective"].item() == pytest.approx(-(1.5 + 0.5) / 2, rel=1e-5)
+    assert loss(decisions)["loss_objective"].item() == pytest.approx(-(1.5 + 0.5 - 2) / 3, abs=1e-6)
+    decisions["collector", "mask"] = torch.tensor([[True], [False]])
+    assert loss(decisions)["loss_objective"].item() == pytest.approx(-(1.5 + 0.5) / 2, rel=1e-5)
 
 
-def test_policy_lag(table):
-    policy, batch = table
-    loss = GRPOLoss(policy)
+def test_policy_lag(table, decisions):
+    loss = GRPOLoss(table)
     loss.version = 8
     for stamps in ([[7], [4]], [7, 4]):  # as this project's lane, and as TorchRL's servers do
-        out = loss(batch.set("policy_version", torch.tensor(stamps)))
+        out = loss(decisions.set("policy_version", torch.tensor(stamps)))
         assert out["policy_lag_mean"].item() == 2.5
         assert out["policy_lag_max"].item() == 4.0
     loss.version = None
-    assert "policy_lag_mean" not in loss(batch)
+    assert "policy_lag_mean" not in loss(decisions)
 
 
-def test_write_proximal_log_prob_centres_the_clip_range():
-    policy = make_policy()
-    batch = make_batch(policy)
+def test_write_proximal_log_prob_centres_the_clip_range(policy, batch):
     drift(policy, 0.5)
     loss = GRPOLoss(policy, importance="decoupled", behavior_weight_cap=None)
     with pytest.raises(KeyError, match="write_proximal_log_prob"):
@@ -631,9 +605,7 @@ def test_write_proximal_log_prob_centres_the_clip_range():
     torch.testing.assert_close(out["loss_objective"].detach(), expected)
 
 
-def test_set_keys():
-    policy = make_policy()
-    batch = make_batch(policy)
+def test_set_keys(policy, batch):
     loss = GRPOLoss(policy)
     expected = loss(batch)
     batch.rename_key_("advantage", "adv")
@@ -647,8 +619,7 @@ def test_set_keys():
         loss.set_keys(value="v")
 
 
-def test_called_without_a_tensordict():
-    policy = make_policy()
+def test_called_without_a_tensordict(policy):
     batch = make_batch(policy, 2)
     loss = GRPOLoss(policy)
     expected = loss(batch)["loss_objective"]
@@ -668,8 +639,7 @@ def test_called_without_a_tensordict():
 @pytest.mark.parametrize(
     "options", [{}, {"entropy_coeff": 0.1}, {"importance": "decoupled"}, {"kl_to_ref_coeff": 0.1}]
 )
-def test_out_keys_are_what_is_written(options):
-    policy = make_policy()
+def test_out_keys_are_what_is_written(policy, options):
     loss = GRPOLoss(policy, **options)
     batch = loss.write_proximal_log_prob(make_batch(policy))
     batch["ref_log_prob"] = batch["vla_action", "log_probs"]
@@ -678,9 +648,6 @@ def test_out_keys_are_what_is_written(options):
 
 
 def test_transformers_policy():
-    pytest.importorskip("transformers")
-    from torchrl_dvla.modules import TransformersVLA
-
     policy = TransformersVLA.tiny(["push", "pull"], action_dim=2, chunk_size=3, state_dim=4)
     batch = make_observation(3, image_size=128, state_dim=4)
     batch["action_is_pad"] = torch.tensor([[False] * 3, [False, True, True], [True] * 3])
@@ -708,9 +675,7 @@ def test_transformers_policy():
         (("observation", "image"), "Environment workers write observations"),
     ],
 )
-def test_missing_entry_names_its_writer(key, writer):
-    policy = make_policy()
-    batch = make_batch(policy)
+def test_missing_entry_names_its_writer(policy, batch, key, writer):
     del batch[key]
     with pytest.raises(KeyError) as error:
         GRPOLoss(policy)(batch)
@@ -741,8 +706,7 @@ def test_options_out_of_range(options, message):
         GRPOLoss(make_policy(), **options)
 
 
-def test_policies_and_references_that_make_no_sense():
-    policy = make_policy()
+def test_policies_and_references_that_make_no_sense(policy):
     with pytest.raises(KeyError, match="Pass reference_network"):
         GRPOLoss(policy, kl_to_ref_coeff=0.1)(make_batch(policy))
     with pytest.raises(ValueError, match="must not share parameters"):

@@ -4,7 +4,6 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
-import json
 import os
 import shutil
 
@@ -56,23 +55,14 @@ def libero_policy(tmp_path_factory):
         ),
         ("memory.env_bytes=64KB", "env_bytes must be at least .* an update needs"),
         ("memory.model_bytes=1MB", "model_bytes must .* got 1048576"),
+        # 2 * 8 + 1 groups of 8 million rollouts, several hundred gigabytes
+        ("group.group_size=8000000", "env_bytes must fit in memory, got .* lower .*group_size"),
+        ("log.dir=/dev/null/runs", r"log\.dir must be a folder that can be written to"),
         ("checkpoint.resume=nowhere", r"checkpoint\.resume must be the folder of a training check"),
     ],
 )
 def test_settings_that_cannot_work(settings, ends_early, override, message):
     ends_early(settings("toy", *override.split()), (ValueError, FileNotFoundError), message)
-
-
-def test_an_unwritable_log_folder(settings, ends_early, tmp_path):
-    (tmp_path / "file").write_text("")
-    cfg = settings("toy", f"log.dir={tmp_path / 'file' / 'runs'}")
-    ends_early(cfg, ValueError, r"log\.dir must be a folder that can be written to")
-
-
-def test_no_shared_memory_left(settings, ends_early):
-    # 2 * 8 + 1 groups of 8 million rollouts, several hundred gigabytes
-    cfg = settings("toy", "group.group_size=8000000")
-    ends_early(cfg, ValueError, r"env_bytes must fit in memory, got .* lower .*group_size")
 
 
 # -- checkpoints ----------------------------------------------------------------------------------
@@ -213,14 +203,12 @@ def test_a_policy_checkpoint_that_is_not_there(settings, ends_early):
 def test_libero_settings_that_cannot_work(
     settings, ends_early, libero_policy, overrides, error, message
 ):
-    pytest.importorskip("libero")
     cfg = settings("libero", f"policy.checkpoint={libero_policy}", *overrides)
     ends_early(cfg, error, message)
 
 
 @pytest.mark.libero
 def test_missing_assets(settings, ends_early, monkeypatch, tmp_path):
-    pytest.importorskip("libero")
     from torchrl_dvla.envs import libero_setup
 
     monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path))
@@ -229,18 +217,9 @@ def test_missing_assets(settings, ends_early, monkeypatch, tmp_path):
 
 
 @pytest.mark.libero
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [("truncated", "The file is truncated"), ("foreign", "is a transformers checkpoint")],
-)
-def test_a_damaged_policy_checkpoint(
-    settings, ends_early, libero_policy, tmp_path, damage, message
-):
-    pytest.importorskip("libero")
+def test_a_truncated_policy_checkpoint(settings, ends_early, libero_policy, tmp_path):
     folder = shutil.copytree(libero_policy, tmp_path / "copy")
-    if damage == "truncated":
-        (weights,) = folder.glob("*.safetensors")
-        weights.write_bytes(weights.read_bytes()[:-100])
-    else:
-        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    ends_early(settings("libero", f"policy.checkpoint={folder}"), ValueError, message)
+    (weights,) = folder.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    cfg = settings("libero", f"policy.checkpoint={folder}")
+    ends_early(cfg, ValueError, "The file is truncated")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from torchrl_dvla.collectors import InitStateSchedule
 from torchrl_dvla.envs import LiberoChunkEnv, ToyChunkEnv
 from torchrl_dvla.modules import TransformersVLA
 from torchrl_dvla.objectives import GRPOLoss
@@ -76,8 +77,6 @@ def test_progress_is_that_of_the_budget_used_up_most(
 
 
 def test_held_out_episodes_are_never_trained_on(settings, recipe):
-    from torchrl_dvla.collectors import InitStateSchedule
-
     held_out, subset = recipe.utils.make_evaluation_episodes(settings("toy"))
     assert len(set(held_out)) == 50
     assert set(subset) < set(held_out) and len(subset) == 16

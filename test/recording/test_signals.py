@@ -8,6 +8,7 @@ import faulthandler
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -94,15 +95,8 @@ def test_the_previous_handlers_come_back():
 
 
 def test_it_belongs_to_the_main_thread():
-    errors = []
-
-    def enter():
-        try:
-            GracefulStop().__enter__()
-        except ValueError as error:
-            errors.append(str(error))
-
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join(TIMEOUT_S)
-    assert errors[0].startswith("GracefulStop must be entered in the main thread, got 'Thread-")
+    entered = ThreadPoolExecutor(1).submit(lambda: GracefulStop().__enter__())
+    with pytest.raises(
+        ValueError, match="^GracefulStop must be entered in the main thread, got 'T"
+    ):
+        entered.result(TIMEOUT_S)

@@ -2,8 +2,6 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Environment workers as processes."""
-
 from __future__ import annotations
 
 import functools
@@ -47,14 +45,6 @@ def test_how_a_worker_ended_is_its_last_event(start):
     processes.workers[1].process.kill()
     assert processes.receive(1) == "dvla-env-1 was ended by SIGKILL."
     processes.send(1, None)  # that a worker is gone is no error of the sender
-
-
-def test_an_environment_that_cannot_be_built_is_reported_once(start):
-    def broken():
-        raise OSError("no such simulator")
-
-    with pytest.raises(RuntimeError, match="(?s)create_env_fn failed in dvla-env-.*no such simul"):
-        start({"default": broken}).wait_ready(60.0)
 
 
 def test_a_factory_that_cannot_be_sent_is_named(start):

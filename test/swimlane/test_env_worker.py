@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 from typing import ClassVar
 
@@ -57,15 +57,22 @@ def layout_of(env):
     return decision_layout(observation, chunk_size=specs.chunk_size, action_dim=specs.action_dim)
 
 
-@pytest.fixture
-def worker_and_rows():
-    with EnvironmentPool(layout_of(make_env()), num_pages=4, rows_per_page=4) as pool:
-        pages = [pool.lease("w"), pool.lease("w")]
-        assert [(int(page), page.generation) for page in pages] == [(0, 0), (1, 0)]
-        worker = EnvWorker({"default": make_env}, num_envs=2)
+@contextlib.contextmanager
+def working(make, num_envs=1, rows_per_page=4):
+    """A worker with a page for each of its environments, and the rows."""
+    with EnvironmentPool(layout_of(make()), num_envs, rows_per_page) as pool:
+        for _ in range(num_envs):
+            pool.lease("w")
+        worker = EnvWorker({"default": make}, num_envs)
         worker.use_pool(pool.worker_view())
         yield worker, pool.rows
         worker.close()
+
+
+@pytest.fixture
+def worker_and_rows():
+    with working(make_env, num_envs=2) as worker_and_rows:
+        yield worker_and_rows
 
 
 def test_observations_land_in_the_rows_that_were_named(worker_and_rows):
@@ -104,17 +111,6 @@ def test_two_environments_of_one_worker_do_not_mix(worker_and_rows):
     assert rows["observation", "image"][5, 0, 0, 0] == env.scene(3, 2).scene_id
 
 
-@contextlib.contextmanager
-def working(make):
-    """A worker with one environment, and its rows."""
-    with EnvironmentPool(layout_of(make()), num_pages=1, rows_per_page=4) as pool:
-        pool.lease("w")
-        worker = EnvWorker({"default": make}, num_envs=1)
-        worker.use_pool(pool.worker_view())
-        yield worker, pool.rows
-        worker.close()
-
-
 class BufferedEnv(CountingChunkEnv):
     """Draws into one buffer, step after step, as a renderer does; the buffer may be shared."""
 
@@ -134,11 +130,8 @@ def test_what_a_step_returns_is_written_before_the_next_step(is_shared):
     one = torch.zeros(3, 16, 16, dtype=torch.uint8) if is_shared else None
     factory = functools.partial(BufferedEnv, buffer=one, chunk_size=4, max_env_steps=40)
     scenes = [factory().scene(3, 1).scene_id, factory().scene(3, 2).scene_id]
-    with EnvironmentPool(layout_of(make_env()), num_pages=2, rows_per_page=8) as pool:
-        pool.lease("w"), pool.lease("w")
-        worker = EnvWorker({"default": factory}, num_envs=2)
-        worker.use_pool(pool.worker_view())
-        images = pool.rows["observation", "image"][:, :2, 0, 0]  # scene, number of the decision
+    with working(factory, num_envs=2, rows_per_page=8) as (worker, rows):
+        images = rows["observation", "image"][:, :2, 0, 0]  # scene, number of the decision
         for env_index in range(2):
             row = 8 * env_index
             worker.reset(reset(env_index, 1 + env_index, row=row))
@@ -147,7 +140,6 @@ def test_what_a_step_returns_is_written_before_the_next_step(is_shared):
             row, other = number, 8 + number
             worker.step(step(0, row, next_row=row + 1))
             worker.step(step(1, other, next_row=other + 1))
-        worker.close()
         assert images[1:5].tolist() == [[scenes[0], number] for number in range(1, 5)]
         assert images[9:13].tolist() == [[scenes[1], number] for number in range(1, 5)]
 
@@ -392,26 +384,18 @@ def test_actions_outside_of_the_action_spec_are_clipped_and_counted(bounds):
 
 @pytest.fixture
 def serve():
-    """Serves an environment factory from a thread; gives the pipe and where the thread ended."""
-    threads = []
+    """Serves an environment factory from a thread, and gives the pipe to it."""
+    workers = []
 
     def start(factory, num_envs=2):
         ours, theirs = Pipe()
         args = (theirs, cloudpickle.dumps({"default": factory}), "default", num_envs)
-        threads.append(threading.Thread(target=run, args=args))
-        threads[-1].start()
+        workers.append(ThreadPoolExecutor(1).submit(run_env_worker, *args))
         return ours
 
-    def run(*args):
-        try:
-            run_env_worker(*args)
-        except SystemExit:
-            pass
-
     yield start
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
+    for worker in workers:
+        assert isinstance(worker.exception(60), SystemExit | None)
 
 
 @pytest.fixture

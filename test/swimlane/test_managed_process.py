@@ -237,10 +237,10 @@ if __name__ == "__main__":
 """
 
 
-def test_a_script_that_stops_nothing_ends_with_its_processes(tmp_path):
+def test_a_script_that_stops_nothing_ends_with_its_processes(tmp_path, run_python):
     script = tmp_path / "script.py"
     script.write_text(EXITING)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300.0)
+    done = run_python(script)
     assert done.returncode == 1 and "ValueError: a mistake in the script" in done.stderr
     pids = [line for line in done.stdout.splitlines() if line.isdigit()]
     assert pids and all(has_ended(pid) for pid in pids), "one that was started during the exit too"

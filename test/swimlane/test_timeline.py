@@ -2,13 +2,12 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""What the timeline says about known spans."""
-
 from __future__ import annotations
 
 import itertools
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -167,12 +166,11 @@ def test_threads_may_record_while_others_read():
         for k in range(5_000):
             track.add(k, k + 1.0, "step")
 
-    threads = [threading.Thread(target=record, args=(str(k),)) for k in range(3)]
-    for thread in threads:
-        thread.start()
-    go.set()
-    while any(thread.is_alive() for thread in threads):
-        timeline.usage()
+    with ThreadPoolExecutor(3) as threads:
+        recordings = [threads.submit(record, str(k)) for k in range(3)]
+        go.set()
+        while not all(recording.done() for recording in recordings):
+            timeline.usage()
     assert timeline.usage().busy_s["sampling"] == 15_000.0
     assert len(timeline.spans()) == 15_000
 

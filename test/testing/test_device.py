@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -85,10 +86,7 @@ def test_module_that_raises_frees_the_device(fake):
     module = emulate_latency(nn.Linear(2, 3), emulated)
     with pytest.raises(RuntimeError):
         module(torch.zeros(1, 7))
-    free = threading.Thread(target=lambda: module(torch.zeros(1, 2)), daemon=True)
-    free.start()
-    free.join(10)
-    assert not free.is_alive()
+    assert ThreadPoolExecutor(1).submit(module, torch.zeros(1, 2)).result(10).shape == (1, 3)
     assert emulated.num_calls == 2
 
 
@@ -111,14 +109,11 @@ def test_one_device_serves_one_caller_after_the_other():
         assert release.wait(10)
         order.append("first")
 
-    slow = threading.Thread(target=emulated.wrap(first))
-    queued = threading.Thread(target=emulated.wrap(lambda: order.append("second")))
-    slow.start()
-    assert inside.wait(10)
-    queued.start()
-    release.set()
-    slow.join(10)
-    queued.join(10)
+    with ThreadPoolExecutor(2) as threads:
+        threads.submit(emulated.wrap(first))
+        assert inside.wait(10)
+        threads.submit(emulated.wrap(lambda: order.append("second")))
+        release.set()
     assert order == ["first", "second"]
 
 

@@ -2,8 +2,6 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""A store of one small layer."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -2,7 +2,6 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-
 """Low-rank adapters, in layers with the names and attributes that PEFT gives them."""
 
 from __future__ import annotations
@@ -97,7 +96,6 @@ def test_a_plain_model_serves_the_merged_weights(option, adapters):
             torch.testing.assert_close(served(INPUTS), learner(INPUTS), rtol=1e-5, atol=1e-5)
             train(learner)
             store.publish()
-        reader.close()
 
 
 def test_frozen_weights_travel_once_and_only_adapted_layers_are_private():
@@ -118,7 +116,6 @@ def test_frozen_weights_travel_once_and_only_adapted_layers_are_private():
         for _ in range(5):
             store.publish()
         assert store.stats().num_deferred == 0
-        first.close(), second.close()
 
 
 def test_a_reader_on_an_old_slot_keeps_its_adapters_while_new_ones_are_published():
@@ -140,7 +137,6 @@ def test_a_reader_on_an_old_slot_keeps_its_adapters_while_new_ones_are_published
         assert holder.adopt_into(old) == 5
         torch.testing.assert_close(old(INPUTS), learner(INPUTS), rtol=0, atol=0)
         assert store.stats().bytes_total == 6 * 4 * 22  # 22 elements of the adapters, six times
-        holder.close(), late.close()
 
 
 def test_merging_again_and_again_adds_no_error():
@@ -164,18 +160,6 @@ def test_merging_again_and_again_adds_no_error():
         base = layer_of(learner).base_layer.weight
         a, b = factors
         torch.testing.assert_close(expected, base + 1.5 * (b @ a))
-        reader.close()
-
-
-def test_a_reader_with_the_adapters_reads_the_slot_itself():
-    learner, served = adapted(), adapted()
-    with WeightStore(learner, lora_only=True) as store:
-        reader = store.reader("a")
-        train(learner)
-        store.publish()
-        reader.adopt_into(served)
-        torch.testing.assert_close(served(INPUTS), learner(INPUTS), rtol=0, atol=0)
-        reader.close()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -194,8 +178,6 @@ def test_a_reader_of_another_precision_and_one_on_the_meta_device(dtype):
         )
         torch.testing.assert_close(narrow.first.weight, exact.to(dtype))
         assert narrow.first.weight.dtype == dtype
-        for reader in readers:
-            reader.close()
 
 
 def test_an_adapter_without_a_name_and_a_transposed_base():
@@ -217,7 +199,6 @@ def test_an_adapter_without_a_name_and_a_transposed_base():
         reader.adopt_into(served)
         delta = 0.5 * learner.lora_B.weight @ learner.lora_A.weight
         torch.testing.assert_close(served.weight.data, learner.base_layer.weight.data + delta.t())
-        reader.close()
 
 
 @pytest.mark.parametrize(
@@ -237,7 +218,6 @@ def test_what_cannot_be_merged_is_named(attribute, value, message):
         with pytest.raises(ValueError, match=message):
             reader.adopt_into(Model())
         reader.adopt_into(adapted())  # with the adapters there is nothing to merge
-        reader.close()
 
 
 def test_an_inactive_adapter_is_left_out():

@@ -2,7 +2,6 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-
 """Readers and writers in processes of their own, some of which are killed."""
 
 from __future__ import annotations
@@ -120,8 +119,7 @@ def test_a_killed_reader_frees_its_pin():
                 store.publish(), store.publish()
                 assert (store.version, store.visible_version) == (3, 2)  # both pins are in the way
                 assert store._registry.dead() == []
-                assert first.pid is not None
-                os.kill(first.pid, signal.SIGKILL)
+                first.kill()
                 first.join()
                 late = store.reader("late")
                 assert late.wait(3, timeout_s=30.0) == 3
@@ -141,8 +139,7 @@ def test_readers_killed_anywhere_leave_nothing_behind():
                 for _ in range(generator.randrange(1, 200)):
                     learner.count()
                     store.publish()
-                assert process.pid is not None
-                os.kill(process.pid, signal.SIGKILL)
+                process.kill()
                 process.join()
             store.release(index)
         num_deferred = store.stats().num_deferred
@@ -198,8 +195,7 @@ def test_a_killed_writer_leaves_the_last_whole_version(seed):
             orphan_pid = receive(ours)
             # No event says where in a publish the writer is: any moment is as good a time to die.
             writer.join(timeout=random.Random(seed).uniform(0.05, 0.2))
-            assert writer.pid is not None
-            os.kill(writer.pid, signal.SIGKILL)
+            writer.kill()
             writer.join()
             ours.send("the writer is dead")
             assert receive(ours) == (True, True, False)

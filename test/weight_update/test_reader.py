@@ -2,7 +2,6 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-
 from __future__ import annotations
 
 import copy
@@ -17,7 +16,7 @@ from torchrl_dvla.weight_update import WeightStore
 from torchrl_dvla.weight_update import reader as reader_module
 from torchrl_dvla.weight_update.segment import slot_byte
 
-from .linear import set_constant
+from .linear import constant, readers_of, value_of
 
 
 class Zoo(nn.Module):
@@ -119,45 +118,39 @@ def test_a_copying_reader_leaves_the_modules_memory_alone(zoo):
     assert addresses == {name: t.data_ptr() for name, t in weights_of(served).items()}
 
 
-def test_all_modules_of_a_reader_move_together():
-    source, actor, evaluator = (nn.Linear(1, 1) for _ in range(3))
-    with WeightStore(source) as store:
-        reader = store.reader("a")
-        reader.adopt_into(actor), reader.adopt_into(evaluator)
-        store.publish(set_constant(source, 8.0))
-        assert reader.adopt_into(actor) == 1
-        assert evaluator.weight.item() == 8.0
-        # ... and so does what pin() moves.
-        store.publish(set_constant(source, 9.0))
-        version, weights = reader.pin()
-        assert (version, weights["weight"].item()) == (2, 9.0)
-        assert actor.weight.item() == 9.0
+def test_all_modules_of_a_reader_move_together(store):
+    (reader, actor), evaluator = readers_of(store, 1)[0], constant(-1.0)
+    reader.adopt_into(actor), reader.adopt_into(evaluator)
+    store.publish(constant(8.0))
+    assert reader.adopt_into(actor) == 1
+    assert value_of(evaluator) == 8.0
+    # ... and so does what pin() moves.
+    store.publish(constant(9.0))
+    version, weights = reader.pin()
+    assert (version, weights["weight"].unique().item()) == (2, 9.0)
+    assert value_of(actor) == 9.0
 
 
-def test_after_unpin_the_next_adoption_points_at_whole_weights_again():
-    source, served = nn.Linear(1, 1), nn.Linear(1, 1)
-    with WeightStore(source) as store:
-        reader = store.reader("a")
-        reader.adopt_into(served)
-        reader.unpin()
-        for value in range(1, 5):
-            store.publish(set_constant(source, value))
-        assert reader.adopt_into(served) == 4
-        assert served.weight.item() == 4.0
-        assert reader.pin()[0] == reader.pin()[0] == 4  # nothing new: the same pin
+def test_after_unpin_the_next_adoption_points_at_whole_weights_again(store):
+    ((reader, served),) = readers_of(store, 1)
+    reader.adopt_into(served)
+    reader.unpin()
+    for value in range(1, 5):
+        store.publish(constant(value))
+    assert reader.adopt_into(served) == 4
+    assert value_of(served) == 4.0
+    assert reader.pin()[0] == reader.pin()[0] == 4  # nothing new: the same pin
 
 
-def test_the_published_module_and_a_second_reader_are_refused():
-    source, served = nn.Linear(1, 1), nn.Linear(1, 1)
-    with WeightStore(source) as store:
-        first, second = store.reader("first"), store.reader("second")
-        with pytest.raises(ValueError, match="learner's own"):
-            first.adopt_into(source)
-        first.adopt_into(served)
-        with pytest.raises(ValueError, match="'first' serves"):
-            second.adopt_into(served)
-        first.close()
+def test_the_published_module_and_a_second_reader_are_refused(learner, store):
+    (first, served), (second, _) = readers_of(store, 2)
+    with pytest.raises(ValueError, match="learner's own"):
+        first.adopt_into(learner)
+    first.adopt_into(served)
+    with pytest.raises(ValueError, match="reader '0' serves"):
         second.adopt_into(served)
+    first.close()
+    second.adopt_into(served)
 
 
 def test_a_reader_tied_otherwise_than_the_store_is_refused():
@@ -176,45 +169,40 @@ def test_a_reader_tied_otherwise_than_the_store_is_refused():
         assert served[0].weight.data_ptr() == served[1].weight.data_ptr()
 
 
-def test_a_module_keeps_its_reader_alive():
-    source, served = nn.Linear(1, 1), nn.Linear(1, 1)
-    with WeightStore(source) as store:
-        store.reader("a").adopt_into(served)
-        gc.collect()
-        first = served.weight.item()
-        for value in range(5):
-            store.publish(set_constant(source, value))
-        assert served.weight.item() == first  # still pinned
-        del served
-        gc.collect()
-        with pytest.raises(RuntimeError, match=r"\['a'\] died"):
-            store.wait(timeout_s=0.0)
-        store.release("a")
+def test_a_module_keeps_its_reader_alive(store):
+    served = constant(-1.0)
+    store.reader("a").adopt_into(served)
+    gc.collect()
+    for value in range(1, 6):
+        store.publish(constant(value))
+    assert value_of(served) == 0.0  # still pinned
+    del served
+    gc.collect()
+    with pytest.raises(RuntimeError, match=r"\['a'\] died"):
+        store.wait(timeout_s=0.0)
+    store.release("a")
 
 
-def test_one_reader_serves_one_holder():
-    with WeightStore(nn.Linear(1, 1)) as store:
-        reader = store.reader("a")
-        twin = copy.copy(reader)  # as two children that were given one reader would have
-        reader.pin()
-        with pytest.raises(RuntimeError, match="in use by another"):
-            twin.pin()
-        reader.close()
-        with pytest.raises(RuntimeError, match="released"):
-            twin.pin()
+def test_one_reader_serves_one_holder(store):
+    reader = store.reader("a")
+    twin = copy.copy(reader)  # as two children that were given one reader would have
+    reader.pin()
+    with pytest.raises(RuntimeError, match="in use by another"):
+        twin.pin()
+    reader.close()
+    with pytest.raises(RuntimeError, match="released"):
+        twin.pin()
 
 
-def test_reading_inside_inference_mode():
-    source, served = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
-    with WeightStore(source) as store:
-        reader = store.reader("a")
-        with torch.inference_mode():
-            reader.adopt_into(served)
-        store.publish(set_constant(source, 2.0))
-        with torch.inference_mode():
-            assert reader.adopt_into(served) == 1
-            assert served(torch.ones(1)).item() == 2.0
-        assert not served.weight.is_inference()
+def test_reading_inside_inference_mode(store):
+    ((reader, served),) = readers_of(store, 1)
+    with torch.inference_mode():
+        reader.adopt_into(served)
+    store.publish(constant(2.0))
+    with torch.inference_mode():
+        assert reader.adopt_into(served) == 1
+        assert served(torch.ones(4)).tolist() == [10.0, 10.0]
+    assert not served.weight.is_inference()
 
 
 def test_a_slot_stays_pinned_until_its_copy_to_a_device_has_ended(monkeypatch):

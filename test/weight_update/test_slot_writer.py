@@ -2,11 +2,11 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,24 +183,17 @@ def test_a_frozen_weight_is_checked_when_the_store_is_made():
 
 
 def test_two_learners_are_refused(store):
-    errors: list[str] = []
+    errors: list[BaseException | None] = []
 
     def second_learner(step: str) -> None:
         if step == "copying":
-            thread = threading.Thread(target=publish)
-            thread.start()
-            thread.join()
-
-    def publish() -> None:
-        try:
-            store.publish()
-        except RuntimeError as error:
-            errors.append(str(error))
+            with ThreadPoolExecutor(1) as threads:
+                errors.append(threads.submit(store.publish).exception())
 
     step_writer(store, second_learner, piece_bytes=1 << 20)
     assert store.publish() == 1
-    assert len(errors) == 1
-    assert "one learner at a time" in errors[0]
+    assert [type(error) for error in errors] == [RuntimeError]
+    assert "one learner at a time" in str(errors[0])
 
 
 def test_a_second_writer_on_the_same_memory_is_refused(store):
@@ -212,18 +205,15 @@ def test_a_second_writer_on_the_same_memory_is_refused(store):
 
 
 def test_a_copy_that_fails_leaves_the_store_as_it_was(store):
-    class Broken(RuntimeError):
-        pass
-
     steps: list[str] = []
 
     def fail(step: str) -> None:
         steps.append(step)
         if step == "copying" and steps.count("copying") == 1:
-            raise Broken
+            raise ArithmeticError
 
     step_writer(store, fail)
-    with pytest.raises(Broken):
+    with pytest.raises(ArithmeticError):
         store.publish(constant(1.0))
     assert steps == ["claimed", "marked", "copying", "unlocked"]
     assert (store.version, store.visible_version) == (0, 0)
@@ -263,19 +253,12 @@ def test_weights_on_a_device_are_checked_there_and_visible_when_publish_returns(
 
 
 def test_each_device_is_waited_for_once(monkeypatch):
-    class Stream:
-        def __init__(self, device: str) -> None:
-            self.device = device
-
-        def synchronize(self) -> None:
-            waited.append(self.device)
-
-    class Placed:
-        def __init__(self, device: str) -> None:
-            self.device, self.is_cuda = device, device != "cpu"
+    def stream(device: str) -> SimpleNamespace:
+        return SimpleNamespace(synchronize=lambda: waited.append(device))
 
     waited: list[str] = []
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    tensors = [Placed(device) for device in ("cuda:0", "cpu", "cuda:1", "cuda:0")]
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    devices = ("cuda:0", "cpu", "cuda:1", "cuda:0")
+    tensors = [SimpleNamespace(device=name, is_cuda=name != "cpu") for name in devices]
     wait_for_devices(tensors)  # type: ignore[arg-type]
     assert sorted(waited) == ["cuda:0", "cuda:1"]

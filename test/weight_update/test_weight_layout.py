@@ -2,7 +2,6 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -148,19 +147,15 @@ class Adapted(nn.Module):
         self.lora_A, self.lora_B = nn.Linear(2, 1, bias=False), nn.Linear(1, 2, bias=False)
 
 
-def replace_head(net: Net) -> None:
-    net.head = nn.Linear(2, 2)
-
-
-def replace_parameter(net: Net) -> None:
-    net.head.bias = nn.Parameter(torch.full((2,), 5.0))
-
-
-def replace_memory(net: Net) -> None:
-    net.head.weight.data = torch.ones(2, 2)
-
-
-@pytest.mark.parametrize("change", [replace_head, replace_parameter, replace_memory])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: setattr(net, "head", nn.Linear(2, 2)),
+        lambda net: setattr(net.head, "bias", nn.Parameter(torch.full((2,), 5.0))),
+        lambda net: setattr(net.head.weight, "data", torch.ones(2, 2)),
+    ],
+    ids=["layer", "parameter", "memory"],
+)
 @pytest.mark.parametrize("is_published_before", [False, True])
 def test_what_was_replaced_in_a_module_is_published(change, is_published_before):
     learner, served, inputs = Net(), Net(), torch.ones(1, 2)
