@@ -29,3 +29,12 @@ def test_sessions_print_what_the_page_says(page: str) -> None:
     output: list[str] = []
     outcome = doctest.DocTestRunner(optionflags=flags).run(test, out=output.append)
     assert outcome.failed == 0, "".join(output)
+
+
+def test_every_check_names_a_test_file_that_exists() -> None:
+    lines = (GUIDE / "checks.md").read_text().splitlines()
+    named = re.findall(
+        r"`([^`]*)`", "\n".join(line.split("|")[-2] for line in lines if "|" in line)
+    )
+    assert len(named) > 80
+    assert [name for name in named if not (GUIDE.parents[2] / name).is_file()] == []
