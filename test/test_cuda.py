@@ -147,17 +147,21 @@ def test_a_learner_on_the_device_learns_from_its_lane(lane):
         group=GroupConfig(group_size=4, groups_per_update=2, on_no_signal="keep"),
         workers=WorkerConfig(num_workers=2, envs_per_worker=4, max_decisions=4),
     ) as collector:
-        versions = []
+        versions, copies = [], []
         for _ in zip(range(4), collector):
             for batch in buffer:
                 assert batch["observation", "image"].is_pinned()
+                state = batch["observation", "state"].clone()
+                busy(0.02)  # the copy has not run when the next batch is asked for
                 batch = batch.to("cuda", non_blocking=True)
+                copies.append((state, batch["observation", "state"]))
                 out = loss(batch)
                 out["loss_objective"].backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 versions += batch["policy_version"].flatten().tolist()
             collector.update_policy_weights_()
+        assert all(torch.equal(state, copied.cpu()) for state, copied in copies)
         assert max(versions) > 0
         assert collector.stats()["policy_version"] == 4
 

@@ -11,8 +11,9 @@ import functools
 import gc
 import operator
 import pickle
-from itertools import chain, islice
+from itertools import chain, count, islice
 from multiprocessing.synchronize import SemLock
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -304,6 +305,29 @@ def test_a_setting_without_effect_on_a_bound_buffer_is_refused(plane, setting):
     for buffer in buffers:
         with pytest.raises(ValueError, match=refused):
             buffer.bind(plane.groups)
+
+
+def test_a_batch_is_written_anew_once_its_queued_copies_to_devices_have_run(
+    make_plane, monkeypatch
+):
+    calls: list[str] = []
+    numbers = count()
+
+    class Stream:
+        def record_event(self):
+            number = next(numbers)
+            calls.append(f"record {number}")
+            return SimpleNamespace(synchronize=lambda: calls.append(f"wait {number}"))
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: device)  # on the second
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    plane = make_plane()
+    plane.add(2)
+    assert len(list(plane.buffer)) == 3  # on two stagings: the third is written where the first was
+    # Event n is behind all that was done with the n-th batch, counted from 1.
+    assert calls == ["record 0", "record 1", "wait 0", "record 2", "wait 1"]
 
 
 def test_staging_batches_come_from_the_model_pool_that_is_given(make_plane):

@@ -83,6 +83,14 @@ def _lost(settings: Sequence[str]) -> str:
     )
 
 
+def _copies_under_way() -> list[torch.cuda.Event]:
+    """What has run once all copies have that this thread has started on CUDA devices."""
+    if not torch.cuda.is_initialized():
+        return []
+    devices = [k for k in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(k)]
+    return [torch.cuda.current_stream(device).record_event() for device in devices]
+
+
 def _require_stateless(sampler: Sampler) -> None:
     if not isinstance(sampler, (RandomSampler, StalenessAwareSampler)):
         raise TypeError(
@@ -175,7 +183,8 @@ class PooledReplayBuffer(ReplayBuffer):
 
     **Batches.** A batch of an update is a view on one of ``num_staging`` batches of persistent
     memory, pinned where CUDA is: it is valid until ``num_staging`` further batches have been asked
-    for, and a copy of it to the device may run until then. Nothing is allocated.
+    for. Copies to CUDA devices that were started before the next one was asked for, on the current
+    streams of that thread, are waited for before their batch is written anew. Nothing is allocated.
 
     Keyword Args:
         batch_size (int, optional): rows of a minibatch.
@@ -243,6 +252,8 @@ class PooledReplayBuffer(ReplayBuffer):
         self._plan: CohortPlan | None = None
         self._ended_plan: CohortPlan | None = None
         self._staging: list[RowFields] = []
+        # What ends the copies of each staging batch to devices: queued ones have yet to read it.
+        self._copies: list[list[torch.cuda.Event]] = []
         self._num_staged = 0
         self._iterating = False
         self._track: WorkTrack = _NoTrack()
@@ -314,6 +325,7 @@ class PooledReplayBuffer(ReplayBuffer):
             else:
                 rows = layout.empty(self._batch_size, pin_memory=torch.cuda.is_available())
             self._staging.append(RowFields(rows, layout))
+            self._copies.append([])
         if instructions is not None:
             self.insert_transform(0, InstructionTransform(instructions))
         storage = PooledStorage(groups)
@@ -408,9 +420,12 @@ class PooledReplayBuffer(ReplayBuffer):
 
     def _gather(self, rows: torch.Tensor) -> TensorDictBase:
         # Without the lock: the cohort's pages are the learner's until the update is published.
-        staging = self._staging[self._num_staged % self.num_staging]
+        number = self._num_staged % self.num_staging
+        self._copies[number - 1] = _copies_under_way()  # of the batch before this one
+        for event in self._copies[number]:
+            event.synchronize()
         self._num_staged += 1
-        batch = self._collate_fn(self._storage._fields.gather(rows, staging))
+        batch = self._collate_fn(self._storage._fields.gather(rows, self._staging[number]))
         return self._transform(batch) if len(self._transform) else batch
 
     # -- TorchRL's interface --------------------------------------------------------------------
