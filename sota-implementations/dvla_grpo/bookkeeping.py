@@ -357,11 +357,12 @@ def report_of(cfg: Settings, state: RunState) -> RunReport:
 
 def save_after(error: Exception, policy: torch.nn.Module, save: Callable[[], None]) -> None:
     """The run ends with ``error``: save what was learned, unless that is what is broken."""
-    if not all(bool(parameter.isfinite().all()) for parameter in policy.parameters()):
-        log(f"{type(error).__name__}: the weights hold NaN or infinity, so they are not saved")
-        return
-    log(f"{type(error).__name__}: saving a checkpoint")
     try:
+        # On the CPU: there may be no memory left on the device.
+        if not all(bool(p.detach().cpu().isfinite().all()) for p in policy.parameters()):
+            log(f"{type(error).__name__}: the weights hold NaN or infinity, so they are not saved")
+            return
+        log(f"{type(error).__name__}: saving a checkpoint")
         save()
     except Exception as second:  # a full disk, perhaps: the first error is the one to show
         log(f"it could not be saved: {second!r}")

@@ -84,7 +84,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
     policy = utils.make_policy(cfg)
     check_policy(cfg, policy)
     loss = utils.make_loss(cfg, policy)
-    state = RunState()
+    state, failure = RunState(), None
     optimizer, scheduler = utils.make_optimizer(cfg, loss, lambda: state.progress(cfg))
     held_out, subset = utils.make_evaluation_episodes(cfg)
     lock = lock or RunLock(utils.make_run_folder(cfg, None))  # until the end of the process
@@ -142,8 +142,10 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
         try:
             if held_out and not state.before:
                 state.before = evaluate_all()
-            collector.start()
             with Meter(cfg, state, collector) as meter:
+                is_over = not meter.budget_is_left()  # of a run that is resumed
+                if not is_over:
+                    collector.start()
                 evaluation = None
                 while meter.budget_is_left() and not stop.requested:
                     # A task that is hopeless yields no group to learn from.
@@ -171,11 +173,18 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
                         evaluation = None
                     if state.num_updates % cfg.checkpoint.every_updates == 0:
                         save(on_disk_error="warn")  # the next one tries again
-            collector.timeline.export_chrome_trace(run_folder / "timeline.json")
-            with collector.pause(), stop.interruptible():
+            if not is_over:
+                collector.timeline.export_chrome_trace(run_folder / "timeline.json")
+            with collector.pause():
+                with stop.interruptible():
+                    pass  # what was asked for until now; the save is not left in the middle
                 save()
                 if held_out:
-                    state.after = evaluate_all()
+                    try:
+                        state.after = evaluate_all()
+                    except (RuntimeError, TimeoutError) as error:
+                        log("the last evaluation failed, and the report goes without it")
+                        failure = error
         except StopRequested:
             log(f"{stop.reason}: saving a checkpoint")
             state.ended_by = str(stop.reason)
@@ -190,6 +199,8 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
     # -- shut down: every lane has ended and every file is closed ---------------------------------
     report.save(run_folder / "report.json")
     log(report.to_text())
+    if failure is not None:
+        raise failure
 
 
 def learn(

@@ -46,6 +46,9 @@ def make_deterministic(cfg: Settings) -> None:
     np.random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     torch.set_num_threads(cfg.optim.num_threads)
+    device = torch.device(cfg.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # else page-locking takes memory of the first one
 
 
 def make_path(path: str) -> Path:

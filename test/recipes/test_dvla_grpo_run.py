@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Seconds that one run may take; on two idle cores it takes fifteen.
 DEADLINE_S = 140
 SCRIPT = ROOT / "sota-implementations" / "dvla_grpo" / "dvla_grpo.py"
+FAILING = Path(__file__).with_name("failing_run.py")
 #: A policy without transformers and small groups: the run is about the recipe, not about learning.
 SMALL = [
     "--quick",
@@ -303,7 +304,7 @@ def test_a_solved_task_ends_well_also_if_nobody_reads_what_it_says(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_a_learner_that_raises_leaves_a_checkpoint(tmp_path, recipe, settings):
-    script = (Path(__file__).with_name("failing_learner.py"), SCRIPT)
+    script = (FAILING, "learner", SCRIPT)
     # No checkpoint is due before the error.
     run = Run(tmp_path, "eval.num_episodes=0", "checkpoint.every_updates=1000", script=script)
     try:
@@ -324,6 +325,28 @@ def test_a_learner_that_raises_leaves_a_checkpoint(tmp_path, recipe, settings):
     assert RunCheckpoints(path.parent, policy=policy).load(path)["update"] == 2
     assert all(bool(parameter.isfinite().all()) for parameter in policy.parameters())
     assert _state(path, "optimizer")["state"][0]["step"] >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_last_evaluation_that_fails_leaves_checkpoint_and_report(tmp_path):
+    arguments = ("train.num_updates=2", "eval.num_episodes=4", "eval.subset_episodes=0")
+    run = Run(tmp_path, *arguments, script=(FAILING, "evaluation", SCRIPT))
+    try:
+        assert run.finish() == 1, run.output
+        assert "RuntimeError: injected after 2 updates" in run.output
+        (report,) = tmp_path.glob("runs/toy/*/report.json")
+        (trace,) = tmp_path.glob("runs/toy/*/timeline.json")
+        written = trace.read_text()
+        # Resumed, its budget is spent: it evaluates at once, and samples nothing for training.
+        run = Run(tmp_path, *arguments, "checkpoint.resume=auto")
+        assert run.finish() == 0, run.output
+    finally:
+        run.kill()
+    report = json.loads(report.read_text())
+    assert (report["num_updates"], report["ended_by"]) == (2, "update budget")
+    assert report["after"]["num_episodes"] == 4
+    assert trace.read_text() == written
 
 
 @pytest.mark.parametrize(("value", "num_saved"), [(1.0, 1), (float("nan"), 0), (float("inf"), 0)])
@@ -347,6 +370,8 @@ def test_an_evaluation_that_fails_does_not_end_the_training(recipe, capsys):
     collector.evaluate.assert_called_once_with([good])
     assert "not evaluated: 1 episodes, for bad is quarantined" in capsys.readouterr().out
     evaluation = Evaluation([good], greedy=True, num_frames_episodes=0)
+    with pytest.raises(TimeoutError, match=r"more than timeout_s=0.01 s: 0 of 1 episodes"):
+        evaluation.result(0.01)
     evaluation.fail(RuntimeError("It crashed."))
     assert recipe.dvla_grpo.result_of(evaluation) is None
     assert "training goes on. It crashed." in capsys.readouterr().out

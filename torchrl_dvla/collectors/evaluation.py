@@ -85,7 +85,13 @@ class Evaluation:
             RuntimeError: if the collector ended before the evaluation, an episode's worker kept
                 crashing, or its task was quarantined.
         """
-        return self._future.result(timeout_s)
+        try:
+            return self._future.result(timeout_s)
+        except TimeoutError:
+            raise TimeoutError(
+                f"The evaluation took more than timeout_s={timeout_s:g} s: {self.num_finished} of "
+                f"{len(self.episodes)} episodes have ended. Raise it, or play fewer."
+            ) from None
 
     def finish_episode(
         self, index: int, rollout: Rollout, frames: torch.Tensor | None = None
