@@ -101,6 +101,7 @@ def test_a_forward_pass_under_way_keeps_the_weights_it_began_with():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_that_are_not_finite_are_refused_on_the_device(dtype):
     learner = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))).to("cuda", dtype)
+    learner.register_parameter("none", nn.Parameter(torch.empty(0, device="cuda")))
     learner.register_buffer("mask", torch.full((4,), -torch.inf, device="cuda"))
     with WeightStore(learner) as store, torch.no_grad():
         for version, bad in enumerate((torch.nan, torch.inf, -torch.inf), 1):

@@ -136,6 +136,9 @@ class FakeCudart:
         self.registered[pointer] = nbytes
         return self.code
 
+    def cudaGetErrorString(self, code):
+        return f"error {code}"
+
     def cudaHostUnregister(self, pointer):
         del self.registered[pointer]
         return 0
@@ -174,7 +177,7 @@ def test_pinning_registers_the_whole_arena_once_and_ends_with_it(cudart, end):
 
 def test_a_refused_pin_names_the_remedy(cudart):
     cudart.code = 2
-    with pytest.raises(RuntimeError, match="ulimit -l"):
+    with pytest.raises(RuntimeError, match=r"cudaHostRegister: error 2\).*ulimit -l"):
         SharedArena(128).pin()
 
 

@@ -117,6 +117,9 @@ def test_a_snapshot_stays_while_training_goes_on(rows, learner_and_engine):
     assert engine.snapshot() == 1
     assert engine.infer(infer([0], use_snapshot=True)) == 1
     assert rows["vla_action", "tokens"][0, 0, 0] == 5
+    engine.drop_snapshot()
+    with pytest.raises(RuntimeError, match="needs a Snapshot"):
+        engine.infer(infer([0], use_snapshot=True))
 
 
 CHUNK, TOKENS, LOG_PROBS = (("vla_action", name) for name in ("chunk", "tokens", "log_probs"))

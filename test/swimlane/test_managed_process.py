@@ -149,6 +149,17 @@ def test_a_fork_server_that_does_not_answer_is_replaced(hung_process, monkeypatc
     assert caplog.text.count(f"The fork server (process {server}) does not answer") == 1
 
 
+def test_what_is_large_gets_time_to_be_sent(monkeypatch, caplog):
+    monkeypatch.setattr(managed_process, "_SLOWEST_PIPE", 0.01)  # bytes a second
+    for answer_s in (10.0, 0.0):  # at the second the fork server is known to answer
+        with monkeypatch.context() as context:
+            context.setattr(managed_process, "_ANSWER_S", answer_s)
+            process = ManagedProcess(run_env_worker, (cloudpickle.dumps({}), "t", 1), name="env")
+        assert "KeyError" in process.connection.recv().traceback
+        process.kill()
+    assert "does not answer" not in caplog.text
+
+
 def test_a_fork_server_that_never_answers_is_an_error(monkeypatch):
     def start(process):
         raise EOFError

@@ -109,6 +109,22 @@ def test_a_module_of_another_precision_keeps_it_and_lets_the_slot_go():
         assert store.stats().num_deferred == 0
 
 
+def test_what_is_frozen_is_copied_once():
+    source, served = nn.Linear(4, 2), nn.Linear(4, 2).double()
+    source.bias.requires_grad_(False)
+    with WeightStore(source, trainable_only=True) as store:
+        reader = store.reader("a")
+        reader.adopt_into(served)
+        torch.testing.assert_close(served.bias, source.bias.double(), rtol=0, atol=0)
+        with torch.no_grad():
+            served.bias.fill_(5.0)  # which another copy would undo
+            source.weight.fill_(1.0)
+        store.publish()
+        assert reader.adopt_into(served) == 1
+        assert served.bias.tolist() == [5.0, 5.0]
+        assert bool((served.weight == 1.0).all())
+
+
 def test_a_copying_reader_leaves_the_modules_memory_alone(zoo):
     source, store = zoo
     served, reader = Zoo(), store.reader("a")

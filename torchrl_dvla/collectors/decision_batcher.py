@@ -196,6 +196,10 @@ class DecisionBatcher:
         self._send(Snapshot())
         return EvaluationWeights(self._process.started_s, greedy)
 
+    def drop_snapshot(self) -> None:
+        """Have the copy of the weights freed: its evaluation is over."""
+        self._send(Snapshot(is_over=True))
+
     def notify(self) -> None:
         """Check again whether a batch may begin: a rollout has begun, waits, or is over."""
         self._changed.set()

@@ -298,6 +298,7 @@ class CollectionLoop:
                 evaluation.begin_anew()
             except* _RolloutFailedError as failed:
                 evaluation.fail(RuntimeError(str(failed.exceptions[0])))
+        self.batcher.drop_snapshot()
         self._on_change()
 
     async def _play_episode(

@@ -133,11 +133,18 @@ class SharedArena(AnonymousFile):
         if not torch.cuda.is_available():
             return False
         whole = self.tensor(0, (self.nbytes,))
-        code = int(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), self.nbytes, 0))
-        if code:
+        reason = ""
+        try:
+            code = torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), self.nbytes, 0)
+            if int(code):
+                reason = f"cudaHostRegister: {torch.cuda.cudart().cudaGetErrorString(code)}"
+        except RuntimeError as error:  # a GPU that is full, or another process's own
+            reason = str(error)
+        if reason:
             raise RuntimeError(
-                f"{format_bytes(self.nbytes)} could not be page-locked (cudaHostRegister: {code}). "
-                "Raise the limit of locked memory (ulimit -l)."
+                f"{format_bytes(self.nbytes)} could not be page-locked ({reason}). Raise the limit "
+                "of locked memory (ulimit -l), or hide a GPU that is not to be used "
+                "(CUDA_VISIBLE_DEVICES='')."
             )
         # At the latest when nobody takes views any more: the driver must not keep what is unmapped.
         self._unpin = weakref.finalize(self, _unregister, whole, os.getpid())

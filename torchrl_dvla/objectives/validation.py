@@ -133,7 +133,7 @@ def run_policy(
     try:
         with params.to_module(network, preserve_module_state=False):
             return network.get_dist(inputs)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # says nothing about the batch
         raise
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         shapes = {key: (list(value.shape), value.dtype) for key, value in layout.items()}

@@ -117,6 +117,8 @@ class InferenceEngine:
     def __init__(self, policy: TensorDictModuleBase, reader: WeightReader) -> None:
         self._policy = policy.requires_grad_(False).eval()
         self._device = next((tensor.device for tensor in policy.parameters()), torch.device("cpu"))
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # else page-locking takes memory of the first one
         self._reader = reader
         self._snapshot: TensorDictModuleBase | None = None
         self._snapshot_version = -1
@@ -144,6 +146,12 @@ class InferenceEngine:
         # Parameters of the deep copy own their memory: they no longer follow the store.
         self._snapshot = copy.deepcopy(self._policy)
         return self._snapshot_version
+
+    def drop_snapshot(self) -> None:
+        """Free the copy that :meth:`snapshot` has made."""
+        self._snapshot = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # a learner on the same device may need it
 
     @torch.no_grad()
     def infer(self, message: Infer) -> int:
@@ -227,7 +235,7 @@ def _serve(connection: Connection, engine: InferenceEngine) -> None:
             version = engine.infer(message)
             connection.send(Inferred(version, start_s, time.monotonic()))
         elif isinstance(message, Snapshot):
-            engine.snapshot()
+            engine.drop_snapshot() if message.is_over else engine.snapshot()
         elif isinstance(message, UsePool):
             engine.use_pool(message.pool_view.rows)
         elif isinstance(message, Stop):

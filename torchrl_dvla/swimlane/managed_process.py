@@ -47,6 +47,8 @@ _PRELOADED = ("torchrl_dvla.swimlane.env_worker", "torchrl_dvla.swimlane.inferen
 _ANSWER_S = 10.0
 #: The same until it has answered once, which is when it has imported what it preloads.
 _IMPORT_S = 300.0
+#: Bytes a second that a process is sent at least: 14 GB of a policy take minutes.
+_SLOWEST_PIPE = 50e6
 #: Seconds for the rest of a message that has begun, and for the kernel to end what is killed.
 _REST_S = 60.0
 _SEE = "It waits inside a driver or for a file system: see dmesg."
@@ -112,7 +114,7 @@ class ManagedProcess:
         )
         try:
             with stop_signals_blocked():
-                _start(self.process)
+                _start(self.process, sum(len(arg) for arg in args if isinstance(arg, bytes)))
         except BaseException:
             self.connection.close()
             self._stacks.close()
@@ -232,8 +234,12 @@ def _limit_messages(connection: Connection) -> None:
             end.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(_REST_S), 0))
 
 
-def _start(process: Any) -> None:
+def _start(process: Any, num_bytes: int) -> None:
     """Start a process; replace a fork server that does not answer, or dies meanwhile, once.
+
+    Args:
+        process: the process.
+        num_bytes (int): of the objects that it is sent, such as a policy with its weights.
 
     Raises:
         RuntimeError: if the second does not answer either.
@@ -245,6 +251,7 @@ def _start(process: Any) -> None:
         forkserver.ensure_running()
         pid = _server._forkserver_pid
         limit_s = _ANSWER_S if pid in _answered else _IMPORT_S
+        limit_s += num_bytes / _SLOWEST_PIPE
         watchdog = threading.Timer(limit_s, _end_fork_server)
         watchdog.daemon = True
         watchdog.start()

@@ -161,7 +161,9 @@ class Inferred(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """Command: copy the latest weights aside, for an evaluation."""
+    """Command: copy the latest weights aside, for an evaluation, or drop that copy after it."""
+
+    is_over: bool = False
 
 
 class Stop(NamedTuple):

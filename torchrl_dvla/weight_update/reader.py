@@ -121,11 +121,13 @@ class ModuleBinding:
             tensor.data = views[index]
         with torch.no_grad():
             for tensor, index in self._copied:
-                tensor.data.copy_(views[index], non_blocking=True)
+                tensor.data.copy_(views[index], non_blocking=tensor.is_cuda)
         for tensor, index in self._merged:
             self._updates[index].merge(views, tensor.data)
         # After what the caller has started there: forward passes still read the old weights.
         wait_for_devices(tensor for tensor, _ in self._copied)
+        # What is frozen is the same in every version.
+        self._copied = [pair for pair in self._copied if not self._entries[pair[1]].is_frozen]
 
     def _materialise(self, views: Sequence[torch.Tensor]) -> None:
         """Make the parameters that are missing, and private memory for the merged ones."""

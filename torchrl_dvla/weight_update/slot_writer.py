@@ -124,8 +124,8 @@ def _uncertain(
     indices, together = list(indices), {}
     for index in indices:
         entry, tensor = layout.entries[index], tensors[index].detach()
-        is_floating = tensor.is_floating_point() and tensor.dtype.itemsize > 1
-        if tensor.is_cuda and is_floating and tensor.dtype == entry.dtype and not entry.is_buffer:
+        has_norm = tensor.is_floating_point() and tensor.dtype.itemsize > 1 and tensor.numel()
+        if tensor.is_cuda and has_norm and tensor.dtype == entry.dtype and not entry.is_buffer:
             together[index] = tensor
     if together and not math.isfinite(get_total_norm(together.values(), math.inf)):
         together.clear()
@@ -219,11 +219,13 @@ class WeightCopier:
             if flat is None:
                 entries = [destination.entries[index] for index in group.indices]
                 tensors = [source[index] for index in group.indices]
-                torch._foreach_copy_(entries, tensors, non_blocking=True)
+                # Other devices than CUDA are not waited for at the end.
+                is_waited_for = all(tensor.is_cuda for tensor in tensors)
+                torch._foreach_copy_(entries, tensors, non_blocking=is_waited_for)
             parts = [None] * len(pieces) if flat is None else flat.split(numel)
             for piece, part in zip(pieces, parts, strict=True):
                 if part is not None:
-                    piece.copy_(part, non_blocking=True)
+                    piece.copy_(part, non_blocking=part.is_cuda)
                 if check_finite and not is_finite(piece) and self._is_bad(group, source):
                     return False
                 if should_stop is not None and should_stop():

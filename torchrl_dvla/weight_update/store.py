@@ -333,7 +333,7 @@ class WeightStore:
         When it returns the version is visible (or deferred, if every other slot is in use); when it
         raises, nothing has changed. Weights on CUDA are checked there and copied to the slots,
         which are page-locked; the call waits for that copy, so for all that the current stream was
-        given before. Not run on a GPU by this project.
+        given before.
 
         Args:
             source (optional): the weights; default is what the store was made from, walked anew:
