@@ -110,7 +110,7 @@ def types_of(state: Mapping[str, Any]) -> dict[str, Any]:
     For what only its author understands, such as a schedule: neither a length nor a sign, a string
     or ``None`` says there what is to come.
     """
-    kinds = (int | float, list | tuple, Mapping, str, torch.Tensor)
+    kinds = (bool, int | float, list | tuple, Mapping, str, torch.Tensor)
     return {
         key: object
         if value is None

@@ -254,6 +254,15 @@ def test_a_damaged_manifest_is_found(checkpoint):
     manifest.write_text(content[:40])
     with pytest.raises(CheckpointError, match="manifest.json' must be .* got: Invalid"):
         _load(checkpoint)
+    for key, value in (("container", NAN), ("checkpoint_id", None), ("created_at", 3)):
+        manifest.write_text(json.dumps(json.loads(content) | {key: value}))
+        with pytest.raises(CheckpointError, match=f"'manifest.{key}' must be "):
+            _load(checkpoint)
+    record = json.loads(content)
+    record["components"]["value"]["adapter_version"] = -7
+    manifest.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match="as 'value', got: none, or one written for another"):
+        _load(checkpoint)
     manifest.write_text(json.dumps(json.loads(content) | {"format_version": 99}))
     with pytest.raises(CheckpointError, match="Unsupported newer checkpoint format version 99"):
         _load(checkpoint)
@@ -322,6 +331,7 @@ DAMAGE = {
     "optimizer/state/0/step": [torch.tensor(-1.0), torch.tensor(float("inf")), torch.tensor(1j)],
     "scheduler/last_epoch": [-1, 1.5, "text"],
     "scheduler/_step_count": [REMOVED],
+    "scheduler/_is_initial": [NAN, 2],
     "scheduler/base_lrs": [[NAN], [0.1, 0.1]],
     "scheduler/_last_lr": [0.1, [-0.1]],
     "scheduler/optimizer": [3],

@@ -37,7 +37,17 @@ __all__ = ["RunCheckpoints", "find_latest_checkpoint"]
 
 _PREFIX = "update"
 _STATE = "state.pt"
-_METADATA = {"update": COUNT, "torchrl_dvla": str, "config": {str: object}, "sha256": {str: str}}
+_MANIFEST = {
+    "metadata": {
+        "update": COUNT,
+        "torchrl_dvla": str,
+        "config": {str: object},
+        "sha256": {str: str},
+    },
+    "container": "directory",
+    "checkpoint_id": str,
+    "created_at": str,
+}
 _REMEDY = (
     "Resume from an older checkpoint of the run, with the settings it was made with, or start anew "
     "from its policy alone."
@@ -205,6 +215,7 @@ class RunCheckpoints:
         The digest of every file is compared, and the states of policy, optimizer, schedule and
         random generators with the live objects: keys, types, shapes, finite values, ranges. Nothing
         is loaded before all of them have passed. Others check their own in ``load_state_dict``.
+        Switches of an optimizer that the PyTorch of the save did not know have their defaults.
 
         Args:
             path (str or os.PathLike): a folder that :meth:`save` wrote.
@@ -238,7 +249,8 @@ class RunCheckpoints:
     def _check(self, path: Path, name: str, record: Mapping[str, Any] | None) -> None:
         """Have a component's adapter read and check its files."""
         adapter, component = self._adapters[name], self._checkpoint.components[name]
-        if record is None or record["adapter"] != adapter.adapter_id:
+        own = {"adapter": adapter.adapter_id, "adapter_version": adapter.format_version}
+        if record is None or any(record[key] != value for key, value in own.items()):
             problems = [f"none, or one written for another class than {type(component).__name__}"]
         else:
             try:
@@ -478,7 +490,8 @@ def _manifest(path: Path) -> dict[str, Any]:
     """
     try:
         manifest = Checkpoint.manifest(path)
-        problems = form_problems(_METADATA, manifest.get("metadata"), "metadata")
+        known = {key: manifest[key] for key in _MANIFEST if key in manifest}
+        problems = form_problems(_MANIFEST, known, "manifest")
     except OSError:
         raise
     except Exception as error:  # cut off, not text, or no mapping
