@@ -61,6 +61,8 @@ def no_process(monkeypatch):
 def test_no_policy_and_a_factory_of_lazy_policies_alone(no_process):
     with pytest.raises(ValueError, match="policy or policy_factory must be given, got neither"):
         DVLACollector(make_env)
+    with pytest.raises(TypeError, match=r"a function that .*, got 'Reacher-v5'. Of a gymnasium id"):
+        DVLACollector("Reacher-v5", make_policy())
     with pytest.raises(ValueError, match="policy_factory must build a policy whose .*lazy ones: "):
         DVLACollector(make_env, policy_factory=make_policy)
 

@@ -57,12 +57,19 @@ __all__ = [
 _PIXEL_TOLERANCE, _STATE_TOLERANCE = 8, 1e-4
 
 
-def check_tasks(schedule: InitStateSchedule, tasks: Collection[str]) -> None:
+def check_tasks(schedule: InitStateSchedule, tasks: Mapping[str, Any]) -> None:
     """Require an environment factory for every task of the schedule.
 
     Raises:
+        TypeError: for a factory that cannot be called.
         ValueError: naming the tasks that have none.
     """
+    for make in tasks.values():
+        if not callable(make):
+            raise TypeError(
+                f"create_env_fn must be a function that makes an environment, got {make!r:.80}. "
+                "Of a gymnasium id: lambda: torchrl_dvla.envs.ChunkEnv(gymnasium.make(id))."
+            )
     unknown = set(schedule.tasks) - set(tasks)
     if unknown:
         raise ValueError(
