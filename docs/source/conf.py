@@ -4,7 +4,9 @@
 # LICENSE file in the root directory of this source tree.
 """Sphinx configuration: `make docs`."""
 
+import importlib
 import os
+import pkgutil
 import shutil
 import sys
 import warnings
@@ -67,6 +69,19 @@ autosummary_generate = True
 # A package's page lists what its __init__ exports, wherever it is defined.
 autosummary_imported_members = True
 autosummary_ignore_module_all = False
+# What two packages export is indexed where it is defined.
+modules = pkgutil.iter_modules(torchrl_dvla.__path__, "torchrl_dvla.")
+exports = {one.name: importlib.import_module(one.name).__all__ for one in modules if one.ispkg}
+exported_elsewhere = {
+    f"{package}.{name}"
+    for package in exports
+    for name in exports[package]
+    for home in exports
+    if home != package
+    and name in exports[home]
+    and getattr(sys.modules[package], name).__module__.startswith(f"{home}.")
+}
+autosummary_context = {"exported_elsewhere": exported_elsewhere}
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings name types and shapes
