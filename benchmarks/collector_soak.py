@@ -14,10 +14,10 @@ and shared memory: the share of mapped files depends on other programs. There ar
 the timeline is full (100,000 spans) from the start. Every row that is learned from is compared with
 what the environment shows in that scene and decision.
 
-The first fifth is warm-up. The trend of a series is the Theil-Sen slope of the rest: the median of
-the slopes between all pairs of samples. It *grows* if Sen's interval of 95 % is above 0 and the
-trend makes 0.1 % of its median or more (1 % with ``--quick``, which ends where caches still fill):
-allocators do not give everything back at once, and samples near in time are alike, which makes the
+The first half is warm-up: caches and allocators fill for minutes. The trend of a series is the
+Theil-Sen slope of the rest: the median of the slopes between all pairs of samples. It *grows* if
+Sen's interval of 95 % is above 0 and the trend makes 0.1 % of its median or more (1 % with
+``--quick``, which ends where caches still fill): samples near in time are alike, which makes the
 interval too narrow. Of fewer than 1,000 descriptors or threads 0.1 % is less than one. The last
 line of stdout is one JSON object; the exit code is 1 unless the first three figures are 0:
 
@@ -25,8 +25,8 @@ growth                    series that grow, and ``growing``: which
 rows_wrong                of ``rows_checked``: torn, or of another scene or decision
 pages_lost                neither free nor of a stored group at the end; that every page has one
                           owner is checked at every kill as well
-growth_bytes, growth_fds  0 unless the series grows; else median of the last fifth of the run less
-                          that of the second. ``series`` has both medians of all series
+growth_bytes, growth_fds  0 unless the series grows; else median of the last fifth of the rest less
+                          that of its first. ``series`` has both medians of all series
 growth_bytes_per_minute   trend of the memory of all processes
 """
 
@@ -83,14 +83,14 @@ def sample() -> dict[str, float]:
 
 
 def describe(times: np.ndarray, values: np.ndarray, tolerance: float) -> dict[str, Any]:
-    """Medians of the second and the last fifth, trend, its interval, and whether it grows."""
-    fifth = (times * 5 / times[-1]).astype(int)
-    t, v = times[fifth > 0] / 60, values[fifth > 0]
+    """Of the second half: medians of its first and last fifth, trend, interval, does it grow."""
+    tenth = (times * 10 / times[-1]).astype(int)
+    t, v = times[tenth >= 5] / 60, values[tenth >= 5]
     n, (i, j) = len(t), np.triu_indices(len(t), 1)
     reach = 1.96 * math.sqrt(n * (n - 1) * (2 * n + 5) / 18) / 2 / len(i)  # by Kendall's statistic
     ranks = np.clip([0.5 - reach, 0.5, 0.5 + reach], 0, 1)
     low, trend, high = np.quantile((v[j] - v[i]) / (t[j] - t[i]), ranks).round(2).tolist()
-    start, end = float(np.median(values[fifth == 1])), float(np.median(values[fifth >= 4]))
+    start, end = float(np.median(values[tenth == 5])), float(np.median(values[tenth >= 9]))
     grows = bool(low > 0 and trend * (t[-1] - t[0]) >= tolerance * np.median(v))
     interval = [low, high]
     return {"start": start, "end": end, "per_minute": trend, "interval": interval, "grows": grows}
