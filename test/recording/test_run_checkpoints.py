@@ -259,6 +259,9 @@ def test_a_damaged_manifest_is_found(checkpoint):
         with pytest.raises(CheckpointError, match=f"'manifest.{key}' must be "):
             _load(checkpoint)
     record = json.loads(content)
+    manifest.write_text(json.dumps({key: record[key] for key in record if key != "metadata"}))
+    with pytest.raises(CheckpointError, match=r"manifest\.json' must be .* got: "):
+        _load(checkpoint)
     record["components"]["value"]["adapter_version"] = -7
     manifest.write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match="as 'value', got: none, or one written for another"):

@@ -490,7 +490,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     """
     try:
         manifest = Checkpoint.manifest(path)
-        known = {key: manifest[key] for key in _MANIFEST if key in manifest}
+        known = {key: manifest.get(key) for key in _MANIFEST}
         problems = form_problems(_MANIFEST, known, "manifest")
     except OSError:
         raise
