@@ -267,6 +267,8 @@ class EnvWorker:
         self._open: list[_OpenRollout | None] = [None] * num_envs
         self._chunks = torch.empty(0)
         self._layout: Mapping[NestedKey, Any] = {}
+        #: Specs that are known to fit the rows.
+        self._fitting: set[EnvSpecs] = set()
         self._observations: RowWriter | None = None
         self._outcomes: RowWriter | None = None
 
@@ -281,6 +283,7 @@ class EnvWorker:
     def use_pool(self, view: WorkerView) -> None:
         """Take the rows that chunks are read from and observations and outcomes written to."""
         self._layout, self._chunks = view.layout, view.rows.get(ACTION_CHUNK_KEY)
+        self._fitting.clear()
         keys = [key for key in view.layout if isinstance(key, tuple) and key[0] == OBSERVATION_KEY]
         self._observations = RowWriter(view, keys)
         self._outcomes = RowWriter(view, _OUTCOME_KEYS)
@@ -305,7 +308,9 @@ class EnvWorker:
         tensordict = env.reset(request)
         rollout = _OpenRollout(command.task, env, tensordict, "", specs)
         try:
-            _require_fit(specs, self._layout)
+            if specs not in self._fitting:
+                _require_fit(specs, self._layout)
+                self._fitting.add(specs)
             if specs.has_init_states:
                 _require_init_state(int(tensordict[INIT_STATE_ID_KEY]), command.init_state_id)
             else:
