@@ -73,6 +73,7 @@ class EnvironmentPool(PageLedger):
         self._arena.pin()
         # Shared memory begins zeroed, as the ledger's own arrays do: every page is free.
         self._states, self._generations = _header(self._arena, num_pages)
+        self._is_open = True
         self._rows: TensorDict = layout.rows(self._arena, self.num_rows, _header_bytes(num_pages))
 
     @property
@@ -91,7 +92,7 @@ class EnvironmentPool(PageLedger):
         Raises:
             RuntimeError: naming who closes a pool.
         """
-        if self._arena.closed:
+        if not self._is_open:
             raise RuntimeError(
                 "The environment pool was closed by its owner, such as a collector's shutdown(): "
                 "its rows are gone. Make a new one."
@@ -150,7 +151,8 @@ class EnvironmentPool(PageLedger):
 
     def close(self) -> None:
         """Give the memory back at once; safe to call twice. Views that live on read zeros."""
-        if not self._arena.closed:
+        if self._is_open:
+            self._is_open = False
             # The ledger outlives its memory, so that a late free() in a shutting-down run is no
             # crash.
             self._states = self._states.copy()
