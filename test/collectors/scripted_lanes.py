@@ -145,6 +145,7 @@ class ScriptedInference:
 
     def __init__(self) -> None:
         self.version, self.hold, self.num_started = 0, False, 0
+        self.has_snapshot = False
         #: What the processes were sent, in order; requests that are not answered yet.
         self.sent: list[Any] = []
         self.held: list[Infer] = []
@@ -165,7 +166,10 @@ class ScriptedInference:
     def _send(self, message: Any) -> None:
         if isinstance(message, (Infer, Snapshot)):
             self.sent.append(message)
+        if isinstance(message, Snapshot):
+            self.has_snapshot = not message.is_over
         if isinstance(message, Infer):
+            assert self.has_snapshot or not message.use_snapshot, "no weights of an evaluation"
             self.held.append(message)
             if not self.hold:
                 self.answer()

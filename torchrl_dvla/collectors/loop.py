@@ -298,7 +298,8 @@ class CollectionLoop:
                 evaluation.begin_anew()
             except* _RolloutFailedError as failed:
                 evaluation.fail(RuntimeError(str(failed.exceptions[0])))
-        self.batcher.drop_snapshot()
+        if self._evaluation in (None, evaluation):  # else the next one has had its own copy made
+            self.batcher.drop_snapshot()
         self._on_change()
 
     async def _play_episode(
