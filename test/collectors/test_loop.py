@@ -7,11 +7,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import time
 
 import pytest
 import torch
 
 from torchrl_dvla.collectors import EpisodeSpec, InferenceConfig
+from torchrl_dvla.collectors.failures import FailureAction
+from torchrl_dvla.data import Rollout
+from torchrl_dvla.swimlane.messages import Failed
 
 from .scripted_lanes import Bench
 
@@ -138,6 +142,19 @@ async def test_a_worker_that_hangs_is_replaced_until_there_were_too_many(bench):
     assert "stepping took more than step_timeout_s=0.05 s. Stack:\nthe stack" in error
 
 
+@on_a_bench(
+    hold=True,
+    num_workers=1,
+    workers={"envs_per_worker": 2, "reset_timeout_s": 1e3, "step_timeout_s": 60.0},
+)
+async def test_a_step_that_waits_for_the_reset_before_it_is_not_late(bench):
+    bench.processes.answer(1)  # the other environment of the worker is still being reset
+    await bench.until(lambda: [c for _, c in bench.processes.sent if not hasattr(c, "seed")])
+    assert bench.loop.envs._deadline(0) > time.monotonic() + 900.0
+    bench.processes.answer(0)
+    await bench.until(lambda: bench.loop.envs._deadline(0) < time.monotonic() + 61.0)
+
+
 @on_a_bench(hold=True, num_workers=1, workers={"step_timeout_s": 0.05, "max_rss_bytes": 1})
 async def test_a_worker_that_hangs_before_it_is_recycled_has_failed(bench):
     bench.loop.envs._recycled.add(0)
@@ -216,6 +233,56 @@ async def test_a_refused_episode_is_played_again_and_then_counts_as_a_failure(be
     assert (result.successes, result.num_env_steps[1]) == ([False, False], 4)
     assert result.policy_version == 0, "the other's: it has no decision"
     assert bench.pool.stats()["pages_reserved"] == 0
+
+
+@on_a_bench(
+    num_workers=4, workers={"max_rollout_failures": 1, "max_task_failures": 1}, tasks=("a", "b")
+)
+async def test_an_evaluation_that_was_given_up_keeps_its_weights_beside_the_next(bench):
+    bench.groups.set_paused(True)
+    await bench.until(lambda: bench.groups.stored)
+    await bench.quiet()
+    bench.processes.hold = True
+    bench.evaluate(EpisodeSpec("a", 70), EpisodeSpec("b", 71))
+    await bench.until(lambda: len(bench.processes.held) == 2)
+    following = bench.evaluate(EpisodeSpec("b", 80))
+    lost = Rollout(EpisodeSpec("a", 1), 5, 99)
+    bench.loop._on_crash(lost, FailureAction.QUARANTINE_TASK, "It crashed.")
+    bench.loop._on_change()
+    await bench.until(lambda: len(bench.processes.held) == 3)
+    while not following.done():
+        await bench.until(lambda: len(bench.processes.held) == 3)
+        bench.processes.answer(2)
+        await bench.quiet()
+    bench.processes.answer(1)  # the healthy one of the first, which asks the policy
+    await bench.quiet()
+    bench.processes.release()
+    await bench.until(lambda: not bench.inference.has_snapshot)
+    assert not bench._main.done()
+
+
+@pytest.mark.parametrize("by_error", [False, True])
+def test_a_loop_that_ends_while_an_evaluation_begins_anew_ends(by_error):
+    @on_a_bench(hold=True, num_workers=4)
+    async def end(bench):
+        bench.evaluate(EpisodeSpec("task", 7), EpisodeSpec("task", 8))
+        await bench.until(lambda: len(bench.processes.held) == 4)
+        bench.inference.hold = True
+        bench.processes.answer(2)  # the other episode is still being reset
+        await bench.until(lambda: bench.inference.held)
+        bench.inference.crash()
+        await bench.until(lambda: bench.inference.num_started == 2)
+        await bench.quiet()
+        if by_error:
+            bench.processes.answer(0)
+            await bench.until(lambda: bench.inference.held)
+            bench.inference._theirs.send(Failed("out of memory"))
+            assert "out of memory" in await bench.error()
+        else:
+            bench._main.cancel()
+            await bench.until(bench._main.done)
+
+    end()
 
 
 def test_an_ended_collection_fails_its_evaluations():

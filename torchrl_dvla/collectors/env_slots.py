@@ -403,12 +403,12 @@ class EnvSlots:
 
     def _deadline(self, index: int) -> float | None:
         """When the command that the worker executes has taken too long."""
-        deadlines = [
-            max(slot.since_s, self._reported_s[index]) + float(getattr(self._config, slot.limit))
-            for slot in self.slots[index]
-            if slot.limit is not None
-        ]
-        return min(deadlines, default=None)
+        slot = self._suspect(index)
+        if slot is None or slot.limit is None:
+            return None
+        # Those of the others begin when they do: a step may wait for the reset before it.
+        seconds = float(getattr(self._config, slot.limit))
+        return max(slot.since_s, self._reported_s[index]) + seconds
 
     def _suspect(self, index: int) -> EnvSlot | None:
         """The environment that a worker was busy with: it executes one command at a time."""

@@ -146,6 +146,8 @@ class CollectionLoop:
         self._episode_ids = itertools.count(-1, -1)  # beside those of training
         self._evaluations: deque[Evaluation] = deque()
         self._evaluation: Evaluation | None = None
+        #: Evaluations under way: the last one, and those that were given up and have yet to end.
+        self._num_playing = 0
         self._lock = threading.Lock()  # of the evaluations that other threads add
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -288,7 +290,8 @@ class CollectionLoop:
 
     async def run_evaluation(self, evaluation: Evaluation) -> None:
         """Play all episodes of an evaluation with one copy of the weights."""
-        while not evaluation.done():
+        self._num_playing += 1
+        while not (evaluation.done() or self._stopping):
             weights = self.batcher.snapshot(greedy=evaluation.greedy)
             try:
                 async with asyncio.TaskGroup() as tasks:
@@ -296,9 +299,12 @@ class CollectionLoop:
                         tasks.create_task(self._play_episode(evaluation, number, spec, weights))
             except* SnapshotLostError:
                 evaluation.begin_anew()
+                # A task group that is aborting swallows a cancellation: see whether it was one.
+                await asyncio.sleep(0)
             except* _RolloutFailedError as failed:
                 evaluation.fail(RuntimeError(str(failed.exceptions[0])))
-        if self._evaluation in (None, evaluation):  # else the next one has had its own copy made
+        self._num_playing -= 1
+        if not self._num_playing:  # the next one may have begun, with the same copy
             self.batcher.drop_snapshot()
         self._on_change()
 
@@ -340,11 +346,14 @@ class CollectionLoop:
 
     async def _assign(self, tasks: asyncio.TaskGroup) -> None:
         """Begin groups and evaluations, and give idle environments to the rollouts that wait."""
-        while True:
-            self._changed.clear()
-            self.envs.set_idle_reason(self._fill(tasks))
-            self.batcher.notify()  # in lockstep it waits until nothing more begins
-            await self._changed.wait()
+        try:
+            while True:
+                self._changed.clear()
+                self.envs.set_idle_reason(self._fill(tasks))
+                self.batcher.notify()  # in lockstep it waits until nothing more begins
+                await self._changed.wait()
+        finally:
+            self._stopping = True
 
     def _fill(self, tasks: asyncio.TaskGroup) -> str:
         """Give every idle environment a rollout; returns why the others stay idle.
