@@ -137,6 +137,19 @@ def test_reader_slots(learner):
             first.adopt_into(constant(0.0))
 
 
+def test_a_reader_may_be_released_while_another_thread_looks_at_all(store, monkeypatch):
+    readers_of(store, 2)
+    store.publish()
+    registry, state = store._registry, store._registry._ledger.state
+
+    def release_first(slot):
+        registry._slots.pop("0", None)
+        return state(slot)
+
+    monkeypatch.setattr(registry._ledger, "state", release_first)
+    assert "1" in registry.take_adoptions()
+
+
 def test_wait_names_who_is_behind(store):
     (fast, fast_module), (slow, slow_module) = readers_of(store, 2)
     store.publish()

@@ -210,7 +210,8 @@ class ReaderRegistry:
         closed = ReaderState.CLOSED
         return {
             name: slot
-            for name, slot in self._slots.items()
+            # A list: the collection loop releases the reader of a process that has ended meanwhile.
+            for name, slot in list(self._slots.items())
             if self._ledger.state(slot) is not closed
         }
 
