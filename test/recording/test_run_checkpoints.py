@@ -156,6 +156,15 @@ def test_the_newest_is_that_of_most_updates_in_the_newest_run(tmp_path):
     assert find_latest_checkpoint(tmp_path) == newest
 
 
+def test_the_third_save_of_an_update_counts_though_the_second_is_still_there(tmp_path, monkeypatch):
+    module = sys.modules[RunCheckpoints.__module__]
+    _save(tmp_path, 42)
+    _save(tmp_path, 42)
+    monkeypatch.setattr(module, "_remove", lambda path: None)  # killed before it
+    third = _save(tmp_path, 42)
+    assert RunCheckpoints(tmp_path).latest() == third
+
+
 # -- a save that fails, or is killed --------------------------------------------------------------
 def test_a_failed_save_leaves_the_previous_one_and_nothing_else(tmp_path):
     _save(tmp_path, 1)

@@ -121,14 +121,18 @@ class RunCheckpoints:
     def _complete(self) -> list[Path]:
         """The complete checkpoints, that of the most updates last."""
         found = []
-        for path in self.directory.glob(f"{_PREFIX}-*"):
-            digits = path.name.removeprefix(f"{_PREFIX}-")
+        for update, num_digits, path in self._folders():
             # A folder whose manifest is damaged counts for nothing; TorchRL's own rotation raises.
             with contextlib.suppress(CheckpointError, OSError):
-                if digits.isdecimal():
-                    _manifest(path)
-                    found.append((int(digits), len(digits), path))
+                _manifest(path)
+                found.append((update, num_digits, path))
         return [path for *_, path in sorted(found)]
+
+    def _folders(self) -> list[tuple[int, int, Path]]:
+        """Update and number of digits of each checkpoint, complete or not, with its folder."""
+        paths = self.directory.glob(f"{_PREFIX}-*")
+        named = [(path.name.removeprefix(f"{_PREFIX}-"), path) for path in paths]
+        return [(int(text), len(text), path) for text, path in named if text.isdecimal()]
 
     def save(
         self,
@@ -178,18 +182,17 @@ class RunCheckpoints:
             # Filled in by the adapters: the manifest is written after the components.
             "sha256": self._digests,
         }
-        path = self.directory / f"{_PREFIX}-{update:08d}"
         # TorchRL replaces a folder by two renames, and a process killed between them would leave
-        # none. With one more zero the name is of the same update and replaces nothing.
-        while path.exists():
-            path = path.with_name(path.name.replace("-", "-0"))
+        # none. With one more zero than any other of the same update, the name replaces nothing and
+        # is that of the newest.
+        longest = max((length for of, length, _ in self._folders() if of == update), default=0)
+        path = self.directory / f"{_PREFIX}-{update:0{max(8, longest + 1)}d}"
         self._checkpoint.save(path, metadata=metadata)
         for written in (path / "manifest.json", path, self.directory):
             _flush_to_disk(written)
         # Those of more updates first: the one just written may not be the highest.
-        for other in self.directory.glob(f"{_PREFIX}-*"):
-            digits = other.name.removeprefix(f"{_PREFIX}-")
-            if other != path and digits.isdecimal() and int(digits) >= update:
+        for of, _, other in self._folders():
+            if other != path and of >= update:
                 _remove(other)
         for other in self._complete()[: -self.keep_last]:
             _remove(other)
