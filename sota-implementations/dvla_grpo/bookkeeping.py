@@ -128,7 +128,7 @@ class RunState:
 
     def progress(self, cfg: Settings) -> float:
         """Share of the budget of updates or of time, whichever is further, that is used up."""
-        shares = [self.num_updates / cfg.train.num_updates]
+        shares = [self.num_updates / (cfg.train.num_updates or 1)]
         if cfg.train.max_minutes is not None:
             shares.append(self.training_s / (60.0 * cfg.train.max_minutes))
         return min(1.0, max(shares))

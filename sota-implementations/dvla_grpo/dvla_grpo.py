@@ -143,7 +143,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
             if held_out and not state.before:
                 state.before = evaluate_all()
             with Meter(cfg, state, collector) as meter:
-                is_over = not meter.budget_is_left()  # of a run that is resumed
+                is_over = not meter.budget_is_left()  # resumed, or only to be evaluated
                 if not is_over:
                     collector.start()
                 evaluation = None
@@ -178,8 +178,10 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
             with collector.pause():
                 with stop.interruptible():
                     pass  # what was asked for until now; the save is not left in the middle
-                save()
-                if held_out:
+                is_trained = bool(state.num_updates or cfg.train.num_updates)
+                if is_trained:
+                    save()
+                if held_out and is_trained:
                     try:
                         state.after = evaluate_all()
                     except (RuntimeError, TimeoutError) as error:

@@ -208,9 +208,9 @@ class OptimSettings(Section):
 
 @dataclass(frozen=True)
 class TrainSettings(Section):
-    """Budgets of the training."""
+    """Budgets of the training; without an update, the policy is evaluated and that is all."""
 
-    num_updates: Count
+    num_updates: Natural
     max_minutes: Limit = None
     timeout_s: Seconds | None = 900.0
 

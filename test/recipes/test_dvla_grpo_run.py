@@ -283,6 +283,18 @@ def test_a_run_without_contrast_ends_with_its_time_budget(tmp_path):
     assert not run.left_over()
 
 
+def test_a_run_without_updates_evaluates_and_that_is_all(tmp_path):
+    run = Run(tmp_path, "train.num_updates=0")
+    try:
+        assert run.finish() == 0, run.output
+    finally:
+        run.kill()
+    (report,) = tmp_path.glob("runs/toy/*/report.json")
+    report = json.loads(report.read_text())
+    assert report["before"]["num_episodes"] == 4 and report["after"] is None
+    assert not list(tmp_path.glob("runs/toy/*/checkpoints/update-*"))
+
+
 def test_a_solved_task_ends_well_also_if_nobody_reads_what_it_says(tmp_path):
     # One random action in five is a success, and an episode has 64.
     task = ["env.success_tol=0.5", "env.success_steps=1", "workers.max_decisions=64"]
