@@ -273,12 +273,18 @@ class Meter:
         return stats | rates | window.scalars()
 
 
-def loss_metrics(parts: Sequence[tuple[int, TensorDictBase]]) -> dict[str, float]:
-    """Mean of each output of the loss over the decisions of an update, by TensorBoard name."""
+def loss_metrics(parts: Sequence[tuple[int, int, TensorDictBase]]) -> dict[str, float]:
+    """Mean of each output of the loss over the decisions of an update, by TensorBoard name.
+
+    Args:
+        parts (sequence): of each micro-batch its rows, those of its minibatch, and the outputs. Its
+            losses are its share of the minibatch's: they add up.
+    """
     out: dict[str, float] = {}
-    num_rows = sum(count for count, _ in parts)
-    for key in list(parts[0][1].keys()):
-        values = [(count, float(losses[key])) for count, losses in parts]
+    num_rows = sum(count for count, *_ in parts)
+    for key in list(parts[0][2].keys()):
+        is_share = key.startswith("loss_")
+        values = [(of if is_share else count, float(losses[key])) for count, of, losses in parts]
         if key.endswith("_max") or key.startswith("max_"):
             value = max(value for _, value in values)
         else:

@@ -221,7 +221,7 @@ def learn(
     """
     loss.version = collector.policy_version
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    parts: list[tuple[int, TensorDictBase]] = []
+    parts: list[tuple[int, int, TensorDictBase]] = []
     norms: list[float] = []
     try:
         for batch in collector.replay_buffer:
@@ -231,7 +231,7 @@ def learn(
             for part in batch.split(cfg.optim.micro_batch_size or len(batch)):
                 losses = loss(part, normaliser=normaliser)
                 sum(value for key, value in losses.items() if key.startswith("loss_")).backward()
-                parts.append((len(part), losses.detach().cpu()))
+                parts.append((len(part), len(batch), losses.detach().cpu()))
             max_norm = cfg.optim.max_grad_norm or math.inf
             norm = clip_grad_norm_(parameters, max_norm, error_if_nonfinite=True)
             norms.append(float(norm))

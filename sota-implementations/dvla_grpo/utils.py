@@ -81,7 +81,7 @@ def make_env_factories(cfg: Settings) -> dict[str, Callable[[], EnvBase]]:
 
 
 def make_evaluation_episodes(cfg: Settings) -> tuple[list[EpisodeSpec], list[EpisodeSpec]]:
-    """Held-out episodes, and an evenly spread subset of them for looks in between.
+    """Held-out episodes, and a subset, spread over tasks and scenes, for looks in between.
 
     LIBERO's are its benchmark init states, on which training never starts; the toy task's are
     seeds.
@@ -93,7 +93,9 @@ def make_evaluation_episodes(cfg: Settings) -> tuple[list[EpisodeSpec], list[Epi
         for k in range(count)
     ]
     size = min(cfg.eval.subset_episodes, count)
-    return episodes, [episodes[k * count // size] for k in range(size)]
+    by_task = sorted(range(count), key=lambda k: k % len(names))
+    chosen = sorted(by_task[k * count // size] for k in range(size))
+    return episodes, [episodes[k] for k in chosen]
 
 
 # -- policy ---------------------------------------------------------------------------------------

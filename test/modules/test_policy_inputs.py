@@ -71,6 +71,11 @@ def test_frequencies():
     assert counts[1] == 0
 
 
+def test_every_token_can_be_drawn_in_half_precision():
+    probs = torch.full((300,), 1 / 300, dtype=torch.bfloat16)
+    assert inverse_cdf_sample(probs.expand(20000, 300)).unique().tolist() == [*range(300)]
+
+
 @pytest.mark.parametrize("draw", [0.0, 1.0 - 2.0**-24])
 def test_impossible_tokens_at_the_ends(monkeypatch: pytest.MonkeyPatch, draw: float):
     monkeypatch.setattr(torch, "rand_like", lambda tensor: torch.full_like(tensor, draw))

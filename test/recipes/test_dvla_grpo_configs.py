@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tensordict import TensorDict
 
 from torchrl_dvla.collectors import InitStateSchedule
 from torchrl_dvla.envs import LiberoChunkEnv, ToyChunkEnv
@@ -76,6 +77,13 @@ def test_progress_is_that_of_the_budget_used_up_most(
     assert state.progress(cfg) == pytest.approx(share)
 
 
+def test_losses_of_micro_batches_add_up_and_measures_of_them_are_averaged(recipe):
+    parts = [(3, 4, (0.3, 2.0)), (1, 4, (0.1, 6.0)), (4, 4, (1.0, 4.0))]  # of two minibatches
+    parts = [(n, of, TensorDict(loss_entropy=a, entropy=b)) for n, of, (a, b) in parts]
+    found = recipe.bookkeeping.loss_metrics(parts)
+    assert found == pytest.approx({"loss/loss_entropy": 0.7, "loss/entropy": 3.5})
+
+
 def test_held_out_episodes_are_never_trained_on(settings, recipe):
     held_out, subset = recipe.utils.make_evaluation_episodes(settings("toy"))
     assert len(set(held_out)) == 50
@@ -89,5 +97,9 @@ def test_libero_is_evaluated_on_the_benchmark_and_trained_on_sampled_scenes(sett
     held_out, _ = recipe.utils.make_evaluation_episodes(cfg)
     assert sorted(e.init_state_id for e in held_out if e.task == "libero_object/3") == [*range(50)]
     assert {e.task for e in held_out} == {"libero_object/0", "libero_object/3"}
+    cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, subset_episodes=10))
+    held_out, subset = recipe.utils.make_evaluation_episodes(cfg)
+    assert [[e.task[-1] for e in subset].count(task) for task in "03"] == [5, 5]
+    assert sorted(e.init_state_id for e in subset) == sorted([0, 10, 20, 30, 40] * 2)
     other = dataclasses.replace(cfg, seed=1)  # two seeds of a run evaluate the same scenes
     assert recipe.utils.make_evaluation_episodes(other)[0] == held_out

@@ -220,6 +220,42 @@ def test_what_cannot_be_merged_is_named(attribute, value, message):
         reader.adopt_into(adapted())  # with the adapters there is nothing to merge
 
 
+@pytest.mark.parametrize("name", ["lora_embedding_A", "lora_A"])
+def test_an_adapter_of_another_form_is_named(name):
+    learner = adapted(wrapped=False)
+    learner.second = nn.Module()  # its base has no "weight", or its factors are no modules
+    learner.second.base_layer = nn.Linear(5, 3, bias=False) if name != "lora_A" else nn.Module()
+    factor = nn.Linear(5, 2, bias=False) if name == "lora_A" else nn.Parameter(torch.ones(5, 2))
+    container = nn.ModuleDict if name == "lora_A" else nn.ParameterDict
+    learner.second.add_module(name, container({"default": factor}))
+    updates = WeightLayout(learner).lora_updates
+    assert set(updates) == {"first.weight", *[n for n in updates if n.startswith(f"second.{name}")]}
+    assert [bool(update.obstacle) for update in updates.values()] == [False, True]
+    learner.second.active_adapters = []
+    assert set(WeightLayout(learner).lora_updates) == {"first.weight"}
+
+
+@pytest.mark.parametrize("order", [("first", "second"), ("second", "first")])
+def test_a_weight_that_only_one_of_its_two_names_adapts_is_not_tied_in_the_reader(order):
+    def tied(names):
+        model = nn.Module()
+        for name in names:
+            model.add_module(name, nn.Linear(4, 4, bias=False))
+        model.second.weight = model.first.weight
+        return model.requires_grad_(False)
+
+    learner, served = tied(order), tied(order)
+    learner.first = LoraLinear(learner.first)
+    with WeightStore(learner, lora_only=True) as store:
+        with pytest.raises(ValueError, match="must not tie .* one with and one without an adapter"):
+            store.reader("a").adopt_into(served)
+        with torch.device("meta"):
+            missing = tied(order)
+        store.reader("b").adopt_into(missing)  # which leaves nothing tied
+    assert torch.equal(missing.second.weight, learner.second.weight)
+    assert not torch.equal(missing.first.weight, missing.second.weight)
+
+
 def test_an_inactive_adapter_is_left_out():
     learner = adapted(("one", "two"))
     layer_of(learner).active_adapters = ["two"]

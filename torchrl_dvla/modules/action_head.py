@@ -90,7 +90,8 @@ def inverse_cdf_sample(probs: torch.Tensor) -> torch.Tensor:
     Reference:
         Devroye, "Non-Uniform Random Variate Generation", 1986, chapter III.2.
     """
-    cumulative = probs.cumsum(-1)
+    # Half precision has fewer steps between 0 and 1 than there are tokens.
+    cumulative = probs.cumsum(-1, dtype=torch.promote_types(probs.dtype, torch.float32))
     total = cumulative[..., -1:]
     # Nothing can be decided by the values of an ensemble, inside of torch.vmap.
     if not is_batchedtensor(total) and not bool(torch.isfinite(total).all()):

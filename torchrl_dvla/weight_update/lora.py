@@ -103,6 +103,7 @@ def find_lora_updates(module: nn.Module, index_of: Mapping[str, int]) -> dict[st
     """
     factors: dict[str, list[tuple[int, int, float]]] = {}
     obstacles: dict[str, str] = {}
+    left = {name for name in index_of if is_adapter_name(name)}
     transposed: set[str] = set()
     for name, a in index_of.items():
         match = _FACTOR_A.match(name)
@@ -112,9 +113,11 @@ def find_lora_updates(module: nn.Module, index_of: Mapping[str, int]) -> dict[st
         dot = f"{layer}." if layer else ""
         owner = module.get_submodule(layer or "")
         base = next((n for n in (f"{dot}base_layer.weight", f"{dot}weight") if n in index_of), None)
-        b = index_of.get(f"{dot}lora_B.{adapter}.weight" if adapter else f"{dot}lora_B.weight")
+        name_b = f"{dot}lora_B.{adapter}.weight" if adapter else f"{dot}lora_B.weight"
+        b = index_of.get(name_b)
         if base is None or b is None or not _is_active(owner, adapter):
             continue
+        left -= {name, name_b}
         scaling = _of_adapter(getattr(owner, "scaling", None), adapter)
         obstacle = _obstacle(owner, adapter, scaling)
         if obstacle:
@@ -123,12 +126,19 @@ def find_lora_updates(module: nn.Module, index_of: Mapping[str, int]) -> dict[st
             transposed.add(base)
         number = float(scaling) if isinstance(scaling, int | float) else 0.0
         factors.setdefault(base, []).append((a, b, number))
-    return {
+    updates = {
         plain_name(base): LoraUpdate(
             index_of[base], tuple(found), base in transposed, obstacles.get(base, "")
         )
         for base, found in factors.items()
     }
+    for name in sorted(left):
+        layer, _, rest = f".{name}".partition(".lora_")
+        adapter = (rest.split(".") + [""])[1]
+        if _is_active(module.get_submodule(layer[1:]), adapter):
+            reason = "it is not of a lora_A and a lora_B beside the weight of a layer"
+            updates.setdefault(plain_name(name), LoraUpdate(index_of[name], (), obstacle=reason))
+    return updates
 
 
 def _of_adapter(value: object, adapter: str | None) -> object:
@@ -137,7 +147,7 @@ def _of_adapter(value: object, adapter: str | None) -> object:
 
 def _is_active(owner: nn.Module, adapter: str | None) -> bool:
     active = getattr(owner, "active_adapters", None)
-    return adapter is None or active is None or adapter in active
+    return not adapter or active is None or adapter in active
 
 
 def _obstacle(owner: nn.Module, adapter: str | None, scaling: object) -> str:

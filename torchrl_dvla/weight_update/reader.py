@@ -34,6 +34,9 @@ from torchrl_dvla.weight_update.weight_layout import WeightLayout, iter_weights,
 
 __all__ = ["ModuleBinding", "WeightReader"]
 
+#: A parameter on the meta device: its dictionary and key there, its entry, what merges into it.
+_Missing = tuple[dict[str, torch.Tensor | None], str, int, LoraUpdate | None]
+
 _NOTHING = -2  # below every *latest*, so that the next comparison finds a newer version
 _POLL_S = 5e-4
 
@@ -77,25 +80,29 @@ class ModuleBinding:
         _refuse_obstacles(updates)
         pointed: dict[int, tuple[torch.Tensor, int]] = {}
         copied: dict[int, tuple[torch.Tensor, int]] = {}
-        merged: dict[int, tuple[torch.Tensor, int]] = {}
-        self._updates = {update.base: update for update in updates.values()}
+        merged: dict[int, tuple[torch.Tensor, LoraUpdate]] = {}
         self._entries = layout.entries
-        self._missing: list[tuple[dict[str, torch.Tensor | None], str, int]] = []
+        self._missing: list[_Missing] = []
+        found: dict[int, tuple[int, LoraUpdate | None]] = {}
         for name, tensor, owner, key in iter_weights(module):
-            index = index_of[name]
+            index, update = index_of[name], updates.get(name)
             if tensor.device.type == "meta":
-                self._missing.append((owner, key, index))
+                self._missing.append((owner, key, index, update))
                 continue
-            same_kind = tensor.device.type == "cpu" and tensor.dtype == layout.entries[index].dtype
-            group = pointed if same_kind and not copy else copied
-            if name in updates:
-                group = merged
-            if group.setdefault(id(tensor), (tensor, index))[1] != index:
+            first, same = found.setdefault(id(tensor), (index, update))
+            if (first, same) != (index, update):
                 raise ValueError(
-                    f"module must not tie {name!r} to {layout.entries[group[id(tensor)][1]].name!r}"
-                    ", got one tensor for two weights of the store. Build both from one "
-                    "configuration."
+                    f"module must not tie {name!r} to {layout.entries[first].name!r}, got one "
+                    "tensor for two weights of the store, or for one with and one without an "
+                    "adapter. Build both from one configuration."
                 )
+            same_kind = tensor.device.type == "cpu" and tensor.dtype == layout.entries[index].dtype
+            if update is not None:
+                merged[id(tensor)] = tensor, update
+            elif same_kind and not copy:
+                pointed[id(tensor)] = tensor, index
+            else:
+                copied[id(tensor)] = tensor, index
         self._pointed = list(pointed.values())
         self._copied = list(copied.values())
         self._merged = list(merged.values())
@@ -122,8 +129,8 @@ class ModuleBinding:
         with torch.no_grad():
             for tensor, index in self._copied:
                 tensor.data.copy_(views[index], non_blocking=tensor.is_cuda)
-        for tensor, index in self._merged:
-            self._updates[index].merge(views, tensor.data)
+        for tensor, update in self._merged:
+            update.merge(views, tensor.data)
         # After what the caller has started there: forward passes still read the old weights.
         wait_for_devices(tensor for tensor, _ in self._copied)
         # What is frozen is the same in every version.
@@ -131,16 +138,17 @@ class ModuleBinding:
 
     def _materialise(self, views: Sequence[torch.Tensor]) -> None:
         """Make the parameters that are missing, and private memory for the merged ones."""
-        made: dict[tuple[int, bool], torch.Tensor] = {}
-        for owner, key, index in self._missing:
-            is_parameter = isinstance(owner[key], nn.Parameter)
-            if (index, is_parameter) not in made:
+        made: dict[tuple[int, bool, LoraUpdate | None], torch.Tensor] = {}
+        for owner, key, index, update in self._missing:
+            kind = index, isinstance(owner[key], nn.Parameter), update
+            if kind not in made:
                 view = views[index]
-                tensor = nn.Parameter(view, requires_grad=False) if is_parameter else view.detach()
-                made[index, is_parameter] = tensor
-                group = self._merged if index in self._updates else self._pointed
-                group.append((tensor, index))
-            owner[key] = made[index, is_parameter]
+                made[kind] = nn.Parameter(view, requires_grad=False) if kind[1] else view.detach()
+                if update is None:
+                    self._pointed.append((made[kind], index))
+                else:
+                    self._merged.append((made[kind], update))
+            owner[key] = made[kind]
         for tensor, _ in self._merged:
             # What the module came with may be the learner's memory, or shared among workers.
             tensor.data = torch.empty_like(tensor.data)
