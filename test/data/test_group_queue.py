@@ -12,16 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import settings, stateful
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from torchrl_dvla.data import Group, GroupState, InitStateSchedule
 from torchrl_dvla.memory import PageState
@@ -288,47 +281,41 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_group_is_in_one_place(self):
-        if hasattr(self, "plane"):
-            stats = self.plane.groups.stats()
-            assert stats["groups_admitted"] == self.count
-            assert stats["groups_learned"] == self.num_learned
-            assert stats["groups_dropped"] == self.num_dropped
-            assert stats["groups_in_flight"] == len(self.running)
-            assert stats["groups_stored"] == len(self.done)
-            assert ids(self.plane.groups.in_hand) == self.in_hand
-            known = self.num_learned + self.num_dropped + self.num_lost + len(self.admitted_at)
-            assert self.count == known
+        stats = self.plane.groups.stats()
+        assert stats["groups_admitted"] == self.count
+        assert stats["groups_learned"] == self.num_learned
+        assert stats["groups_dropped"] == self.num_dropped
+        assert stats["groups_in_flight"] == len(self.running)
+        assert stats["groups_stored"] == len(self.done)
+        assert ids(self.plane.groups.in_hand) == self.in_hand
+        known = self.num_learned + self.num_dropped + self.num_lost + len(self.admitted_at)
+        assert self.count == known
 
     @invariant()
     def as_many_as_can_still_be_learned_are_unlearned(self):
         """(1) of the docstring of GroupQueue."""
-        if hasattr(self, "plane"):
-            for waiting in range(self.lag + 1):
-                due = sum(
-                    at + self.lag <= self.version + waiting for at in self.admitted_at.values()
-                )
-                assert due <= (waiting + 1) * self.num_groups
+        for waiting in range(self.lag + 1):
+            due = sum(at + self.lag <= self.version + waiting for at in self.admitted_at.values())
+            assert due <= (waiting + 1) * self.num_groups
 
     @invariant()
     def nothing_is_overdue(self):
-        if hasattr(self, "plane"):
-            for at in self.admitted_at.values():
-                assert self.version - at <= self.lag
+        for at in self.admitted_at.values():
+            assert self.version - at <= self.lag
 
     @invariant()
     def the_waiting_learner_gets_a_cohort_or_the_collector_a_group(self):
-        if hasattr(self, "plane") and not self.running and not self.in_hand:
+        if not self.running and not self.in_hand:
             may_admit = len(self.plane.groups) < (self.lag + 1) * self.num_groups
             assert self.plane.groups._select() is not None or may_admit
 
     @invariant()
     def every_page_has_one_owner(self):
-        if hasattr(self, "plane"):
-            self.plane.pool.check()
-            stats = self.plane.pool.stats()
-            assert stats["pages_stored"] == 2 * len(self.done)
-            assert stats["pages_reserved"] == 2 * PAGES_PER_ROLLOUT * len(self.running)
-            assert stats["pages_leased"] == stats["pages_sealed"] == 0
+        self.plane.pool.check()
+        stats = self.plane.pool.stats()
+        assert stats["pages_stored"] == 2 * len(self.done)
+        assert stats["pages_reserved"] == 2 * PAGES_PER_ROLLOUT * len(self.running)
+        assert stats["pages_leased"] == stats["pages_sealed"] == 0
 
     def teardown(self):
         """From wherever the adversary stops: once all rollouts end, every group is learned."""
@@ -351,7 +338,7 @@ class AdmissionMachine(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("steps", [12, 60])
 def test_staleness_is_bounded_and_there_is_no_deadlock(steps):
-    run_state_machine_as_test(
+    stateful.run_state_machine_as_test(
         AdmissionMachine,
         settings=settings(max_examples=60, stateful_step_count=steps, deadline=None),
     )
