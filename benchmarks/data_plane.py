@@ -62,14 +62,8 @@ from _turns import in_turns
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 
-from torchrl_dvla.data import (
-    Group,
-    GroupConfig,
-    GroupQueue,
-    InitStateSchedule,
-    PooledReplayBuffer,
-    decision_layout,
-)
+from torchrl_dvla import GroupConfig, PooledReplayBuffer
+from torchrl_dvla.data import Group, GroupQueue, InitStateSchedule, decision_layout
 from torchrl_dvla.memory import EnvironmentPool, RowWriter, WorkerView, row_access
 from torchrl_dvla.swimlane import ManagedProcess
 from torchrl_dvla.swimlane.messages import Stop

@@ -47,13 +47,8 @@ import torch
 from _machine import arguments, log, report
 
 import torchrl_dvla
-from torchrl_dvla import (
-    DVLACollector,
-    GroupConfig,
-    InferenceConfig,
-    PooledReplayBuffer,
-    WorkerConfig,
-)
+from torchrl_dvla import DVLACollector, PooledReplayBuffer
+from torchrl_dvla.collectors import GroupConfig, InferenceConfig, WorkerConfig
 from torchrl_dvla.envs import ToyChunkEnv
 from torchrl_dvla.modules import tiny_token_policy
 

@@ -15,13 +15,8 @@ from tensordict.nn import TensorDictModule
 from torchrl.data import Composite
 from torchrl.envs import ToyVLAEnv
 
-from torchrl_dvla.collectors import (
-    DVLACollector,
-    EpisodeSpec,
-    GroupConfig,
-    InferenceConfig,
-    InitStateSchedule,
-)
+from torchrl_dvla import DVLACollector, InferenceConfig
+from torchrl_dvla.collectors import EpisodeSpec, GroupConfig, InitStateSchedule
 from torchrl_dvla.collectors.validation import check_episodes, check_same_start, match_policy
 from torchrl_dvla.data import Group, Rollout, decision_layout
 from torchrl_dvla.memory import DualPool, EnvironmentPool, RowLayout

@@ -18,15 +18,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import (
-    LazyTensorStorage,
-    RandomSampler,
-    ReplayBuffer,
-    SamplerWithoutReplacement,
-    SliceSampler,
-    StalenessAwareSampler,
-    StreamingSliceSampler,
-)
+from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
+from torchrl.data.replay_buffers import samplers
 from torchrl.data.replay_buffers.checkpointers import TensorStorageCheckpointer
 from torchrl.data.replay_buffers.samplers import PromptGroupSampler
 from torchrl.data.replay_buffers.writers import RoundRobinWriter
@@ -267,8 +260,8 @@ def test_a_buffer_is_bound_once_and_empty(make_plane):
     ("name", "options"),
     [
         ("SamplerWithoutReplacement", {"sampler": SamplerWithoutReplacement()}),
-        ("SliceSampler", {"sampler": SliceSampler(slice_len=2, traj_key="x")}),
-        ("StreamingSliceSampler", {"sampler": StreamingSliceSampler(slice_len=2)}),
+        ("SliceSampler", {"sampler": samplers.SliceSampler(slice_len=2, traj_key="x")}),
+        ("StreamingSliceSampler", {"sampler": samplers.StreamingSliceSampler(slice_len=2)}),
         ("PromptGroupSampler", {"sampler": PromptGroupSampler(num_groups=2, group_key="group_id")}),
         ("ConsumingSampler", {"consume_after_n_samples": 1}),
     ],
@@ -374,7 +367,7 @@ def test_what_is_read_is_a_copy(plane):
 
 
 def test_random_samples_are_whole_rows_and_follow_the_groups(make_plane):
-    plane = make_plane(groups=1, lag=1, sampler=RandomSampler(), batch_size=64)
+    plane = make_plane(groups=1, lag=1, sampler=samplers.RandomSampler(), batch_size=64)
     with pytest.raises(RuntimeError, match="empty storage"):
         plane.buffer.sample()
     plane.add(2)
@@ -389,7 +382,7 @@ def test_random_samples_are_whole_rows_and_follow_the_groups(make_plane):
 
 
 def test_staleness_aware_samples_copy_no_image_to_choose(make_plane):
-    sampler = StalenessAwareSampler(max_staleness=0)
+    sampler = samplers.StalenessAwareSampler(max_staleness=0)
     plane = make_plane(groups=1, lag=2, sampler=sampler, batch_size=16)
     plane.admit()
     plane.add()

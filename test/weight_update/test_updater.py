@@ -18,12 +18,8 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.collectors import Collector, MultiAsyncCollector, MultiSyncCollector
 from torchrl.envs import ToyVLAEnv
-from torchrl.modules.inference_server import (
-    InferenceServer,
-    MPTransport,
-    ProcessInferenceServer,
-    ThreadingTransport,
-)
+from torchrl.modules import inference_server
+from torchrl.modules.inference_server import InferenceServer, MPTransport, ProcessInferenceServer
 from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 
 from torchrl_dvla.memory import SharedArena
@@ -266,7 +262,7 @@ def test_a_single_process_collector_follows_another_module() -> None:
 def test_an_inference_server_asks_between_two_batches() -> None:
     trained, served = make_policy(0.5), make_policy()
     updater = make_updater(trained, num_workers=1)
-    transport = ThreadingTransport()
+    transport = inference_server.ThreadingTransport()
     server = InferenceServer(
         served, transport, weight_sync=updater.receiver(0), policy_version_key="policy_version"
     )
