@@ -522,7 +522,8 @@ def test_raise_ends_the_run(make_plane):
 
 
 # -- waiting and publishing ---------------------------------------------------------------------
-def test_dropped_groups_are_counted_and_explained(plane):
+def test_every_wait_has_its_reason_and_dropped_groups_are_counted(plane):
+    assert wait_message(plane).endswith("Nothing is being collected: start the collector.")
     plane.add(3, returns=(1.0, 1.0))
     plane.add(returns=(0.0, 0.0), sizes=(1, 1))
     assert plane.groups.drop_counts() == {
@@ -531,9 +532,8 @@ def test_dropped_groups_are_counted_and_explained(plane):
     message = wait_message(plane)
     assert message.startswith("No cohort of 2 groups within timeout_s=0: 0 finished, 0 in flight")
     assert "[], 4 dropped since the last update (4 x 'no contrast')" in message
-    assert message.endswith(
-        "easier or harder tasks, raise candidate_group_size, or widen return_bounds."
-    )
+    remedy = "easier or harder tasks, raise candidate_group_size, or widen return_bounds."
+    assert message.endswith(remedy)
     stats = plane.groups.stats()
     assert (stats["groups_dropped"], stats["groups_kept"], stats["groups_stored"]) == (4, 0, 0)
     plane.add(2)
@@ -541,13 +541,9 @@ def test_dropped_groups_are_counted_and_explained(plane):
     plane.update()
     plane.publish()
     assert "0 dropped since the last update. Nothing is being collected" in wait_message(plane)
-
-
-def test_every_wait_has_its_reason(plane):
-    assert wait_message(plane).endswith("Nothing is being collected: start the collector.")
     plane.admit()
     message = wait_message(plane)
-    assert "1 in flight [0]" in message and "raise timeout_s" in message
+    assert "1 in flight [6]" in message and "raise timeout_s" in message
 
 
 def learner_of(plane):
@@ -557,19 +553,18 @@ def learner_of(plane):
 def test_a_waiting_learner_is_woken_by_the_last_group_and_not_before(make_plane, monkeypatch):
     plane = make_plane(groups=3)
     waiting = threading.Event()
-    wait, wake, wakes = plane.groups.lock.wait, plane.groups.lock.notify_all, []
+    groups, lock, wakes = plane.groups, plane.groups.lock, []
+    wait, wake = lock.wait, lock.notify_all
     # It holds the lock until it sleeps.
-    monkeypatch.setattr(plane.groups.lock, "wait", lambda *a: (waiting.set(), wait(*a)))
-    monkeypatch.setattr(
-        plane.groups.lock, "notify_all", lambda: (wakes.append(len(plane.groups)), wake())
-    )
+    monkeypatch.setattr(lock, "wait", lambda *a: (waiting.set(), wait(*a)))
+    monkeypatch.setattr(lock, "notify_all", lambda: (wakes.append(len(groups)), wake()))
     learner = learner_of(plane)
     assert waiting.wait(60)
     plane.add(2)
     assert wakes == []
     plane.add()
     assert learner.result(60) == [0, 1, 2]
-    stats = plane.groups.stats()
+    stats = groups.stats()
     assert stats["wait_s"] >= stats["last_wait_s"] >= 0
 
 
