@@ -240,9 +240,6 @@ def test_rollouts_of_a_group_start_alike(key, gap, message):
         pool.rows["observation", "float_image"].fill_(0.75)  # 8/255 of it are 0.0235
         pool.rows[key][6] += gap  # the first row of the last
         pool.rows["observation", "state"][7] += 1  # decisions after the first may differ
-        with (
-            contextlib.nullcontext()
-            if message is None
-            else pytest.raises(ValueError, match=message)
-        ):
+        refused = pytest.raises(ValueError, match=message)
+        with contextlib.nullcontext() if message is None else refused:
             check_same_start(Group(0, spec, 0, rollouts), pool)

@@ -264,9 +264,8 @@ def test_noise_does_not_depend_on_the_horizon():
 
 @pytest.mark.libero
 def test_expert_solves_a_real_scene():
-    env = LiberoChunkEnv(
-        "libero_object", 3, replan_interval=4, max_episode_steps=160, shadows=False, msaa=False
-    )
+    options = {"replan_interval": 4, "max_episode_steps": 160, "shadows": False, "msaa": False}
+    env = LiberoChunkEnv("libero_object", 3, **options)
     try:
         demo = record_demonstration(env, seed=7, noise=ActionNoise())
         assert demo.info.success

@@ -32,10 +32,8 @@ def test_idle_time_goes_to_the_reason_that_ended_it(timeline):
     timeline.add("sampling", 0.0, 8.0, track="worker 1", blocked_on="no_page")
     timeline.add("sampling", 9.0, 10.0, track="worker 1")  # nobody knows what it was blocked on
     usage = timeline.usage(now=10.0)
-    assert usage.idle_shares() == {
-        ("sampling", "no_page"): 3 / 20,
-        ("sampling", "no_decision"): 1 / 20,
-    }
+    idle = {("sampling", "no_page"): 3 / 20, ("sampling", "no_decision"): 1 / 20}
+    assert usage.idle_shares() == idle
     assert usage.shares()["sampling"] == 11 / 20
 
 
@@ -43,10 +41,8 @@ def test_idle_time_goes_to_the_reason_in_force(timeline):
     track = timeline.track("gradient")
     track.waiting("elsewhere", now=0.0)
     track.waiting("no_batch", now=1.0)
-    assert timeline.usage(now=3.0).idle_s == {
-        ("gradient", "elsewhere"): 1.0,
-        ("gradient", "no_batch"): 2.0,
-    }
+    idle_s = {("gradient", "elsewhere"): 1.0, ("gradient", "no_batch"): 2.0}
+    assert timeline.usage(now=3.0).idle_s == idle_s
     track.add(4.0, 9.0, "learn")
     track.waiting("elsewhere", now=9.0)
     usage = timeline.usage(now=10.0)
