@@ -62,14 +62,8 @@ from _turns import in_turns
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 
-from torchrl_dvla.data import (
-    Group,
-    GroupConfig,
-    GroupQueue,
-    InitStateSchedule,
-    PooledReplayBuffer,
-    decision_layout,
-)
+from torchrl_dvla import GroupConfig, PooledReplayBuffer
+from torchrl_dvla.data import Group, GroupQueue, InitStateSchedule, decision_layout
 from torchrl_dvla.memory import EnvironmentPool, RowWriter, WorkerView, row_access
 from torchrl_dvla.swimlane import ManagedProcess
 from torchrl_dvla.swimlane.messages import Stop
@@ -198,12 +192,9 @@ class Dvla:
         # group is admitted only if one more rollout would find room.
         num_pages = DECISIONS // PAGE_ROWS
         self.pool = EnvironmentPool(LAYOUT, ROWS // PAGE_ROWS + num_pages, PAGE_ROWS)
-        config = GroupConfig(
-            group_size=GROUP, groups_per_update=2, max_policy_lag=1, normalise_std=False
-        )
-        self.groups = GroupQueue(
-            config, self.pool, InitStateSchedule(), pages_per_rollout=num_pages
-        )
+        config = GroupConfig(GROUP, groups_per_update=2, max_policy_lag=1, normalise_std=False)
+        schedule = InitStateSchedule()
+        self.groups = GroupQueue(config, self.pool, schedule, pages_per_rollout=num_pages)
         self.buffer = PooledReplayBuffer(batch_size=BATCH, timeout_s=60.0)
         self.buffer.bind(self.groups)
         self.workers = [
@@ -232,10 +223,8 @@ class Dvla:
                     rollout = under_way[number].pop(0)
                     group = running[rollout.group_id]
                     for decision in range(DECISIONS):
-                        reward = float(rollout.rollout_id % 2 and decision == 0)
-                        rollout.record(
-                            policy_version=0, reward=reward, success=True, num_env_steps=8
-                        )
+                        paid = float(rollout.rollout_id % 2 and decision == 0)
+                        rollout.record(policy_version=0, reward=paid, success=True, num_env_steps=8)
                     self.groups.finish(rollout)
                     if all(rollout.finished for rollout in group.rollouts):
                         self.groups.complete(running.pop(group.group_id))
@@ -324,11 +313,9 @@ class TorchRL:
         is_shared = name in ("lazy", "memmap")
         folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self.scratch = tempfile.TemporaryDirectory(prefix="data_plane-", dir=folder)
-        storage = (
-            LazyMemmapStorage(ROWS, scratch_dir=self.scratch.name)
-            if name == "memmap"
-            else LazyTensorStorage(ROWS)
-        )
+        storage: Any = LazyTensorStorage(ROWS)
+        if name == "memmap":
+            storage = LazyMemmapStorage(ROWS, scratch_dir=self.scratch.name)
         self.buffer = ReplayBuffer(storage=storage, batch_size=BATCH, shared=is_shared)
         if is_shared:
             # Made from a row, not from the specs, which would add the next observation.

@@ -155,9 +155,7 @@ def main() -> None:
             policy,
             replay_buffer=PooledReplayBuffer(batch_size=256),
             group=GroupConfig(group_size=4, groups_per_update=2, max_policy_lag=2),
-            workers=WorkerConfig(
-                num_workers=NUM_WORKERS, max_decisions=8, step_timeout_s=STEP_TIMEOUT_S
-            ),
+            workers=WorkerConfig(NUM_WORKERS, max_decisions=8, step_timeout_s=STEP_TIMEOUT_S),
         )
         learner = Learner(collector)
         collector.start()
@@ -190,14 +188,13 @@ def main() -> None:
         after_kill = recoveries(collector, kills, startup_s)
         after_hang = recoveries(collector, hangs, startup_s)
         collector.shutdown()
+    p99_s = float(np.percentile(after_kill + after_hang, 99, method="higher"))
     ratio = paired_ratio(faulty, quiet)
     result = {
         "throughput_ratio": ratio["median"],
         "groups_lost": int(lost + unaccounted),
         "rows_learned_twice": sum(count - 1 for count in learner.rows.values()),
-        "recovery_p99_s": round(
-            float(np.percentile(after_kill + after_hang, 99, method="higher")), 3
-        ),
+        "recovery_p99_s": round(p99_s, 3),
         "ratios": ratio,
         "rollouts_per_s": {"undisturbed": spread(quiet), "under_faults": spread(faulty)},
         "recovery_s": {"kill": spread(after_kill, 3), "hang": spread(after_hang, 3)},

@@ -49,13 +49,8 @@ from tensordict import TensorDictBase
 from torchrl.envs import Compose, EnvBase, LiberoEnv, MultiAction, StepCounter, TransformedEnv
 from torchrl.envs.transforms import Transform
 
-from torchrl_dvla import (
-    DVLACollector,
-    GroupConfig,
-    InferenceConfig,
-    PooledReplayBuffer,
-    WorkerConfig,
-)
+from torchrl_dvla import DVLACollector, PooledReplayBuffer
+from torchrl_dvla.collectors import GroupConfig, InferenceConfig, WorkerConfig
 from torchrl_dvla.envs import LiberoChunkEnv, choose_gl_backend, setup_libero
 from torchrl_dvla.modules import TransformersVLA
 

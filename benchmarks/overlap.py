@@ -46,13 +46,8 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.modules.vla import TinyVLA
 
-from torchrl_dvla import (
-    DVLACollector,
-    GroupConfig,
-    InferenceConfig,
-    PooledReplayBuffer,
-    WorkerConfig,
-)
+from torchrl_dvla import DVLACollector, PooledReplayBuffer
+from torchrl_dvla.collectors import GroupConfig, InferenceConfig, WorkerConfig
 from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.testing import CountingChunkEnv, Latency, emulate_latency
 

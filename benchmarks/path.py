@@ -47,13 +47,8 @@ import torch
 from _machine import arguments, log, report
 
 import torchrl_dvla
-from torchrl_dvla import (
-    DVLACollector,
-    GroupConfig,
-    InferenceConfig,
-    PooledReplayBuffer,
-    WorkerConfig,
-)
+from torchrl_dvla import DVLACollector, PooledReplayBuffer
+from torchrl_dvla.collectors import GroupConfig, InferenceConfig, WorkerConfig
 from torchrl_dvla.envs import ToyChunkEnv
 from torchrl_dvla.modules import tiny_token_policy
 
@@ -157,9 +152,7 @@ def trace(folder: str, num_updates: int) -> dict[str, Functions]:
             policy,
             policy_factory=functools.partial(make_policy, folder, policy),
             replay_buffer=PooledReplayBuffer(batch_size=32, timeout_s=120.0),
-            group=GroupConfig(
-                group_size=4, groups_per_update=2, max_policy_lag=2, max_no_signal_groups=10**9
-            ),
+            group=GroupConfig(4, groups_per_update=2, max_policy_lag=2, max_no_signal_groups=10**9),
             workers=WorkerConfig(num_workers=1, envs_per_worker=ENVS, max_decisions=6),
             inference=InferenceConfig(max_batch_size=ENVS),
         )

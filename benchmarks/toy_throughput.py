@@ -43,16 +43,8 @@ from _recipe import Recipe, Update, weights
 from tensordict import NonTensorStack, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import AsyncBatchedCollector, Collector
-from torchrl.envs import (
-    Compose,
-    EnvBase,
-    ExcludeTransform,
-    ParallelEnv,
-    SerialEnv,
-    StepCounter,
-    ToyVLAEnv,
-    TransformedEnv,
-)
+from torchrl.envs import EnvBase, ParallelEnv, SerialEnv, ToyVLAEnv, TransformedEnv
+from torchrl.envs.transforms import Compose, ExcludeTransform, StepCounter
 from torchrl.envs.utils import ExplorationType
 from torchrl.modules.vla import TinyVLA
 

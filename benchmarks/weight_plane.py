@@ -196,16 +196,11 @@ class Node:
         self._weights = TensorDict.from_module(self.policy).data
         options: dict[str, Any] = {"model": self.policy, "num_workers": num_readers}
         if name == "multiprocess":
-            options = {
-                "weights": self._weights,
-                "num_workers": num_readers,
-                "device_map_fn": copy_for_worker,
-            }
+            options = {"weights": self._weights, "num_workers": num_readers}
+            options["device_map_fn"] = copy_for_worker
         elif name == "shared":
-            options = {
-                "weights": self._weights.clone(),
-                "devices": [torch.device("cpu")] * num_readers,
-            }
+            devices = [torch.device("cpu")] * num_readers
+            options = {"weights": self._weights.clone(), "devices": devices}
         self.scheme.init_on_sender(model_id="policy", ctx=context, **options)
         pipes = [context.Pipe() for _ in range(num_readers)]
         self._pipes = [ours for ours, _ in pipes]

@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Examples of the guide that are written as Python sessions print what the guide says."""
+"""What README, guide and examples promise is true: programs run, files and commands exist."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-GUIDE = Path(__file__).resolve().parents[1] / "docs" / "source" / "guide"
+ROOT = Path(__file__).resolve().parents[1]
+GUIDE = ROOT / "docs" / "source" / "guide"
 PAGES = [path.name for path in sorted(GUIDE.glob("*.md")) if "```pycon" in path.read_text()]
 
 
@@ -33,8 +34,78 @@ def test_sessions_print_what_the_page_says(page: str) -> None:
 
 def test_every_check_names_a_test_file_that_exists() -> None:
     lines = (GUIDE / "checks.md").read_text().splitlines()
-    named = re.findall(
-        r"`([^`]*)`", "\n".join(line.split("|")[-2] for line in lines if "|" in line)
-    )
+    last_column = "\n".join(line.split("|")[-2] for line in lines if "|" in line)
+    named = re.findall(r"`([^`]*)`", last_column)
     assert len(named) > 80
-    assert [name for name in named if not (GUIDE.parents[2] / name).is_file()] == []
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+# -- the README, and all pages of its kind ------------------------------------------------------
+README = (ROOT / "README.md").read_text()
+MAX_LINES = 28
+
+
+def snippet() -> str:
+    between = re.search(r"<!-- snippet -->(.*?)<!-- end of snippet -->", README, re.DOTALL)
+    assert between is not None
+    program = re.fullmatch(r"\s*```python\n(.*?)```\s*", between[1], re.DOTALL)
+    assert program is not None
+    return program[1]
+
+
+def test_snippet_is_short() -> None:
+    assert len(snippet().splitlines()) <= MAX_LINES
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(330)
+def test_snippet_runs(tmp_path: Path, run_python) -> None:
+    file = tmp_path / "snippet.py"
+    file.write_text(snippet())
+    run = run_python(file)
+    assert run.returncode == 0, run.stderr
+    assert re.fullmatch(r"(update \d+: \d+% success\n){5}", run.stdout), run.stdout
+    assert "Traceback" not in run.stderr
+    # nothing is left that somebody would have to clean up
+    assert "resource_tracker" not in run.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "examples/README.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
+        if not target.startswith(("http://", "https://")):
+            assert (path.parent / target).exists(), f"{page} links to {target}"
+
+
+def test_commands_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/source/guide/*.md"), *ROOT.glob("examples/*.md")]
+    for page in pages:
+        for line in page.read_text().splitlines():
+            command = re.match(r"\s*\$ make ([a-z ]+)", line)
+            mentioned = re.findall(r"`make ([a-z]+)", line)
+            used = {*mentioned, *(command[1].split() if command else [])}
+            assert used <= targets, f"{page.name}: {line.strip()}"
+
+
+# -- the examples: from anywhere, on a CPU ------------------------------------------------------
+#: What each example prints at the end.
+LAST_LINE = {
+    "evaluate_while_training.py": r"after: \d+% under policy version 12",
+    "own_environment.py": r"after: ([89]\d|100)%",
+    "timeline.py": r"critical lane: \w+",
+    "weights_for_torchrl_collectors.py": r"batch 3: published 3, "
+    r"adopted \{'worker 0': 3, 'worker 1': 3\}",
+}
+
+
+def test_every_example_is_tested():
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(LAST_LINE)
+
+
+@pytest.mark.parametrize("name", sorted(LAST_LINE))
+def test_example(name, run_python):
+    run = run_python(ROOT / "examples" / name)
+    assert run.returncode == 0, run.stderr
+    assert re.fullmatch(LAST_LINE[name], run.stdout.splitlines()[-1]), run.stdout

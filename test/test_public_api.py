@@ -53,11 +53,8 @@ def test_is_documented_with_a_running_example(name: str) -> None:
 
 def test_type_checkers_see_the_same_names() -> None:
     tree = ast.parse((ROOT / "torchrl_dvla" / "__init__.py").read_text())
-    block = next(
-        node
-        for node in tree.body
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-    )
+    conditions = [node for node in tree.body if isinstance(node, ast.If)]
+    block = next(node for node in conditions if ast.unparse(node.test) == "TYPE_CHECKING")
     names = {a.name for node in block.body if isinstance(node, ast.ImportFrom) for a in node.names}
     assert names == set(NAMES)
 

@@ -17,15 +17,8 @@ import torch
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from torchrl_dvla import (
-    AsyncWeightUpdater,
-    DVLACollector,
-    GroupConfig,
-    GRPOLoss,
-    InferenceConfig,
-    PooledReplayBuffer,
-    WorkerConfig,
-)
+from torchrl_dvla import AsyncWeightUpdater, DVLACollector, GRPOLoss, PooledReplayBuffer
+from torchrl_dvla.collectors import GroupConfig, InferenceConfig, WorkerConfig
 from torchrl_dvla.data import InitStateSchedule
 from torchrl_dvla.data.augmentation import RandomShift, StateNoise
 from torchrl_dvla.envs import ToyChunkEnv

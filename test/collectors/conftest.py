@@ -24,7 +24,10 @@ cloudpickle.register_pickle_by_value(counting_task)
 
 @pytest.fixture
 def make_collector() -> Iterator[Callable[..., DVLACollector]]:
-    """Builds collectors on :class:`CountingChunkEnv`; all are shut down after the test."""
+    """Builds collectors on :class:`CountingChunkEnv`; all are shut down after the test.
+
+    A policy that is False is none: that of ``policy_factory`` alone.
+    """
     built: list[DVLACollector] = []
 
     def make(
@@ -42,7 +45,7 @@ def make_collector() -> Iterator[Callable[..., DVLACollector]]:
         buffer = PooledReplayBuffer(batch_size=batch_size, num_epochs=num_epochs, timeout_s=60.0)
         collector = DVLACollector(
             create_env_fn or make_env,
-            policy or make_policy(),
+            make_policy() if policy is None else policy or None,
             replay_buffer=buffer if replay_buffer is None else replay_buffer,
             group=group,
             workers=WorkerConfig(**{"num_workers": 1, "max_decisions": 4, **(workers or {})}),

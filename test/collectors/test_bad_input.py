@@ -15,13 +15,8 @@ from tensordict.nn import TensorDictModule
 from torchrl.data import Composite
 from torchrl.envs import ToyVLAEnv
 
-from torchrl_dvla.collectors import (
-    DVLACollector,
-    EpisodeSpec,
-    GroupConfig,
-    InferenceConfig,
-    InitStateSchedule,
-)
+from torchrl_dvla import DVLACollector, InferenceConfig
+from torchrl_dvla.collectors import EpisodeSpec, GroupConfig, InitStateSchedule
 from torchrl_dvla.collectors.validation import check_episodes, check_same_start, match_policy
 from torchrl_dvla.data import Group, Rollout, decision_layout
 from torchrl_dvla.memory import DualPool, EnvironmentPool, RowLayout
@@ -245,9 +240,6 @@ def test_rollouts_of_a_group_start_alike(key, gap, message):
         pool.rows["observation", "float_image"].fill_(0.75)  # 8/255 of it are 0.0235
         pool.rows[key][6] += gap  # the first row of the last
         pool.rows["observation", "state"][7] += 1  # decisions after the first may differ
-        with (
-            contextlib.nullcontext()
-            if message is None
-            else pytest.raises(ValueError, match=message)
-        ):
+        refused = pytest.raises(ValueError, match=message)
+        with contextlib.nullcontext() if message is None else refused:
             check_same_start(Group(0, spec, 0, rollouts), pool)

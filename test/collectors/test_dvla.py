@@ -15,11 +15,13 @@ import pytest
 import torch
 from torchrl.data import ReplayBuffer
 
-from torchrl_dvla.collectors import DVLACollector, EpisodeSpec, GroupConfig, WorkerConfig
-from torchrl_dvla.data import PooledReplayBuffer, schema
+from torchrl_dvla.collectors import EpisodeSpec, GroupConfig
+from torchrl_dvla.data import schema
 from torchrl_dvla.weight_update import AsyncWeightUpdater
 
 from .counting_task import make_env, make_initialised_policy, make_policy
+
+ONE_AT_A_TIME = GroupConfig(group_size=3, groups_per_update=1, max_policy_lag=0)
 
 
 def shared_memory_files() -> set[str]:
@@ -106,9 +108,7 @@ def test_rows_hold_what_the_environment_did(start_collector):
 
 def test_published_weights_take_the_next_decisions(start_collector):
     policy = make_policy()
-    collector = start_collector(
-        policy=policy, group=GroupConfig(group_size=3, groups_per_update=1, max_policy_lag=0)
-    )
+    collector = start_collector(policy=policy, group=ONE_AT_A_TIME)
     list(collector.replay_buffer)
     with torch.no_grad():  # the first action of a chunk is 7, 7; chance decides the others
         for parameter in policy.head.parameters():
@@ -168,32 +168,22 @@ def test_evaluation_runs_beside_training_and_keeps_its_order(make_collector):
     assert sorted(before.frames) == [0, 1]
 
 
-def test_a_policy_factory_alone_builds_the_learners_policy_too():
-    collector = DVLACollector(
-        make_env,
-        policy_factory=make_initialised_policy,
-        replay_buffer=PooledReplayBuffer(batch_size=16, timeout_s=60.0),
-        group=GroupConfig(group_size=3, groups_per_update=2),
-        workers=WorkerConfig(num_workers=1, max_decisions=4),
-    )
-    try:
-        weights = dict(collector.policy.named_parameters())
-        assert weights.keys() == dict(make_initialised_policy().named_parameters()).keys()
-        collector.start()
-        list(collector.replay_buffer)
-        with torch.no_grad():
-            for weight in weights.values():
-                weight.zero_()
+def test_a_policy_factory_alone_builds_the_learners_policy_too(start_collector):
+    collector = start_collector(policy=False, policy_factory=make_initialised_policy)
+    weights = dict(collector.policy.named_parameters())
+    assert weights.keys() == dict(make_initialised_policy().named_parameters()).keys()
+    list(collector.replay_buffer)
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.zero_()
+    collector.update_policy_weights_()
+    for _ in range(3):  # at lag 1, groups of version 0 come first
+        rows = torch.cat([batch.clone() for batch in collector.replay_buffer])
         collector.update_policy_weights_()
-        for _ in range(3):  # at lag 1, groups of version 0 come first
-            rows = torch.cat([batch.clone() for batch in collector.replay_buffer])
-            collector.update_policy_weights_()
-        # Nothing but zeros in the policy: all of the eight tokens are equally likely.
-        assert rows[schema.POLICY_VERSION_KEY].min() >= 1
-        log_probs = rows[schema.SAMPLE_LOG_PROB_KEY]
-        torch.testing.assert_close(log_probs, torch.full_like(log_probs, -math.log(8)))
-    finally:
-        collector.shutdown()
+    # Nothing but zeros in the policy: all of the eight tokens are equally likely.
+    assert rows[schema.POLICY_VERSION_KEY].min() >= 1
+    log_probs = rows[schema.SAMPLE_LOG_PROB_KEY]
+    torch.testing.assert_close(log_probs, torch.full_like(log_probs, -math.log(8)))
 
 
 def test_pause_admits_no_group(start_collector):
@@ -290,7 +280,7 @@ def test_what_is_inherited_is_honoured_or_refused(make_collector):
 
 
 def test_a_refused_publish_moves_no_version(make_collector):
-    collector = make_collector(group=GroupConfig(3, groups_per_update=1, max_policy_lag=0))
+    collector = make_collector(group=ONE_AT_A_TIME)
     next(iter(collector))
     collector.update_policy_weights_()
     while not collector.replay_buffer.groups.running and not len(collector.replay_buffer):
@@ -301,8 +291,7 @@ def test_a_refused_publish_moves_no_version(make_collector):
 
 
 def test_a_plain_script_gets_a_whole_timeline(start_collector):
-    group = GroupConfig(group_size=3, groups_per_update=1, max_policy_lag=0)
-    collector = start_collector(group=group)
+    collector = start_collector(group=ONE_AT_A_TIME)
     collector.stats()
     for _ in range(4):
         for _batch in collector.replay_buffer:
@@ -340,9 +329,8 @@ def test_a_checkpoint_without_the_buffer_is_refused(make_collector):
     cursor = next(collector.schedule).seed
     of_main = {"counters": state["counters"], "num_batches": state["num_batches"], "buffer": buffer}
     for older, lacks in ((state, "buffer"), (of_main, "seed")):
-        with pytest.raises(
-            ValueError, match=rf"\['{lacks}'\], got \['.*older version.*load the po"
-        ):
+        refused = rf"\['{lacks}'\], got \['.*older version.*load the po"
+        with pytest.raises(ValueError, match=refused):
             collector.load_state_dict(older)
     assert next(collector.schedule).seed == cursor + 1, "nothing was taken over"
     state["buffer"] = buffer

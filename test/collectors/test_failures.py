@@ -12,11 +12,10 @@ from torchrl_dvla.collectors.failures import FailureAction, FailureLog
 from torchrl_dvla.data import EpisodeSpec, Rollout
 
 
-def make_log(max_failures=5, max_rollout_failures=2, max_task_failures=2):
+def make_log(max_failures=5):
     clock = itertools.count(1.0)
-    return FailureLog(
-        max_failures, max_rollout_failures, max_task_failures, clock=lambda: next(clock)
-    )
+    limits = {"max_rollout_failures": 2, "max_task_failures": 2}
+    return FailureLog(max_failures, **limits, clock=lambda: next(clock))
 
 
 def make_rollout(task="reach", group_id=0):

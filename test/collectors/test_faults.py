@@ -73,9 +73,7 @@ def test_a_lost_worker_loses_no_rollout(start_collector, tmp_path, kind, place):
 
 
 @pytest.mark.parametrize("place", ["step", "reset"])
-def test_a_worker_that_lets_nothing_run_is_replaced_at_its_deadline(
-    start_collector, tmp_path, place
-):
+def test_a_worker_that_lets_nothing_run_is_replaced_in_time(start_collector, tmp_path, place):
     fault = Fault("stall", place, at=2, once_path=str(tmp_path / "struck"))
     limit = {f"{place}_timeout_s": 3.0}  # the others are minutes
     collector = start_collector(FaultyEnvFactory(make_env, [fault]), workers=limit)
@@ -85,9 +83,8 @@ def test_a_worker_that_lets_nothing_run_is_replaced_at_its_deadline(
 
 def test_the_log_shows_where_a_hung_worker_was(start_collector, tmp_path, caplog):
     fault = Fault("hang", "step", at=2, once_path=str(tmp_path / "struck"))
-    collector = start_collector(
-        FaultyEnvFactory(make_env, [fault]), workers={"step_timeout_s": 1.0}
-    )
+    limit = {"step_timeout_s": 1.0}
+    collector = start_collector(FaultyEnvFactory(make_env, [fault]), workers=limit)
     learn(collector)
     assert "stepping took more than step_timeout_s=1 s" in caplog.text
     assert "in strike" in caplog.text and "run_env_worker" in caplog.text
@@ -104,9 +101,7 @@ class FirstStartLimited:
         return next(self._limits) if name == "start_timeout_s" else getattr(self._config, name)
 
 
-def test_a_replacement_that_hangs_in_its_constructor_is_replaced_too(
-    make_collector, tmp_path, caplog
-):
+def test_a_replacement_that_hangs_as_it_starts_is_replaced_too(make_collector, tmp_path, caplog):
     gate = str(tmp_path / "gate")
 
     def make():

@@ -72,9 +72,7 @@ def killed_and_resumed(tmp_path_factory):
         children = first.children()
         first.kill()
         first.num_children = len(children)
-        first.survivors = [
-            pid for pid, handle in children.items() if not connection.wait([handle], 10.0)
-        ]
+        first.survivors = [pid for pid, fd in children.items() if not connection.wait([fd], 10.0)]
         first.read()  # what it had still said
         second = Run(folder, 10)
         second.read()

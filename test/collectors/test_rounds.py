@@ -90,9 +90,7 @@ class Episode:
                 "observation": taken["observation"],
                 "vla_action": {key: decision["vla_action", key] for key in ("tokens", "chunk")},
                 schema.SAMPLE_LOG_PROB_KEY: decision[schema.SAMPLE_LOG_PROB_KEY],
-                "next": {
-                    name: outcome[name] for name in ("reward", "done", "terminated", "truncated")
-                },
+                "next": outcome.select("reward", "done", "terminated", "truncated"),
                 schema.SUCCESS_KEY: outcome["success"],
                 schema.ACTION_IS_PAD_KEY: outcome[schema.ACTION_IS_PAD_KEY],
                 schema.POLICY_VERSION_KEY: column(version),
@@ -149,9 +147,7 @@ class SequentialLoop:
             torch.stack([episode.observed[key] for episode in running])
             for key in (schema.IMAGE_KEY, schema.STATE_KEY)
         )
-        batch = TensorDict(
-            {schema.IMAGE_KEY: images, schema.STATE_KEY: states}, batch_size=[len(running)]
-        )
+        batch = TensorDict({schema.IMAGE_KEY: images, schema.STATE_KEY: states}, [len(running)])
         texts = [episode.env.instruction for episode in running]
         batch.set(schema.INSTRUCTION_KEY, NonTensorStack(*texts))
         torch.manual_seed(batch_seed(SEED, self.num_calls))

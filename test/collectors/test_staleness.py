@@ -162,10 +162,8 @@ def check_bound_and_fates(collector, learner):
     dropped = {key: group.drop_reason for key, group in sampled.items() if not group.kept}
     reasons = ("no contrast", "mean return outside")
     assert all(reason.startswith(reasons) for reason in dropped.values())
-    counted = collector.replay_buffer.groups.drop_counts()
-    assert {reason: counts["count"] for reason, counts in counted.items()} == Counter(
-        dropped.values()
-    )
+    counts = collector.replay_buffer.groups.drop_counts()
+    assert {reason: of["count"] for reason, of in counts.items()} == Counter(dropped.values())
     running = [group.group_id for group in learner.groups.running]
     fates = [*learner.group_ids, *dropped, *running]
     stored = [key for key in sampled if key not in dropped and key not in learner.lengths]
@@ -181,9 +179,7 @@ def check_bound_and_fates(collector, learner):
 
 
 @pytest.mark.parametrize(("max_policy_lag", "seed"), [(0, 1), (1, 2), (2, 3), (4, 4)])
-def test_the_lengths_that_are_learned_are_those_that_were_sampled(
-    make_collector, max_policy_lag, seed
-):
+def test_lengths_that_are_learned_are_those_that_were_sampled(make_collector, max_policy_lag, seed):
     make_env = functools.partial(OwnReturnEnv, **ENV_KWARGS)
     collector, learner = run(make_collector, make_env, max_policy_lag=max_policy_lag, seed=seed)
     assert check_bound_and_fates(collector, learner) == set()

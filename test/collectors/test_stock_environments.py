@@ -37,9 +37,7 @@ def test_a_group_of_the_toy_task_is_learned(start_collector):
         make_toy,
         policy=make_policy(action_dim=2, chunk_size=4),
         # Nobody succeeds within three decisions: groups are kept as they come.
-        group=GroupConfig(
-            group_size=2, groups_per_update=1, max_no_signal_groups=1, on_no_signal="keep"
-        ),
+        group=GroupConfig(2, groups_per_update=1, max_no_signal_groups=1, on_no_signal="keep"),
         workers={"envs_per_worker": 2, "max_decisions": 3},
     )
     rows = torch.cat([batch.clone() for batch in collector.replay_buffer])

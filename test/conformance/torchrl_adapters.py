@@ -89,9 +89,7 @@ class ChunkCollector(DVLACollector):
         super().__init__(
             make_env,
             tiny_token_policy(2, 4),
-            group=GroupConfig(
-                group_size=2, groups_per_update=1, max_no_signal_groups=1, on_no_signal="keep"
-            ),
+            group=GroupConfig(2, groups_per_update=1, max_no_signal_groups=1, on_no_signal="keep"),
             workers=WorkerConfig(num_workers=1, max_decisions=num_decisions),
             replay_buffer=PooledReplayBuffer(timeout_s=60.0),
             **kwargs,

@@ -7,14 +7,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchrl_dvla.data import (
-    Group,
-    GroupConfig,
-    GroupQueue,
-    InitStateSchedule,
-    InstructionTable,
-    PooledReplayBuffer,
-)
+from torchrl_dvla import GroupConfig, PooledReplayBuffer
+from torchrl_dvla.data import Group, GroupQueue, InitStateSchedule, InstructionTable
 from torchrl_dvla.memory import EnvironmentPool, RowLayout
 
 LAYOUT = RowLayout(

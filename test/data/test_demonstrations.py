@@ -131,9 +131,8 @@ def test_buffer_visits_each_row_once_an_epoch_and_restores_instructions():
 
 def test_augmentation_leaves_the_stored_rows_alone():
     rows, instructions = stack_demonstrations([make_demo()], TOKENIZER)
-    buffer = make_demonstration_buffer(
-        rows, instructions, batch_size=3, transforms=[RandomShift(4), StateNoise(1.0)]
-    )
+    options = {"batch_size": 3, "transforms": [RandomShift(4), StateNoise(1.0)]}
+    buffer = make_demonstration_buffer(rows, instructions, **options)
     buffer.sample()
     assert (buffer.storage[:]["observation", "image"] == rows["observation", "image"]).all()
     assert (buffer.storage[:]["observation", "state"] == 0).all()

@@ -123,9 +123,7 @@ def test_a_group_survives_json():
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    returns=st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]), min_size=2, max_size=7), data=st.data()
-)
+@given(st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]), min_size=2, max_size=7), st.data())
 def test_subset_has_the_greatest_variance(returns, data):
     size = data.draw(st.integers(1, len(returns)))
     chosen = max_variance_subset(returns, size)

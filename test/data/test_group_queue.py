@@ -12,16 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import settings, stateful
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from torchrl_dvla.data import Group, GroupState, InitStateSchedule
 from torchrl_dvla.memory import PageState
@@ -288,47 +281,41 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_group_is_in_one_place(self):
-        if hasattr(self, "plane"):
-            stats = self.plane.groups.stats()
-            assert stats["groups_admitted"] == self.count
-            assert stats["groups_learned"] == self.num_learned
-            assert stats["groups_dropped"] == self.num_dropped
-            assert stats["groups_in_flight"] == len(self.running)
-            assert stats["groups_stored"] == len(self.done)
-            assert ids(self.plane.groups.in_hand) == self.in_hand
-            known = self.num_learned + self.num_dropped + self.num_lost + len(self.admitted_at)
-            assert self.count == known
+        stats = self.plane.groups.stats()
+        assert stats["groups_admitted"] == self.count
+        assert stats["groups_learned"] == self.num_learned
+        assert stats["groups_dropped"] == self.num_dropped
+        assert stats["groups_in_flight"] == len(self.running)
+        assert stats["groups_stored"] == len(self.done)
+        assert ids(self.plane.groups.in_hand) == self.in_hand
+        known = self.num_learned + self.num_dropped + self.num_lost + len(self.admitted_at)
+        assert self.count == known
 
     @invariant()
     def as_many_as_can_still_be_learned_are_unlearned(self):
         """(1) of the docstring of GroupQueue."""
-        if hasattr(self, "plane"):
-            for waiting in range(self.lag + 1):
-                due = sum(
-                    at + self.lag <= self.version + waiting for at in self.admitted_at.values()
-                )
-                assert due <= (waiting + 1) * self.num_groups
+        for waiting in range(self.lag + 1):
+            due = sum(at + self.lag <= self.version + waiting for at in self.admitted_at.values())
+            assert due <= (waiting + 1) * self.num_groups
 
     @invariant()
     def nothing_is_overdue(self):
-        if hasattr(self, "plane"):
-            for at in self.admitted_at.values():
-                assert self.version - at <= self.lag
+        for at in self.admitted_at.values():
+            assert self.version - at <= self.lag
 
     @invariant()
     def the_waiting_learner_gets_a_cohort_or_the_collector_a_group(self):
-        if hasattr(self, "plane") and not self.running and not self.in_hand:
+        if not self.running and not self.in_hand:
             may_admit = len(self.plane.groups) < (self.lag + 1) * self.num_groups
             assert self.plane.groups._select() is not None or may_admit
 
     @invariant()
     def every_page_has_one_owner(self):
-        if hasattr(self, "plane"):
-            self.plane.pool.check()
-            stats = self.plane.pool.stats()
-            assert stats["pages_stored"] == 2 * len(self.done)
-            assert stats["pages_reserved"] == 2 * PAGES_PER_ROLLOUT * len(self.running)
-            assert stats["pages_leased"] == stats["pages_sealed"] == 0
+        self.plane.pool.check()
+        stats = self.plane.pool.stats()
+        assert stats["pages_stored"] == 2 * len(self.done)
+        assert stats["pages_reserved"] == 2 * PAGES_PER_ROLLOUT * len(self.running)
+        assert stats["pages_leased"] == stats["pages_sealed"] == 0
 
     def teardown(self):
         """From wherever the adversary stops: once all rollouts end, every group is learned."""
@@ -351,7 +338,7 @@ class AdmissionMachine(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("steps", [12, 60])
 def test_staleness_is_bounded_and_there_is_no_deadlock(steps):
-    run_state_machine_as_test(
+    stateful.run_state_machine_as_test(
         AdmissionMachine,
         settings=settings(max_examples=60, stateful_step_count=steps, deadline=None),
     )
@@ -535,7 +522,8 @@ def test_raise_ends_the_run(make_plane):
 
 
 # -- waiting and publishing ---------------------------------------------------------------------
-def test_dropped_groups_are_counted_and_explained(plane):
+def test_every_wait_has_its_reason_and_dropped_groups_are_counted(plane):
+    assert wait_message(plane).endswith("Nothing is being collected: start the collector.")
     plane.add(3, returns=(1.0, 1.0))
     plane.add(returns=(0.0, 0.0), sizes=(1, 1))
     assert plane.groups.drop_counts() == {
@@ -544,9 +532,8 @@ def test_dropped_groups_are_counted_and_explained(plane):
     message = wait_message(plane)
     assert message.startswith("No cohort of 2 groups within timeout_s=0: 0 finished, 0 in flight")
     assert "[], 4 dropped since the last update (4 x 'no contrast')" in message
-    assert message.endswith(
-        "easier or harder tasks, raise candidate_group_size, or widen return_bounds."
-    )
+    remedy = "easier or harder tasks, raise candidate_group_size, or widen return_bounds."
+    assert message.endswith(remedy)
     stats = plane.groups.stats()
     assert (stats["groups_dropped"], stats["groups_kept"], stats["groups_stored"]) == (4, 0, 0)
     plane.add(2)
@@ -554,13 +541,9 @@ def test_dropped_groups_are_counted_and_explained(plane):
     plane.update()
     plane.publish()
     assert "0 dropped since the last update. Nothing is being collected" in wait_message(plane)
-
-
-def test_every_wait_has_its_reason(plane):
-    assert wait_message(plane).endswith("Nothing is being collected: start the collector.")
     plane.admit()
     message = wait_message(plane)
-    assert "1 in flight [0]" in message and "raise timeout_s" in message
+    assert "1 in flight [6]" in message and "raise timeout_s" in message
 
 
 def learner_of(plane):
@@ -570,19 +553,18 @@ def learner_of(plane):
 def test_a_waiting_learner_is_woken_by_the_last_group_and_not_before(make_plane, monkeypatch):
     plane = make_plane(groups=3)
     waiting = threading.Event()
-    wait, wake, wakes = plane.groups.lock.wait, plane.groups.lock.notify_all, []
+    groups, lock, wakes = plane.groups, plane.groups.lock, []
+    wait, wake = lock.wait, lock.notify_all
     # It holds the lock until it sleeps.
-    monkeypatch.setattr(plane.groups.lock, "wait", lambda *a: (waiting.set(), wait(*a)))
-    monkeypatch.setattr(
-        plane.groups.lock, "notify_all", lambda: (wakes.append(len(plane.groups)), wake())
-    )
+    monkeypatch.setattr(lock, "wait", lambda *a: (waiting.set(), wait(*a)))
+    monkeypatch.setattr(lock, "notify_all", lambda: (wakes.append(len(groups)), wake()))
     learner = learner_of(plane)
     assert waiting.wait(60)
     plane.add(2)
     assert wakes == []
     plane.add()
     assert learner.result(60) == [0, 1, 2]
-    stats = plane.groups.stats()
+    stats = groups.stats()
     assert stats["wait_s"] >= stats["last_wait_s"] >= 0
 
 

@@ -136,9 +136,8 @@ class PagesOfGroups(RuleBasedStateMachine):
             self.serial += 1
             self.writers[self.worker(rollout)].write(*row, values(self.serial))
             self.serials[rollout.rollout_id].append(self.serial)
-            rollout.record(
-                policy_version=self.groups.version, reward=1.0, success=True, num_env_steps=1
-            )
+            version = self.groups.version
+            rollout.record(policy_version=version, reward=1.0, success=True, num_env_steps=1)
 
     @precondition(lambda self: any(r.num_rows for r in self.open))
     @rule(data=st.data(), leased_ahead=st.booleans())
@@ -238,9 +237,8 @@ class PagesOfGroups(RuleBasedStateMachine):
     def learn(self):
         cohort = self.groups.wait_cohort(0.0)
         learned = [serial for batch in self.buffer for serial in batch["serial"].flatten().tolist()]
-        serials = [
-            n for group in cohort for r in group.rollouts for n in self.serials[r.rollout_id]
-        ]
+        rollouts = [rollout for group in cohort for rollout in group.rollouts]
+        serials = [serial for r in rollouts for serial in self.serials[r.rollout_id]]
         assert sorted(learned) == sorted(serials)
         pages = [page for group in cohort for page in group.pages]
         with self.groups.publishing():

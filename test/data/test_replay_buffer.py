@@ -18,15 +18,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import (
-    LazyTensorStorage,
-    RandomSampler,
-    ReplayBuffer,
-    SamplerWithoutReplacement,
-    SliceSampler,
-    StalenessAwareSampler,
-    StreamingSliceSampler,
-)
+from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
+from torchrl.data.replay_buffers import samplers
 from torchrl.data.replay_buffers.checkpointers import TensorStorageCheckpointer
 from torchrl.data.replay_buffers.samplers import PromptGroupSampler
 from torchrl.data.replay_buffers.writers import RoundRobinWriter
@@ -73,11 +66,7 @@ def test_an_update_hands_out_every_row_once_and_publishing_frees_them(make_plane
 
 
 def test_epochs_are_seeded_permutations(make_plane):
-    first, again, other = (
-        make_plane(num_epochs=2),
-        make_plane(num_epochs=2),
-        make_plane(num_epochs=2, seed=1),
-    )
+    first, again, other = (make_plane(num_epochs=2, seed=seed) for seed in (0, 0, 1))
     seen = []
     for one in (first, again, other):
         one.add(2)
@@ -91,12 +80,6 @@ def test_epochs_are_seeded_permutations(make_plane):
     first.publish()
     first.add(2)
     assert [[x - 10 for x in batch] for batch in first.update()] != seen[0]  # updates differ too
-
-
-def test_a_minibatch_of_all_rows(make_plane):
-    plane = make_plane(batch_size=100)
-    plane.add(2)
-    assert [len(batch) for batch in plane.update()] == [10]
 
 
 def test_nothing_is_allocated_and_a_batch_lives_until_the_second_next(make_plane):
@@ -116,12 +99,12 @@ def test_nothing_is_allocated_and_a_batch_lives_until_the_second_next(make_plane
     assert xs(first) == [48, 49, 42, 43]
 
 
-def test_it_creates_no_named_semaphore(make_plane, monkeypatch):
+def test_a_minibatch_of_all_rows_and_no_named_semaphore(make_plane, monkeypatch):
     created = []
     monkeypatch.setattr(SemLock, "__init__", lambda self, *args, **kwargs: created.append(args))
-    plane = make_plane()
+    plane = make_plane(batch_size=100)
     plane.add(2)
-    plane.update()
+    assert [len(batch) for batch in plane.update()] == [10]
     assert created == []
 
 
@@ -267,15 +250,13 @@ def test_a_buffer_is_bound_once_and_empty(make_plane):
     ("name", "options"),
     [
         ("SamplerWithoutReplacement", {"sampler": SamplerWithoutReplacement()}),
-        ("SliceSampler", {"sampler": SliceSampler(slice_len=2, traj_key="x")}),
-        ("StreamingSliceSampler", {"sampler": StreamingSliceSampler(slice_len=2)}),
+        ("SliceSampler", {"sampler": samplers.SliceSampler(slice_len=2, traj_key="x")}),
+        ("StreamingSliceSampler", {"sampler": samplers.StreamingSliceSampler(slice_len=2)}),
         ("PromptGroupSampler", {"sampler": PromptGroupSampler(num_groups=2, group_key="group_id")}),
         ("ConsumingSampler", {"consume_after_n_samples": 1}),
     ],
 )
-def test_samplers_that_cannot_follow_groups_that_leave_are_refused_by_name(
-    make_plane, name, options
-):
+def test_samplers_that_cannot_follow_groups_that_leave_are_refused(make_plane, name, options):
     buffer = PooledReplayBuffer(batch_size=2, **options)
     with pytest.raises(TypeError, match=f"got a {name}: it keeps state by position"):
         buffer.bind(make_plane().groups)
@@ -307,9 +288,7 @@ def test_a_setting_without_effect_on_a_bound_buffer_is_refused(plane, setting):
             buffer.bind(plane.groups)
 
 
-def test_a_batch_is_written_anew_once_its_queued_copies_to_devices_have_run(
-    make_plane, monkeypatch
-):
+def test_a_batch_is_written_anew_once_its_copies_to_devices_have_run(make_plane, monkeypatch):
     calls: list[str] = []
     numbers = count()
 
@@ -374,7 +353,7 @@ def test_what_is_read_is_a_copy(plane):
 
 
 def test_random_samples_are_whole_rows_and_follow_the_groups(make_plane):
-    plane = make_plane(groups=1, lag=1, sampler=RandomSampler(), batch_size=64)
+    plane = make_plane(groups=1, lag=1, sampler=samplers.RandomSampler(), batch_size=64)
     with pytest.raises(RuntimeError, match="empty storage"):
         plane.buffer.sample()
     plane.add(2)
@@ -389,7 +368,7 @@ def test_random_samples_are_whole_rows_and_follow_the_groups(make_plane):
 
 
 def test_staleness_aware_samples_copy_no_image_to_choose(make_plane):
-    sampler = StalenessAwareSampler(max_staleness=0)
+    sampler = samplers.StalenessAwareSampler(max_staleness=0)
     plane = make_plane(groups=1, lag=2, sampler=sampler, batch_size=16)
     plane.admit()
     plane.add()
@@ -466,10 +445,9 @@ def test_statistics_and_shutdown(plane):
 # -- before it is bound -------------------------------------------------------------------------
 def test_it_is_torchrls_buffer_until_it_is_bound():
     """The same calls on both buffers give the same numbers, wrap-around included."""
-    ours = PooledReplayBuffer(max_size=10, batch_size=4, generator=torch.Generator().manual_seed(0))
-    theirs = ReplayBuffer(
-        storage=LazyTensorStorage(10), batch_size=4, generator=torch.Generator().manual_seed(0)
-    )
+    one, other = (torch.Generator().manual_seed(0) for _ in range(2))
+    ours = PooledReplayBuffer(max_size=10, batch_size=4, generator=one)
+    theirs = ReplayBuffer(storage=LazyTensorStorage(10), batch_size=4, generator=other)
     for data in (rows(6), rows(3, 6), rows(4, 9)):
         assert torch.equal(ours.extend(data), theirs.extend(data))
         assert (ours[:] == theirs[:]).all()
@@ -493,14 +471,10 @@ def test_it_is_torchrls_buffer_until_it_is_bound():
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_samplers_transforms_and_checkpoints_before_it_is_bound(tmp_path, on_disk):
-    rename = RenameTransform(in_keys=["x"], out_keys=["y"])
-
-    def make():
-        return PooledReplayBuffer(
-            sampler=SamplerWithoutReplacement(), transform=rename, batch_size=4, max_size=12
-        )
-
-    buffer, other = make(), make()
+    options = {"transform": RenameTransform(["x"], ["y"]), "batch_size": 4, "max_size": 12}
+    buffer, other = (
+        PooledReplayBuffer(sampler=SamplerWithoutReplacement(), **options) for _ in range(2)
+    )
     buffer.extend(rows(12))
     first = buffer.sample()["y"].flatten().tolist()
     if on_disk:

@@ -11,17 +11,9 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from torchrl_dvla.envs import LiberoChunkEnv
+from torchrl_dvla.envs import LiberoChunkEnv, expert_grasp
 from torchrl_dvla.envs.expert import ExpertConfig, ExpertPhase, PickPlaceExpert, PlaceGoal
-from torchrl_dvla.envs.expert_grasp import (
-    GraspPlanner,
-    box_corners,
-    distance_to_hull,
-    downward_rotation,
-    planar_direction,
-    rotation_error,
-    width_along,
-)
+from torchrl_dvla.envs.expert_grasp import GraspPlanner, box_corners, downward_rotation
 from torchrl_dvla.envs.libero_expert import ActionNoise, chunk_labels, record_demonstration
 
 SQUARE = [[0.0, 0.0], [2.0, 0.0], [2.0, 2.0], [0.0, 2.0]]
@@ -40,16 +32,16 @@ SQUARE = [[0.0, 0.0], [2.0, 0.0], [2.0, 2.0], [0.0, 2.0]]
 def test_distance_to_hull_is_signed(point, distance):
     # a point inside the square must not change the hull
     points = [*SQUARE, [0.7, 1.1]]
-    assert distance_to_hull(point, points) == pytest.approx(distance)
+    assert expert_grasp.distance_to_hull(point, points) == pytest.approx(distance)
 
 
 def test_corners_and_widths_of_a_box():
-    assert planar_direction(np.pi / 3) == pytest.approx([0.5, np.sqrt(3) / 2])
+    assert expert_grasp.planar_direction(np.pi / 3) == pytest.approx([0.5, np.sqrt(3) / 2])
     corners = box_corners([0.03, 0.02, 0.1])
-    assert width_along(corners, 0.0) == pytest.approx(0.06)
-    assert width_along(corners, np.pi / 2) == pytest.approx(0.04)
+    assert expert_grasp.width_along(corners, 0.0) == pytest.approx(0.06)
+    assert expert_grasp.width_along(corners, np.pi / 2) == pytest.approx(0.04)
     # a 3-4-5 direction: 0.06 * 0.8 + 0.04 * 0.6
-    assert width_along(corners, np.arctan2(3.0, 4.0)) == pytest.approx(0.072)
+    assert expert_grasp.width_along(corners, np.arctan2(3.0, 4.0)) == pytest.approx(0.072)
     corners = box_corners([1.0, 2.0, 3.0])
     assert corners.shape == (8, 3)
     assert len(np.unique(corners, axis=0)) == 8
@@ -65,9 +57,9 @@ def test_gripper_points_down_and_opens_along_the_turned_axis():
 
 
 def test_rotation_error_is_the_world_frame_turn():
-    error = rotation_error(downward_rotation(-0.3), downward_rotation(0.4))
+    error = expert_grasp.rotation_error(downward_rotation(-0.3), downward_rotation(0.4))
     assert error == pytest.approx([0, 0, -0.7])
-    assert rotation_error(np.eye(3), np.eye(3)) == pytest.approx([0, 0, 0])
+    assert expert_grasp.rotation_error(np.eye(3), np.eye(3)) == pytest.approx([0, 0, 0])
 
 
 def test_takes_a_box_across_its_thin_side():
@@ -272,9 +264,8 @@ def test_noise_does_not_depend_on_the_horizon():
 
 @pytest.mark.libero
 def test_expert_solves_a_real_scene():
-    env = LiberoChunkEnv(
-        "libero_object", 3, replan_interval=4, max_episode_steps=160, shadows=False, msaa=False
-    )
+    options = {"replan_interval": 4, "max_episode_steps": 160, "shadows": False, "msaa": False}
+    env = LiberoChunkEnv("libero_object", 3, **options)
     try:
         demo = record_demonstration(env, seed=7, noise=ActionNoise())
         assert demo.info.success

@@ -138,9 +138,8 @@ def test_clock_reads_when_robosuite_does(num_forced: int):
 
 @pytest.fixture(scope="module")
 def env():
-    env = LiberoChunkEnv(
-        "libero_spatial", 0, camera_height=16, camera_width=16, shadows=False, msaa=False
-    )
+    size = {"camera_height": 16, "camera_width": 16}
+    env = LiberoChunkEnv("libero_spatial", 0, shadows=False, msaa=False, **size)
     yield env
     env.close()
 

@@ -16,16 +16,7 @@ import torch
 import yaml
 
 from torchrl_dvla.envs import libero_setup
-from torchrl_dvla.envs.libero_setup import (
-    LIBERO_SUITES,
-    LiberoTask,
-    check_init_state_id,
-    choose_gl_backend,
-    libero_tasks,
-    load_init_states,
-    setup_libero,
-    validate_libero,
-)
+from torchrl_dvla.envs.libero_setup import LIBERO_SUITES, LiberoTask, load_init_states, setup_libero
 
 STATES = np.arange(6.0).reshape(2, 3)
 
@@ -229,29 +220,29 @@ def test_gl_backend_follows_the_machine_or_the_user(devices, library, expected, 
     monkeypatch.setenv("MUJOCO_GL", "")
     monkeypatch.setattr(libero_setup.os.path, "exists", lambda path: path in devices)
     monkeypatch.setattr(libero_setup.ctypes.util, "find_library", lambda name: library)
-    assert choose_gl_backend() == expected
+    assert libero_setup.choose_gl_backend() == expected
     assert libero_setup.os.environ["MUJOCO_GL"] == expected
     monkeypatch.setenv("MUJOCO_GL", "glfw")
-    assert choose_gl_backend() == "glfw"
+    assert libero_setup.choose_gl_backend() == "glfw"
 
 
 @pytest.mark.parametrize(("index", "num"), [(50, 50), (-2, 50), (0, 0)])
 def test_init_state_ids_out_of_range(index: int, num: int):
-    assert [check_init_state_id(index, 50) for index in (-1, 0, 49)] == [-1, 0, 49]
+    assert [libero_setup.check_init_state_id(index, 50) for index in (-1, 0, 49)] == [-1, 0, 49]
     with pytest.raises(ValueError, match=f"init_state_id must be .*got {index}"):
-        check_init_state_id(index, num)
+        libero_setup.check_init_state_id(index, num)
 
 
 @pytest.mark.libero
 @pytest.mark.parametrize("suite", LIBERO_SUITES)
 def test_tasks_of_all_suites(suite: str):
-    tasks, num_tasks = libero_tasks(suite), 90 if suite == "libero_90" else 10
+    tasks, num_tasks = libero_setup.libero_tasks(suite), 90 if suite == "libero_90" else 10
     assert [task.task_id for task in tasks] == list(range(num_tasks))
     assert all(task.bddl_file.is_file() for task in tasks)
     assert all(task.init_states_file.is_file() for task in tasks)
     assert len({task.name for task in tasks}) == num_tasks
     if suite == "libero_object":
-        task = validate_libero(suite, 0, init_state_ids=range(50))
+        task = libero_setup.validate_libero(suite, 0, init_state_ids=range(50))
         assert task.instruction == "pick up the alphabet soup and place it in the basket"
         assert load_init_states(task).shape == (50, 110)
 
@@ -276,7 +267,7 @@ def test_tasks_of_all_suites(suite: str):
 def test_bad_arguments(arguments: dict[str, object], message: str):
     call = {"task_suite": "libero_goal", "task_id": 0, **arguments}
     with pytest.raises(ValueError, match=message):
-        validate_libero(**call)
+        libero_setup.validate_libero(**call)
 
 
 @pytest.mark.libero

@@ -41,16 +41,9 @@ def test_same_figures_as_torchrl_mc_advantage():
     transform = MCAdvantage(4, prompt_key="group_id", trajectory_return="sum")
     out = None
     for value in returns:
-        rollout = TensorDict(
-            {
-                "group_id": torch.zeros(1, dtype=torch.int64),
-                "next": TensorDict(
-                    {"reward": value.view(1, 1), "done": torch.ones(1, 1, dtype=torch.bool)}, [1]
-                ),
-            },
-            [1],
-        )
-        out = transform.inv(rollout)
+        ended = {"reward": value.view(1, 1), "done": torch.ones(1, 1, dtype=torch.bool)}
+        group_id = torch.zeros(1, dtype=torch.int64)
+        out = transform.inv(TensorDict({"group_id": group_id, "next": TensorDict(ended, [1])}, [1]))
     torch.testing.assert_close(out["advantage"].squeeze(-1), group_advantage(returns))
 
 

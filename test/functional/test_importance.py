@@ -104,9 +104,8 @@ def test_effective_sample_size_by_hand():
     log = torch.tensor([1.0, 1.0, 2.0]).log()
     torch.testing.assert_close(effective_sample_size(log), torch.tensor(16 / 18))
     # one sample carries everything
-    torch.testing.assert_close(
-        effective_sample_size(torch.tensor([20.0, -20.0, -20.0, -20.0])), torch.tensor(0.25)
-    )
+    log = torch.tensor([20.0, -20.0, -20.0, -20.0])
+    torch.testing.assert_close(effective_sample_size(log), torch.tensor(0.25))
 
 
 def test_effective_sample_size_mask():

@@ -11,13 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from torchrl_dvla.memory import EnvironmentPool, RowLayout, SharedArena, available_memory
-from torchrl_dvla.memory.dual_pool import (
-    DualPool,
-    ModelPool,
-    expected_waste,
-    recommended_rows_per_page,
-)
+from torchrl_dvla.memory import DualPool, EnvironmentPool, RowLayout, SharedArena, available_memory
+from torchrl_dvla.memory.dual_pool import ModelPool, expected_waste, recommended_rows_per_page
 
 LAYOUT = RowLayout({"image": ((3, 16, 16), torch.uint8), "state": ((8,), torch.float32)})
 SIZES: dict[str, Any] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from tensordict import NonTensorStack, TensorDict
+from torch import nn
 from torchrl.data.vla import UniformActionTokenizer
 from transformers import Idefics3Config, PaliGemmaConfig, Qwen2_5_VLConfig, SmolVLMConfig
 
@@ -46,9 +47,7 @@ def make_observation(
     names = instructions or INSTRUCTIONS * torch.Size(batch).numel()
     strings = NonTensorStack(*names[: torch.Size(batch).numel()])
     text = strings.view(*batch) if len(batch) > 1 else strings if batch else names[0]
-    return TensorDict(
-        {"observation": observation, "language_instruction": text}, batch_size=list(batch)
-    )
+    return TensorDict({"observation": observation, "language_instruction": text}, list(batch))
 
 
 VOCABULARY = 64
@@ -112,9 +111,7 @@ FAMILIES = {
 }
 
 
-def reference_hidden(
-    model: torch.nn.Module, ids: torch.Tensor, pixels: torch.Tensor
-) -> torch.Tensor:
+def reference_hidden(model: nn.Module, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
     """Hidden states of a family's own forward pass, prompt only."""
     model_type = model.config.model_type
     if model_type in ("smolvlm", "idefics3"):
@@ -134,9 +131,8 @@ def reference_hidden(
         patch_size=4, merge_size=2, temporal_patch_size=2, do_rescale=False, do_normalize=False,
         do_resize=False,
     )  # fmt: skip
-    inputs = processor(
-        list(pixels.numpy()), return_tensors="pt", input_data_format="channels_first"
-    )
+    images = list(pixels.numpy())
+    inputs = processor(images, return_tensors="pt", input_data_format="channels_first")
     return model(
         input_ids=ids,
         pixel_values=inputs["pixel_values"],

@@ -26,11 +26,12 @@ def build(name):
     return adapter(model, image_size=adapter.image_size_of(config, (32, 32)))
 
 
+SIZES = {"action_dim": 3, "chunk_size": 2, "image_size": (32, 32), "state_dim": 4}
+
+
 def small_vla(name, **kwargs):
-    kwargs = {"action_dim": 3, "chunk_size": 2, "image_size": (32, 32), "state_dim": 4, **kwargs}
-    policy = TransformersVLA.from_backbone(
-        FAMILIES[name](), instructions=["lift the cup", "open it"], **kwargs
-    )
+    texts = ["lift the cup", "open it"]
+    policy = TransformersVLA.from_backbone(FAMILIES[name](), instructions=texts, **SIZES | kwargs)
     policy.query_head.projection.weight.data.mul_(30.0)
     policy.query_head.queries.data.normal_()
     return policy
@@ -109,9 +110,7 @@ def test_pretrained_folder(name, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(
         '{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2}'
     )
-    policy = TransformersVLA.from_backbone(
-        tmp_path, action_dim=3, chunk_size=2, image_size=(32, 32), state_dim=4
-    )
+    policy = TransformersVLA.from_backbone(tmp_path, **SIZES)
     ours = dict(policy.backbone.model.named_parameters())
     for parameter_name, parameter in backbone.model.named_parameters():
         assert torch.equal(ours[parameter_name], parameter), parameter_name
@@ -151,9 +150,7 @@ def test_unknown_family_lists_the_known():
     from transformers import BertConfig
 
     with pytest.raises(ValueError, match="got 'bert'"):
-        TransformersVLA.from_backbone(
-            BertConfig(), instructions=["x"], action_dim=1, chunk_size=1, image_size=(8, 8)
-        )
+        TransformersVLA.from_backbone(BertConfig(), instructions=["x"], **SIZES)
 
 
 def test_a_family_can_be_added(monkeypatch):
@@ -184,6 +181,4 @@ def test_stream_longer_than_the_window():
 
 def test_source_without_tokenizer():
     with pytest.raises(ValueError, match="tokenizer must be given"):
-        TransformersVLA.from_backbone(
-            FAMILIES["smolvlm"](), action_dim=1, chunk_size=1, image_size=(32, 32)
-        )
+        TransformersVLA.from_backbone(FAMILIES["smolvlm"](), **SIZES)

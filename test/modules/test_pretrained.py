@@ -87,9 +87,8 @@ def test_folder_that_cannot_be_written(policy, tmp_path):
 
 
 def test_weights_of_another_architecture_names_what_differs(folder):
-    other = make_policy(
-        tokens_per_step=2, action_tokenizer=UniformActionTokenizer(32, low=-1.0, high=1.0)
-    )
+    bins = UniformActionTokenizer(32, low=-1.0, high=1.0)
+    other = make_policy(tokens_per_step=2, action_tokenizer=bins)
     with pytest.raises(ValueError) as info:
         other.read_weights(folder)
     assert "'tokens_per_step' is 1 instead of 2" in str(info.value)
@@ -204,10 +203,9 @@ def test_a_backbone_folder_runs_no_code_of_its_own(tmp_path, payload, name):
     (tmp_path / "own.py").write_text(payload)
     with pytest.raises(ValueError, match=rf"{name} must name no code of its own"):
         pretrained.resolve_backbone(tmp_path, None, None, torch.float32, {})
+    trust = {"trust_remote_code": True}
     with pytest.raises(ValueError, match="trust_remote_code must be False, got True"):
-        pretrained.resolve_backbone(
-            tmp_path, None, None, torch.float32, {"trust_remote_code": True}
-        )
+        pretrained.resolve_backbone(tmp_path, None, None, torch.float32, trust)
 
 
 def test_weights_of_a_backbone_are_safetensors_only(tmp_path):

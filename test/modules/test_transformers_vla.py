@@ -125,13 +125,8 @@ def test_location_of_a_patch_matters(policy):
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     images[0, :, :8, :8] = patch
     images[1, :, :8, 8:16] = patch  # a neighbour inside the same pixel-shuffle square
-    td = TensorDict(
-        {
-            "observation": {"image": images, "state": torch.zeros(2, 6)},
-            "language_instruction": "lift it",
-        },
-        batch_size=[2],
-    )
+    observation = {"image": images, "state": torch.zeros(2, 6)}
+    td = TensorDict({"observation": observation, "language_instruction": "lift it"}, [2])
     logits = policy.action_logits(td)
     assert (logits[0] - logits[1]).abs().max() > 1e-2
 
@@ -187,10 +182,8 @@ def test_weights_may_live_elsewhere():
 
 
 def test_every_parameter_gets_a_gradient(policy):
-    loss = F.cross_entropy(
-        policy.action_logits(make_observation(3)).flatten(0, -2), torch.arange(72) % 16
-    )
-    loss.backward()
+    logits = policy.action_logits(make_observation(3)).flatten(0, -2)
+    F.cross_entropy(logits, torch.arange(72) % 16).backward()
     without = [name for name, p in policy.named_parameters() if p.grad is None]
     assert without == []
     zero = [name for name, p in policy.named_parameters() if not p.grad.any()]
@@ -228,17 +221,14 @@ def test_scale_of_the_initial_queries():
 
 def test_learns_where_the_block_is():
     """Behaviour cloning finds a block's column in a few seconds: location reaches the head."""
-    policy = make_policy(
-        state_dim=0, action_tokenizer=UniformActionTokenizer(4, low=-1.0, high=1.0)
-    )
+    bins = UniformActionTokenizer(4, low=-1.0, high=1.0)
+    policy = make_policy(state_dim=0, action_tokenizer=bins)
     images = torch.zeros(16, 3, 32, 32, dtype=torch.uint8)
     column = torch.arange(16) % 4
     for i in range(16):
         row = i // 4 * 8
         images[i, :, row : row + 8, 8 * column[i] : 8 * column[i] + 8] = 255
-    td = TensorDict(
-        {"observation": {"image": images}, "language_instruction": "lift it"}, batch_size=[16]
-    )
+    td = TensorDict({"observation": {"image": images}, "language_instruction": "lift it"}, [16])
     target = column[:, None, None].expand(16, 4, 6).flatten()
     optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
     for _ in range(60):
@@ -319,7 +309,6 @@ def test_ensembles_run_under_vmap():
     assert tokens.shape == (2, 3, 4, 6) and not torch.equal(tokens[0], tokens[1])
     for policy, found in zip(policies, logits, strict=True):
         torch.testing.assert_close(found, policy.action_logits(td))
-    swapped = torch.func.functional_call(
-        policies[0], dict(policies[1].named_parameters()), (td.copy(),)
-    )
+    weights = dict(policies[1].named_parameters())
+    swapped = torch.func.functional_call(policies[0], weights, (td.copy(),))
     torch.testing.assert_close(swapped[LOG_PROBS], policies[1](td.copy())[LOG_PROBS])

@@ -77,9 +77,8 @@ def test_sequence_level_policies_are_refused():
 
 def test_entries_that_are_missing_or_of_another_shape_are_refused():
     loss, data = ActionTokenBCLoss(TablePolicy(LOGITS)), batch()
-    with pytest.raises(
-        ValueError, match=r"'action_is_pad' must have shape \[2, 2\].* got \[2, 1\]"
-    ):
+    message = r"'action_is_pad' must have shape \[2, 2\].* got \[2, 1\]"
+    with pytest.raises(ValueError, match=message):
         loss(data.clone().set("action_is_pad", data["action_is_pad"][:, :1]))
     for key, name in ((("vla_action", "tokens"), "expert's tokens"), ("observation", "inputs")):
         with pytest.raises(KeyError, match=f"the batch must hold .*{name}.* got "):

@@ -90,9 +90,8 @@ def training_checkpoint(settings, recipe, tmp_path):
         ("optim.minibatch_size=32", "'optim.minibatch_size' is 32 instead of 64"),
     ],
 )
-def test_resuming_with_what_must_not_change(
-    settings, ends_early, training_checkpoint, override, message
-):
+@pytest.mark.usefixtures("training_checkpoint")
+def test_resuming_with_what_must_not_change(settings, ends_early, override, message):
     cfg = settings("toy", "checkpoint.resume=auto", override, "train.num_updates=7")
     ends_early(cfg, ValueError, f"the settings of the checkpoint, got {message}. Drop these")
 
@@ -137,27 +136,22 @@ def test_a_checkpoint_that_was_copied_is_resumed_in_a_new_folder(
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "message"),
+    ("name", "message"),
     [
-        (
-            "components/*-optimizer/state.pt",
-            CheckpointError,
-            "optimizer/state.pt' is .*: truncated, or",
-        ),
-        ("manifest.json", CheckpointError, "Invalid checkpoint manifest"),
+        ("components/*-optimizer/state.pt", "optimizer/state.pt' is .*: truncated, or"),
+        ("manifest.json", "Invalid checkpoint manifest"),
     ],
 )
 def test_resuming_from_a_truncated_checkpoint(
-    settings, ends_early, training_checkpoint, name, error, message
+    settings, ends_early, training_checkpoint, name, message
 ):
     (file,) = training_checkpoint.glob(name)
     file.write_bytes(file.read_bytes()[:-9])
-    ends_early(settings("toy", f"checkpoint.resume={training_checkpoint}"), error, message)
+    cfg = settings("toy", f"checkpoint.resume={training_checkpoint}")
+    ends_early(cfg, CheckpointError, message)
 
 
-def test_auto_goes_on_with_the_newest_run_of_the_seed(
-    settings, recipe, training_checkpoint, tmp_path
-):
+def test_auto_goes_on_with_the_seeds_newest_run(settings, recipe, training_checkpoint, tmp_path):
     find = recipe.utils.find_resumed_checkpoint
     zero, one = (settings("toy", "checkpoint.resume=auto", f"seed={seed}") for seed in (0, 1))
     assert (find(zero), find(one)) == (training_checkpoint, None)
@@ -191,20 +185,18 @@ def test_a_policy_checkpoint_that_is_not_there(settings, ends_early):
 
 @pytest.mark.libero
 @pytest.mark.parametrize(
-    ("overrides", "error", "message"),
+    ("overrides", "message"),
     [
-        (["env.task_ids=[10]"], ValueError, "task_id must be from 0 to 9 in libero_object, got 10"),
-        (["eval.num_episodes=51"], ValueError, "eval.num_episodes must be at most 50"),
-        (["env.camera_width=64"], ValueError, r"image_shape must be \(3, 128, 128\)"),
-        (["env.chunk_size=4", "workers.max_decisions=60"], ValueError, r"_size=4, .* got \[8, 7\]"),
-        (["env.cameras=[agentview,robot0_eye_in_hand]"], ValueError, "number of cameras must be 1"),
+        (["env.task_ids=[10]"], "task_id must be from 0 to 9 in libero_object, got 10"),
+        (["eval.num_episodes=51"], "eval.num_episodes must be at most 50"),
+        (["env.camera_width=64"], r"image_shape must be \(3, 128, 128\)"),
+        (["env.chunk_size=4", "workers.max_decisions=60"], r"_size=4, .* got \[8, 7\]"),
+        (["env.cameras=[agentview,robot0_eye_in_hand]"], "number of cameras must be 1"),
     ],
 )
-def test_libero_settings_that_cannot_work(
-    settings, ends_early, libero_policy, overrides, error, message
-):
+def test_libero_settings_that_cannot_work(settings, ends_early, libero_policy, overrides, message):
     cfg = settings("libero", f"policy.checkpoint={libero_policy}", *overrides)
-    ends_early(cfg, error, message)
+    ends_early(cfg, ValueError, message)
 
 
 @pytest.mark.libero

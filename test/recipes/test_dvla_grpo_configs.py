@@ -69,9 +69,7 @@ def test_the_learning_rate_rises_and_then_falls_with_the_budget(settings, recipe
 @pytest.mark.parametrize(
     ("num_updates", "training_s", "share"), [(0, 0.0, 0.0), (10, 15.0, 0.25), (30, 0.0, 0.6)]
 )
-def test_progress_is_that_of_the_budget_used_up_most(
-    settings, recipe, num_updates, training_s, share
-):
+def test_progress_is_that_of_the_tighter_budget(settings, recipe, num_updates, training_s, share):
     cfg = settings("toy", "train.num_updates=50", "train.max_minutes=1")
     state = recipe.bookkeeping.RunState(num_updates=num_updates, training_s=training_s)
     assert state.progress(cfg) == pytest.approx(share)

@@ -167,9 +167,7 @@ def test_what_is_accepted(settings, override, path, value):
     assert used == value and type(used) is type(value)
 
 
-def test_a_relative_log_folder_is_one_of_the_working_directory(
-    settings, recipe, monkeypatch, tmp_path
-):
+def test_a_relative_log_folder_is_in_the_working_folder(settings, recipe, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     cfg = settings("toy", "log.dir=runs/here")
     assert cfg.log.dir == str(tmp_path / "runs/here")

@@ -96,7 +96,6 @@ def test_the_previous_handlers_come_back():
 
 def test_it_belongs_to_the_main_thread():
     entered = ThreadPoolExecutor(1).submit(lambda: GracefulStop().__enter__())
-    with pytest.raises(
-        ValueError, match="^GracefulStop must be entered in the main thread, got 'T"
-    ):
+    message = "^GracefulStop must be entered in the main thread, got 'T"
+    with pytest.raises(ValueError, match=message):
         entered.result(TIMEOUT_S)

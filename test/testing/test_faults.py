@@ -14,13 +14,8 @@ from pathlib import Path
 import pytest
 from torchrl.envs import TransformedEnv
 
-from torchrl_dvla.testing import (
-    CountingChunkEnv,
-    Fault,
-    FaultInjector,
-    FaultyEnvFactory,
-    InjectedFault,
-)
+from torchrl_dvla.testing import CountingChunkEnv, Fault, FaultInjector, FaultyEnvFactory
+from torchrl_dvla.testing.faults import InjectedFault
 
 TIMEOUT_S = 120
 

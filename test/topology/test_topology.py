@@ -24,9 +24,8 @@ def test_cores_and_memory_both_bound_the_workers_of_a_node():
         NodeSpec("few-cores", num_cores=3, memory_bytes=64 * GIB),
         NodeSpec("little-memory", num_cores=32, memory_bytes=16 * GIB),
     )
-    placement = plan_placement(
-        ClusterSpec(nodes), env_memory_bytes=2 * GIB, workers=WorkerConfig(envs_per_worker=2)
-    )
+    workers = WorkerConfig(envs_per_worker=2)
+    placement = plan_placement(ClusterSpec(nodes), env_memory_bytes=2 * GIB, workers=workers)
     assert [node.workers.num_workers for node in placement.nodes] == [3, 2]
     assert placement.learner.host == "few-cores"
 
@@ -44,9 +43,8 @@ def test_no_node_several_nodes_and_one_without_room_are_refused():
 
 
 def test_on_one_node_it_is_the_collector_of_that_node():
-    placement = plan_placement(
-        ClusterSpec.local(), env_memory_bytes=GIB // 64, workers=WorkerConfig(max_decisions=4)
-    )
+    local, workers = ClusterSpec.local(), WorkerConfig(max_decisions=4)
+    placement = plan_placement(local, env_memory_bytes=GIB // 64, workers=workers)
     collector = TopologyAwareCollector(
         functools.partial(CountingChunkEnv, chunk_size=4, max_env_steps=12),
         tiny_token_policy(2, 4, vocab_size=8),

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import random
@@ -86,10 +87,8 @@ def read_all_the_time(connection: Connection, reader: WeightReader) -> None:
 def test_no_torn_reads_under_a_writer_that_never_pauses():
     learner = Constant(0.0)
     with WeightStore(learner) as store, contextlib.ExitStack() as stack:
-        children = [
-            stack.enter_context(running(read_all_the_time, store.reader(index)))
-            for index in range(2)
-        ]
+        readers = [store.reader(index) for index in range(2)]
+        children = [stack.enter_context(running(read_all_the_time, one)) for one in readers]
         for _, connection in children:
             assert receive(connection) == "ready"
         deadline = time.monotonic() + 60.0
@@ -207,11 +206,8 @@ def test_a_killed_writer_leaves_the_last_whole_version(seed):
 
 def use_the_parents(connection: Connection, store: WeightStore, reader: WeightReader) -> None:
     errors = []
-    for call in (
-        store.publish,
-        lambda: store.reader("b"),
-        lambda: reader.adopt_into(Constant(0.0)),
-    ):
+    adopt = functools.partial(reader.adopt_into, Constant(0.0))
+    for call in (store.publish, lambda: store.reader("b"), adopt):
         try:
             call()
         except RuntimeError as error:

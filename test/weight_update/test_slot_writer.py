@@ -15,12 +15,7 @@ from torch import nn
 from torchrl_dvla.memory import SharedArena
 from torchrl_dvla.weight_update import WeightStore, slot_writer
 from torchrl_dvla.weight_update.segment import private_views, wait_for_devices
-from torchrl_dvla.weight_update.slot_writer import (
-    SlotWriter,
-    WeightCopier,
-    is_finite,
-    non_finite_names,
-)
+from torchrl_dvla.weight_update.slot_writer import WeightCopier, is_finite
 from torchrl_dvla.weight_update.weight_layout import WeightLayout
 
 from .linear import constant
@@ -30,7 +25,8 @@ NAN, INF = float("nan"), float("inf")
 
 
 def bad_names(layout: WeightLayout, source: dict[str, torch.Tensor]) -> list[str]:
-    return non_finite_names(layout, layout.tensors_of(source), range(len(layout.entries)))
+    tensors = layout.tensors_of(source)
+    return slot_writer.non_finite_names(layout, tensors, range(len(layout.entries)))
 
 
 def make_source() -> dict[str, torch.Tensor]:
@@ -199,7 +195,7 @@ def test_two_learners_are_refused(store):
 def test_a_second_writer_on_the_same_memory_is_refused(store):
     reader = store.reader("a")
     with pytest.raises(RuntimeError, match="one learner, got a second writer"):
-        SlotWriter(store._segment, check_finite=True)
+        slot_writer.SlotWriter(store._segment, check_finite=True)
     assert reader.adopt_into(constant(-1.0)) == 0  # it touched nothing
     assert store.publish() == 1
 

@@ -18,12 +18,8 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.collectors import Collector, MultiAsyncCollector, MultiSyncCollector
 from torchrl.envs import ToyVLAEnv
-from torchrl.modules.inference_server import (
-    InferenceServer,
-    MPTransport,
-    ProcessInferenceServer,
-    ThreadingTransport,
-)
+from torchrl.modules import inference_server
+from torchrl.modules.inference_server import InferenceServer, MPTransport, ProcessInferenceServer
 from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 
 from torchrl_dvla.memory import SharedArena
@@ -244,9 +240,8 @@ def test_a_receiver_adopts_before_each_call_and_counts_its_lag() -> None:
 def test_a_single_process_collector_follows_another_module() -> None:
     acting, trained = make_policy(), make_policy()
     updater = AsyncWeightUpdater()
-    collector = Collector(
-        make_env, acting, frames_per_batch=4, weight_sync_schemes={"policy": updater}
-    )
+    schemes = {"policy": updater}
+    collector = Collector(make_env, acting, frames_per_batch=4, weight_sync_schemes=schemes)
     address = acting.module.bias.data_ptr()
     batches = iter(collector)
     assert actions_of(next(batches)) == [0.0]
@@ -266,10 +261,9 @@ def test_a_single_process_collector_follows_another_module() -> None:
 def test_an_inference_server_asks_between_two_batches() -> None:
     trained, served = make_policy(0.5), make_policy()
     updater = make_updater(trained, num_workers=1)
-    transport = ThreadingTransport()
-    server = InferenceServer(
-        served, transport, weight_sync=updater.receiver(0), policy_version_key="policy_version"
-    )
+    transport = inference_server.ThreadingTransport()
+    options = {"weight_sync": updater.receiver(0), "policy_version_key": "policy_version"}
+    server = InferenceServer(served, transport, **options)
     with server:
         client = transport.client()
         answer = client(REQUEST.clone())
@@ -327,9 +321,8 @@ def test_workers_of_a_multi_collector_adopt(is_sync: bool) -> None:
     try:
         batches = iter(collector)
         assert actions_of(next(batches)) == [0.25]
-        assert updater.store.adopted_versions() == {
-            f"worker {index}": 0 for index in range(num_workers)
-        }
+        adopted = {f"worker {index}": 0 for index in range(num_workers)}
+        assert updater.store.adopted_versions() == adopted
         set_bias(policy, 0.5)
         collector.update_policy_weights_()
         assert updater.version == 1
