@@ -5,18 +5,15 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import threading
-import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_dvla.__main__ import main
-from torchrl_dvla.swimlane import LANES, Span, Timeline, draw_timeline, read_chrome_trace
+from torchrl_dvla.swimlane import LANES, Timeline
 
 
 @pytest.fixture
@@ -32,8 +29,10 @@ def test_idle_time_goes_to_the_reason_that_ended_it(timeline):
     timeline.add("sampling", 0.0, 8.0, track="worker 1", blocked_on="no_page")
     timeline.add("sampling", 9.0, 10.0, track="worker 1")  # nobody knows what it was blocked on
     usage = timeline.usage(now=10.0)
-    idle = {("sampling", "no_page"): 3 / 20, ("sampling", "no_decision"): 1 / 20}
-    assert usage.idle_shares() == idle
+    assert usage.idle_shares() == {
+        ("sampling", "no_page"): 3 / 20,
+        ("sampling", "no_decision"): 1 / 20,
+    }
     assert usage.shares()["sampling"] == 11 / 20
 
 
@@ -41,8 +40,10 @@ def test_idle_time_goes_to_the_reason_in_force(timeline):
     track = timeline.track("gradient")
     track.waiting("elsewhere", now=0.0)
     track.waiting("no_batch", now=1.0)
-    idle_s = {("gradient", "elsewhere"): 1.0, ("gradient", "no_batch"): 2.0}
-    assert timeline.usage(now=3.0).idle_s == idle_s
+    assert timeline.usage(now=3.0).idle_s == {
+        ("gradient", "elsewhere"): 1.0,
+        ("gradient", "no_batch"): 2.0,
+    }
     track.add(4.0, 9.0, "learn")
     track.waiting("elsewhere", now=9.0)
     usage = timeline.usage(now=10.0)
@@ -188,121 +189,3 @@ def test_every_lane_has_its_scalars(timeline):
         "lane/critical": 1.0,
     }
     assert LANES[int(scalars["lane/critical"])] == "inference"
-
-
-# -- the trace that Perfetto opens --------------------------------------------------------------
-@pytest.fixture
-def trace(tmp_path):
-    timeline = Timeline()
-    timeline.start(now=1.0)
-    timeline.add("sampling", 2.0, 3.0, track="worker 0", name="step")
-    timeline.add("sampling", 2.0, 4.0, track="worker 1", name="reset")
-    timeline.add("sampling", 3.5, 4.0, track="worker 0", name="step", blocked_on="no_decision")
-    timeline.add("gradient", 2.0, 2.25, name="learn")
-    path = tmp_path / "trace.json"
-    timeline.export_chrome_trace(path)
-    return path, timeline
-
-
-def test_it_has_the_structure_that_viewers_ask_for(trace):
-    content = json.loads(trace[0].read_text())
-    assert content["displayTimeUnit"] in ("ms", "ns")
-    named: dict[str, set] = {"process_name": set(), "thread_name": set()}
-    for event in content["traceEvents"]:
-        assert event["ph"] in ("X", "M")
-        assert isinstance(event["name"], str) and isinstance(event["pid"], int)
-        if event["ph"] == "M":
-            assert isinstance(event["args"], dict)
-            named.setdefault(event["name"], set()).add((event["pid"], event.get("tid")))
-            continue
-        # Complete events: microseconds, on a thread and a process that have names.
-        assert event["ts"] >= 0 and event["dur"] >= 0
-        assert (event["pid"], event["tid"]) in named["thread_name"] or event["tid"] > 0
-    used = {(e["pid"], e["tid"]) for e in content["traceEvents"] if e["ph"] == "X"}
-    assert used == named["thread_name"]
-    assert {pid for pid, _ in used} <= {pid for pid, _ in named["process_name"]}
-    assert len({tid for _, tid in used}) == len(used)
-
-
-def test_one_process_a_lane_and_one_thread_a_track(trace):
-    events = json.loads(trace[0].read_text())["traceEvents"]
-    work = [event for event in events if event["ph"] == "X"]
-    assert [(event["name"], event["ts"], event["dur"]) for event in work] == [
-        ("step", 1e6, 1e6),
-        ("reset", 1e6, 2e6),
-        ("step", 2.5e6, 0.5e6),
-        ("learn", 1e6, 0.25e6),
-    ]
-    assert work[0]["tid"] == work[2]["tid"] != work[1]["tid"]
-    assert work[0]["pid"] == work[1]["pid"] != work[3]["pid"]
-    assert work[2]["args"] == {"blocked_on": "no_decision", "idle_ms": 500.0}
-    names = [e["args"]["name"] for e in events if e["ph"] == "M" and "name" in e["args"]]
-    assert names == [*LANES, "worker 0", "worker 1", "main"]
-
-
-def test_it_reads_back(trace):
-    path, timeline = trace
-    for read, span in zip(read_chrome_trace(path), timeline.spans(), strict=True):
-        assert read[:3] == span[:3] and read.blocked_on == span.blocked_on
-        assert (read.start_s, read.end_s) == pytest.approx((span.start_s - 1.0, span.end_s - 1.0))
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"traceEvents": [{"ph": "X"}]}'])
-def test_another_file_is_refused(tmp_path, text):
-    (tmp_path / "other.json").write_text(text)
-    with pytest.raises(ValueError, match="path must name a trace"):
-        read_chrome_trace(tmp_path / "other.json")
-
-
-# -- the drawing, on known spans ----------------------------------------------------------------
-SPANS = [
-    Span("sampling", "worker 0", "step", 0.0, 2.0),
-    Span("sampling", "worker 0", "step", 3.0, 4.0, "no_decision"),
-    Span("inference", "main", "infer <b>", 1.0, 3.0),
-    Span("distribution", "learner", "publish", 2.0, 2.0001),
-]
-NAMESPACE = "{http://www.w3.org/2000/svg}"
-
-
-def boxes(svg: str) -> dict[str, list[tuple[float, float]]]:
-    """Left end and width of the rectangles, by their titles' first words."""
-    out: dict[str, list[tuple[float, float]]] = {}
-    for rect in ElementTree.fromstring(svg).iter(f"{NAMESPACE}rect"):
-        title = rect.find(f"{NAMESPACE}title")
-        if title is not None:
-            name = title.text.split(",")[0]
-            out.setdefault(name, []).append((float(rect.get("x")), float(rect.get("width"))))
-    return out
-
-
-def test_busy_and_idle_time_are_drawn_where_they_were():
-    drawn = boxes(draw_timeline(SPANS))
-    # 840 pixels for 4 seconds, from pixel 150 on.
-    assert drawn["step"] == [(150.0, 419.6), (780.0, 209.6)]
-    assert drawn["no_decision"] == [(570.0, 210.0)]
-    assert drawn["infer <b>"] == [(360.0, 419.6)]
-    assert drawn["publish"] == [(570.0, 2.0)], "a publication is drawn wide enough to be seen"
-
-
-def test_a_stretch_is_cut_out():
-    drawn = boxes(draw_timeline(SPANS, start_s=2.5, end_s=3.5))
-    assert drawn["step"] == [(570.0, 419.6)]
-    assert drawn["no_decision"] == [(150.0, 420.0)]
-    assert "publish" not in drawn
-
-
-def test_a_stretch_without_work_is_refused():
-    with pytest.raises(ValueError, match="must enclose work"):
-        draw_timeline(SPANS, start_s=8.0, end_s=9.0)
-
-
-def test_the_command_draws_an_exported_trace(tmp_path, capsys):
-    timeline = Timeline()
-    timeline.start(now=1.0)
-    timeline.add("gradient", 2.0, 3.0, track="learner", name="learn")
-    timeline.export_chrome_trace(tmp_path / "run.json")
-    command = ["timeline", str(tmp_path / "run.json"), str(tmp_path / "run.svg")]
-    assert main([*command, "--start", "0.5", "--end", "2"]) == 0
-    assert boxes((tmp_path / "run.svg").read_text())["learn"][0][0] == pytest.approx(430.0)
-    assert main(["timeline", str(tmp_path / "none.json"), "x.svg"]) == 1
-    assert "path must name a trace" in capsys.readouterr().err
