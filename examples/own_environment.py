@@ -90,7 +90,7 @@ def main() -> None:
                 optimizer.zero_grad()
             collector.update_policy_weights_()
             success_rate = collector.stats()["collector/success_rate"]
-            if success_rate > 0.8:  # sampled; groups that all succeed teach nothing any more
+            if success_rate > 0.9:  # sampled; groups that all succeed teach nothing any more
                 break
         print(f"update {collector.policy_version}: {success_rate:.0%} while training")
         print(f"after: {collector.evaluate(held_out).result(60.0).success_rate:.0%}")
