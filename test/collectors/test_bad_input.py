@@ -123,8 +123,8 @@ def test_specs_that_differ_between_workers(refuse):
     ("tokens", "message"),
     [
         (torch.randn, "must write integers .* got torch.float32.*Gaussian"),
-        (lambda shape: torch.full(shape, 8), "from 0 to 7, got 8"),
-        (lambda shape: torch.full(shape, -1), "from 0 to 7, got -1"),
+        (lambda shape: torch.full(shape, 8), "at least 0, at most 7, got 8 in 1 of 1 rows"),
+        (lambda shape: torch.full(shape, -1), "at least 0, at most 7, got -1 in 1 of 1 rows"),
     ],
 )
 def test_tokens_that_are_none(tokens, message):

@@ -128,13 +128,13 @@ CHUNK, TOKENS, LOG_PROBS = (("vla_action", name) for name in ("chunk", "tokens",
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        (CHUNK, torch.nan, r"chunk'\) of TinyVLA must be finite, got nan"),
+        (CHUNK, torch.nan, r"chunk'\) of TinyVLA must be finite, got nan in 1 of 2 rows"),
         (CHUNK, -torch.inf, r"chunk'\) of TinyVLA must be finite, got -inf"),
         (LOG_PROBS, torch.nan, r"log_probs'\) of TinyVLA must be finite, got nan"),
         (LOG_PROBS, torch.inf, r"log_probs'\) of TinyVLA must be finite, got inf"),
         (LOG_PROBS, -torch.inf, r"log_probs'\) of TinyVLA must be finite, got -inf"),
-        (TOKENS, -1, r"tokens'\) of TinyVLA must be from 0 to 7, got -1"),
-        (TOKENS, NUM_BINS, r"must be from 0 to 7, got 8"),
+        (TOKENS, -1, r"tokens'\) of TinyVLA must be finite, at least 0, at most 7, got -1 in 1"),
+        (TOKENS, NUM_BINS, r"at least 0, at most 7, got 8 in 1 of 2 rows, first in row 1"),
         (TOKENS, 0.5, r"must write integers as .*tokens'\), got torch.float32 of TinyVLA"),
     ],
 )

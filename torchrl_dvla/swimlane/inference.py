@@ -29,6 +29,7 @@ from torchrl_dvla.data.schema import (
     SAMPLE_LOG_PROB_KEY,
 )
 from torchrl_dvla.memory.row_access import RowFields
+from torchrl_dvla.objectives.validation import FINITE, INTEGERS, ValueRange, check_ranges
 from torchrl_dvla.swimlane.managed_process import ManagedProcess, pickled
 from torchrl_dvla.swimlane.messages import Failed, Infer, Inferred, Snapshot, Stop, UsePool
 from torchrl_dvla.weight_update import WeightReader
@@ -44,9 +45,6 @@ __all__ = [
 
 #: Combinations of instructions that are kept: with one task there is one for each batch size.
 _MAX_STACKS = 256
-
-#: Largest magnitude that counts as finite, whatever the dtype.
-_LARGEST = torch.finfo(torch.float32).max
 
 #: What the policy has to write for every decision.
 POLICY_OUTPUTS = (ACTION_CHUNK_KEY, ACTION_TOKENS_KEY, SAMPLE_LOG_PROB_KEY)
@@ -211,25 +209,29 @@ def check_decisions(tensordict: TensorDictBase, policy: TensorDictModuleBase) ->
         ValueError: naming the policy and what it wrote.
     """
     name, tokens = type(policy).__name__, tensordict.get(ACTION_TOKENS_KEY)
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool:
+    if tokens.dtype not in INTEGERS:
         raise ValueError(
             f"policy must write integers as {ACTION_TOKENS_KEY}, got {tokens.dtype} of {name}: "
             "rows hold int64. Give it a distribution over action tokens, and write as the chunk "
             "what they decode to (torchrl.data.vla.UniformActionTokenizer); samples of a Gaussian "
             "are no tokens."
         )
-    # All of them at once: one wait for an accelerator.
-    extremes = [bound.float() for key in POLICY_OUTPUTS for bound in tensordict.get(key).aminmax()]
-    found = torch.stack(extremes).tolist()  # NaN, if there is one, is both
-    for key, least, most in zip(POLICY_OUTPUTS, found[::2], found[1::2]):
-        low, high, must = -_LARGEST, _LARGEST, "finite"
-        remedy = "Its weights may have become too large."
-        if key == ACTION_TOKENS_KEY:
-            low, high = 0, (getattr(policy, "vocab_size", None) or _LARGEST) - 1
-            must, remedy = f"from 0 to {high:g}", "Write what its distribution has drawn."
-        if not low <= least <= most <= high:
-            got = most if low <= least else least
-            raise ValueError(f"{key} of {name} must be {must}, got {got:g}. {remedy}")
+    size = getattr(policy, "vocab_size", None)
+    highest = size - 1 if size else FINITE
+    numbers = (ACTION_CHUNK_KEY, SAMPLE_LOG_PROB_KEY)
+    is_right = (tokens >= 0).all() & (tokens <= highest).all()
+    for key in numbers:
+        is_right &= tensordict.get(key).float().isfinite().all()
+    if is_right:  # the one wait for an accelerator
+        return
+    remedy = "Its weights may have become too large."
+    ranges = [
+        ValueRange(f"{key} of {name}", tensordict.get(key), -FINITE, FINITE, remedy)
+        for key in numbers
+    ]
+    remedy = "Write what its distribution has drawn."
+    ranges.append(ValueRange(f"{ACTION_TOKENS_KEY} of {name}", tokens, 0, highest, remedy))
+    check_ranges(ranges, tensordict, len(tokens))
 
 
 def _serve(connection: Connection, engine: InferenceEngine) -> None:
