@@ -8,7 +8,6 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 ARGS ?=
-RECIPE := sota-implementations/dvla_grpo/dvla_grpo.py
 
 export VENV PYTHON
 
@@ -27,10 +26,10 @@ doctor: setup ## check what usually breaks, and name the remedies
 	@$(PY) -m torchrl_dvla doctor $(ARGS)
 
 train: setup ## asynchronous GRPO on LIBERO from the shipped checkpoint, at most 15 minutes
-	$(PY) $(RECIPE) $(ARGS)
+	$(PY) -m torchrl_dvla train $(ARGS)
 
 quick: setup ## the same loop on a toy environment, under two minutes
-	$(PY) $(RECIPE) --quick $(ARGS)
+	$(PY) -m torchrl_dvla train --quick $(ARGS)
 
 test: setup ## the test suite and the documentation's examples
 	$(PY) -m pytest $(ARGS)

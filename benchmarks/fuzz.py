@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.util
+import importlib
 import inspect
 import json
 import logging
@@ -50,6 +50,7 @@ from torchrl.checkpoint import GlobalRNGState
 from torchrl.data import Binary, Bounded, Composite, NonTensor, Unbounded
 
 import torchrl_dvla as dvla
+from torchrl_dvla import recipes
 from torchrl_dvla.data import InitStateSchedule, decision_layout
 from torchrl_dvla.envs import ToyChunkEnv
 from torchrl_dvla.memory import EnvironmentPool
@@ -172,10 +173,8 @@ def wrong_settings(name: str, value: Any) -> list[Any]:
 @functools.cache
 def recipe(config: str) -> tuple[Callable[[Any], Any], dict[str, Any]]:
     """What checks a recipe's settings, and those of one of its files."""
-    (file,) = (Path(__file__).parents[1] / "sota-implementations").glob(f"*/config/{config}.yaml")
-    spec: Any = importlib.util.spec_from_file_location(config, file.parents[1] / "settings.py")
-    sys.modules[config] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    (file,) = Path(recipes.__file__).parent.glob(f"*/config/{config}.yaml")
+    module = importlib.import_module(f"{recipes.__name__}.{file.parents[1].name}.settings")
     plain = yaml.safe_load(file.read_text().replace("???", "x"))
     del plain["hydra"]
     plain.pop("defaults", None)

@@ -7,7 +7,7 @@
     python benchmarks/libero_throughput.py [--quick]
 
 The whole loop: simulation, inference, updates, new weights. Every arrangement drives two simulators
-on the same task with the checkpoint of ``sota-implementations/dvla_sft``, plays episodes of at most
+on the same task with the checkpoint of ``recipes/dvla_sft``, plays episodes of at most
 120 env steps (the horizon of ``dvla_grpo``'s configuration), and takes the same gradient step
 (``GRPOLoss``, AdamW) once for each decision that it learns from.
 
@@ -49,7 +49,7 @@ from tensordict import TensorDictBase
 from torchrl.envs import Compose, EnvBase, LiberoEnv, MultiAction, StepCounter, TransformedEnv
 from torchrl.envs.transforms import Transform
 
-from torchrl_dvla import DVLACollector, PooledReplayBuffer
+from torchrl_dvla import DVLACollector, PooledReplayBuffer, recipes
 from torchrl_dvla.collectors import GroupConfig, InferenceConfig, WorkerConfig
 from torchrl_dvla.envs import LiberoChunkEnv, choose_gl_backend, setup_libero
 from torchrl_dvla.modules import TransformersVLA
@@ -59,7 +59,7 @@ GROUP_SIZE, GROUPS_PER_UPDATE, MINIBATCH = 2, 2, 16
 NUM_ENVS, LAYOUT = 2, "1x2"
 OURS = ("same_pixels", "fast")
 NEVER_S = 1e5  # deadlines go on while a process stands still
-CHECKPOINT = Path(__file__).resolve().parents[1] / "sota-implementations/dvla_sft/checkpoints"
+CHECKPOINT = Path(recipes.__file__).parent / "dvla_sft/checkpoints"
 
 
 class RandomReturn(Transform):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import torchrl_dvla
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "torchrl_dvla"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -27,6 +29,7 @@ LEVELS: list[set[str]] = [
     {"recording"},
     {"collectors"},
     {"topology"},
+    {"recipes"},
 ]
 # These import any package and are imported by none, save the command line by __main__.
 LEAVES = {"testing", "doctor"}
@@ -65,6 +68,8 @@ def wrong_imports(source: str, package: str) -> list[str]:
         if package in level:
             break
         allowed |= level
+    if package in LEVELS[-1]:
+        allowed |= set(torchrl_dvla.__all__)  # as users write it
     found = []
     for line, name in imported_names(source, f"torchrl_dvla.{package}"):
         parts = name.split(".")
@@ -114,10 +119,15 @@ def test_no_import_cycles() -> None:
 
 
 def test_nothing_shipped_imports_testing() -> None:
-    shipped = [path for path in FILES if "testing" not in path.parts]
-    for path in [*shipped, *(ROOT / "sota-implementations").rglob("*.py")]:
+    for path in (path for path in FILES if "testing" not in path.parts):
         for line, name in imported_names(path.read_text(), ""):
             assert not name.startswith("torchrl_dvla.testing"), f"{path}:{line}"
+
+
+def test_hydra_is_imported_by_recipes_only() -> None:
+    for path in (path for path in FILES if "recipes" not in path.parts):
+        for line, name in imported_names(path.read_text(), ""):
+            assert name.partition(".")[0] not in {"hydra", "omegaconf"}, f"{path}:{line}"
 
 
 def test_no_module_opens_a_port() -> None:
@@ -146,6 +156,9 @@ def test_files_carry_the_licence() -> None:
         ("data", "def f():\n    import torchrl_dvla.swimlane.timeline", 1),  # hidden in a function
         ("data", "from ..collectors import DVLACollector", 1),  # relative
         ("collectors", "from torchrl_dvla.testing import FaultInjector", 1),
+        ("collectors", "from torchrl_dvla.recipes.dvla_grpo import utils", 1),
+        ("recipes", "from torchrl_dvla import GRPOLoss, collectors", 0),
+        ("collectors", "from torchrl_dvla import GRPOLoss", 1),  # by way of the root
         ("testing", "from torchrl_dvla.swimlane import Timeline", 0),
         ("functional", "from tensordict import TensorDict", 1),
         ("functional", "import torchrl_dvla.memory", 2),  # a neighbour, and not torch

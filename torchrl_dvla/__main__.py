@@ -2,17 +2,24 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Command line: ``python -m torchrl_dvla doctor`` and ``... timeline run.json run.svg``."""
+"""Command line: ``python -m torchrl_dvla train``, ``... sft``, ``... doctor``, ``... timeline``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from torchrl_dvla import doctor
 from torchrl_dvla._version import __version__
+
+#: Recipes by command: Hydra parses what follows.
+RECIPES = {
+    "train": ("dvla_grpo", "asynchronous GRPO; settings follow, e.g. --config-name toy seed=1"),
+    "sft": ("dvla_sft", "record demonstrations and clone them; settings follow"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,12 +31,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when all is well, 1 when a check failed. A command line that makes no sense exits with 2.
     """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in RECIPES:
+        # Here and below, so that the doctor also runs where torch cannot be imported.
+        recipe = importlib.import_module(f"torchrl_dvla.recipes.{RECIPES[argv[0]][0]}.train")
+        sys.argv = [f"torchrl_dvla {argv[0]}", *argv[1:]]
+        recipe.main()
+        return 0
     parser = argparse.ArgumentParser(
         prog="python -m torchrl_dvla",
         description="Asynchronous GRPO for vision-language-action policies.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (_, summary) in RECIPES.items():
+        commands.add_parser(name, help=summary, add_help=False)
     doctor.add_parser(commands)
     _add_timeline_parser(commands)
     args = parser.parse_args(argv)
@@ -48,7 +64,6 @@ def _add_timeline_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _draw_timeline(args: argparse.Namespace) -> int:
-    # Here, so that the doctor also runs where torch cannot be imported.
     from torchrl_dvla.swimlane import draw_timeline, read_chrome_trace
 
     try:

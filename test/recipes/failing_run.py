@@ -2,24 +2,23 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""The recipe with a fault after its second update; takes the recipe's arguments.
+"""The command line with a fault after a training's second update.
 
-python failing_run.py learner|evaluation SCRIPT [ARGUMENT ...]
+python failing_run.py learner|evaluation COMMAND [ARGUMENT ...]
 """
 
 from __future__ import annotations
 
-import runpy
 import sys
-from pathlib import Path
 
+from torchrl_dvla import __main__ as command_line
 from torchrl_dvla.collectors.evaluation import Evaluation
 from torchrl_dvla.objectives import GRPOLoss
 
 NUM_UPDATES = 2
 
 
-def main(what: str, script: str) -> None:
+def main(what: str, *arguments: str) -> None:
     forward, result = GRPOLoss.forward, Evaluation.result
 
     def fail_to_learn(self, *args, **kwargs):
@@ -37,11 +36,8 @@ def main(what: str, script: str) -> None:
         GRPOLoss.forward = fail_to_learn
     else:
         Evaluation.result = fail_to_evaluate
-    sys.path.insert(0, str(Path(script).parent))
-    runpy.run_path(script, run_name="__main__")
+    sys.exit(command_line.main(arguments))
 
 
 if __name__ == "__main__":
-    what = sys.argv[1]
-    del sys.argv[:2]
-    main(what, sys.argv[0])
+    main(*sys.argv[1:])

@@ -12,21 +12,22 @@ from torchrl.checkpoint import CheckpointError, GlobalRNGState
 from torchrl.data.vla import UniformActionTokenizer
 
 from torchrl_dvla.modules import TransformersVLA
+from torchrl_dvla.recipes.dvla_grpo import bookkeeping, train, utils
 from torchrl_dvla.recording import GracefulStop, RunCheckpoints, RunLock
 
 
 @pytest.fixture
-def ends_early(recipe, monkeypatch):
+def ends_early(monkeypatch):
     """Run the recipe; it has to end with an error before it starts a worker."""
 
     def start_workers(*args, **kwargs):
         raise AssertionError("a worker was started")
 
-    monkeypatch.setattr(recipe.utils, "make_collector", start_workers)
+    monkeypatch.setattr(utils, "make_collector", start_workers)
 
     def run(cfg, error, match):
         with pytest.raises(error, match=match):
-            recipe.dvla_grpo.train(cfg, GracefulStop())
+            train.train(cfg, GracefulStop())
 
     return run
 
@@ -67,16 +68,16 @@ def test_settings_that_cannot_work(settings, ends_early, override, message):
 
 # -- checkpoints ----------------------------------------------------------------------------------
 @pytest.fixture
-def training_checkpoint(settings, recipe, tmp_path):
+def training_checkpoint(settings, tmp_path):
     """A checkpoint of a run of the toy task, without what a collector adds."""
     cfg = settings("toy")
-    policy = recipe.utils.make_policy(cfg)
-    loss = recipe.utils.make_loss(cfg, policy)
-    optimizer, scheduler = recipe.utils.make_optimizer(cfg, loss, lambda: 0.0)
-    state = recipe.bookkeeping.RunState(num_updates=3)
+    policy = utils.make_policy(cfg)
+    loss = utils.make_loss(cfg, policy)
+    optimizer, scheduler = utils.make_optimizer(cfg, loss, lambda: 0.0)
+    state = bookkeeping.RunState(num_updates=3)
     folder = tmp_path / "runs" / "toy" / "2026-01-01_seed0" / "checkpoints"
     parts = {"policy": policy, "optimizer": optimizer, "scheduler": scheduler, "run": state}
-    saved = recipe.dvla_grpo.to_dict(cfg)
+    saved = train.to_dict(cfg)
     return RunCheckpoints(folder, rng=GlobalRNGState(), **parts).save(3, config=saved)
 
 
@@ -97,10 +98,10 @@ def test_resuming_with_what_must_not_change(settings, ends_early, override, mess
 
 
 def test_resuming_with_what_may_change_says_and_applies_it(
-    settings, recipe, ends_early, training_checkpoint, monkeypatch, capsys
+    settings, ends_early, training_checkpoint, monkeypatch, capsys
 ):
-    made, make = [], recipe.utils.make_optimizer
-    monkeypatch.setattr(recipe.utils, "make_optimizer", lambda *a: made.append(make(*a)) or made[0])
+    made, make = [], utils.make_optimizer
+    monkeypatch.setattr(utils, "make_optimizer", lambda *a: made.append(make(*a)) or made[0])
     overrides = ("optim.lr=0.004", "optim.betas=[0.8,0.9]", "workers.num_workers=1")
     cfg = settings("toy", "checkpoint.resume=auto", *overrides)
     ends_early(cfg, AssertionError, "a worker was started")
@@ -127,11 +128,11 @@ def test_a_run_that_goes_on_is_not_resumed_a_second_time(settings, ends_early, t
 
 
 def test_a_checkpoint_that_was_copied_is_resumed_in_a_new_folder(
-    settings, recipe, training_checkpoint, tmp_path
+    settings, training_checkpoint, tmp_path
 ):
     copy = shutil.copytree(training_checkpoint, tmp_path / "copy")
     cfg = settings("toy", f"checkpoint.resume={copy}")
-    folders = [recipe.utils.make_run_folder(cfg, copy) for _ in range(2)]
+    folders = [utils.make_run_folder(cfg, copy) for _ in range(2)]
     assert folders[0] != folders[1] and {f.parent for f in folders} == {tmp_path / "runs" / "toy"}
 
 
@@ -151,8 +152,8 @@ def test_resuming_from_a_truncated_checkpoint(
     ends_early(cfg, CheckpointError, message)
 
 
-def test_auto_goes_on_with_the_seeds_newest_run(settings, recipe, training_checkpoint, tmp_path):
-    find = recipe.utils.find_resumed_checkpoint
+def test_auto_goes_on_with_the_seeds_newest_run(settings, training_checkpoint, tmp_path):
+    find = utils.find_resumed_checkpoint
     zero, one = (settings("toy", "checkpoint.resume=auto", f"seed={seed}") for seed in (0, 1))
     assert (find(zero), find(one)) == (training_checkpoint, None)
     newer = tmp_path / "runs/toy/2026-01-02_seed1/checkpoints" / training_checkpoint.name
@@ -161,21 +162,21 @@ def test_auto_goes_on_with_the_seeds_newest_run(settings, recipe, training_check
     assert (find(zero), find(one)) == (training_checkpoint, newer)
     path.write_text(path.read_text().replace('"num_updates"', '"num_steps"'))
     with pytest.raises(ValueError, match="update-.*' was written with other .*: train.num_steps"):
-        recipe.bookkeeping.check_resumed(one, newer)  # of another version
+        bookkeeping.check_resumed(one, newer)  # of another version
 
 
 @pytest.mark.parametrize("part", ["runs/toy/2026-01-01_seed0", "", "auto"])
-def test_what_may_be_resumed(settings, recipe, training_checkpoint, tmp_path, capsys, part):
+def test_what_may_be_resumed(settings, training_checkpoint, tmp_path, capsys, part):
     resume = part if part == "auto" else tmp_path / part if part else training_checkpoint
     cfg = settings("toy", f"checkpoint.resume={resume}")
-    assert recipe.utils.find_resumed_checkpoint(cfg) == training_checkpoint
+    assert utils.find_resumed_checkpoint(cfg) == training_checkpoint
     (training_checkpoint / "manifest.json").unlink()  # no longer a whole checkpoint
     if part == "auto":
-        assert recipe.utils.find_resumed_checkpoint(cfg) is None
+        assert utils.find_resumed_checkpoint(cfg) is None
         assert "checkpoint.resume=auto: no checkpoint of seed 0 in" in capsys.readouterr().out
     else:
         with pytest.raises(FileNotFoundError, match="without a complete one"):
-            recipe.utils.find_resumed_checkpoint(cfg)
+            utils.find_resumed_checkpoint(cfg)
 
 
 def test_a_policy_checkpoint_that_is_not_there(settings, ends_early):

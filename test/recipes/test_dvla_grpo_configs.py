@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from pathlib import Path
 
 import pytest
 import yaml
@@ -16,16 +15,16 @@ from torchrl_dvla.collectors import InitStateSchedule
 from torchrl_dvla.envs import LiberoChunkEnv, ToyChunkEnv
 from torchrl_dvla.modules import TransformersVLA
 from torchrl_dvla.objectives import GRPOLoss
+from torchrl_dvla.recipes.dvla_grpo import bookkeeping, utils
+from torchrl_dvla.recipes.dvla_grpo.settings import LiberoSettings, LossSettings, ToySettings
+from torchrl_dvla.recipes.dvla_grpo.train import CONFIG
 
-CONFIGS = Path(__file__).resolve().parents[2] / "sota-implementations" / "dvla_grpo" / "config"
 
-
-def test_every_setting_is_one_that_the_code_reads(recipe):
-    settings = recipe.settings
+def test_every_setting_is_one_that_the_code_reads():
     for section, target, others in (
-        (settings.ToySettings, ToyChunkEnv, {"backend"}),
-        (settings.LiberoSettings, LiberoChunkEnv, {"backend", "task_ids"}),
-        (settings.LossSettings, GRPOLoss, set()),
+        (ToySettings, ToyChunkEnv, {"backend"}),
+        (LiberoSettings, LiberoChunkEnv, {"backend", "task_ids"}),
+        (LossSettings, GRPOLoss, set()),
     ):
         names = {field.name for field in dataclasses.fields(section)} - others
         assert names <= set(inspect.signature(target.__init__).parameters)
@@ -33,31 +32,31 @@ def test_every_setting_is_one_that_the_code_reads(recipe):
 
 @pytest.mark.parametrize("name", ("libero", "libero_openvla_oft"))
 def test_every_configuration_has_the_same_settings(name):
-    toy, other = (yaml.safe_load((CONFIGS / f"{each}.yaml").read_text()) for each in ("toy", name))
+    toy, other = (yaml.safe_load((CONFIG / f"{each}.yaml").read_text()) for each in ("toy", name))
     assert set(other) == set(toy)
     sections = {name for name, value in toy.items() if isinstance(value, dict)} - {"env", "policy"}
     for section in sections:
         assert set(other[section]) == set(toy[section])
 
 
-def test_the_gpu_configuration_builds_its_policy_in_miniature(settings, recipe, tmp_path):
+def test_the_gpu_configuration_builds_its_policy_in_miniature(settings, tmp_path):
     kwargs = {"action_dim": 7, "chunk_size": 8, "state_dim": 9}
     TransformersVLA.tiny(["open the drawer"], **kwargs).save_pretrained(tmp_path / "sft")
     cfg = settings("libero_openvla_oft", f"policy.checkpoint={tmp_path / 'sft'}", "device=cpu")
-    policy = recipe.utils.make_policy(cfg)
+    policy = utils.make_policy(cfg)
     assert policy.temperature == 1.6
     assert not any(p.requires_grad for p in policy.backbone.model.vision_model.parameters())
-    loss = recipe.utils.make_loss(cfg, policy)
-    optimizer, _ = recipe.utils.make_optimizer(cfg, loss, lambda: 0.0)
+    loss = utils.make_loss(cfg, policy)
+    optimizer, _ = utils.make_optimizer(cfg, loss, lambda: 0.0)
     trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     assert 0 < trained < sum(p.numel() for p in policy.parameters())
 
 
-def test_the_learning_rate_rises_and_then_falls_with_the_budget(settings, recipe):
+def test_the_learning_rate_rises_and_then_falls_with_the_budget(settings):
     cfg = settings("toy", "optim.lr=1.0", "optim.warmup_steps=4", "optim.final_lr_share=0.2")
-    loss = recipe.utils.make_loss(cfg, recipe.utils.make_policy(cfg))
+    loss = utils.make_loss(cfg, utils.make_policy(cfg))
     used_up = iter([0.0, 0.0, 0.0, 0.0, 0.5, 1.0])
-    optimizer, scheduler = recipe.utils.make_optimizer(cfg, loss, lambda: next(used_up))
+    optimizer, scheduler = utils.make_optimizer(cfg, loss, lambda: next(used_up))
     rates = [scheduler.get_last_lr()[0]]
     for _ in range(5):
         optimizer.step()
@@ -69,35 +68,35 @@ def test_the_learning_rate_rises_and_then_falls_with_the_budget(settings, recipe
 @pytest.mark.parametrize(
     ("num_updates", "training_s", "share"), [(0, 0.0, 0.0), (10, 15.0, 0.25), (30, 0.0, 0.6)]
 )
-def test_progress_is_that_of_the_tighter_budget(settings, recipe, num_updates, training_s, share):
+def test_progress_is_that_of_the_tighter_budget(settings, num_updates, training_s, share):
     cfg = settings("toy", "train.num_updates=50", "train.max_minutes=1")
-    state = recipe.bookkeeping.RunState(num_updates=num_updates, training_s=training_s)
+    state = bookkeeping.RunState(num_updates=num_updates, training_s=training_s)
     assert state.progress(cfg) == pytest.approx(share)
 
 
-def test_losses_of_micro_batches_add_up_and_measures_of_them_are_averaged(recipe):
+def test_losses_of_micro_batches_add_up_and_measures_of_them_are_averaged():
     parts = [(3, 4, (0.3, 2.0)), (1, 4, (0.1, 6.0)), (4, 4, (1.0, 4.0))]  # of two minibatches
     parts = [(n, of, TensorDict(loss_entropy=a, entropy=b)) for n, of, (a, b) in parts]
-    found = recipe.bookkeeping.loss_metrics(parts)
+    found = bookkeeping.loss_metrics(parts)
     assert found == pytest.approx({"loss/loss_entropy": 0.7, "loss/entropy": 3.5})
 
 
-def test_held_out_episodes_are_never_trained_on(settings, recipe):
-    held_out, subset = recipe.utils.make_evaluation_episodes(settings("toy"))
+def test_held_out_episodes_are_never_trained_on(settings):
+    held_out, subset = utils.make_evaluation_episodes(settings("toy"))
     assert len(set(held_out)) == 50
     assert set(subset) < set(held_out) and len(subset) == 16
     schedule = InitStateSchedule(["toy"], seed=7)
     assert {next(schedule).seed for _ in range(1000)}.isdisjoint(e.seed for e in held_out)
 
 
-def test_libero_is_evaluated_on_the_benchmark_and_trained_on_sampled_scenes(settings, recipe):
+def test_libero_is_evaluated_on_the_benchmark_and_trained_on_sampled_scenes(settings):
     cfg = settings("libero", "env.task_ids=[0,3]", "eval.num_episodes=100")
-    held_out, _ = recipe.utils.make_evaluation_episodes(cfg)
+    held_out, _ = utils.make_evaluation_episodes(cfg)
     assert sorted(e.init_state_id for e in held_out if e.task == "libero_object/3") == [*range(50)]
     assert {e.task for e in held_out} == {"libero_object/0", "libero_object/3"}
     cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, subset_episodes=10))
-    held_out, subset = recipe.utils.make_evaluation_episodes(cfg)
+    held_out, subset = utils.make_evaluation_episodes(cfg)
     assert [[e.task[-1] for e in subset].count(task) for task in "03"] == [5, 5]
     assert sorted(e.init_state_id for e in subset) == sorted([0, 10, 20, 30, 40] * 2)
     other = dataclasses.replace(cfg, seed=1)  # two seeds of a run evaluate the same scenes
-    assert recipe.utils.make_evaluation_episodes(other)[0] == held_out
+    assert utils.make_evaluation_episodes(other)[0] == held_out

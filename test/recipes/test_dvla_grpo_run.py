@@ -21,12 +21,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from torchrl_dvla.collectors import EpisodeSpec, Evaluation
+from torchrl_dvla.recipes.dvla_grpo import bookkeeping, train, utils, validation
 from torchrl_dvla.recording import DASHBOARD, RunCheckpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Seconds that one run may take; on two idle cores it takes fifteen.
 DEADLINE_S = 140
-SCRIPT = ROOT / "sota-implementations" / "dvla_grpo" / "dvla_grpo.py"
 FAILING = Path(__file__).with_name("failing_run.py")
 #: A policy without transformers and small groups: the run is about the recipe, not about learning.
 SMALL = [
@@ -58,7 +58,7 @@ class Run:
     It is killed after DEADLINE_S, so that a run that hangs is an error and outlives no test.
     """
 
-    def __init__(self, tmp_path, *overrides, script=(SCRIPT,)):
+    def __init__(self, tmp_path, *overrides, program=("-m", "torchrl_dvla")):
         self.mark = f"DVLA_TEST_RUN={uuid.uuid4().hex}"
         self.tmp = tmp_path / "tmp"
         self.tmp.mkdir(exist_ok=True)
@@ -68,7 +68,7 @@ class Run:
         self.output = ""
         self.named_before = set(os.listdir("/dev/shm"))
         self.process = subprocess.Popen(
-            [sys.executable, *script, *SMALL, f"log.dir={tmp_path / 'runs'}", *overrides],
+            [sys.executable, *program, "train", *SMALL, f"log.dir={tmp_path / 'runs'}", *overrides],
             cwd=tmp_path,
             env=env,
             stdout=subprocess.PIPE,
@@ -315,10 +315,10 @@ def test_a_solved_task_ends_well_also_if_nobody_reads_what_it_says(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_a_learner_that_raises_leaves_a_checkpoint(tmp_path, recipe, settings):
-    script = (FAILING, "learner", SCRIPT)
+def test_a_learner_that_raises_leaves_a_checkpoint(tmp_path, settings):
+    program = (FAILING, "learner")
     # No checkpoint is due before the error.
-    run = Run(tmp_path, "eval.num_episodes=0", "checkpoint.every_updates=1000", script=script)
+    run = Run(tmp_path, "eval.num_episodes=0", "checkpoint.every_updates=1000", program=program)
     try:
         assert run.finish() == 1, run.output
     finally:
@@ -332,8 +332,8 @@ def test_a_learner_that_raises_leaves_a_checkpoint(tmp_path, recipe, settings):
     assert buffer["_groups"]["counts"]["updates"] == 2
     assert buffer["_plan"]["update"] == 2 and buffer["_plan"]["position"] == 1, "it goes on there"
     cfg = settings("toy", *SMALL[1:])
-    policy = recipe.utils.make_policy(cfg)
-    recipe.validation.check_policy(cfg, policy)  # makes the lazy parameters
+    policy = utils.make_policy(cfg)
+    validation.check_policy(cfg, policy)  # makes the lazy parameters
     assert RunCheckpoints(path.parent, policy=policy).load(path)["update"] == 2
     assert all(bool(parameter.isfinite().all()) for parameter in policy.parameters())
     assert _state(path, "optimizer")["state"][0]["step"] >= 2
@@ -343,7 +343,7 @@ def test_a_learner_that_raises_leaves_a_checkpoint(tmp_path, recipe, settings):
 @pytest.mark.timeout(180)
 def test_a_last_evaluation_that_fails_leaves_checkpoint_and_report(tmp_path):
     arguments = ("train.num_updates=2", "eval.num_episodes=4", "eval.subset_episodes=0")
-    run = Run(tmp_path, *arguments, script=(FAILING, "evaluation", SCRIPT))
+    run = Run(tmp_path, *arguments, program=(FAILING, "evaluation"))
     try:
         assert run.finish() == 1, run.output
         assert "RuntimeError: injected after 2 updates" in run.output
@@ -362,36 +362,36 @@ def test_a_last_evaluation_that_fails_leaves_checkpoint_and_report(tmp_path):
 
 
 @pytest.mark.parametrize(("value", "num_saved"), [(1.0, 1), (float("nan"), 0), (float("inf"), 0)])
-def test_only_finite_weights_are_saved_after_an_error(recipe, capsys, value, num_saved):
+def test_only_finite_weights_are_saved_after_an_error(capsys, value, num_saved):
     policy = torch.nn.Linear(2, 1)
     with torch.no_grad():
         policy.weight[0, 1] = value
     saved = []
-    recipe.bookkeeping.save_after(ArithmeticError("no"), policy, lambda: saved.append(1))
+    bookkeeping.save_after(ArithmeticError("no"), policy, lambda: saved.append(1))
     assert len(saved) == num_saved
     expected = "saving a checkpoint" if num_saved else "the weights hold NaN or infinity"
     assert f"ArithmeticError: {expected}" in capsys.readouterr().out
 
 
-def test_an_evaluation_that_fails_does_not_end_the_training(recipe, capsys):
+def test_an_evaluation_that_fails_does_not_end_the_training(capsys):
     collector = MagicMock()
     collector.replay_buffer.groups.quarantined = {"bad"}
     good, bad = EpisodeSpec("good", 0), EpisodeSpec("bad", 0)
     for episodes in ([good, bad], [bad]):
-        recipe.dvla_grpo.begin_evaluation(collector, episodes)
+        train.begin_evaluation(collector, episodes)
     collector.evaluate.assert_called_once_with([good])
     assert "not evaluated: 1 episodes, for bad is quarantined" in capsys.readouterr().out
     evaluation = Evaluation([good], greedy=True, num_frames_episodes=0)
     with pytest.raises(TimeoutError, match=r"more than timeout_s=0.01 s: 0 of 1 episodes"):
         evaluation.result(0.01)
     evaluation.fail(RuntimeError("It crashed."))
-    assert recipe.dvla_grpo.result_of(evaluation) is None
+    assert train.result_of(evaluation) is None
     assert "training goes on. It crashed." in capsys.readouterr().out
 
 
-def test_an_error_while_saving_does_not_hide_the_first(recipe, capsys):
+def test_an_error_while_saving_does_not_hide_the_first(capsys):
     def save():
         raise OSError("disk full")
 
-    recipe.bookkeeping.save_after(ArithmeticError("no"), torch.nn.Linear(2, 1), save)
+    bookkeeping.save_after(ArithmeticError("no"), torch.nn.Linear(2, 1), save)
     assert "it could not be saved: OSError('disk full')" in capsys.readouterr().out

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import logging.config
 import math
 import sys
@@ -16,23 +16,17 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-RECIPES = Path(__file__).resolve().parents[2] / "sota-implementations"
-CONFIGS = sorted(RECIPES.glob("*/config/*.yaml"))
+from torchrl_dvla import recipes
+from torchrl_dvla.recipes.dvla_grpo import settings as settings_
+from torchrl_dvla.recipes.dvla_grpo import train as train_
+from torchrl_dvla.recipes.dvla_grpo import utils
+
+CONFIGS = sorted(Path(recipes.__file__).parent.glob("*/config/*.yaml"))
 #: No setting is all of these, and few are any.
 MALFORMED = (
     None, True, 1.5, -0.5, 0, -1, 2**70, -(2**70), math.nan, math.inf, 1e308, "", "abc", "nan",
     "../../escaped", "a\0b", [], [1, "x"], [math.nan], {"a": 1}, {},
 )  # fmt: skip
-
-
-def load(recipe):
-    """The settings module of a recipe, by itself."""
-    path = RECIPES / recipe / "settings.py"
-    spec = importlib.util.spec_from_file_location(f"{recipe}_settings", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where annotations are looked up
-    spec.loader.exec_module(module)
-    return module
 
 
 def compose_plain(path, *overrides):
@@ -64,7 +58,8 @@ def as_used(settings, path):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_value_is_refused_by_name_or_used_as_it_is(config, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    settings_from = load(config.parents[1].name).settings_from
+    name = f"{recipes.__name__}.{config.parents[1].name}.settings"
+    settings_from = importlib.import_module(name).settings_from
     plain = compose_plain(config)
     shipped, num_refused, num_accepted = settings_from(plain), 0, 0
     for path in paths(plain):
@@ -167,22 +162,22 @@ def test_what_is_accepted(settings, override, path, value):
     assert used == value and type(used) is type(value)
 
 
-def test_a_relative_log_folder_is_in_the_working_folder(settings, recipe, monkeypatch, tmp_path):
+def test_a_relative_log_folder_is_in_the_working_folder(settings, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     cfg = settings("toy", "log.dir=runs/here")
     assert cfg.log.dir == str(tmp_path / "runs/here")
-    folder = recipe.utils.make_run_folder(cfg, None)
+    folder = utils.make_run_folder(cfg, None)
     assert folder.parent == tmp_path / "runs/here/toy"
 
 
-def test_what_a_checkpoint_holds_gives_the_same_settings(settings, recipe):
+def test_what_a_checkpoint_holds_gives_the_same_settings(settings):
     cfg = settings("toy", "group.return_bounds=[0,1]")
-    plain = recipe.settings.to_dict(cfg)
+    plain = settings_.to_dict(cfg)
     assert type(plain["group"]) is dict and plain["group"]["return_bounds"] == [0.0, 1.0]
-    assert recipe.settings.settings_from(plain) == cfg
+    assert settings_.settings_from(plain) == cfg
 
 
-def test_multirun_runs_every_job_and_tells_of_one_that_fails(recipe, monkeypatch, tmp_path):
+def test_multirun_runs_every_job_and_tells_of_one_that_fails(monkeypatch, tmp_path):
     seeds = []
 
     def train(cfg, stop):
@@ -190,11 +185,11 @@ def test_multirun_runs_every_job_and_tells_of_one_that_fails(recipe, monkeypatch
         if cfg.seed == 1:
             raise ArithmeticError("injected")
 
-    monkeypatch.setattr(recipe.dvla_grpo, "train", train)
+    monkeypatch.setattr(train_, "train", train)
     monkeypatch.setattr(logging.config, "dictConfig", lambda config: None)
-    argv = f"--config-path={RECIPES}/dvla_grpo/config --config-name=toy -m seed=0,1,2"
-    monkeypatch.setattr(sys, "argv", ["dvla_grpo.py", *argv.split(), f"log.dir={tmp_path}/runs"])
+    argv = "--config-name=toy -m seed=0,1,2"
+    monkeypatch.setattr(sys, "argv", ["train", *argv.split(), f"log.dir={tmp_path}/runs"])
     with pytest.raises(SystemExit, match="1"):
-        recipe.dvla_grpo.main()
+        train_.run()
     assert seeds == [0, 1, 2]
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]

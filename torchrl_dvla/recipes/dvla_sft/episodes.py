@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import utils
-from settings import Settings
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from tqdm import tqdm
@@ -25,6 +23,8 @@ from tqdm import tqdm
 from torchrl_dvla.envs import LiberoChunkEnv
 from torchrl_dvla.envs.libero_expert import record_demonstration
 from torchrl_dvla.modules import TransformersVLA
+from torchrl_dvla.recipes.dvla_sft import utils
+from torchrl_dvla.recipes.dvla_sft.settings import Settings
 
 # between two states of a progress bar: a terminal is redrawn, a log file grows
 PAUSE_S = 0.2 if sys.stderr.isatty() else 10.0

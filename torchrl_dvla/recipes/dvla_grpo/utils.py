@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from settings import Settings
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl.data.vla import UniformActionTokenizer
 from torchrl.envs import EnvBase
@@ -31,9 +30,10 @@ from torchrl_dvla import (
 from torchrl_dvla.envs import LiberoChunkEnv, ToyChunkEnv, libero_tasks
 from torchrl_dvla.memory import DualPool
 from torchrl_dvla.modules import TransformersVLA, tiny_token_policy
+from torchrl_dvla.recipes.dvla_grpo.settings import Settings
 from torchrl_dvla.recording import RunCheckpoints, check_writable, find_latest_checkpoint
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+RECIPES = Path(__file__).resolve().parents[1]
 TOY_INSTRUCTION = "push the T-shaped block onto the target"
 #: Seeds of the scenes of an evaluation count down from here; those of training count up from
 #: ``seed * 1_000_003``, so no training scene of a run is ever evaluated.
@@ -51,10 +51,11 @@ def make_deterministic(cfg: Settings) -> None:
         torch.cuda.set_device(device)  # else page-locking takes memory of the first one
 
 
-def make_path(path: str) -> Path:
-    """What a setting names: relative to where the recipe was started, else to the repository."""
+def find_policy(path: str) -> Path:
+    """A policy's checkpoint, relative to where the recipe was started, else one of the recipes'."""
     given = Path(path).expanduser()
-    return given if given.is_absolute() or given.exists() else REPOSITORY / given
+    shipped = RECIPES / given
+    return shipped if shipped.exists() and not given.exists() else given
 
 
 # -- environments ---------------------------------------------------------------------------------
@@ -105,8 +106,9 @@ def make_policy(cfg: Settings, device: str | None = None) -> VLAWrapperBase:
     """The policy, on ``device``; by default the learner's."""
     settings = cfg.policy
     if settings.kind == "checkpoint":
+        assert settings.checkpoint is not None
         policy = TransformersVLA.from_pretrained(
-            make_path(settings.checkpoint),
+            find_policy(settings.checkpoint),
             freeze_vision=settings.freeze_vision,
             freeze_language=settings.freeze_language,
             dtype=settings.dtype,
@@ -123,7 +125,7 @@ def make_policy(cfg: Settings, device: str | None = None) -> VLAWrapperBase:
             seed=cfg.seed,
             temperature=settings.temperature,
         )
-        if settings.state_std is not None:
+        if settings.state_std is not None and policy.state_projector is not None:
             std = torch.tensor(settings.state_std)
             policy.state_projector.set_statistics(torch.zeros_like(std), std)
     else:
@@ -216,7 +218,7 @@ def find_resumed_checkpoint(cfg: Settings) -> Path | None:
     if resume is None:
         return None
     if resume == "auto":
-        runs = make_path(cfg.log.dir) / cfg.name
+        runs = Path(cfg.log.dir) / cfg.name
         found = find_latest_checkpoint(runs, cfg.seed)
         if found is None:
             print(
@@ -224,7 +226,7 @@ def find_resumed_checkpoint(cfg: Settings) -> Path | None:
                 "new run"
             )
         return found
-    given = make_path(resume)
+    given = Path(resume).expanduser()
     path = RunCheckpoints(given / "checkpoints").latest() or given
     if not (path / "manifest.json").is_file():
         raise FileNotFoundError(
@@ -241,7 +243,7 @@ def make_run_folder(cfg: Settings, resumed: Path | None) -> Path:
     if resumed is not None and resumed.absolute().parent.name == "checkpoints":
         return resumed.absolute().parents[1]  # else it is a copy somewhere
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    stem = check_writable(make_path(cfg.log.dir) / cfg.name) / f"{now}_seed{cfg.seed}"
+    stem = check_writable(Path(cfg.log.dir) / cfg.name) / f"{now}_seed{cfg.seed}"
     folder, number = stem, 1
     while True:
         try:

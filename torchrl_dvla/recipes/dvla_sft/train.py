@@ -4,8 +4,8 @@
 # LICENSE file in the root directory of this source tree.
 """Supervised start of the main job: demonstrations, behaviour cloning, checkpoint.
 
-    python sota-implementations/dvla_sft/dvla_sft.py
-    python sota-implementations/dvla_sft/dvla_sft.py training.num_steps=1200 env.task_ids=[0,3]
+    python -m torchrl_dvla sft
+    python -m torchrl_dvla sft training.num_steps=1200 env.task_ids=[0,3]
 
 Each stage takes up where it was interrupted: demonstrations that exist are not recorded again.
 Every setting is in ``config/libero_object.yaml``; README.md beside this file explains them.
@@ -20,18 +20,21 @@ from pathlib import Path
 
 import hydra
 import torch
-import utils
-from episodes import PAUSE_S, evaluate, record_missing
 from omegaconf import DictConfig
-from settings import settings_from
 from tqdm import tqdm
 
 from torchrl_dvla.data.demonstrations import load_demonstrations
+from torchrl_dvla.recipes.dvla_sft import utils
+from torchrl_dvla.recipes.dvla_sft.episodes import PAUSE_S, evaluate, record_missing
+from torchrl_dvla.recipes.dvla_sft.settings import settings_from
 from torchrl_dvla.streams import drop_unwritable_output
 
+CONFIG = Path(__file__).parent / "config"
 
-@hydra.main(version_base="1.3", config_path="config", config_name="libero_object")
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG), config_name="libero_object")
 def main(config: DictConfig) -> None:
+    """Records demonstrations, clones them, and plays the policy that comes out."""
     drop_unwritable_output()
     cfg = settings_from(config)
     utils.check_tasks(cfg)
@@ -98,7 +101,3 @@ def main(config: DictConfig) -> None:
     print(f"checkpoint: {checkpoint}")
     for row in rows:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
-
-
-if __name__ == "__main__":
-    main()

@@ -17,7 +17,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from settings import Settings, settings_from, to_dict
 from tensordict import TensorDictBase
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -28,6 +27,7 @@ from torchrl_dvla import DVLACollector
 from torchrl_dvla.collectors import EvaluationResult
 from torchrl_dvla.data import Group, GroupQueue
 from torchrl_dvla.differences import differences, join_some
+from torchrl_dvla.recipes.dvla_grpo.settings import Settings, settings_from, to_dict
 from torchrl_dvla.recording import RunReport, SuccessRate, TensorBoardRecorder
 from torchrl_dvla.saved_state import Number, form_of, require_form
 
@@ -207,7 +207,7 @@ class Meter:
 
     def is_solved(self) -> bool:
         """Whether no group will come any more, for nothing is left to learn."""
-        groups = self._collector.replay_buffer.groups
+        groups = groups_of(self._collector)
         if groups.is_solved:
             self._state.ended_by = "a solved task"
             log(
@@ -271,6 +271,13 @@ class Meter:
         state.training_s += window_s
         self._stats, self._usage = stats, usage
         return stats | rates | window.scalars()
+
+
+def groups_of(collector: DVLACollector) -> GroupQueue:
+    """The groups that the collector's replay buffer learns from."""
+    groups = collector.replay_buffer.groups
+    assert groups is not None  # the collector bound it
+    return groups
 
 
 def loss_metrics(parts: Sequence[tuple[int, int, TensorDictBase]]) -> dict[str, float]:

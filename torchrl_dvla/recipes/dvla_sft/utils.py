@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import to_absolute_path
-from settings import Settings
 from tensordict import TensorDictBase
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl.data import TensorDictReplayBuffer
@@ -30,6 +29,7 @@ from torchrl_dvla.envs import LiberoChunkEnv, validate_libero
 from torchrl_dvla.envs.libero_setup import load_init_states
 from torchrl_dvla.modules import TransformersVLA
 from torchrl_dvla.objectives.bc import ActionTokenBCLoss
+from torchrl_dvla.recipes.dvla_sft.settings import Settings
 
 _MIN_STATE_STD = 0.02
 
@@ -76,7 +76,7 @@ def make_env(cfg: Settings, task_id: int, *, recording: bool) -> LiberoChunkEnv:
         max_episode_steps=cfg.env.max_episode_steps,
         shadows=cfg.env.shadows,
         msaa=cfg.env.msaa,
-        env_kwargs=cfg.env.env_kwargs,
+        env_kwargs=None if cfg.env.env_kwargs is None else dict(cfg.env.env_kwargs),
     )
 
 
@@ -134,6 +134,7 @@ def make_policy(
         seed=cfg.seed,
     )
     state = rows.get(STATE_KEY)
+    assert policy.state_projector is not None
     # an entry that hardly moves must not be blown up to unit scale: its next change would swamp all
     policy.state_projector.set_statistics(state.mean(0), state.std(0).clamp_min(_MIN_STATE_STD))
     return policy

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
-import utils
-from settings import LiberoSettings, Settings
 from torchrl.modules.vla import VLAWrapperBase
 
 from torchrl_dvla import AsyncWeightUpdater
@@ -16,6 +17,8 @@ from torchrl_dvla.collectors.validation import match_policy, plan_memory
 from torchrl_dvla.data.schema import IMAGE_KEY, STATE_KEY
 from torchrl_dvla.envs import validate_libero
 from torchrl_dvla.envs.libero_setup import load_init_states
+from torchrl_dvla.recipes.dvla_grpo import utils
+from torchrl_dvla.recipes.dvla_grpo.settings import LiberoSettings, Settings
 from torchrl_dvla.recording import check_writable
 from torchrl_dvla.swimlane.messages import EnvSpecs
 
@@ -50,7 +53,7 @@ def check_settings(cfg: Settings) -> None:
                     f"eval.num_episodes must be at most {len(load_init_states(task))} for each of "
                     f"env.task_ids, got {cfg.eval.num_episodes}. The benchmark has no more scenes."
                 )
-    check_writable(utils.make_path(cfg.log.dir))
+    check_writable(Path(cfg.log.dir))
 
 
 def check_policy(cfg: Settings, policy: VLAWrapperBase) -> None:
@@ -61,12 +64,12 @@ def check_policy(cfg: Settings, policy: VLAWrapperBase) -> None:
             or this machine has not that much memory.
     """
     env, config = cfg.env, getattr(policy, "config", None)
+    num_cameras = len(env.cameras) if isinstance(env, LiberoSettings) else 1
     is_libero = isinstance(env, LiberoSettings)
-    num_cameras = len(env.cameras) if is_libero else 1
     sides = "env.camera_height and env.camera_width" if is_libero else "env.image_size"
     # What this environment has, what the policy was made for, and what to do about it; its actions
     # are checked below.
-    sizes = {}
+    sizes: dict[str, tuple[Any, Any, str]] = {}
     if config:
         wanted = (3, *config.image_size)
         sizes["image_shape"] = (env.image_shape, wanted, f"Set {sides}.")
@@ -83,6 +86,7 @@ def check_policy(cfg: Settings, policy: VLAWrapperBase) -> None:
     if problems:
         raise ValueError(" ".join(problems))
     images = [IMAGE_KEY, ("observation", "wrist_image")][:num_cameras]
+    observation: list[tuple[Any, tuple[int, ...], torch.dtype]]
     observation = [(key, env.image_shape, torch.uint8) for key in images]
     observation.append((STATE_KEY, (env.state_dim,), torch.float32))
     specs = EnvSpecs(tuple(observation), env.chunk_size, env.action_dim)

@@ -4,9 +4,9 @@
 # LICENSE file in the root directory of this source tree.
 """Asynchronous GRPO of a vision-language-action policy on one machine.
 
-    python sota-implementations/dvla_grpo/dvla_grpo.py                       # LIBERO, CPU
-    python sota-implementations/dvla_grpo/dvla_grpo.py --quick               # toy task, 2 minutes
-    python sota-implementations/dvla_grpo/dvla_grpo.py checkpoint.resume=auto
+    python -m torchrl_dvla train                       # LIBERO, CPU
+    python -m torchrl_dvla train --quick               # toy task, 2 minutes
+    python -m torchrl_dvla train checkpoint.resume=auto
 
 Every setting is in ``config/*.yaml``; README.md beside this file explains them.
 """
@@ -20,15 +20,27 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
+from typing import Any, Literal
 
 import hydra
-import utils
-from bookkeeping import (
+from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDictBase
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchrl.checkpoint import GlobalRNGState
+
+from torchrl_dvla import DVLACollector, EpisodeSpec, GRPOLoss
+from torchrl_dvla.collectors import Evaluation, EvaluationResult
+from torchrl_dvla.recipes.dvla_grpo import utils
+from torchrl_dvla.recipes.dvla_grpo.bookkeeping import (
     Meter,
     RunState,
     check_resumed,
     group_metrics,
+    groups_of,
     log,
     loss_metrics,
     record,
@@ -36,17 +48,8 @@ from bookkeeping import (
     save_after,
     use_optim_settings,
 )
-from omegaconf import DictConfig, OmegaConf
-from settings import Settings, settings_from, to_dict
-from tensordict import TensorDictBase
-from torch.nn.utils import clip_grad_norm_
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torchrl.checkpoint import GlobalRNGState
-from validation import check_policy, check_settings
-
-from torchrl_dvla import DVLACollector, EpisodeSpec, GRPOLoss
-from torchrl_dvla.collectors import Evaluation, EvaluationResult
+from torchrl_dvla.recipes.dvla_grpo.settings import Settings, settings_from, to_dict
+from torchrl_dvla.recipes.dvla_grpo.validation import check_policy, check_settings
 from torchrl_dvla.recording import (
     GracefulStop,
     RunCheckpoints,
@@ -56,9 +59,24 @@ from torchrl_dvla.recording import (
 )
 from torchrl_dvla.streams import drop_unwritable_output
 
+CONFIG = Path(__file__).parent / "config"
 
-@hydra.main(version_base="1.3", config_path="config", config_name="libero")
-def main(cfg: DictConfig) -> None:
+
+def main() -> None:
+    """Runs the recipe with the settings that ``sys.argv`` chooses."""
+    # `--quick` is the toy configuration, for a first look.
+    sys.argv = ["--config-name=toy" if arg == "--quick" else arg for arg in sys.argv]
+    try:
+        run()
+    finally:
+        # Seconds on a busy machine: the interpreter's last collections walk half a million objects,
+        # all of which the kernel is about to take back anyway.
+        gc.freeze()
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG), config_name="libero")
+def run(cfg: DictConfig) -> None:
+    """Trains with the settings of a composed configuration, and exits as the shell expects."""
     drop_unwritable_output()
     settings = settings_from(cfg)
     with GracefulStop() as stop:
@@ -69,10 +87,11 @@ def main(cfg: DictConfig) -> None:
     if stop.requested:
         # 128 + the signal is what a shell expects of a program that one ended; with --multirun, the
         # runs that were to follow are left out.
-        sys.exit(128 + signal.Signals[stop.reason])
+        sys.exit(128 + signal.Signals[str(stop.reason)])
 
 
 def train(cfg: Settings, stop: GracefulStop) -> None:
+    """Builds everything, trains within the budgets, and leaves folder, checkpoint and report."""
     # -- build: whatever is wrong with the settings ends the run here, before a process starts ----
     check_settings(cfg)
     utils.make_deterministic(cfg)
@@ -120,11 +139,17 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
         # A learner that waits for groups sees neither a signal nor that all succeed: this wakes it.
         stop.on_request(buffer.shutdown)
         if cfg.group.on_no_signal == "warn":
-            groups = buffer.groups
-            groups.add_listener(lambda: groups.is_solved and groups.end("nothing is left to learn"))
+            groups = groups_of(collector)
 
-        def save(**kwargs: str) -> None:
-            path = checkpoints.save(state.num_updates, config=to_dict(cfg), **kwargs)
+            def end_if_solved() -> None:
+                if groups.is_solved:
+                    groups.end("nothing is left to learn")
+
+            groups.add_listener(end_if_solved)
+
+        def save(on_disk_error: Literal["raise", "warn"] = "raise") -> None:
+            config = to_dict(cfg)
+            path = checkpoints.save(state.num_updates, config=config, on_disk_error=on_disk_error)
             state.checkpoint = str(path or state.checkpoint)
 
         def evaluate_all() -> list[bool]:
@@ -160,6 +185,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
                         break  # the checkpoint goes on with the next minibatch of the same groups
                     if metrics is None and meter.is_solved():
                         break
+                    assert metrics is not None
                     published_s = time.monotonic()
                     collector.update_policy_weights_()
                     metrics["weights/publish_s"] = time.monotonic() - published_s
@@ -241,23 +267,23 @@ def learn(
             if stop.requested:
                 break
     except RuntimeError:  # closing the buffer is how this loop is woken
-        groups = collector.replay_buffer.groups
+        groups = groups_of(collector)
         if groups.in_hand or not (stop.requested or groups.is_solved):
             raise
         return None
     if not parts:
         return {}
-    metrics = loss_metrics(parts) | group_metrics(collector.replay_buffer.groups)
-    metrics["optim/lr"] = scheduler.get_last_lr()[0]
+    metrics = loss_metrics(parts) | group_metrics(groups_of(collector))
+    metrics["optim/lr"] = float(scheduler.get_last_lr()[0])
     metrics["optim/grad_norm"] = fmean(norms)
     return metrics
 
 
 def begin_evaluation(
-    collector: DVLACollector, episodes: Sequence[EpisodeSpec], **kwargs: int
+    collector: DVLACollector, episodes: Sequence[EpisodeSpec], **kwargs: Any
 ) -> Evaluation | None:
     """Play episodes greedily, but for quarantined tasks; ``None`` if there are no others."""
-    groups = collector.replay_buffer.groups
+    groups = groups_of(collector)
     with groups.lock:  # no task is quarantined meanwhile
         played = [spec for spec in episodes if spec.task not in groups.quarantined]
         if len(played) < len(episodes):
@@ -275,14 +301,3 @@ def result_of(evaluation: Evaluation) -> EvaluationResult | None:
     except RuntimeError as error:
         log(f"an evaluation failed and is left out; training goes on. {error}")
         return None
-
-
-if __name__ == "__main__":
-    # `--quick` is the toy configuration, for a first look.
-    sys.argv = ["--config-name=toy" if arg == "--quick" else arg for arg in sys.argv]
-    try:
-        main()
-    finally:
-        # Seconds on a busy machine: the interpreter's last collections walk half a million objects,
-        # all of which the kernel is about to take back anyway.
-        gc.freeze()

@@ -71,7 +71,7 @@ class LiberoSettings(Section):
     """Arguments of :class:`~torchrl_dvla.envs.LiberoChunkEnv`, one for each of ``task_ids``."""
 
     backend: Literal["libero"]
-    task_suite: Literal[LIBERO_SUITES]
+    task_suite: Literal[LIBERO_SUITES]  # type: ignore[valid-type]
     task_ids: tuple[Natural, ...]
     chunk_size: Count
     max_episode_steps: Count
@@ -329,7 +329,7 @@ def settings_from(cfg: DictConfig | Mapping[str, Any]) -> Settings:
             that does not fit the others.
     """
     is_config = OmegaConf.is_config(cfg)
-    data = OmegaConf.to_container(cfg, resolve=True) if is_config else copy.deepcopy(dict(cfg))
+    data: Any = OmegaConf.to_container(cfg, resolve=True) if is_config else copy.deepcopy(dict(cfg))
     # Which settings `env` has depends on the environment.
     env = data.get("env")
     if isinstance(env, Mapping):
@@ -341,4 +341,5 @@ def settings_from(cfg: DictConfig | Mapping[str, Any]) -> Settings:
 
 def to_dict(settings: Settings) -> dict[str, Any]:
     """The settings as plain data, for a checkpoint or a log."""
-    return OmegaConf.to_container(OmegaConf.create(asdict(settings)))
+    plain: Any = OmegaConf.to_container(OmegaConf.create(asdict(settings)))
+    return dict(plain)

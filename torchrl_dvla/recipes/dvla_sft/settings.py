@@ -40,7 +40,7 @@ Seed = Annotated[int, Range(0, 2**31 - 1)]
 class EnvSettings(Section):
     """Arguments of :class:`~torchrl_dvla.envs.LiberoChunkEnv`, one for each of ``task_ids``."""
 
-    task_suite: Literal[LIBERO_SUITES]
+    task_suite: Literal[LIBERO_SUITES]  # type: ignore[valid-type]
     task_ids: tuple[Natural, ...]
     chunk_size: Count
     max_episode_steps: Count
@@ -170,9 +170,9 @@ def settings_from(cfg: DictConfig | Mapping[str, Any]) -> Settings:
             that does not fit the others.
     """
     is_config = OmegaConf.is_config(cfg)
-    data = OmegaConf.to_container(cfg, resolve=True) if is_config else copy.deepcopy(dict(cfg))
+    data: Any = OmegaConf.to_container(cfg, resolve=True) if is_config else copy.deepcopy(dict(cfg))
     env, policy = data.get("env"), data.get("policy")
-    backbone = policy.get("backbone") if isinstance(policy, Mapping) else None
+    backbone = policy.get("backbone") if isinstance(policy, dict) else None
     if isinstance(env, Mapping) and isinstance(backbone, Mapping):
         # The images are the environment's.
         policy["backbone"] = {"image_size": env.get("image_size"), **backbone}
