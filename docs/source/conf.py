@@ -7,6 +7,7 @@
 import importlib
 import os
 import pkgutil
+import re
 import shutil
 import sys
 import warnings
@@ -102,9 +103,20 @@ html_theme_options = {
     "logo": {"text": project},
     "navigation_with_keys": False,
     "show_toc_level": 2,
+    "show_nav_level": 2,
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
     "footer_end": [],
 }
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+
+
+def name_default_configs(app, what, name, obj, options, signature, return_annotation):
+    """A default configuration by its name, not by the values of all its fields."""
+    fields = r"\((?:[^()]|\([^()]*\))*\)"
+    return re.sub(rf"(\w+Config){fields}", r"\1()", signature or "") or None, return_annotation
+
+
+def setup(app):
+    app.connect("autodoc-process-signature", name_default_configs)
