@@ -16,8 +16,7 @@ from packaging.requirements import Requirement
 
 from torchrl_dvla import doctor
 from torchrl_dvla.__main__ import main
-from torchrl_dvla.doctor import Finding, Status, machine, rendering
-from torchrl_dvla.doctor.findings import run_checks
+from torchrl_dvla.doctor import Finding, Status, machine, rendering, run_checks
 from torchrl_dvla.doctor.rendering import Drawing
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -34,7 +34,7 @@ LEVELS: list[set[str]] = [
 # These import any package and are imported by none, save the command line by __main__.
 LEAVES = {"testing", "doctor"}
 # Modules of the root that any package but `functional` may import.
-SHARED = {"_version", "differences", "saved_state", "streams", "validation"}
+SHARED = {"_version", "differences", "findings", "saved_state", "streams", "validation"}
 # `functional` is maths that can be lifted out: torch and itself.
 FUNCTIONAL_MAY_IMPORT = {"torch", "torchrl_dvla.functional", *sys.stdlib_module_names}
 

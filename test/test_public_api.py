@@ -28,7 +28,8 @@ CONTRACTS = {
 }
 # Settings and descriptions that every script names.
 SETTINGS = ("EpisodeSpec", "GroupConfig", "InferenceConfig", "WorkerConfig")
-NAMES = (*CONTRACTS, *SETTINGS)
+FUNCTIONS = ("check_policy_protocol",)
+NAMES = (*CONTRACTS, *SETTINGS, *FUNCTIONS)
 
 
 def test_public_names_are_exactly_these() -> None:

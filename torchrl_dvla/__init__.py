@@ -18,7 +18,12 @@ from typing import TYPE_CHECKING, Any
 from torchrl_dvla._version import __version__
 
 if TYPE_CHECKING:
-    from torchrl_dvla.collectors import DVLACollector, InferenceConfig, WorkerConfig
+    from torchrl_dvla.collectors import (
+        DVLACollector,
+        InferenceConfig,
+        WorkerConfig,
+        check_policy_protocol,
+    )
     from torchrl_dvla.data import EpisodeSpec, GroupConfig, PooledReplayBuffer
     from torchrl_dvla.objectives import GRPOLoss
     from torchrl_dvla.topology import TopologyAwareCollector
@@ -35,6 +40,7 @@ _PACKAGES = {
     "PooledReplayBuffer": "data",
     "TopologyAwareCollector": "topology",
     "WorkerConfig": "collectors",
+    "check_policy_protocol": "collectors",
 }
 
 __all__ = [
@@ -48,6 +54,7 @@ __all__ = [
     "TopologyAwareCollector",
     "WorkerConfig",
     "__version__",
+    "check_policy_protocol",
 ]
 
 

@@ -141,7 +141,7 @@ def test_a_policy_that_writes_too_little(refuse, missing):
     forget = TensorDictModule(lambda: (), in_keys=[], out_keys=[])
 
     class Forgetful(torch.nn.Module):
-        out_keys = policy.out_keys
+        in_keys, out_keys = policy.in_keys, policy.out_keys
 
         def __init__(self):
             super().__init__()

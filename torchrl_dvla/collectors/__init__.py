@@ -7,6 +7,7 @@
 from torchrl_dvla.collectors.configs import InferenceConfig, WorkerConfig
 from torchrl_dvla.collectors.dvla import DVLACollector
 from torchrl_dvla.collectors.evaluation import Evaluation, EvaluationResult
+from torchrl_dvla.collectors.policy_protocol import PolicyReport, check_policy_protocol
 from torchrl_dvla.data.group import EpisodeSpec, GroupConfig, InitStateSchedule
 
 __all__ = [
@@ -17,5 +18,7 @@ __all__ = [
     "GroupConfig",
     "InferenceConfig",
     "InitStateSchedule",
+    "PolicyReport",
     "WorkerConfig",
+    "check_policy_protocol",
 ]

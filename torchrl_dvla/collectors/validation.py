@@ -13,10 +13,10 @@ import torch
 from tensordict import NonTensorStack, TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch.nn.parameter import is_lazy
-from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.weight_update import WeightSyncScheme
 
 from torchrl_dvla.collectors.configs import WorkerConfig
+from torchrl_dvla.collectors.policy_protocol import decide, require_observed, require_protocol
 from torchrl_dvla.data import (
     EpisodeSpec,
     Group,
@@ -33,11 +33,10 @@ from torchrl_dvla.data.schema import (
     INSTRUCTION_ID_KEY,
     INSTRUCTION_KEY,
     OBSERVATION_KEY,
-    SAMPLE_LOG_PROB_KEY,
+    recorded_keys,
 )
 from torchrl_dvla.memory import DualPool, EnvironmentPool, Plan, RowLayout
 from torchrl_dvla.saved_state import OLDER_VERSION
-from torchrl_dvla.swimlane.inference import POLICY_OUTPUTS, check_decisions
 from torchrl_dvla.swimlane.messages import EnvSpecs
 from torchrl_dvla.weight_update import AsyncWeightUpdater
 
@@ -121,55 +120,32 @@ def match_policy(policy: TensorDictModuleBase, specs: EnvSpecs) -> RowLayout:
         RowLayout: the row of one decision.
 
     Raises:
-        ValueError: if the policy writes no chunk, no tokens, no log-prob for each token, a chunk
-            that the environment does not take, or what :func:`check_decisions` refuses.
+        ValueError: if the policy reads what is not observed, or does not speak the protocol, see
+            :func:`~torchrl_dvla.collectors.policy_protocol.require_protocol`.
     """
-    device = next((tensor.device for tensor in policy.parameters()), torch.device("cpu"))
+    require_observed(policy, specs)
     # Zeros, but an action mask of ones: one of zeros would forbid everything.
-    tensordict = TensorDict(
+    zeros = TensorDict(
         {
             key: torch.full((1, *shape), key[-1] == ACTION_MASK, dtype=dtype)
             for key, shape, dtype in specs.observation
         },
         batch_size=[1],
-        device=device,
     )
-    tensordict.set(INSTRUCTION_KEY, NonTensorStack("."))  # no word: a tokenizer need not know it
-    # As the inference process will call it, which also leaves the statistics of BatchNorm alone.
-    modes = {module: module.training for module in policy.modules()}
-    policy.eval()
-    try:
-        with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
-            tensordict = policy(tensordict)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    shapes = {}
-    for key in POLICY_OUTPUTS:
-        value = tensordict.get(key, None)
-        if value is None:
-            raise ValueError(
-                f"policy must write {key}, got {sorted(map(str, policy.out_keys))}. Build it with "
-                "action_head='tokens', output_mode='both' and an action_tokenizer."
-            )
-        shapes[key] = tuple(value.shape[1:])
-    check_decisions(tensordict, policy)
-    if shapes[ACTION_TOKENS_KEY] != shapes[SAMPLE_LOG_PROB_KEY]:
-        raise ValueError(
-            f"policy must write one log-prob a token, got tokens {list(shapes[ACTION_TOKENS_KEY])} "
-            f"and log-probs {list(shapes[SAMPLE_LOG_PROB_KEY])}. Build it with "
-            "log_probs_mode='token'."
-        )
-    chunk_size, action_dim = shapes[ACTION_CHUNK_KEY]
-    if action_dim != specs.action_dim or specs.chunk_size not in (-1, chunk_size):
-        expected = "any" if specs.chunk_size == -1 else specs.chunk_size
-        raise ValueError(
-            f"policy must write chunks of [chunk_size={expected}, action_dim={specs.action_dim}], "
-            f"as the environment takes them, got [{chunk_size}, {action_dim}]. Build the policy, "
-            "or choose its checkpoint, for this environment."
-        )
+    zeros.set(INSTRUCTION_KEY, NonTensorStack("."))  # no word: a tokenizer need not know it
+    decisions = decide(policy, zeros)
+    require_protocol(policy, decisions, specs)
+    recorded = {}
+    for key in recorded_keys(policy.out_keys):
+        value = decisions.get(key)
+        dtype = torch.float32 if value.is_floating_point() else value.dtype
+        dtype = torch.int64 if key == ACTION_TOKENS_KEY else dtype
+        recorded[key] = (value.shape[1:], dtype)
+    chunk_size, action_dim = recorded[ACTION_CHUNK_KEY][0]
     observation = {key: (shape, dtype) for key, shape, dtype in specs.observation}
-    return decision_layout(observation, chunk_size=chunk_size, action_dim=action_dim)
+    return decision_layout(
+        observation, chunk_size=chunk_size, action_dim=action_dim, recorded=recorded
+    )
 
 
 def check_same_start(group: Group, pool: EnvironmentPool) -> None:

@@ -15,9 +15,10 @@ key                                dtype    shape         written by
 ``("observation", "image")``       uint8    [3, H, W]     env worker
 ``("observation", "state")``       float32  [S]           env worker
 ``"instruction_id"``               int64    [1]           collector (strings live in a side table)
-``("vla_action", "tokens")``       int64    [chunk, A]    inference lane
 ``("vla_action", "chunk")``        float32  [chunk, A]    inference lane
-``("vla_action", "log_probs")``    float32  [chunk, A]    inference lane
+``("vla_action", "log_probs")``    float32  [chunk, A]    inference lane; [chunk] = one an env step
+``("vla_action", "tokens")``       int64    [chunk, A]    inference lane, of a token policy
+``("vla_action", ...)``            any      any           inference lane: what else a policy writes
 ``"policy_version"``               int64    [1]           inference lane
 ``"action_is_pad"``                bool     [chunk]       env worker; True = never executed
 ``"group_id"``, ``"rollout_id"``   int64    [1]           collector
@@ -26,14 +27,17 @@ key                                dtype    shape         written by
 ``("next", "reward")``             float32  [1]           env worker
 ``("next", "done")`` and siblings  bool     [1]           env worker
 =================================  =======  ============  ==========================================
+
+A policy says by its ``out_keys`` which of these it writes. What its log-probabilities are of,
+:func:`sampled_key`, is tokens, a denoising path, or else the chunk itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from tensordict import NestedKey
+from tensordict import NestedKey, unravel_key_list
 from torchrl.data.vla import (
     ACTION_CHUNK_KEY,
     ACTION_IS_PAD_KEY,
@@ -51,6 +55,7 @@ __all__ = [
     "ACTION_CHUNK_KEY",
     "ACTION_IS_PAD_KEY",
     "ACTION_MASK",
+    "ACTION_PATH_KEY",
     "ACTION_TOKENS_KEY",
     "ADVANTAGE_KEY",
     "DECISION_INDEX_KEY",
@@ -71,11 +76,15 @@ __all__ = [
     "TRUNCATED_KEY",
     "VLA_ACTION_KEY",
     "decision_layout",
+    "recorded_keys",
+    "sampled_key",
 ]
 
 #: Last part of the key of an action mask, TorchRL's name for it.
 ACTION_MASK = "action_mask"
-#: Log-probabilities of the sampled tokens under the behaviour policy.
+#: States of a denoising process, of which a flow policy's log-probabilities are.
+ACTION_PATH_KEY: NestedKey = ("vla_action", "path")
+#: Log-probabilities of what was sampled, under the behaviour policy.
 SAMPLE_LOG_PROB_KEY: NestedKey = ("vla_action", "log_probs")
 #: Version of the weights that took the decision.
 POLICY_VERSION_KEY: NestedKey = "policy_version"
@@ -95,6 +104,46 @@ DONE_KEY: NestedKey = ("next", "done")
 TERMINATED_KEY: NestedKey = ("next", "terminated")
 TRUNCATED_KEY: NestedKey = ("next", "truncated")
 SUCCESS_KEY: NestedKey = ("next", "success")
+#: What a policy may write for itself alone: large, and made anew by the loss.
+_NOT_RECORDED = {(VLA_ACTION_KEY, "logits"), (VLA_ACTION_KEY, "mask")}
+
+
+def sampled_key(out_keys: Iterable[NestedKey]) -> NestedKey:
+    """The entry that a policy's log-probabilities are of: tokens, a path, or else the chunk.
+
+    Args:
+        out_keys (iterable of NestedKey): what the policy writes. Tokens count as written if the
+            chunk is not listed either, as by a policy that lists no single entries.
+
+    Examples:
+        >>> sampled_key([("vla_action", "chunk"), ("vla_action", "log_probs")])
+        ('vla_action', 'chunk')
+        >>> sampled_key([("vla_action", "chunk"), ("vla_action", "tokens")])
+        ('vla_action', 'tokens')
+    """
+    written = unravel_key_list(list(out_keys))
+    for key in (ACTION_TOKENS_KEY, ACTION_PATH_KEY, ACTION_CHUNK_KEY):
+        if key in written:
+            return key
+    return ACTION_TOKENS_KEY
+
+
+def recorded_keys(out_keys: Iterable[NestedKey]) -> list[NestedKey]:
+    """The entries of a decision that a policy fills: all that it writes below ``"vla_action"``.
+
+    What was sampled, chunk and log-probabilities are always among them, logits and masks never.
+
+    Args:
+        out_keys (iterable of NestedKey): what the policy writes.
+
+    Examples:
+        >>> recorded_keys(["loc", ("vla_action", "chunk"), ("vla_action", "log_probs")])
+        [('vla_action', 'chunk'), ('vla_action', 'log_probs')]
+    """
+    written = unravel_key_list(list(out_keys))
+    keys = [sampled_key(written), ACTION_CHUNK_KEY, SAMPLE_LOG_PROB_KEY]
+    keys += [key for key in written if key[0] == VLA_ACTION_KEY and key not in _NOT_RECORDED]
+    return list(dict.fromkeys(keys))
 
 
 def decision_layout(
@@ -102,6 +151,7 @@ def decision_layout(
     *,
     chunk_size: int,
     action_dim: int,
+    recorded: Mapping[NestedKey, tuple[Sequence[int], torch.dtype]] | None = None,
 ) -> RowLayout:
     """The row of one decision, as the table above describes it.
 
@@ -111,6 +161,8 @@ def decision_layout(
     Keyword Args:
         chunk_size (int): env steps of a chunk.
         action_dim (int): dimension ``A`` of an action.
+        recorded (Mapping, optional): shape and dtype of what the policy writes, in the order of
+            :func:`recorded_keys`. Defaults to tokens, chunk and log-probabilities.
 
     Returns:
         RowLayout: the layout; observations come first.
@@ -131,11 +183,17 @@ def decision_layout(
             "Take them from the policy."
         )
     chunk, one = (chunk_size, action_dim), (1,)
+    of_chunk = (chunk, torch.float32)
+    if recorded is None:
+        recorded = {
+            ACTION_TOKENS_KEY: (chunk, torch.int64),
+            ACTION_CHUNK_KEY: of_chunk,
+            SAMPLE_LOG_PROB_KEY: of_chunk,
+        }
     own: dict[NestedKey, tuple[Sequence[int], torch.dtype]] = {
         INSTRUCTION_ID_KEY: (one, torch.int64),
-        ACTION_TOKENS_KEY: (chunk, torch.int64),
-        ACTION_CHUNK_KEY: (chunk, torch.float32),
-        SAMPLE_LOG_PROB_KEY: (chunk, torch.float32),
+        **recorded,
+        ACTION_CHUNK_KEY: of_chunk,
         ACTION_IS_PAD_KEY: ((chunk_size,), torch.bool),
         POLICY_VERSION_KEY: (one, torch.int64),
         GROUP_ID_KEY: (one, torch.int64),

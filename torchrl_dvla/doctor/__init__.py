@@ -13,13 +13,35 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 
 from torchrl_dvla.doctor import machine, rendering
-from torchrl_dvla.doctor.findings import Check, Finding, Status, report, run_checks
+from torchrl_dvla.findings import Finding, Status, report
 
 __all__ = ["Finding", "Status", "add_parser", "diagnose", "report"]
+
+Check = Callable[[], Iterable[Finding]]
+
+
+def run_checks(checks: Iterable[tuple[str, Check]]) -> list[Finding]:
+    """Findings of several checks; one that raises is a failed finding, not the end of the report.
+
+    Args:
+        checks (iterable of (str, callable)): name, and a callable that returns findings.
+
+    Returns:
+        All findings, in order.
+    """
+    findings: list[Finding] = []
+    for name, check in checks:
+        try:
+            findings.extend(check())
+        except Exception as error:
+            detail = f"the check itself failed: {type(error).__name__}: {error}"
+            remedy = "This is a bug in the doctor or a broken installation; run `make setup` again."
+            findings.append(Finding(name, Status.FAIL, detail, remedy))
+    return findings
 
 
 def diagnose(log_dir: str = "runs", *, libero: bool = True) -> list[Finding]:

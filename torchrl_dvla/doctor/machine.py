@@ -17,7 +17,7 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from torchrl_dvla.doctor.findings import Finding, Status
+from torchrl_dvla.findings import Finding, Status
 
 #: Ranges of pyproject.toml (a test compares them).
 REQUIRED: dict[str, str] = {

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from torchrl_dvla.doctor.findings import Finding, Status
+from torchrl_dvla.findings import Finding, Status
 
 _REMEDY = {
     "osmesa": "apt-get install libosmesa6 (needs administrator rights), or MUJOCO_GL=egl.",

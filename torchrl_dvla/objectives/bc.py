@@ -122,7 +122,8 @@ class ActionTokenBCLoss(BCLoss):
                 f"the batch must hold the expert's tokens under {self.tensor_keys.action!r}, "
                 f"got {leaves_of(tensordict)}. An action tokenizer writes them."
             )
-        dist = run_policy(tensordict, self.actor_network, self.actor_network_params)
+        key = self.tensor_keys.action
+        dist = run_policy(tensordict, self.actor_network, self.actor_network_params, key)
         pad_key = self.tensor_keys.pad_mask
         pad = None if pad_key is None else tensordict.get(pad_key, None)
         valid = executed_tokens(pad, tokens, pad_key)

@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""GRPO loss for policies that act in chunks of discretised actions."""
+"""GRPO loss for policies that act in chunks, of tokens or of real numbers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
+from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams, unravel_key_list
 from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import distributions as d
 from torch import nn
 from torchrl.objectives.common import LossModule
-from torchrl.objectives.utils import RANDOM_MODULE_LIST
 
 from torchrl_dvla import functional as F
 from torchrl_dvla.data import schema
@@ -26,18 +25,23 @@ from torchrl_dvla.objectives.validation import (
     FINITE,
     INTEGERS,
     ValueRange,
+    agreement_of,
     can_check,
+    check_actor,
     check_ranges,
+    depends_on_mode,
     executed_tokens,
+    fit_to,
     leaves_of,
     log_prob_of,
+    of_single_actions,
     run_policy,
 )
 from torchrl_dvla.validation import Range, check
 
 __all__ = ["GRPOLoss"]
 
-RatioLevel = Literal["token", "sequence", "sequence_mean"]
+RatioLevel = Literal["token", "env_step", "sequence", "sequence_mean"]
 Importance = Literal["behavior", "decoupled"]
 KLEstimator = Literal["k2", "k3", "exact"]
 
@@ -46,14 +50,19 @@ KLEstimator = Literal["k2", "k3", "exact"]
 _LARGEST = 1e6
 #: Logits below it count as it, so that the product with a probability of zero is zero.
 _LEAST_LOGIT = -200.0
-#: Mean difference of log-probabilities up to which two runs of one policy agree; 1e-3 in float32.
-_AGREEMENT = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
+#: Dimensions of ``[*B, chunk, A]`` over which log-ratios are put together.
+_LEVEL_DIMS: dict[str, tuple[int, ...]] = {
+    "token": (),
+    "env_step": (-1,),
+    "sequence": (-2, -1),
+    "sequence_mean": (-2, -1),
+}
 
 #: Who writes what the loss reads, for the error of an entry that is missing.
 _WRITERS = {
     "action": "The policy writes it while collecting",
     "sample_log_prob": (
-        "The policy writes it while collecting if it was built with log_probs_mode='token'"
+        "The policy writes it while collecting; a VLAWrapperBase with log_probs_mode='token'"
     ),
     "advantage": "GroupQueue.complete() writes it, see torchrl_dvla.functional.group_advantage",
     "proximal_log_prob": (
@@ -66,9 +75,9 @@ _WRITERS = {
 
 
 class GRPOLoss(LossModule):
-    r"""Clipped, critic-free policy loss over action tokens.
+    r"""Clipped, critic-free policy loss over action tokens, or over actions of real numbers.
 
-    For executed tokens :math:`a` of a decision with group-relative advantage :math:`A` and
+    For executed actions :math:`a` of a decision with group-relative advantage :math:`A` and
     importance ratio :math:`r = \pi_\theta(a) / \pi_b(a)` to the policy that took it,
 
     .. math::
@@ -78,6 +87,11 @@ class GRPOLoss(LossModule):
     where *reduction* sets the weights :math:`w` and the normaliser :math:`Z`
     (:func:`~torchrl_dvla.functional.reduction_weights`). ``action_is_pad`` masks the env steps that
     were never executed because the episode ended inside the chunk. The actor runs once per call.
+
+    A policy records a log-probability of each token, or of each action dimension, ``[*B, chunk,
+    A]``; one of an env step as a whole, ``[*B, chunk]``, does for the ratio levels from
+    ``"env_step"`` on. What they are of follows from its ``out_keys``: tokens, a denoising path, or
+    the chunk. ``get_dist`` returns any distribution with a ``log_prob`` of it.
     Log-ratios are clamped (:data:`~torchrl_dvla.functional.LOG_RATIO_BOUND`): no ratio overflows.
 
     In the first forward of each version, decisions of that version must get the log-probabilities
@@ -94,17 +108,18 @@ class GRPOLoss(LossModule):
             (losses["loss_objective"] + losses["loss_entropy"]).backward()
 
     Args:
-        actor_network (TensorDictModuleBase): a token policy whose ``get_dist`` returns a
-            categorical distribution over ``[*B, chunk, A]``, for instance any token
-            :class:`~torchrl.modules.vla.VLAWrapperBase`.
+        actor_network (TensorDictModuleBase): a policy whose ``get_dist`` returns the distribution
+            of what it samples, ``[*B, chunk, A]``: a categorical one of tokens, as any token
+            :class:`~torchrl.modules.vla.VLAWrapperBase` does, or a continuous one of the chunk.
 
     Keyword Args:
         clip_epsilon (float or tuple of float): clip range, symmetric or ``(low, high)``. Defaults
             to ``(0.2, 0.28)``.
         dual_clip (float, optional): bound on the ratio of negative advantages, ``> 1 + high``.
-        ratio_level (str): ``"token"`` (one ratio per token), ``"sequence"`` (one per decision: the
-            product over its executed tokens) or ``"sequence_mean"`` (their geometric mean, GSPO).
-            Defaults to ``"token"``.
+        ratio_level (str): ``"token"`` (one ratio per token or action dimension), ``"env_step"``
+            (one per env step: the product over its action dimensions), ``"sequence"`` (one per
+            decision: the product over its executed env steps) or ``"sequence_mean"`` (the geometric
+            mean of its recorded log-probabilities, GSPO). Defaults to ``"token"``.
         importance (str): centre of the clip range. ``"behavior"``: the policy that took the action.
             ``"decoupled"``: a recent proximal policy, the age of the data being corrected by a
             truncated weight (:func:`~torchrl_dvla.functional.behavior_weight`); needs
@@ -112,12 +127,13 @@ class GRPOLoss(LossModule):
         behavior_weight_cap (float, optional): bound of that weight. Defaults to ``5.0``.
         reduction (str): ``"token_mean"``, ``"sequence_mean"``, ``"fixed_length"``, ``"sum"`` or
             ``"none"``. Defaults to ``"token_mean"``.
-        entropy_coeff (float): weight of the entropy bonus. Defaults to ``0.0``.
+        entropy_coeff (float): weight of the entropy bonus, from one reparametrised sample where the
+            distribution has no entropy in closed form. Defaults to ``0.0``.
         kl_to_ref_coeff (float, optional): weight of the divergence from a reference policy;
             ``None`` writes no ``loss_kl``. Like *clip_epsilon*, *dual_clip* and *entropy_coeff* it
             is an attribute that may be set at any time.
-        kl_estimator (str): ``"k3"``, ``"k2"`` (from the sampled tokens) or ``"exact"`` (sum over
-            the vocabulary; needs *reference_network*). Defaults to ``"k3"``.
+        kl_estimator (str): ``"k3"``, ``"k2"`` (from the sampled tokens) or ``"exact"`` (of the two
+            distributions; needs *reference_network*). Defaults to ``"k3"``.
         reference_network (TensorDictModuleBase, optional): frozen reference policy. Without it,
             the reference's log-probabilities are read from the batch.
         check_finite (bool): refuse tokens outside of the vocabulary, log-probabilities that are not
@@ -128,13 +144,14 @@ class GRPOLoss(LossModule):
     The output holds ``loss_objective``, ``loss_entropy`` and ``loss_kl`` (if enabled) and,
     detached: ``kl_approx`` (k3 estimate of the divergence from the behaviour policy),
     ``log_prob_difference`` (mean magnitude of the log-ratio to it), ``clip_fraction`` (ratios
-    outside of the clip range), ``entropy``, ``ESS`` (share of effective samples), ``max_ratio``,
+    outside of the clip range), ``entropy`` (without a closed form: the mean negative
+    log-probability of what was sampled), ``ESS`` (share of effective samples), ``max_ratio``,
     ``advantage_mean``, ``advantage_std``, ``kl_to_ref`` (if enabled) and ``behavior_weight`` (mean;
     decoupled only). Once ``loss.version`` is set to the learner's version and the batch carries
     ``policy_version``, also ``policy_lag_mean``, ``policy_lag_max``.
 
     Raises:
-        ValueError: for an actor without token distribution, or an option out of range.
+        ValueError: for an actor without distribution, or an option out of range.
 
     Examples:
         >>> import torch
@@ -169,12 +186,14 @@ class GRPOLoss(LossModule):
         """Keys that :meth:`set_keys` can change.
 
         Attributes:
-            action (NestedKey): sampled tokens ``[*B, chunk, A]``.
-            sample_log_prob (NestedKey): their behaviour log-probabilities ``[*B, chunk, A]``.
+            action (NestedKey): what was sampled, tokens or chunk ``[*B, chunk, A]`` or a path.
+                Follows from what the policy writes.
+            sample_log_prob (NestedKey): its behaviour log-probabilities, ``[*B, chunk, A]``, or
+                ``[*B, chunk]`` of env steps.
             advantage (NestedKey): advantage of the decision ``[*B, 1]``.
             pad_mask (NestedKey): optional boolean ``[*B, chunk]``, ``True`` = never executed.
-            proximal_log_prob (NestedKey): ``[*B, chunk, A]``, read if decoupled.
-            ref_log_prob (NestedKey): ``[*B, chunk, A]``, read without *reference_network*.
+            proximal_log_prob (NestedKey): as *sample_log_prob*, read if decoupled.
+            ref_log_prob (NestedKey): as *sample_log_prob*, read without *reference_network*.
             policy_version (NestedKey): optional ``[*B, 1]``, or ``[*B]``, as TorchRL's servers
                 stamp it.
             weight (NestedKey, optional): weight of each decision ``[*B, 1]``; off by default.
@@ -221,7 +240,7 @@ class GRPOLoss(LossModule):
         reference_network: TensorDictModuleBase | None = None,
         check_finite: bool = True,
     ) -> None:
-        _check_actor(actor_network)
+        check_actor(actor_network)
         clip_low, clip_high = check_clip(clip_epsilon, dual_clip, behavior_weight_cap)
         check("ratio_level", ratio_level, RatioLevel)
         check("importance", importance, Importance)
@@ -232,6 +251,8 @@ class GRPOLoss(LossModule):
         super().__init__()
         self._in_keys: list[NestedKey] | None = None
         self._out_keys: list[NestedKey] | None = None
+        self._sampled = schema.sampled_key(getattr(actor_network, "out_keys", ()))
+        self.tensor_keys.action = self._sampled
         self.convert_to_functional(actor_network, "actor_network")
         # Kept out of _modules, and its weights registered as buffers: an optimiser built on
         # loss.parameters() must never see them, yet loss.to(device) must move them.
@@ -274,6 +295,15 @@ class GRPOLoss(LossModule):
     # -- keys ------------------------------------------------------------------------------------
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
         self._in_keys = None  # set_keys ends here: what it changed must be listed again
+        action, sampled = self.tensor_keys.action, self._sampled
+        written = unravel_key_list(list(getattr(self.actor_network, "out_keys", ())))
+        if action in (schema.ACTION_TOKENS_KEY, schema.ACTION_CHUNK_KEY) and action != sampled:
+            self.tensor_keys.action = sampled
+            raise ValueError(
+                f"action must be what the policy samples, {sampled} by its out_keys {written}, got "
+                f"{action}. Leave it out: log-probabilities of a token policy are those of its "
+                "tokens, of a Gaussian one those of its chunk."
+            )
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -326,24 +356,23 @@ class GRPOLoss(LossModule):
                 batch.
 
         Returns:
-            TensorDict: scalars, see the class; the losses are ``[*B, chunk, A]`` (or ``[*B, 1, 1]``
-            with one ratio per decision) under ``reduction="none"``.
+            TensorDict: scalars, see the class; under ``reduction="none"`` the losses are
+            ``[*B, chunk, A]``, ``[*B, chunk, 1]`` with one ratio per env step, or ``[*B, 1, 1]``.
 
         Raises:
             KeyError: if an entry is missing.
             ValueError: if shapes or dtypes do not fit together, or values are out of range (see
                 *check_finite*).
         """
-        tokens = self._get(tensordict, "action")
-        behavior = self._get(tensordict, "sample_log_prob")
+        action, behavior = self._sampled_action(tensordict)
         advantage = self._get(tensordict, "advantage")
         version = tensordict.get(self.tensor_keys.policy_version, None)
-        if version is not None and version.shape == tokens.shape[:-2]:
+        if version is not None and version.shape == behavior.shape[:-2]:
             version = version.unsqueeze(-1)  # as TorchRL's inference servers stamp it
-        _check_layout(tokens, behavior, advantage, version)
-        mask = self._mask(tensordict, tokens)
+        _check_rows(behavior, advantage, version)
+        mask = self._mask(tensordict, behavior)
         dist = self._dist(tensordict, self.actor_network, self.actor_network_params)
-        log_prob, ranges = log_prob_of(tokens, dist, mask, check=self.check_finite)
+        log_prob, ranges = log_prob_of(action, dist, mask, check=self.check_finite)
         highest = ranges[-1].high
 
         def masked(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -353,12 +382,12 @@ class GRPOLoss(LossModule):
             return value
 
         behavior = masked("sample_log_prob", behavior)
-        token_log_ratio = F.log_ratio(log_prob, behavior)
-        behavior_log_ratio = self._to_level(token_log_ratio, mask)
+        log_ratio = F.log_ratio(log_prob, behavior)
+        behavior_log_ratio = self._to_level(log_ratio, mask)
         level_mask = self._level_mask(mask)
         row_weight = self._row_weight(tensordict)
         total = self.normaliser(tensordict) if normaliser is None else normaliser
-        total = torch.as_tensor(total, dtype=torch.get_default_dtype(), device=tokens.device)
+        total = torch.as_tensor(total, dtype=torch.get_default_dtype(), device=behavior.device)
         remedy = "Are the rewards finite, and the advantages normalised?"
         ranges.append(ValueRange("advantage", advantage, -_LARGEST, _LARGEST, remedy))
         if row_weight is not None:
@@ -378,8 +407,7 @@ class GRPOLoss(LossModule):
         out: dict[str, torch.Tensor] = {}
         trust_log_ratio, weight = behavior_log_ratio, None
         if self.importance == "decoupled":
-            proximal = self._get(tensordict, "proximal_log_prob", tokens.shape)
-            proximal = masked("proximal_log_prob", proximal)
+            proximal = masked("proximal_log_prob", self._log_prob(tensordict, "proximal_log_prob"))
             trust_log_ratio = self._to_level(F.log_ratio(log_prob, proximal), mask)
             proximal_log_ratio = self._to_level(F.log_ratio(proximal, behavior), mask)
             weight = F.behavior_weight(proximal_log_ratio, cap=self.behavior_weight_cap)
@@ -396,16 +424,17 @@ class GRPOLoss(LossModule):
         # A weight of zero needs no gradient; on an accelerator, to ask would be to wait.
         is_zero = self.entropy_coeff.device.type == "cpu" and can_check() and not self.entropy_coeff
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_zero):
-            entropy = _entropy(dist)
+            entropy = _entropy(dist, log_prob, mask, is_wanted=not is_zero)
         out["entropy"] = F.masked_mean(entropy.detach(), mask)
         out["loss_entropy"] = -self.entropy_coeff * reduce(self._level_mean(entropy, mask))
         if self.kl_to_ref_coeff is not None:
-            ref = self._reference(tensordict, tokens, mask)
+            ref = self._reference(tensordict, action, mask)
             if isinstance(ref, d.Distribution):
-                kl = _exact_kl(dist, ref)
-            else:  # the estimators want log p - log q for tokens drawn from q, the learner's policy
-                log_ratio = -F.log_ratio(log_prob, masked("ref_log_prob", ref))
-                kl = F.kl_k2(log_ratio) if self.kl_estimator == "k2" else F.kl_k3(log_ratio)
+                kl = fit_to(_exact_kl(dist, ref), mask)
+            else:  # the estimators want log p - log q of what is drawn from q, the learner's policy
+                ref_log_ratio = -F.log_ratio(log_prob, masked("ref_log_prob", ref))
+                estimate = F.kl_k2 if self.kl_estimator == "k2" else F.kl_k3
+                kl = estimate(ref_log_ratio)
             out["kl_to_ref"] = F.masked_mean(kl.detach(), mask)
             out["loss_kl"] = self.kl_to_ref_coeff * reduce(self._level_mean(kl, mask))
         if self.check_finite:
@@ -413,15 +442,15 @@ class GRPOLoss(LossModule):
             losses = [(key, out[key]) for key in out if key.startswith("loss_")]
             ranges += [ValueRange(key, value, -FINITE, FINITE, remedy) for key, value in losses]
             check_ranges(ranges, tensordict, advantage.numel())
-            self._compare_log_probs(token_log_ratio.detach().abs(), mask, version)
+            self._compare_log_probs(log_ratio.detach().abs(), mask, version)
 
         with torch.no_grad():
             outside = F.outside_clip(
                 trust_log_ratio, clip_low=self.clip_epsilon_low, clip_high=self.clip_epsilon_high
             )
             out["clip_fraction"] = F.masked_mean(outside.to(log_prob.dtype), level_mask)
-            out["kl_approx"] = F.masked_mean(F.kl_k3(token_log_ratio), mask)
-            out["log_prob_difference"] = F.masked_mean(token_log_ratio.abs(), mask)
+            out["kl_approx"] = F.masked_mean(F.kl_k3(log_ratio), mask)
+            out["log_prob_difference"] = F.masked_mean(log_ratio.abs(), mask)
             out["ESS"] = F.effective_sample_size(behavior_log_ratio, level_mask)
             out["max_ratio"] = behavior_log_ratio.masked_fill(~level_mask, -torch.inf).amax().exp()
             out["advantage_mean"] = advantage.mean()
@@ -438,33 +467,36 @@ class GRPOLoss(LossModule):
         """What the weighted sum over *tensordict* is divided by; costs no forward pass.
 
         Args:
-            tensordict (TensorDictBase): decisions ``[*B]``; tokens, masks and weights are read.
+            tensordict (TensorDictBase): decisions ``[*B]``; actions, log-probabilities, masks and
+                weights are read.
 
         Returns:
             torch.Tensor: scalar; zero if nothing was executed, which :meth:`forward` takes for one.
         """
-        mask = self._mask(tensordict, self._get(tensordict, "action"))
+        mask = self._mask(tensordict, self._sampled_action(tensordict)[1])
         return F.reduction_normaliser(
             self._level_mask(mask), self.reduction, self._row_weight(tensordict)
         )
 
-    # -- one ratio per token, or per decision ----------------------------------------------------
+    # -- one ratio per token, env step or decision -----------------------------------------------
     def _to_level(self, log_ratio: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        if self.ratio_level == "token":
-            return log_ratio
-        if self.ratio_level == "sequence":
-            total = log_ratio.sum((-2, -1), keepdim=True)
-            return total.clamp(-F.LOG_RATIO_BOUND, F.LOG_RATIO_BOUND)
-        return self._level_mean(log_ratio, mask)
+        dims = _LEVEL_DIMS[self.ratio_level]
+        if not dims or self.ratio_level == "sequence_mean":
+            return self._level_mean(log_ratio, mask)
+        total = log_ratio.sum(dims, keepdim=True)
+        return total.clamp(-F.LOG_RATIO_BOUND, F.LOG_RATIO_BOUND)
 
     def _level_mask(self, mask: torch.Tensor) -> torch.Tensor:
-        return mask if self.ratio_level == "token" else mask.flatten(-2).any(-1)[..., None, None]
+        for dim in _LEVEL_DIMS[self.ratio_level]:
+            mask = mask.any(dim, keepdim=True)
+        return mask
 
     def _level_mean(self, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         # A mean, not a sum: entropy_coeff and kl_to_ref_coeff keep their meaning at every level.
-        if self.ratio_level == "token":
+        dims = _LEVEL_DIMS[self.ratio_level]
+        if not dims:
             return values
-        return F.masked_mean(values, mask, dim=(-2, -1))[..., None, None]
+        return F.masked_mean(values, mask, dim=dims).reshape(self._level_mask(mask).shape)
 
     # -- reading a batch -------------------------------------------------------------------------
     def _get(
@@ -486,27 +518,65 @@ class GRPOLoss(LossModule):
             )
         return value
 
-    def _mask(self, tensordict: TensorDictBase, tokens: torch.Tensor) -> torch.Tensor:
-        """Boolean ``[*B, chunk, A]``, ``True`` = the token was executed and counts."""
+    def _sampled_action(self, tensordict: TensorDictBase) -> tuple[torch.Tensor, torch.Tensor]:
+        """What was sampled, and log-probs ``[*B, chunk, A]``, or ``[*B, chunk, 1]`` of env steps.
+
+        Raises:
+            ValueError: if they do not fit each other or the ratio level.
+        """
+        action = self._get(tensordict, "action")
+        log_prob = self._get(tensordict, "sample_log_prob")
+        if not action.numel():
+            raise ValueError(
+                f"the batch must hold at least one token, got tokens {list(action.shape)}. Its "
+                "loss would be a mean over nothing."
+            )
+        if self.tensor_keys.action == schema.ACTION_PATH_KEY or log_prob.shape == action.shape:
+            return action, log_prob
+        if action.ndim < 2 or log_prob.shape != action.shape[:-1]:
+            raise ValueError(
+                "sample_log_prob must have the shape of the tokens [*B, chunk, A], or of the "
+                f"actions, or [*B, chunk] with one an env step, got {list(log_prob.shape)} for "
+                f"{self.tensor_keys.action} {list(action.shape)}. Build the policy with "
+                "log_probs_mode='token', or a distribution of each action dimension: a sum over "
+                "the chunk cannot leave unexecuted steps out."
+            )
+        if self.ratio_level == "token" and action.shape[-1] > 1:
+            raise ValueError(
+                "ratio_level must be 'env_step', 'sequence' or 'sequence_mean' for "
+                f"log-probabilities {list(log_prob.shape)}, one an env step, of actions "
+                f"{list(action.shape)}, got 'token'. Set it, or let the policy record one for each "
+                "action dimension."
+            )
+        return action, log_prob.unsqueeze(-1)
+
+    def _log_prob(self, tensordict: TensorDictBase, name: str) -> torch.Tensor:
+        """Log-probs under another policy, in the shape that :meth:`_sampled_action` returns."""
+        recorded = self._get(tensordict, "sample_log_prob")
+        behavior = self._sampled_action(tensordict)[1]
+        return self._get(tensordict, name, recorded.shape).reshape(behavior.shape)
+
+    def _mask(self, tensordict: TensorDictBase, log_prob: torch.Tensor) -> torch.Tensor:
+        """Boolean as ``log_prob`` ``[*B, chunk, A]``, ``True`` = was executed and counts."""
         pad = tensordict.get(self.tensor_keys.pad_mask, None)
-        mask = executed_tokens(pad, tokens, self.tensor_keys.pad_mask)
+        mask = executed_tokens(pad, log_prob, self.tensor_keys.pad_mask)
         # Padding that TorchRL's own samplers leave behind, see LossModule.loss_mask_key.
         for key in self._loss_mask_keys():
             valid = tensordict.get(key, None)
             if valid is None:
                 continue
-            if valid.dtype != torch.bool or valid.numel() != tokens.shape[:-2].numel():
+            if valid.dtype != torch.bool or valid.numel() != log_prob.shape[:-2].numel():
                 raise ValueError(
                     f"{key!r} must hold one boolean for each decision, got {valid.dtype} "
                     f"{list(valid.shape)}. True marks those that count; see loss.loss_mask_key."
                 )
-            mask = mask & valid.reshape(*tokens.shape[:-2], 1, 1)
+            mask = mask & valid.reshape(*log_prob.shape[:-2], 1, 1)
         return mask
 
     def _row_weight(self, tensordict: TensorDictBase) -> torch.Tensor | None:
         if self.tensor_keys.weight is None:
             return None
-        batch_shape = self._get(tensordict, "action").shape[:-2]
+        batch_shape = self._sampled_action(tensordict)[1].shape[:-2]
         return self._get(tensordict, "weight", (*batch_shape, 1)).unsqueeze(-1)
 
     def _compare_log_probs(
@@ -518,13 +588,13 @@ class GRPOLoss(LossModule):
             return
         self.compared_version = version  # later in this version, optimiser steps come between
         found = F.masked_mean(difference, mask & (stamped == version).unsqueeze(-1)).item()
-        dtypes = {value.dtype for value in self.actor_network_params.values(True, True)}
-        allowed = max(_AGREEMENT.get(dtype, 1e-3) for dtype in dtypes)
+        values = self.actor_network_params.values(True, True)
+        allowed = agreement_of(value.dtype for value in values)
         if found <= allowed:
             return
         self.compared_version = None
         modules = self.actor_network.named_modules()
-        in_training = [f"{k} ({type(m).__name__})" for k, m in modules if _depends_on_mode(m)]
+        in_training = [f"{k} ({type(m).__name__})" for k, m in modules if depends_on_mode(m)]
         warnings.warn(
             "the policy must give decisions of its own version the log-probabilities that they "
             f"were sampled with, got a mean difference of {found:.2g} (up to {allowed:g} is "
@@ -541,11 +611,8 @@ class GRPOLoss(LossModule):
         network: TensorDictModuleBase,
         params: TensorDictParams,
     ) -> d.Distribution:
-        """Distribution of the single tokens ``[*B, chunk, A]``, from one forward of *network*."""
-        dist = run_policy(tensordict, network, params)
-        while isinstance(dist, d.Independent):  # log_probs_mode="sequence" sums over the chunk
-            dist = dist.base_dist
-        return dist
+        """Distribution of the single actions ``[*B, chunk, A]``, from one forward of *network*."""
+        return of_single_actions(run_policy(tensordict, network, params, self.tensor_keys.action))
 
     @torch.no_grad()
     def write_proximal_log_prob(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -557,69 +624,67 @@ class GRPOLoss(LossModule):
             tensordict (TensorDictBase): decisions ``[*B]``.
 
         Returns:
-            TensorDictBase: *tensordict*, with ``proximal_log_prob`` ``[*B, chunk, A]``.
+            TensorDictBase: *tensordict*, with ``proximal_log_prob`` like ``sample_log_prob``.
         """
-        tokens = self._get(tensordict, "action")
-        mask = self._mask(tensordict, tokens)
+        action, behavior = self._sampled_action(tensordict)
+        mask = self._mask(tensordict, behavior)
         dist = self._dist(tensordict, self.actor_network, self.actor_network_params)
         # Tokens outside of the vocabulary are reported by forward, with the other entries.
-        log_prob, _ = log_prob_of(tokens, dist, mask, check=self.check_finite)
-        return tensordict.set(self.tensor_keys.proximal_log_prob, log_prob)
+        log_prob, _ = log_prob_of(action, dist, mask, check=self.check_finite)
+        shape = self._get(tensordict, "sample_log_prob").shape
+        return tensordict.set(self.tensor_keys.proximal_log_prob, log_prob.reshape(shape))
 
     @torch.no_grad()
     def _reference(
-        self, tensordict: TensorDictBase, tokens: torch.Tensor, mask: torch.Tensor
+        self, tensordict: TensorDictBase, action: torch.Tensor, mask: torch.Tensor
     ) -> d.Distribution | torch.Tensor:
-        """The reference's distribution if it is needed, or log-probs ``[*B, chunk, A]``."""
+        """The reference's distribution if it is needed, or log-probs as ``mask``."""
         if self.reference_network is None:
-            return self._get(tensordict, "ref_log_prob", tokens.shape)
+            return self._log_prob(tensordict, "ref_log_prob")
         dist = self._dist(tensordict, self.reference_network, self.reference_network_params)
         if self.kl_estimator == "exact":
             return dist
-        return log_prob_of(tokens, dist, mask, check=self.check_finite)[0]
+        return log_prob_of(action, dist, mask, check=self.check_finite)[0]
 
 
-def _entropy(dist: d.Distribution) -> torch.Tensor:
-    """Entropy ``[*B, chunk, A]``; torch clamps at -3e38, which can overflow the gradient."""
-    if not isinstance(dist, d.Categorical):
-        return dist.entropy()
-    return -(dist.probs * dist.logits.clamp_min(_LEAST_LOGIT)).sum(-1)
+def _entropy(
+    dist: d.Distribution, log_prob: torch.Tensor, mask: torch.Tensor, *, is_wanted: bool
+) -> torch.Tensor:
+    """Entropy as ``mask``, or an estimate where there is no closed form.
+
+    Raises:
+        ValueError: if its gradient is wanted, and the distribution can give none.
+    """
+    if isinstance(dist, d.Categorical):  # torch clamps at -3e38, which can overflow the gradient
+        return fit_to(-(dist.probs * dist.logits.clamp_min(_LEAST_LOGIT)).sum(-1), mask)
+    try:
+        return fit_to(dist.entropy(), mask)
+    except NotImplementedError:
+        if not is_wanted:
+            return -log_prob.detach()
+        if dist.has_rsample:
+            return fit_to(-dist.log_prob(dist.rsample()), mask)
+    raise ValueError(
+        f"entropy_coeff must be 0.0 for a {type(dist).__name__}, which has neither entropy() nor "
+        "rsample(). Set it, or add one of them."
+    )
 
 
 def _exact_kl(dist: d.Distribution, ref: d.Distribution) -> torch.Tensor:
     """Divergence ``[*B, chunk, A]``, with clamped log-ratios: no category makes it infinite."""
     if not isinstance(dist, d.Categorical) or not isinstance(ref, d.Categorical):
-        return d.kl_divergence(dist, ref)
+        try:
+            return d.kl_divergence(dist, ref)
+        except NotImplementedError:
+            raise ValueError(
+                f"kl_estimator must be 'k2' or 'k3' for {type(dist).__name__} and "
+                f"{type(ref).__name__}, whose divergence torch does not know, got 'exact'."
+            ) from None
     ours, theirs = (x.logits.clamp_min(_LEAST_LOGIT) for x in (dist, ref))
     return (dist.probs * F.log_ratio(ours, theirs)).sum(-1)
 
 
-def _depends_on_mode(module: nn.Module) -> bool:
-    """Whether a module is in training mode and computes something else in it."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return module.training
-    name = "p" if isinstance(module, RANDOM_MODULE_LIST) else "dropout"  # of recurrent layers, too
-    share = getattr(module, name, 0.0)
-    return module.training and isinstance(share, float) and share > 0
-
-
 # -- refusals, so that a bad argument ends a run before it starts ----------------------------------
-def _check_actor(actor_network: nn.Module) -> None:
-    """Refuse a policy that has no distribution over action tokens."""
-    if not callable(getattr(actor_network, "get_dist", None)):
-        raise ValueError(
-            "actor_network must have a get_dist method that returns a distribution over action "
-            f"tokens, got {type(actor_network).__name__}. Pass a torchrl VLAWrapperBase with "
-            "action_head='tokens'."
-        )
-    head = getattr(actor_network, "action_head", "tokens")
-    if head != "tokens":
-        raise ValueError(
-            f"actor_network must have action_head='tokens', got {head!r}. A {head} head has no "
-            "log-probabilities to form ratios of."
-        )
-
-
 def check_clip(
     clip_epsilon: float | Sequence[float], dual_clip: float | None, cap: float | None
 ) -> tuple[float, float]:
@@ -668,7 +733,7 @@ def _check_reference(
             "reference_network must come with kl_to_ref_coeff, got None. Without a weight the "
             "reference would be run for nothing; 0.0 keeps it for a schedule."
         )
-    _check_actor(reference_network)
+    check_actor(reference_network)
     trained = {p.data_ptr() for p in actor_network.parameters() if p.numel()}
     if any(p.data_ptr() in trained for p in reference_network.parameters() if p.numel()):
         raise ValueError(
@@ -678,27 +743,13 @@ def _check_reference(
         )
 
 
-def _check_layout(
-    tokens: torch.Tensor,
-    log_prob: torch.Tensor,
-    advantage: torch.Tensor,
-    version: torch.Tensor | None,
+def _check_rows(
+    log_prob: torch.Tensor, advantage: torch.Tensor, version: torch.Tensor | None
 ) -> None:
-    """Refuse tokens ``[*B, chunk, A]`` with log-probs, advantages or versions of another shape."""
-    if not tokens.numel():
+    """Refuse advantages or versions that are not one a row of log-probs ``[*B, chunk, A]``."""
+    if advantage.shape != (*log_prob.shape[:-2], 1):
         raise ValueError(
-            f"the batch must hold at least one token, got tokens {list(tokens.shape)}. Its loss "
-            "would be a mean over nothing."
-        )
-    if tokens.ndim < 2 or log_prob.shape != tokens.shape:
-        raise ValueError(
-            "sample_log_prob must have the shape of the tokens [*B, chunk, A], got "
-            f"{list(log_prob.shape)} for tokens {list(tokens.shape)}. Build the policy with "
-            "log_probs_mode='token': a sum over the chunk cannot leave unexecuted steps out."
-        )
-    if advantage.shape != (*tokens.shape[:-2], 1):
-        raise ValueError(
-            f"advantage must have shape {[*tokens.shape[:-2], 1]}, one value per decision, got "
+            f"advantage must have shape {[*log_prob.shape[:-2], 1]}, one value per decision, got "
             f"{list(advantage.shape)}. A missing last dimension would pair every decision with "
             "every advantage: use advantage.unsqueeze(-1)."
         )

@@ -451,7 +451,8 @@ def _require_fit(specs: EnvSpecs, layout: Mapping[NestedKey, Any]) -> None:
     chunk_size = layout[ACTION_CHUNK_KEY][0][0] if specs.chunk_size == -1 else specs.chunk_size
     observed = {key: (shape, dtype) for key, shape, dtype in specs.observation}
     row = decision_layout(observed, chunk_size=chunk_size, action_dim=specs.action_dim)
-    for key in (*observed, ACTION_CHUNK_KEY, *layout):
+    expected = [key for key in layout if key[0] == OBSERVATION_KEY]
+    for key in (*observed, ACTION_CHUNK_KEY, ACTION_IS_PAD_KEY, *expected):
         if row.get(key) != layout.get(key):
             raise ValueError(
                 f"All environments must have the first one's specs, {key} {layout.get(key)}, got "

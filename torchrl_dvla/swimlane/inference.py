@@ -10,23 +10,22 @@ import contextlib
 import copy
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 
 import cloudpickle
 import torch
-from tensordict import NonTensorData, NonTensorStack, TensorDictBase, unravel_key
+from tensordict import NestedKey, NonTensorData, NonTensorStack, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_dvla.data.schema import (
-    ACTION_CHUNK_KEY,
     ACTION_MASK,
     ACTION_TOKENS_KEY,
     INSTRUCTION_KEY,
     OBSERVATION_KEY,
     POLICY_VERSION_KEY,
-    SAMPLE_LOG_PROB_KEY,
+    VLA_ACTION_KEY,
 )
 from torchrl_dvla.memory.row_access import RowFields
 from torchrl_dvla.objectives.validation import FINITE, INTEGERS, ValueRange, check_ranges
@@ -35,7 +34,6 @@ from torchrl_dvla.swimlane.messages import Failed, Infer, Inferred, Snapshot, St
 from torchrl_dvla.weight_update import WeightReader
 
 __all__ = [
-    "POLICY_OUTPUTS",
     "InferenceEngine",
     "InferenceProcess",
     "batch_seed",
@@ -45,9 +43,6 @@ __all__ = [
 
 #: Combinations of instructions that are kept: with one task there is one for each batch size.
 _MAX_STACKS = 256
-
-#: What the policy has to write for every decision.
-POLICY_OUTPUTS = (ACTION_CHUNK_KEY, ACTION_TOKENS_KEY, SAMPLE_LOG_PROB_KEY)
 
 
 def batch_seed(seed: int, number: int, *, evaluation: bool = False) -> int:
@@ -109,8 +104,8 @@ class InferenceEngine:
     a slot of the weight store: no weight is copied and nobody is waited for (invariant 4).
 
     Args:
-        policy (TensorDictModuleBase): reads the canonical VLA observation, writes
-            :data:`POLICY_OUTPUTS`. Its parameters are pointed at the store's memory.
+        policy (TensorDictModuleBase): reads the canonical VLA observation, writes what rows have
+            below ``"vla_action"``. Its parameters are pointed at the store's memory.
         reader (WeightReader): the lane's reader slot in the weight store.
     """
 
@@ -124,6 +119,7 @@ class InferenceEngine:
         self._snapshot_version = -1
         self._observations: RowFields | None = None
         self._decisions: RowFields | None = None
+        self._written: list[NestedKey] = []
         self._instructions: dict[int, NonTensorData] = {}
         self._stacks: dict[tuple[int, ...], NonTensorStack] = {}
 
@@ -137,7 +133,9 @@ class InferenceEngine:
         if OBSERVATION_KEY not in in_keys:
             observed = [key for key in observed if key in in_keys or key[-1] == ACTION_MASK]
         self._observations = RowFields(rows, observed)
-        self._decisions = RowFields(rows, [*POLICY_OUTPUTS, POLICY_VERSION_KEY])
+        keys = rows.get(VLA_ACTION_KEY).keys(True, True)
+        self._written = [unravel_key((VLA_ACTION_KEY, key)) for key in keys]
+        self._decisions = RowFields(rows, [*self._written, POLICY_VERSION_KEY])
 
     def snapshot(self) -> int:
         """Copy the latest weights aside, so that an evaluation sees one version; returns it."""
@@ -155,12 +153,12 @@ class InferenceEngine:
 
     @torch.no_grad()
     def infer(self, message: Infer) -> int:
-        """Write tokens, log-probs, chunk and version of every row; returns the version.
+        """Write what the policy decides, and the version, into every row; returns the version.
 
         Raises:
             RuntimeError: if a snapshot is asked for and none was taken.
-            ValueError: if the policy writes a chunk or log-prob that is not finite, or a token that
-                is no index of its vocabulary; nothing reaches a row.
+            ValueError: if the policy writes a number that is not finite, or a token that is no
+                index of its vocabulary; nothing reaches a row.
         """
         for number, text in message.new_instructions.items():
             self._instructions[number] = NonTensorData(text)
@@ -180,7 +178,7 @@ class InferenceEngine:
         mode = ExplorationType.DETERMINISTIC if message.greedy else ExplorationType.RANDOM
         with set_exploration_type(mode), seeded(message.seed, self._device):
             tensordict = policy(tensordict)
-        check_decisions(tensordict, policy)
+        check_decisions(tensordict, policy, self._written)
         tensordict.set(POLICY_VERSION_KEY, torch.full((len(index), 1), version))
         self._decisions.scatter(index, tensordict)
         return version
@@ -198,40 +196,38 @@ class InferenceEngine:
         self._reader.close()
 
 
-def check_decisions(tensordict: TensorDictBase, policy: TensorDictModuleBase) -> None:
+def check_decisions(
+    tensordict: TensorDictBase, policy: TensorDictModuleBase, keys: Sequence[NestedKey]
+) -> None:
     """Refuse decisions that no environment may execute and no learner may see.
 
     Args:
-        tensordict (TensorDictBase): ``[n]`` decisions that hold :data:`POLICY_OUTPUTS`.
+        tensordict (TensorDictBase): ``[n]`` decisions.
         policy (TensorDictModuleBase): has written them; its ``vocab_size``, if any, bounds tokens.
+        keys (sequence of NestedKey): what rows have of them.
 
     Raises:
         ValueError: naming the policy and what it wrote.
     """
-    name, tokens = type(policy).__name__, tensordict.get(ACTION_TOKENS_KEY)
-    if tokens.dtype not in INTEGERS:
-        raise ValueError(
-            f"policy must write integers as {ACTION_TOKENS_KEY}, got {tokens.dtype} of {name}: "
-            "rows hold int64. Give it a distribution over action tokens, and write as the chunk "
-            "what they decode to (torchrl.data.vla.UniformActionTokenizer); samples of a Gaussian "
-            "are no tokens."
-        )
+    name = type(policy).__name__
     size = getattr(policy, "vocab_size", None)
-    highest = size - 1 if size else FINITE
-    numbers = (ACTION_CHUNK_KEY, SAMPLE_LOG_PROB_KEY)
-    is_right = (tokens >= 0).all() & (tokens <= highest).all()
-    for key in numbers:
-        is_right &= tensordict.get(key).float().isfinite().all()
-    if is_right:  # the one wait for an accelerator
-        return
-    remedy = "Its weights may have become too large."
-    ranges = [
-        ValueRange(f"{key} of {name}", tensordict.get(key), -FINITE, FINITE, remedy)
-        for key in numbers
-    ]
-    remedy = "Write what its distribution has drawn."
-    ranges.append(ValueRange(f"{ACTION_TOKENS_KEY} of {name}", tokens, 0, highest, remedy))
-    check_ranges(ranges, tensordict, len(tokens))
+    ranges = []
+    for key in keys:
+        values, what = tensordict.get(key), f"{key} of {name}"
+        if key == ACTION_TOKENS_KEY:
+            if values.dtype not in INTEGERS:
+                raise ValueError(
+                    f"policy must write integers as {key}, got {values.dtype} of {name}: rows hold "
+                    "int64. Samples of a Gaussian are no tokens: leave the entry out of out_keys, "
+                    "and log-probs are those of the chunk. A token policy writes the indices that "
+                    "it drew, and as the chunk what they decode to."
+                )
+            remedy = "Write what its distribution has drawn."
+            ranges.append(ValueRange(what, values, 0, size - 1 if size else FINITE, remedy))
+        elif values.is_floating_point():
+            remedy = "Its weights may have become too large."
+            ranges.append(ValueRange(what, values, -FINITE, FINITE, remedy))
+    check_ranges(ranges, tensordict, len(tensordict))  # the one wait for an accelerator
 
 
 def _serve(connection: Connection, engine: InferenceEngine) -> None:

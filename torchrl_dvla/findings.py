@@ -2,16 +2,18 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Findings of the doctor, and the report that lists them."""
+"""Findings of a check, and the report that lists them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
 from torchrl_dvla._version import __version__
+
+__all__ = ["Finding", "Status", "report"]
 
 
 class Status(StrEnum):
@@ -33,7 +35,7 @@ class Finding:
         remedy (str): what to do about it; empty when there is nothing to do.
 
     Examples:
-        >>> from torchrl_dvla.doctor import Finding, Status
+        >>> from torchrl_dvla.findings import Finding, Status
         >>> print(Finding("cores", Status.WARN, "1 core", "give it 2").format())
         warn  cores               1 core
               -> give it 2
@@ -50,29 +52,6 @@ class Finding:
         return f"{line}\n      -> {self.remedy}" if self.remedy else line
 
 
-Check = Callable[[], Iterable[Finding]]
-
-
-def run_checks(checks: Iterable[tuple[str, Check]]) -> list[Finding]:
-    """Findings of several checks; one that raises is a failed finding, not the end of the report.
-
-    Args:
-        checks (iterable of (str, callable)): name, and a callable that returns findings.
-
-    Returns:
-        All findings, in order.
-    """
-    findings: list[Finding] = []
-    for name, check in checks:
-        try:
-            findings.extend(check())
-        except Exception as error:
-            detail = f"the check itself failed: {type(error).__name__}: {error}"
-            remedy = "This is a bug in the doctor or a broken installation; run `make setup` again."
-            findings.append(Finding(name, Status.FAIL, detail, remedy))
-    return findings
-
-
 def report(findings: Sequence[Finding], *, as_json: bool = False) -> str:
     """Report of findings, as text for people or as one JSON object.
 
@@ -86,7 +65,7 @@ def report(findings: Sequence[Finding], *, as_json: bool = False) -> str:
         The report, without a final line break.
 
     Examples:
-        >>> from torchrl_dvla.doctor import Finding, Status, report
+        >>> from torchrl_dvla.findings import Finding, Status, report
         >>> print(report([Finding("cores", Status.OK, "2 usable")]))
         ok    cores               2 usable
         <BLANKLINE>
