@@ -14,6 +14,7 @@ import cloudpickle
 import torch
 from tensordict import NestedKey, NonTensorStack, TensorDict, TensorDictBase, unravel_key_list
 from tensordict.nn import TensorDictModuleBase
+from torch import distributions as d
 from torch import nn
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -177,8 +178,10 @@ def require_shapes(
         )
 
 
-def present_log_prob(policy: TensorDictModuleBase, decisions: TensorDictBase) -> torch.Tensor:
-    """Log-probabilities of decisions by ``get_dist`` in eval mode, in their recorded shape.
+def present_log_prob(
+    policy: TensorDictModuleBase, decisions: TensorDictBase
+) -> tuple[torch.Tensor, d.Distribution]:
+    """Log-probabilities of decisions in their recorded shape, and the distribution, in eval mode.
 
     Raises:
         ValueError: if the policy gives no such distribution.
@@ -192,7 +195,7 @@ def present_log_prob(policy: TensorDictModuleBase, decisions: TensorDictBase) ->
         dist = of_single_actions(run_policy(decisions, policy, None, key))
     log_prob, ranges = log_prob_of(sampled, dist, mask, check=True)
     check_ranges(ranges, decisions, len(decisions))
-    return log_prob.reshape(recorded.shape)
+    return log_prob.reshape(recorded.shape), dist
 
 
 def require_protocol(
@@ -278,7 +281,7 @@ def check_policy_protocol(
         return PolicyReport(checklist.run(made))
     finally:
         if made is not env and isinstance(made, EnvBase):
-            made.close()
+            made.close(raise_if_closed=False)
 
 
 class _SkippedError(Exception):
@@ -319,9 +322,9 @@ class _Checklist:
                 status, detail, remedy = Status.WARN, f"not checked: it needs {error}", ""
             except Exception as error:  # of whatever the policy or environment does
                 status = Status.FAIL
-                text = str(error.args[0]).strip() if error.args else ""
+                text = " ".join(str(error.args[0] if error.args else "").split())
                 if not isinstance(error, ValueError):
-                    text = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+                    text = f"{type(error).__name__}: {text[:300]}"
                 detail, _, remedy = text.partition(". ")
             self._findings.append(Finding(name, status, detail, remedy))
         return self._findings
@@ -375,11 +378,9 @@ class _Checklist:
         recorded = self._need("log-probs that rows take")
         decisions = self._need("decisions")
         with torch.no_grad():
-            present = present_log_prob(self._policy, decisions)
-            dist = run_policy(decisions, self._policy, None, sampled_key(self._policy.out_keys))
+            present, dist = present_log_prob(self._policy, decisions)
         self._have["a distribution"] = present
-        name = type(of_single_actions(dist)).__name__
-        detail = f"{name}, one log-prob for each of {list(recorded.shape[1:])}"
+        detail = f"{type(dist).__name__}, one log-prob for each of {list(recorded.shape[1:])}"
         if recorded.ndim < decisions.get(ACTION_CHUNK_KEY).ndim:
             remedy = "GRPOLoss needs ratio_level='env_step', or 'sequence', to learn from it."
             return f"{detail}, the env steps", remedy
@@ -408,7 +409,7 @@ class _Checklist:
                 "policy must have parameters that require a gradient, got none. Register them, and "
                 "unfreeze what is to be trained."
             )
-        total = present_log_prob(self._policy, self._have["decisions"]).sum()
+        total = present_log_prob(self._policy, self._have["decisions"])[0].sum()
         grads: tuple[torch.Tensor | None, ...] = (None,) * len(named)
         if total.requires_grad:
             grads = torch.autograd.grad(total, list(named.values()), allow_unused=True)
@@ -462,7 +463,7 @@ class _Checklist:
         parts = []
         for row in self._have["decisions"].split(1):
             with torch.no_grad():
-                parts.append(present_log_prob(self._policy, row))
+                parts.append(present_log_prob(self._policy, row)[0])
         gap, allowed = (torch.cat(parts) - present).abs().mean().item(), self._agreement()
         if not gap <= allowed:
             raise ValueError(
@@ -504,7 +505,7 @@ class _Checklist:
             for value in other.state_dict().values():
                 value.zero_()
             other.load_state_dict(policy.state_dict())
-            again = present_log_prob(other, self._have["decisions"])
+            again, _ = present_log_prob(other, self._have["decisions"])
         gap = (again - present).abs().mean().item()
         if not gap <= self._agreement():
             raise ValueError(
