@@ -12,7 +12,7 @@ from torch import nn
 from torchrl.data.vla import UniformActionTokenizer
 from transformers import Idefics3Config, PaliGemmaConfig, Qwen2_5_VLConfig, SmolVLMConfig
 
-from torchrl_dvla.modules import TinyBackboneConfig, TransformersVLA
+from torchrl_dvla.modules import FlowVLA, TinyBackboneConfig, TinyPi0Config, TransformersVLA
 
 INSTRUCTIONS = ["pick up the black bowl and place it on the plate", "open the drawer", "lift it"]
 ACTION_DIM, CHUNK, STATE_DIM, BINS = 6, 4, 6, 16
@@ -33,6 +33,20 @@ def make_policy(**kwargs) -> TransformersVLA:
     # The head starts nearly uniform; with larger logits a wrong token shows.
     policy.query_head.projection.weight.data.mul_(30.0)
     return policy
+
+
+#: The same of pi0: 4 tokens an image.
+SMALL_PI0 = TinyPi0Config(
+    image_size=32, patch_size=16, vision_size=32, vision_layers=2, text_size=32, expert_size=32,
+    head_size=16, mlp_ratio=2.0,
+)  # fmt: skip
+
+
+def make_flow_policy(**kwargs) -> FlowVLA:
+    kwargs.setdefault("state_dim", STATE_DIM)
+    return FlowVLA.tiny(
+        INSTRUCTIONS, action_dim=ACTION_DIM, chunk_size=CHUNK, backbone=SMALL_PI0, **kwargs
+    )
 
 
 def make_observation(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from torchrl.data.vla import (
@@ -19,77 +19,62 @@ from torchrl.data.vla import (
 
 from torchrl_dvla.differences import differences
 from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle
-from torchrl_dvla.validation import Count, Natural, Range, check_fields
+from torchrl_dvla.validation import Count, Natural, Positive, Range, check_fields
 
-__all__ = ["TransformersVLAConfig", "action_tokenizer_from_dict", "action_tokenizer_to_dict"]
+if TYPE_CHECKING:
+    from typing import Self
 
-_NO_ARCHITECTURE = ("freeze_vision", "freeze_language", "backbone.transformers_version")
+__all__ = [
+    "FlowVLAConfig",
+    "PolicyConfig",
+    "TransformersVLAConfig",
+    "action_tokenizer_from_dict",
+    "action_tokenizer_to_dict",
+]
+
+DType = Literal["float32", "bfloat16", "float16"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True)
-class TransformersVLAConfig:
-    """Architecture of a :class:`TransformersVLA`; what ``config.json`` holds.
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """What policies of all kinds have in their ``config.json``.
 
     Args:
         backbone (dict): ``to_dict()`` of the transformers config, ``"model_type"`` included.
         action_dim (int): action dimension ``A``.
-        chunk_size (int): env steps per decision.
-        action_tokenizer (dict): see :func:`action_tokenizer_to_dict`.
         image_size (tuple of int): height and width of the camera images the policy is given.
         state_dim (int): size of the proprioception vector; 0 for a policy that reads none.
         num_cameras (int): 1, or 2 to read ``("observation", "wrist_image")`` as well.
-        tokens_per_step (int): action queries per env step, a divisor of ``action_dim``. One query
-            predicts ``action_dim / tokens_per_step`` tokens: 1 is cheapest, ``action_dim`` is the
-            layout of OpenVLA-OFT.
         prompt_style (PromptStyle): the strings around images and instruction.
         pixel_style (PixelStyle): normalisation of pixels.
-        bidirectional_prompt (bool): whether prompt tokens see later prompt tokens.
-        freeze_vision (bool): whether the vision tower is left out of training.
-        freeze_language (bool): whether the language model is left out of training.
         dtype (str): ``"float32"``, ``"bfloat16"`` or ``"float16"``, of the backbone. The action
             head and everything after it is float32.
 
     Raises:
         ValueError: if a number is out of range.
-
-    Reference:
-        Kim et al., "Fine-Tuning Vision-Language-Action Models: Optimizing Speed and Success", 2025.
-        https://arxiv.org/abs/2502.19645
     """
+
+    #: Fields that a checkpoint may be loaded with other values of. But for ``dtype`` they are no
+    #: part of the architecture.
+    changeable: ClassVar[tuple[str, ...]] = ("dtype",)
 
     backbone: dict[str, Any]
     action_dim: Count
-    chunk_size: Count
-    action_tokenizer: dict[str, Any]
     image_size: tuple[Count, Count]
     state_dim: Natural = 0
     num_cameras: Annotated[int, Range(1, 2)] = 1
-    tokens_per_step: Count = 1
     prompt_style: PromptStyle = field(default_factory=PromptStyle)
     pixel_style: PixelStyle = field(default_factory=PixelStyle)
-    bidirectional_prompt: bool = False
-    freeze_vision: bool = False
-    freeze_language: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.action_dim % self.tokens_per_step:
-            raise ValueError(
-                f"tokens_per_step must be a divisor of action_dim={self.action_dim}, got "
-                f"{self.tokens_per_step}. Use 1 or {self.action_dim}."
-            )
         if "model_type" not in self.backbone:
             raise ValueError(
                 f"backbone must contain 'model_type', got keys {sorted(self.backbone)[:8]}. Pass "
                 "to_dict() of a transformers config."
             )
-
-    @property
-    def num_queries(self) -> int:
-        """Number of action queries in the token stream."""
-        return self.chunk_size * self.tokens_per_step
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -101,7 +86,7 @@ class TransformersVLAConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> TransformersVLAConfig:
+    def from_dict(cls, data: dict[str, Any]) -> Self:
         """Config from the fields that :meth:`to_dict` wrote.
 
         Args:
@@ -130,26 +115,136 @@ class TransformersVLAConfig:
                 data[name] = kind(**data[name])
         return cls(**data)
 
-    def differences(self, other: TransformersVLAConfig) -> list[str]:
+    def differences(self, other: PolicyConfig) -> list[str]:
         """Fields in which another config differs, see :func:`torchrl_dvla.differences.differences`.
 
-        Freezing is no part of the architecture and does not count.
+        What is :attr:`changeable`, the dtype apart, does not count.
 
         Args:
-            other (TransformersVLAConfig): the config to compare with.
+            other (PolicyConfig): the config to compare with.
 
         Returns:
             One line a difference; nested fields have dotted names.
         """
-        return differences(_flatten(self.to_dict()), _flatten(other.to_dict()))
+        ignored = {*self.changeable, "backbone.transformers_version"} - {"dtype"}
+        return differences(_flatten(self.to_dict(), ignored), _flatten(other.to_dict(), ignored))
 
 
-def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class TransformersVLAConfig(PolicyConfig):
+    """Architecture of a :class:`TransformersVLA`, beside the fields of :class:`PolicyConfig`.
+
+    Args:
+        chunk_size (int): env steps per decision.
+        action_tokenizer (dict): see :func:`action_tokenizer_to_dict`.
+        tokens_per_step (int): action queries per env step, a divisor of ``action_dim``. One query
+            predicts ``action_dim / tokens_per_step`` tokens: 1 is cheapest, ``action_dim`` is the
+            layout of OpenVLA-OFT.
+        bidirectional_prompt (bool): whether prompt tokens see later prompt tokens.
+        freeze_vision (bool): whether the vision tower is left out of training.
+        freeze_language (bool): whether the language model is left out of training.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Reference:
+        Kim et al., "Fine-Tuning Vision-Language-Action Models: Optimizing Speed and Success", 2025.
+        https://arxiv.org/abs/2502.19645
+    """
+
+    changeable = ("dtype", "freeze_vision", "freeze_language")
+
+    chunk_size: Count
+    action_tokenizer: dict[str, Any]
+    tokens_per_step: Count = 1
+    bidirectional_prompt: bool = False
+    freeze_vision: bool = False
+    freeze_language: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.action_dim % self.tokens_per_step:
+            raise ValueError(
+                f"tokens_per_step must be a divisor of action_dim={self.action_dim}, got "
+                f"{self.tokens_per_step}. Use 1 or {self.action_dim}."
+            )
+
+    @property
+    def num_queries(self) -> int:
+        """Number of action queries in the token stream."""
+        return self.chunk_size * self.tokens_per_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowVLAConfig(PolicyConfig):
+    """Architecture and sampler of a :class:`FlowVLA`, beside the fields of :class:`PolicyConfig`.
+
+    Env steps per decision and the padded sizes of state and action are those of the backbone.
+
+    Args:
+        num_steps (int): denoising steps ``K`` of a decision.
+        sampler (str): what makes a denoising step stochastic: ``"sde"``, ``"cps"`` or ``"noise"``
+            (a learned head), see :mod:`torchrl_dvla.functional.flow`.
+        noise_level (float): ``eta`` of ``"sde"`` and ``"cps"``.
+        stochastic_step (str or int): ``"all"``, or the one step that is stochastic while the others
+            follow the ODE: its number from 0, or ``"random"``, drawn for each decision. One
+            stochastic step is learned from with one pass of the expert, ``K`` with ``K``.
+        freeze_prefix (bool): whether what reads images and instruction is left out of training.
+
+    Raises:
+        ValueError: if a number is out of range, or the sampler has no stochastic step.
+
+    Reference:
+        Chen et al., "piRL: Online RL Fine-tuning for Flow-based Vision-Language-Action Models",
+        2025, https://arxiv.org/abs/2510.25889.
+    """
+
+    changeable = (
+        "dtype", "freeze_prefix", "noise_level", "num_steps", "sampler", "stochastic_step",
+    )  # fmt: skip
+
+    num_steps: Count = 4
+    sampler: Literal["sde", "cps", "noise"] = "sde"
+    noise_level: Positive = 0.5
+    stochastic_step: Literal["random", "all"] | Natural = "random"
+    freeze_prefix: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sampler == "cps" and not self.noise_level <= 1:
+            raise ValueError(
+                f"noise_level must be at most 1 with sampler='cps', got {self.noise_level}. At 1 "
+                "all noise is drawn anew."
+            )
+        if self.num_candidates < 1:
+            raise ValueError(
+                "num_steps must be at least 2 with sampler='cps', got 1. Its last step is "
+                "deterministic."
+            )
+        if (step := self.stochastic_step) not in ("random", "all", *range(self.num_candidates)):
+            raise ValueError(
+                f"stochastic_step must be below {self.num_candidates} with num_steps="
+                f"{self.num_steps} and sampler={self.sampler!r}, got {step}. Steps are counted "
+                "from 0."
+            )
+
+    @property
+    def num_candidates(self) -> int:
+        """Number of steps that can be stochastic, from the first on."""
+        return self.num_steps - (self.sampler == "cps")
+
+    @property
+    def num_stochastic(self) -> int:
+        """Number of steps of a decision that are stochastic."""
+        return self.num_candidates if self.stochastic_step == "all" else 1
+
+
+def _flatten(data: dict[str, Any], ignored: set[str], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in data.items():
         if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{name}."))
-        elif value is not None and prefix + name not in _NO_ARCHITECTURE:
+            flat.update(_flatten(value, ignored, f"{prefix}{name}."))
+        elif value is not None and prefix + name not in ignored:
             # JSON has no tuples.
             flat[prefix + name] = list(value) if isinstance(value, tuple) else value
     return flat

@@ -17,7 +17,14 @@ from torch.utils._pytree import tree_leaves
 
 from torchrl_dvla.modules.backbones import PixelStyle
 
-__all__ = ["PixelNormalizer", "StateProjector", "read_images", "read_instructions", "read_proprio"]
+__all__ = [
+    "PixelNormalizer",
+    "Standardizer",
+    "StateProjector",
+    "read_images",
+    "read_instructions",
+    "read_proprio",
+]
 
 
 def read_images(
@@ -109,7 +116,7 @@ class PixelNormalizer(nn.Module):
     """Scaling, resizing and normalisation of images in three tensor operations.
 
     Args:
-        style (PixelStyle): mean, standard deviation and interpolation.
+        style (PixelStyle): mean, standard deviation, interpolation and padding.
 
     Keyword Args:
         image_size (tuple of int): height and width wanted.
@@ -132,6 +139,7 @@ class PixelNormalizer(nn.Module):
         super().__init__()
         self._image_size = image_size
         self._interpolation = style.interpolation
+        self._pad = style.pad
         mean = torch.tensor(style.mean).view(3, 1, 1)
         std = torch.tensor(style.std).view(3, 1, 1)
         # (x / 255 - mean) / std == x * scale + shift
@@ -153,6 +161,8 @@ class PixelNormalizer(nn.Module):
         pixels = images.to(torch.float32, copy=True)
         if images.dtype != torch.uint8:
             pixels.mul_(255.0)
+        if self._pad:
+            pixels = _pad_to_aspect(pixels, self._image_size)
         if pixels.shape[-2:] != self._image_size:
             pixels = F.interpolate(
                 pixels,
@@ -165,10 +175,74 @@ class PixelNormalizer(nn.Module):
         return (pixels * self.scale).add_(self.shift).to(dtype)
 
 
-class StateProjector(nn.Module):
-    """Standardisation of a proprioception vector and its projection into the token stream.
+def _pad_to_aspect(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Images with black borders, half on each side, so that a resize to ``size`` distorts none."""
+    height, width = images.shape[-2:]
+    missing_width = max(0, round(height * size[1] / size[0]) - width)
+    missing_height = max(0, round(width * size[0] / size[1]) - height)
+    left, top = missing_width // 2, missing_height // 2
+    return F.pad(images, (left, missing_width - left, top, missing_height - top))
 
-    Mean and standard deviation are buffers: they travel with the weights.
+
+class Standardizer(nn.Module):
+    """Standardisation of vectors, and back; mean and standard deviation travel with the weights.
+
+    Args:
+        size (int): size ``S`` of the vectors.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_dvla.modules.policy_inputs import Standardizer
+        >>> standardizer = Standardizer(2)
+        >>> standardizer.set_statistics(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 0.5]))
+        >>> standardizer.standardize(torch.tensor([3.0, 1.0]))
+        tensor([1., 2.])
+        >>> standardizer.restore(torch.tensor([1.0, 2.0]))
+        tensor([3., 1.])
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
+
+    @torch.no_grad()
+    def set_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Set mean and standard deviation, usually those of demonstrations.
+
+        Args:
+            mean (torch.Tensor): ``[S]``.
+            std (torch.Tensor): ``[S]``, positive.
+
+        Raises:
+            ValueError: if a shape is wrong, an entry is not finite, or one of ``std`` not positive.
+        """
+        _check_statistics(mean, std, self.mean.shape)
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def standardize(self, values: torch.Tensor) -> torch.Tensor:
+        """Values ``[*B, S]`` in standard deviations from the mean."""
+        return (values.to(self.mean.dtype) - self.mean) / self.std
+
+    def restore(self, values: torch.Tensor) -> torch.Tensor:
+        """Inverse of :meth:`standardize`."""
+        return values * self.std + self.mean
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        mean, std = (state_dict.get(prefix + name) for name in ("mean", "std"))
+        if mean is not None and std is not None:
+            _check_statistics(mean, std, self.mean.shape, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class StateProjector(Standardizer):
+    """Standardisation of a proprioception vector and its projection into the token stream.
 
     Args:
         state_dim (int): size ``S`` of the vector.
@@ -183,43 +257,15 @@ class StateProjector(nn.Module):
         torch.Size([5, 1, 32])
     """
 
-    mean: torch.Tensor
-    std: torch.Tensor
-
     def __init__(self, state_dim: int, hidden_size: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(state_dim))
-        self.register_buffer("std", torch.ones(state_dim))
+        super().__init__(state_dim)
         self.layers = nn.Sequential(
             nn.Linear(state_dim, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
         )
 
-    @torch.no_grad()
-    def set_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Set mean and standard deviation of states, usually those of demonstrations.
-
-        Args:
-            mean (torch.Tensor): ``[S]``.
-            std (torch.Tensor): ``[S]``, positive.
-
-        Raises:
-            ValueError: if a shape is wrong, an entry is not finite, or one of ``std`` not positive.
-        """
-        _check_statistics(mean, std, self.mean.shape)
-        self.mean.copy_(mean)
-        self.std.copy_(std)
-
     def forward(self, state: torch.Tensor) -> torch.Tensor:
         """Tokens ``[B, 1, D]`` of states ``[B, S]``."""
-        return self.layers((state.to(self.mean.dtype) - self.mean) / self.std).unsqueeze(1)
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        mean, std = (state_dict.get(prefix + name) for name in ("mean", "std"))
-        if mean is not None and std is not None:
-            _check_statistics(mean, std, self.mean.shape, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        return self.layers(self.standardize(state)).unsqueeze(1)
 
 
 def _check_statistics(

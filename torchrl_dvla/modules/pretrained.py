@@ -26,7 +26,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -35,7 +35,7 @@ from torch import nn
 
 from torchrl_dvla.differences import differences, join_some
 from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle, backbone_class
-from torchrl_dvla.modules.config import TransformersVLAConfig
+from torchrl_dvla.modules.config import PolicyConfig
 from torchrl_dvla.modules.prompt import word_tokenizer
 from torchrl_dvla.saved_state import COUNT, require_form
 
@@ -44,7 +44,13 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["PretrainedMixin", "backbone_from_dict", "backbone_to_dict", "resolve_backbone"]
+__all__ = [
+    "PretrainedMixin",
+    "backbone_from_dict",
+    "backbone_to_dict",
+    "config_to_dict",
+    "resolve_backbone",
+]
 
 _CONFIG = "config.json"
 _TOKENIZER = "tokenizer"
@@ -59,7 +65,8 @@ class PretrainedMixin(nn.Module):
     The class it is mixed into takes ``(config, *, tokenizer, **kwargs)``.
     """
 
-    config: TransformersVLAConfig
+    config_class: ClassVar[type[PolicyConfig]]
+    config: PolicyConfig
     tokenizer: PreTrainedTokenizerBase
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -116,10 +123,6 @@ class PretrainedMixin(nn.Module):
     def from_pretrained(
         cls,
         folder: str | os.PathLike[str],
-        *,
-        freeze_vision: bool | None = None,
-        freeze_language: bool | None = None,
-        dtype: str | None = None,
         **kwargs: Any,
     ) -> Self:
         """Policy from a folder that :meth:`save_pretrained` wrote.
@@ -128,10 +131,8 @@ class PretrainedMixin(nn.Module):
             folder (path): the checkpoint folder.
 
         Keyword Args:
-            freeze_vision (bool, optional): defaults to what the config says.
-            freeze_language (bool, optional): defaults to what the config says.
-            dtype (str, optional): dtype of the backbone; defaults to what the config says.
-            **kwargs: passed on to the constructor, e.g. ``temperature``.
+            **kwargs: fields of the config that are ``changeable``, e.g. ``dtype``; ``None`` leaves
+                what the config says. The others are passed on to the constructor, e.g. ``device``.
 
         Returns:
             The policy.
@@ -143,9 +144,8 @@ class PretrainedMixin(nn.Module):
         from transformers import AutoTokenizer
         from transformers.initialization import no_init_weights
 
-        config, weights = _read_folder(Path(folder), cls.__name__)
-        given: dict[str, Any] = {"freeze_vision": freeze_vision, "freeze_language": freeze_language}
-        given["dtype"] = dtype
+        config, weights = _read_folder(Path(folder), cls)
+        given = {name: kwargs.pop(name, None) for name in cls.config_class.changeable}
         given = {name: value for name, value in given.items() if value is not None}
         _require_file(folder, f"{_TOKENIZER}/tokenizer_config.json")
         _refuse_code(Path(folder) / _TOKENIZER)
@@ -168,7 +168,7 @@ class PretrainedMixin(nn.Module):
             FileNotFoundError: if the folder or one of its files is missing.
             ValueError: if a file is damaged or the architecture differs; names what differs.
         """
-        config, weights = _read_folder(Path(folder), type(self).__name__)
+        config, weights = _read_folder(Path(folder), type(self))
         problems = self.config.differences(config)
         if problems:
             raise ValueError(
@@ -201,10 +201,10 @@ class PretrainedMixin(nn.Module):
 
 
 def _read_folder(
-    folder: Path, architecture: str
-) -> tuple[TransformersVLAConfig, dict[str, torch.Tensor]]:
+    folder: Path, policy_class: type[PretrainedMixin]
+) -> tuple[PolicyConfig, dict[str, torch.Tensor]]:
     """Config, and weights by name after comparing them with their checksum."""
-    data = _read_config(folder, architecture)
+    data = _read_config(folder, policy_class.__name__)
     entry = data["weights"]
     path = _require_file(folder, entry["file"])
     num_bytes = path.stat().st_size
@@ -227,7 +227,7 @@ def _read_folder(
             f"{_COPY_AGAIN}."
         ) from error
     with _refuse_damage(folder):
-        return TransformersVLAConfig.from_dict(data["config"]), weights
+        return policy_class.config_class.from_dict(data["config"]), weights
 
 
 @contextlib.contextmanager
@@ -349,6 +349,11 @@ def backbone_to_dict(config: PreTrainedConfig) -> dict[str, Any]:
         ValueError: if there is no adapter for its model type.
     """
     backbone_class(config.model_type)
+    return config_to_dict(config)
+
+
+def config_to_dict(config: PreTrainedConfig) -> dict[str, Any]:
+    """Transformers config of any model type as plain JSON types, without provenance."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):

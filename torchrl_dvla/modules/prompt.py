@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torchrl_dvla.modules.backbones import PromptStyle, VLABackbone
 
-__all__ = ["Prompt", "PromptBuilder", "word_tokenizer"]
+__all__ = ["InstructionEncoder", "Prompt", "PromptBuilder", "word_tokenizer"]
 
 _log = logging.getLogger("torchrl_dvla")
 
@@ -45,83 +45,30 @@ class Prompt(NamedTuple):
     attention_bias: torch.Tensor
 
 
-class PromptBuilder:
-    """Builder of the :class:`Prompt` of a batch, with a cache.
-
-    Who attends to whom:
-
-    - a prompt token sees the prompt up to itself, or all of it if ``bidirectional``;
-    - a query sees the whole prompt and every query: action tokens are decoded in parallel;
-    - no token sees padding, and the prompt does not see the queries.
-
-    The positions of queries count from the end of their own instruction, so that a row does not
-    depend on how long the others of its batch are.
-
-    Nothing here depends on parameters, so results are kept: an episode asks for the same prompt
-    hundreds of times.
+class InstructionEncoder:
+    """Token ids of instructions inside a template, with a cache.
 
     Args:
-        backbone (VLABackbone): supplies position ids of images and the longest possible stream.
-        tokenizer (PreTrainedTokenizerBase): turns instructions into ids.
+        tokenizer (PreTrainedTokenizerBase): turns text into ids.
+        template (str): text with ``"{instruction}"`` where the task goes.
 
     Keyword Args:
-        style (PromptStyle): the strings around images and instruction.
-        num_cameras (int): images per decision.
-        use_state (bool): whether the frame ends in a proprioception token.
-        num_queries (int): action queries at the end of the stream.
-        bidirectional (bool): whether prompt tokens see later prompt tokens.
-        cache_size (int): number of distinct batches, and of distinct instructions, cached.
+        cache_size (int): number of distinct instructions cached.
+
+    Examples:
+        >>> from torchrl_dvla.modules.prompt import InstructionEncoder, word_tokenizer
+        >>> encoder = InstructionEncoder(word_tokenizer(["lift the cup"]), "{instruction}")
+        >>> encoder.instruction_ids("lift the cup")
+        tensor([3, 4, 2])
     """
 
     def __init__(
-        self,
-        backbone: VLABackbone,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        style: PromptStyle,
-        num_cameras: int,
-        use_state: bool,
-        num_queries: int,
-        bidirectional: bool,
-        cache_size: int = 256,
+        self, tokenizer: PreTrainedTokenizerBase, template: str, *, cache_size: int = 256
     ) -> None:
         self._tokenizer = tokenizer
-        self._template = style.instruction
-        self._num_queries = num_queries
-        self._bidirectional = bidirectional
-        self._max_tokens = backbone.max_tokens
+        self._template = template
         self._cache_size = cache_size
         self._ids: OrderedDict[str, torch.Tensor] = OrderedDict()
-        self._prompts: OrderedDict[tuple, Prompt] = OrderedDict()
-
-        #: Text ids before the first image, before each image and after each image.
-        self.start_ids = self._encode(style.start)
-        self.image_start_ids = self._encode(style.image_start)
-        self.image_end_ids = self._encode(style.image_end)
-
-        axes = backbone.num_position_axes
-        pieces: list[torch.Tensor] = []
-        position = backbone.first_position
-
-        def text(length: int) -> None:
-            nonlocal position
-            pieces.append(torch.arange(position, position + length).expand(axes, -1))
-            position += length
-
-        text(len(self.start_ids))
-        for _ in range(num_cameras):
-            text(len(self.image_start_ids))
-            image, position = backbone.image_positions(position)
-            pieces.append(image)
-            text(len(self.image_end_ids))
-        text(int(use_state))
-        self._frame_positions = torch.cat(pieces, -1)
-        self._next_position = position
-
-    @property
-    def frame_length(self) -> int:
-        """Number of stream tokens before the instruction."""
-        return self._frame_positions.shape[-1]
 
     def _encode(self, text: str) -> torch.Tensor:
         if not text:
@@ -163,6 +110,82 @@ class PromptBuilder:
                 ", ".join(map(repr, unknown)),
                 instruction,
             )
+
+
+class PromptBuilder(InstructionEncoder):
+    """Builder of the :class:`Prompt` of a batch, with a cache.
+
+    Who attends to whom:
+
+    - a prompt token sees the prompt up to itself, or all of it if ``bidirectional``;
+    - a query sees the whole prompt and every query: action tokens are decoded in parallel;
+    - no token sees padding, and the prompt does not see the queries.
+
+    The positions of queries count from the end of their own instruction, so that a row does not
+    depend on how long the others of its batch are.
+
+    Nothing here depends on parameters, so results are kept: an episode asks for the same prompt
+    hundreds of times.
+
+    Args:
+        backbone (VLABackbone): supplies position ids of images and the longest possible stream.
+        tokenizer (PreTrainedTokenizerBase): turns instructions into ids.
+
+    Keyword Args:
+        style (PromptStyle): the strings around images and instruction.
+        num_cameras (int): images per decision.
+        use_state (bool): whether the frame ends in a proprioception token.
+        num_queries (int): action queries at the end of the stream.
+        bidirectional (bool): whether prompt tokens see later prompt tokens.
+        cache_size (int): number of distinct batches, and of distinct instructions, cached.
+    """
+
+    def __init__(
+        self,
+        backbone: VLABackbone,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        style: PromptStyle,
+        num_cameras: int,
+        use_state: bool,
+        num_queries: int,
+        bidirectional: bool,
+        cache_size: int = 256,
+    ) -> None:
+        super().__init__(tokenizer, style.instruction, cache_size=cache_size)
+        self._num_queries = num_queries
+        self._bidirectional = bidirectional
+        self._max_tokens = backbone.max_tokens
+        self._prompts: OrderedDict[tuple, Prompt] = OrderedDict()
+
+        #: Text ids before the first image, before each image and after each image.
+        self.start_ids = self._encode(style.start)
+        self.image_start_ids = self._encode(style.image_start)
+        self.image_end_ids = self._encode(style.image_end)
+
+        axes = backbone.num_position_axes
+        pieces: list[torch.Tensor] = []
+        position = backbone.first_position
+
+        def text(length: int) -> None:
+            nonlocal position
+            pieces.append(torch.arange(position, position + length).expand(axes, -1))
+            position += length
+
+        text(len(self.start_ids))
+        for _ in range(num_cameras):
+            text(len(self.image_start_ids))
+            image, position = backbone.image_positions(position)
+            pieces.append(image)
+            text(len(self.image_end_ids))
+        text(int(use_state))
+        self._frame_positions = torch.cat(pieces, -1)
+        self._next_position = position
+
+    @property
+    def frame_length(self) -> int:
+        """Number of stream tokens before the instruction."""
+        return self._frame_positions.shape[-1]
 
     def __call__(
         self, instructions: list[str], *, device: torch.device, dtype: torch.dtype

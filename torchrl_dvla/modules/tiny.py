@@ -2,10 +2,11 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Small policies: TorchRL's TinyVLA with action tokens, and the SmolVLM of the CPU default."""
+"""Small policies: TorchRL's TinyVLA with action tokens, the SmolVLM of the CPU default, a pi0."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,9 @@ from torchrl.modules.vla import TinyVLA
 from torchrl_dvla.validation import Count, Positive, check_fields
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, SmolVLMConfig
+    from transformers import PI0Config, PreTrainedModel, SmolVLMConfig
 
-__all__ = ["TinyBackboneConfig", "initialize_tiny_", "tiny_token_policy"]
+__all__ = ["TinyBackboneConfig", "TinyPi0Config", "initialize_tiny_", "tiny_token_policy"]
 
 
 def tiny_token_policy(
@@ -166,9 +167,109 @@ class TinyBackboneConfig:
         )
 
 
+@dataclass(frozen=True)
+class TinyPi0Config:
+    """Sizes of a pi0 that trains on two CPU cores.
+
+    It is the real architecture (SigLIP tower, Gemma with one key-value head, and a Gemma as action
+    expert that attends to it layer by layer) with small numbers.
+
+    Args:
+        image_size (int): side of the square images.
+        patch_size (int): side of a patch; each becomes a token.
+        vision_size (int): width of the vision tower.
+        vision_layers (int): depth of the vision tower.
+        text_size (int): width of the language model.
+        expert_size (int): width of the action expert.
+        layers (int): depth of language model and expert.
+        head_size (int): width of an attention head, in all three.
+        mlp_ratio (float): width of the MLPs over that of the stream; Gemma's gated MLPs get two
+            thirds of it, which costs the same.
+
+    Examples:
+        >>> from torchrl_dvla.modules.tiny import TinyPi0Config
+        >>> config = TinyPi0Config().to_transformers(100, chunk_size=8, max_action_dim=7)
+        >>> config.model_type, config.dit_config.num_hidden_layers
+        ('pi0', 2)
+    """
+
+    image_size: Count = 64
+    patch_size: Count = 16
+    vision_size: Count = 128
+    vision_layers: Count = 3
+    text_size: Count = 128
+    expert_size: Count = 128
+    layers: Count = 2
+    head_size: Count = 32
+    mlp_ratio: Positive = 3.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name, divisor in (
+            ("vision_size", "head_size"),
+            ("text_size", "head_size"),
+            ("image_size", "patch_size"),
+        ):
+            if getattr(self, name) % getattr(self, divisor):
+                raise ValueError(
+                    f"{name} must be a multiple of {divisor}={getattr(self, divisor)}, got "
+                    f"{getattr(self, name)}."
+                )
+
+    def to_transformers(self, num_words: int, **kwargs: Any) -> PI0Config:
+        """Transformers config of these sizes.
+
+        Args:
+            num_words (int): size of the instruction vocabulary.
+
+        Keyword Args:
+            **kwargs: further fields of ``PI0Config``: ``chunk_size``, ``max_action_dim`` etc.
+
+        Returns:
+            A ``PI0Config``.
+        """
+        from transformers import PI0Config
+
+        gemma = {
+            "model_type": "gemma",
+            "vocab_size": num_words,
+            "num_hidden_layers": self.layers,
+            # Attention is joint: expert and language model have the same heads.
+            "num_attention_heads": self.text_size // self.head_size,
+            "num_key_value_heads": 1,
+            "head_dim": self.head_size,
+        }
+        text, expert = (
+            {**gemma, "hidden_size": size, "intermediate_size": int(size * self.mlp_ratio * 2 / 3)}
+            for size in (self.text_size, self.expert_size)
+        )
+        vision = {
+            "model_type": "siglip_vision_model",
+            "hidden_size": self.vision_size,
+            "intermediate_size": int(self.vision_size * self.mlp_ratio),
+            "num_hidden_layers": self.vision_layers,
+            "num_attention_heads": self.vision_size // self.head_size,
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "hidden_act": "gelu",
+            "vision_use_head": False,
+        }
+        return PI0Config(
+            vlm_config={
+                "model_type": "paligemma",
+                "text_config": text,
+                "vision_config": vision,
+                "projection_dim": self.text_size,
+                "image_token_id": num_words,  # no word's
+            },
+            dit_config=expert,
+            **kwargs,
+        )
+
+
 @torch.no_grad()
 def initialize_tiny_(model: PreTrainedModel) -> None:
-    """Initialisation of a tiny SmolVLM for training from scratch.
+    """Initialisation of a tiny SmolVLM or pi0 for training from scratch.
 
     The family's own initialisation (normal, 0.02 everywhere) suits models that are a hundred times
     wider: here it would drown position and word identity in the first residual sums. So: linear
@@ -183,19 +284,22 @@ def initialize_tiny_(model: PreTrainedModel) -> None:
         He et al., "Masked Autoencoders Are Scalable Vision Learners", 2021 (sine positions of a
         tower). https://arxiv.org/abs/2111.06377
     """
-    vision, text = model.vision_model, model.text_model
-    depth = {"vision_model": len(vision.encoder.layers), "text_model": len(text.layers)}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             std = module.weight[0].numel() ** -0.5
-            if name.endswith(("out_proj", "o_proj", "fc2", "down_proj")):
-                std *= (2 * depth[name.split(".")[0]]) ** -0.5
+            stack, in_stack, _ = name.rpartition(".layers.")
+            if in_stack and name.endswith(("out_proj", "o_proj", "fc2", "down_proj")):
+                depth = len(model.get_submodule(f"{stack}.layers"))
+                std *= (2 * depth) ** -0.5
             nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    nn.init.normal_(text.embed_tokens.weight)
-    table = vision.embeddings.position_embedding.weight
-    table.copy_(_sine_table(vision.embeddings.num_patches_per_side, table.shape[1]))
+    words = model.get_input_embeddings()
+    nn.init.normal_(words.weight, std=1 / getattr(words, "scalar_embed_scale", 1.0))
+    for name, module in model.named_modules():
+        if name.endswith("position_embedding"):
+            table = module.weight
+            table.copy_(_sine_table(math.isqrt(table.shape[0]), table.shape[1]))
 
 
 def _sine_table(side: int, width: int) -> torch.Tensor:

@@ -119,6 +119,8 @@ class TransformersVLA(PretrainedMixin, VLAWrapperBase):
         https://arxiv.org/abs/2502.19645
     """
 
+    config_class = TransformersVLAConfig
+    config: TransformersVLAConfig
     in_keys: list[NestedKey]
     use_state: bool
     tensor_keys: Any
