@@ -13,7 +13,8 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.distributions import Categorical, Independent
 
-from torchrl_dvla.objectives.bc import ActionTokenBCLoss
+from torchrl_dvla.functional import flow_matching_pair
+from torchrl_dvla.objectives.bc import ActionTokenBCLoss, FlowMatchingLoss
 
 
 class TablePolicy(TensorDictModule):
@@ -93,3 +94,50 @@ def test_what_cannot_be_an_experts_token_is_refused_unless_padded():
     data["vla_action", "tokens"][1, 0] = 3
     with pytest.raises(ValueError, match="action tokens must be .* got 3 in 1 of 2 rows"):
         loss(data)
+
+
+# -- flows -----------------------------------------------------------------------------------------
+class ConstantFlow(TensorDictModule):
+    """Flow policy whose velocity is its one parameter, seen at noise 1 and time 1 / 4."""
+
+    def __init__(self, velocity=0.5):
+        super().__init__(nn.Identity(), in_keys=["observation"], out_keys=["observation"])
+        self.velocity = nn.Parameter(torch.tensor(velocity))
+
+    def flow_matching_error(self, tensordict, chunk):
+        _, target = flow_matching_pair(chunk, torch.ones_like(chunk), torch.tensor(0.25))
+        return (self.velocity - target).square()
+
+
+def flow_batch(pad=(False, False)):
+    data = batch(pad).exclude(("vla_action", "tokens"))
+    chunk = torch.tensor([[[0.0], [1.0]], [[2.0], [-2.0]]])
+    return data.set(("vla_action", "chunk"), chunk)
+
+
+def test_flow_matching_by_hand():
+    # targets noise - action: 1, 0, -1 and 3; errors of 1/2: 1/4, 1/4, 9/4, 25/4
+    policy = ConstantFlow()
+    loss = FlowMatchingLoss(policy)(flow_batch())["loss_bc"]
+    assert loss.item() == pytest.approx(9 / 4)
+    loss.backward()
+    # 2 * mean of -1/2, 1/2, 3/2, -5/2
+    assert policy.velocity.grad.item() == pytest.approx(-0.5)
+    padded = flow_batch(pad=(False, True))
+    padded["vla_action", "chunk"][1, 1] = torch.nan
+    assert FlowMatchingLoss(policy)(padded)["loss_bc"].item() == pytest.approx(11 / 12)
+    total = FlowMatchingLoss(policy, reduction="sum")(flow_batch())["loss_bc"]
+    assert total.item() == pytest.approx(9)
+
+
+def test_what_no_flow_can_be_matched_to_is_refused():
+    with pytest.raises(ValueError, match="flow_matching_error, got TablePolicy.*ActionTokenBCLoss"):
+        FlowMatchingLoss(TablePolicy(LOGITS))
+    loss, data = FlowMatchingLoss(ConstantFlow()), flow_batch()
+    data["vla_action", "chunk"][1, 0] = torch.nan
+    with pytest.raises(ValueError, match="the expert's chunk must be finite, .* in 1 of 2 rows"):
+        loss(data)
+    with pytest.raises(KeyError, match="the batch must hold the expert's chunk .* got "):
+        loss(data.exclude(("vla_action", "chunk")))
+    with pytest.raises(ValueError, match="velocity error must be finite"):
+        FlowMatchingLoss(ConstantFlow(math.inf))(flow_batch())

@@ -4,7 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 """Losses: they wire keys and call :mod:`torchrl_dvla.functional`."""
 
-from torchrl_dvla.objectives.bc import ActionTokenBCLoss
+from torchrl_dvla.objectives.bc import ActionTokenBCLoss, FlowMatchingLoss
 from torchrl_dvla.objectives.grpo import GRPOLoss
 
-__all__ = ["ActionTokenBCLoss", "GRPOLoss"]
+__all__ = ["ActionTokenBCLoss", "FlowMatchingLoss", "GRPOLoss"]

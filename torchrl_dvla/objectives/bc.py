@@ -2,19 +2,22 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Behaviour cloning of action tokens: the supervised stage before reinforcement learning."""
+"""Behaviour cloning of tokens and of flows: the supervised stage before reinforcement learning."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
 from torchrl.objectives import BCLoss
 
-from torchrl_dvla.data.schema import ACTION_IS_PAD_KEY, ACTION_TOKENS_KEY
+from torchrl_dvla.data.schema import ACTION_CHUNK_KEY, ACTION_IS_PAD_KEY, ACTION_TOKENS_KEY
 from torchrl_dvla.objectives.validation import (
+    FINITE,
+    ValueRange,
     check_ranges,
     executed_tokens,
     leaves_of,
@@ -23,7 +26,7 @@ from torchrl_dvla.objectives.validation import (
 )
 from torchrl_dvla.validation import check
 
-__all__ = ["ActionTokenBCLoss"]
+__all__ = ["ActionTokenBCLoss", "FlowMatchingLoss"]
 
 
 class ActionTokenBCLoss(BCLoss):
@@ -137,5 +140,119 @@ class ActionTokenBCLoss(BCLoss):
                 "accuracy": self._reduce_loss(hit.detach(), mask=valid, reduction="mean"),
             }
         )
+        self._clear_weakrefs(tensordict, out, "actor_network_params")
+        return out
+
+
+class FlowMatchingLoss(BCLoss):
+    """Conditional flow matching: mean squared error of the velocity towards an expert's chunk.
+
+    Each chunk is seen at one random noise and time a call
+    (:func:`~torchrl_dvla.functional.flow_matching_pair`). Padded env steps and padded action
+    dimensions are left out of the mean.
+
+    Args:
+        actor_network (TensorDictModule): a policy with ``flow_matching_error``, such as
+            :class:`~torchrl_dvla.modules.FlowVLA`.
+
+    Keyword Args:
+        reduction (str, optional): ``"mean"`` (default), ``"sum"`` or ``"none"``, over the action
+            dimensions of unpadded env steps.
+        check_finite (bool): refuse chunks and errors that are not finite. Not done inside of
+            ``torch.compile`` and ``torch.vmap``. Defaults to ``True``.
+
+    Returns:
+        A tensordict with ``"loss_bc"``.
+
+    Raises:
+        ValueError: for a policy without ``flow_matching_error``.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl_dvla.modules import FlowVLA
+        >>> policy = FlowVLA.tiny(["lift the cup"], action_dim=2, chunk_size=4)
+        >>> batch = TensorDict(
+        ...     {
+        ...         "observation": {"image": torch.zeros(3, 3, 64, 64, dtype=torch.uint8)},
+        ...         "language_instruction": "lift the cup",
+        ...         "vla_action": {"chunk": torch.zeros(3, 4, 2)},
+        ...     },
+        ...     [3],
+        ... )
+        >>> FlowMatchingLoss(policy)(batch)["loss_bc"].shape
+        torch.Size([])
+
+    Reference:
+        Lipman et al., "Flow Matching for Generative Modeling", 2022,
+        https://arxiv.org/abs/2210.02747; Black et al., "pi0: A Vision-Language-Action Flow Model
+        for General Robot Control", 2024, https://arxiv.org/abs/2410.24164.
+    """
+
+    @dataclass
+    class _AcceptedKeys(BCLoss._AcceptedKeys):
+        """Keys read by the loss.
+
+        Attributes:
+            action (NestedKey): the expert's chunk ``[*B, chunk, A]``, in the environment's units.
+            pad_mask (NestedKey, optional): bool ``[*B, chunk]``, True = padded env step.
+        """
+
+        action: NestedKey = ACTION_CHUNK_KEY
+        pad_mask: NestedKey | None = ACTION_IS_PAD_KEY
+
+    default_keys = _AcceptedKeys
+    out_keys = ["loss_bc"]
+
+    def __init__(
+        self,
+        actor_network: TensorDictModuleBase,
+        *,
+        reduction: Literal["mean", "sum", "none"] | None = None,
+        check_finite: bool = True,
+    ) -> None:
+        if not callable(getattr(actor_network, "flow_matching_error", None)):
+            raise ValueError(
+                "actor_network must have a method flow_matching_error, got "
+                f"{type(actor_network).__name__}. A policy of tokens is cloned by "
+                "ActionTokenBCLoss."
+            )
+        super().__init__(actor_network, reduction=reduction)
+        self.check_finite: bool = check("check_finite", check_finite, bool)
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Compute the loss of a batch of expert decisions.
+
+        Args:
+            tensordict (TensorDictBase): observations and the expert's chunks, ``[*B]``.
+
+        Returns:
+            TensorDict with ``"loss_bc"``.
+
+        Raises:
+            KeyError: if an entry is missing.
+            ValueError: if shapes do not fit together, or values are not finite (see
+                *check_finite*).
+        """
+        chunk = tensordict.get(self.tensor_keys.action, None)
+        if chunk is None:
+            raise KeyError(
+                f"the batch must hold the expert's chunk under {self.tensor_keys.action!r}, got "
+                f"{leaves_of(tensordict)}. Demonstrations have it."
+            )
+        pad_key = self.tensor_keys.pad_mask
+        pad = None if pad_key is None else tensordict.get(pad_key, None)
+        valid = executed_tokens(pad, chunk, pad_key)
+        # The network reads all env steps of a chunk: what is no number in one spoils the others.
+        chunk = chunk.masked_fill(~valid & ~torch.isfinite(chunk), 0.0)
+        with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
+            error = self.actor_network.flow_matching_error(tensordict, chunk)
+        if self.check_finite:
+            names = {"the expert's chunk": chunk, "velocity error": error}
+            remedy = "Look at the demonstrations, and at the weights."
+            ranges = [ValueRange(k, v, -FINITE, FINITE, remedy) for k, v in names.items()]
+            check_ranges(ranges, tensordict, chunk.shape[:-2].numel())
+        out = TensorDict({"loss_bc": self._reduce_loss(error, mask=valid)})
         self._clear_weakrefs(tensordict, out, "actor_network_params")
         return out
