@@ -142,7 +142,7 @@ def test_greedy_is_transformers_own_sampling():
 def test_greedy_draws_nothing():
     policy = make_flow_policy()
     one, other = (decide(policy, 3, explore=False, seed=seed) for seed in (0, 1))
-    assert torch.equal(one[CHUNK], other[CHUNK])
+    assert all(torch.equal(one[key], other[key]) for key in (CHUNK, PATH, STEP))
     assert not one[LOG_PROBS].any()
     assert not torch.equal(decide(policy, 3)[CHUNK], decide(policy, 3, seed=1)[CHUNK])
 
@@ -262,13 +262,24 @@ def test_every_input_matters():
     assert (changed(STEP, (td[STEP] + 1) % 4) > 1e-3).all()
 
 
-def test_exactly_the_expert_is_trained_with_a_frozen_prefix():
-    policy = make_flow_policy(freeze_prefix=True)
+@pytest.mark.parametrize("freeze_prefix", [False, True])
+def test_exactly_what_is_to_be_trained_gets_a_gradient(freeze_prefix):
+    policy = make_flow_policy(freeze_prefix=freeze_prefix)
     td = decide(policy, 3)
     log_probs_of(policy, td).sum().backward()
     moving = {name for name, p in policy.named_parameters() if p.grad is not None}
-    assert moving == {name for name, _ in policy.named_parameters() if ".vlm." not in name}
     assert moving == {name for name, p in policy.named_parameters() if p.requires_grad}
+    expert = {name for name, _ in policy.named_parameters() if ".vlm." not in name}
+    assert moving == expert if freeze_prefix else moving > expert
+    if not freeze_prefix:  # no one reads the last hidden states of the prefix
+        unread = {
+            name.split("layers.1.")[-1] for name, p in policy.named_parameters() if p.grad is None
+        }
+        assert unread == {
+            "self_attn.q_proj.weight", "self_attn.o_proj.weight", "mlp.gate_proj.weight",
+            "mlp.up_proj.weight", "mlp.down_proj.weight", "post_attention_layernorm.weight",
+            "network.model.model.vlm.language_model.norm.weight",
+        }  # fmt: skip
 
 
 def test_a_learned_deviation_stays_within_its_bounds():

@@ -75,6 +75,19 @@ def test_gradients_pass_through_the_cache(network):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_passes_share_a_prefix_and_nothing_else(network):
+    network.freeze_prefix()
+    pixels, text_ids, state, x, time = inputs(network)
+    prefix = network.prefix(pixels, text_ids)
+    gradients = []
+    for _ in range(2):  # the second has nothing of the first one's graph, which is freed
+        network.zero_grad()
+        network.velocity(prefix, state, x, time)[0].sum().backward()
+        gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    assert not any(layer.keys.requires_grad for layer in prefix.cache.layers)
+
+
 @torch.no_grad()
 def test_image_tokens_see_the_instruction_and_actions_each_other(network):
     pixels, text_ids, state, x, time = inputs(network)

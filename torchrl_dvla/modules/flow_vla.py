@@ -254,7 +254,7 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
         num_rows, device = len(observed.state), observed.state.device
         shape = (num_rows, self.chunk_size, self._max_action_dim)
         x = torch.randn(shape, device=device) if explores else torch.zeros(shape, device=device)
-        first = self._draw_first_step(num_rows, device)
+        first = self._first_step(num_rows, device, explores)
         num_stochastic = self.config.num_stochastic
         points, log_probs = [x], torch.zeros(shape, device=device)
         for i in range(self.config.num_steps):
@@ -338,11 +338,11 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
         mean, std = step_of(x, velocity, *times, config.noise_level * is_noisy)
         return mean, std.expand_as(mean)
 
-    def _draw_first_step(self, num_rows: int, device: torch.device) -> torch.Tensor:
+    def _first_step(self, num_rows: int, device: torch.device, explores: bool) -> torch.Tensor:
         step = self.config.stochastic_step
-        if step == "random":
+        if step == "random" and explores:
             return torch.randint(self.config.num_candidates, (num_rows,), device=device)
-        return torch.full((num_rows,), 0 if step == "all" else step, device=device)
+        return torch.full((num_rows,), 0 if isinstance(step, str) else step, device=device)
 
     def _interaction_type(self) -> InteractionType:
         return interaction_type() or self.default_interaction_type

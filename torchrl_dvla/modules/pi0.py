@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -48,6 +49,17 @@ class Pi0(nn.Module):
         self.model = model
         # Its input is projected actions, never token ids: 263 million parameters of the real one.
         model.model.dit.embed_tokens = None
+        # Of the prefix, keys and values are read: the rest of the last layer gets no gradient.
+        language_model = model.model.vlm.language_model
+        last = language_model.layers[-1]
+        for unread in (
+            last.self_attn.q_proj,
+            last.self_attn.o_proj,
+            last.mlp,
+            last.post_attention_layernorm,
+            language_model.norm,
+        ):
+            unread.requires_grad_(False)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], *, dtype: torch.dtype) -> Pi0:
@@ -144,12 +156,15 @@ class Pi0(nn.Module):
             float32.
         """
         tokens = self.model.embed_action_time(state, x, time)
+        # The expert appends its own keys and values to the layers of what it is given. Cropping
+        # them off again would leave views behind that hold the graph of this pass.
+        cache = copy.copy(prefix.cache)
+        cache.layers = [copy.copy(layer) for layer in prefix.cache.layers]
         hidden = self.model.model(
             action_embeds=tokens.to(self.dtype),
             attention_mask=prefix.mask,
-            past_key_values=prefix.cache,
+            past_key_values=cache,
         ).last_hidden_state
-        prefix.cache.crop(-tokens.shape[1])  # the expert has put its own keys and values there
         head = self.model.action_out_proj
         hidden = hidden[:, -x.shape[1] :].to(head.weight.dtype)
         return head(hidden), hidden
