@@ -99,7 +99,7 @@ def measure(policy: FlowVLA, num_rows: int, device: str, repeats: int) -> dict[s
         observed = policy._observe(decisions)
 
     def expert() -> torch.Tensor:
-        return policy.network.velocity(observed.prefix, observed.state, x, time)[0]
+        return policy.network.velocity(observed[0], x, time)[0]
 
     def learn() -> None:
         policy.get_dist(decisions).log_prob(decisions[PATH]).sum().backward()

@@ -160,12 +160,12 @@ def test_the_other_steps_follow_the_ode():
     """From its recorded points on, a decision can be followed to its chunk."""
     policy = make_flow_policy(num_steps=3)
     td = decide(policy, 6)
-    observed = policy._observe(td)
+    prefix, _ = policy._observe(td)
     for row, first in enumerate(td[STEP][:, 0].tolist()):
         x = td[PATH][:, :, 1].clone()  # of the whole batch, of which one row is looked at
         for i in range(first + 1, 3):
             time = torch.full((6,), 1 - i / 3)
-            velocity, _ = policy.network.velocity(observed.prefix, observed.state, x, time)
+            velocity, _ = policy.network.velocity(prefix, x, time)
             x = x - velocity / 3
         torch.testing.assert_close(x[row], td[CHUNK][row], rtol=1e-4, atol=1e-4)
 
@@ -176,12 +176,12 @@ def test_padded_dimensions_have_no_log_prob(sampler):
     td = decide(policy, 5)
     before, after = td[PATH][..., :-1, 6:], td[PATH][..., 1:, 6:]
     assert (before - after).abs().min() > 0
-    observed, first = policy._observe(td), td[STEP][:, 0]
+    (prefix, _), first = policy._observe(td), td[STEP][:, 0]
     for k in range(before.shape[-2]):
         x, step = td[PATH][..., k, :], first + k
         time = 1 - step / 4
         with torch.no_grad():
-            velocity, _ = policy.network.velocity(observed.prefix, observed.state, x, time)
+            velocity, _ = policy.network.velocity(prefix, x, time)
         expected = ode_step(x, velocity, time[:, None, None], (time - 0.25)[:, None, None])
         torch.testing.assert_close(after[..., k, :], expected[..., 6:], rtol=1e-4, atol=1e-5)
     # What they come out as has no say, what they come in as has: the network reads it.

@@ -45,10 +45,10 @@ def as_transformers_wants_it(network, pixels, text_ids):
 def test_velocities_of_a_cached_prefix_are_exactly_those_of_transformers(network):
     pixels, text_ids, state, x, time = inputs(network)
     arguments = as_transformers_wants_it(network, pixels, text_ids)
-    prefix = network.prefix(pixels, text_ids)
+    prefix = network.prefix(pixels, text_ids, state)
     for points, times in ((x, time), (2 * x, time / 2), (x, time)):  # the cache stays as it is
         expected = network.model(state=state, noise=points, timestep=times, **arguments).logits
-        velocity, hidden = network.velocity(prefix, state, points, times)
+        velocity, hidden = network.velocity(prefix, points, times)
         assert torch.equal(velocity, expected)
         assert torch.equal(network.model.action_out_proj(hidden), velocity)
 
@@ -59,9 +59,9 @@ def test_gradients_pass_through_the_cache(network):
     for cached in (True, False):
         network.zero_grad()
         if cached:
-            prefix = network.prefix(pixels, text_ids)
-            velocity = network.velocity(prefix, state, x, time)[0]
-            velocity = velocity + network.velocity(prefix, state, -x, time)[0]
+            prefix = network.prefix(pixels, text_ids, state)
+            velocity = network.velocity(prefix, x, time)[0]
+            velocity = velocity + network.velocity(prefix, -x, time)[0]
         else:
             arguments = as_transformers_wants_it(network, pixels, text_ids)
             velocity = sum(
@@ -78,11 +78,11 @@ def test_gradients_pass_through_the_cache(network):
 def test_passes_share_a_prefix_and_nothing_else(network):
     network.freeze_prefix()
     pixels, text_ids, state, x, time = inputs(network)
-    prefix = network.prefix(pixels, text_ids)
+    prefix = network.prefix(pixels, text_ids, state)
     gradients = []
     for _ in range(2):  # the second has nothing of the first one's graph, which is freed
         network.zero_grad()
-        network.velocity(prefix, state, x, time)[0].sum().backward()
+        network.velocity(prefix, x, time)[0].sum().backward()
         gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
     assert not any(layer.keys.requires_grad for layer in prefix.cache.layers)
@@ -91,21 +91,21 @@ def test_passes_share_a_prefix_and_nothing_else(network):
 @torch.no_grad()
 def test_image_tokens_see_the_instruction_and_actions_each_other(network):
     pixels, text_ids, state, x, time = inputs(network)
-    before = network.prefix(pixels, text_ids)
-    changed = network.prefix(pixels, [*text_ids[:2], torch.tensor([3, 2, 6])])
+    before = network.prefix(pixels, text_ids, state)
+    changed = network.prefix(pixels, [*text_ids[:2], torch.tensor([3, 2, 6])], state)
     keys = [prefix.cache.layers[1].keys for prefix in (before, changed)]
     # The first image token has seen the last word of its own row.
     assert torch.equal(keys[0][:2], keys[1][:2])
     assert not torch.equal(keys[0][2, :, 0], keys[1][2, :, 0])
-    velocity = network.velocity(before, state, x, time)[0]
+    velocity = network.velocity(before, x, time)[0]
     other = x.clone()
     other[:, -1] += 1.0  # every action token sees the last one
-    assert (network.velocity(before, state, other, time)[0] - velocity)[:, 0].abs().min() > 0
+    assert (network.velocity(before, other, time)[0] - velocity)[:, 0].abs().min() > 0
 
 
 def test_frozen_prefix(network):
     network.freeze_prefix()
     pixels, text_ids, state, x, time = inputs(network)
-    network.velocity(network.prefix(pixels, text_ids), state, x, time)[0].sum().backward()
+    network.velocity(network.prefix(pixels, text_ids, state), x, time)[0].sum().backward()
     moving = {name for name, p in network.named_parameters() if p.grad is not None}
     assert moving == {name for name, _ in network.named_parameters() if ".vlm." not in name}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -249,9 +249,9 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
             KeyError: if an observation is missing.
             ValueError: if one has the wrong size.
         """
-        observed = self._observe(tensordict)
+        prefix, batch_shape = self._observe(tensordict)
         explores = self._interaction_type() == InteractionType.RANDOM
-        num_rows, device = len(observed.state), observed.state.device
+        num_rows, device = len(prefix.mask), prefix.mask.device
         shape = (num_rows, self.chunk_size, self._max_action_dim)
         x = torch.randn(shape, device=device) if explores else torch.zeros(shape, device=device)
         first = self._first_step(num_rows, device, explores)
@@ -260,14 +260,14 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
         for i in range(self.config.num_steps):
             step = torch.full_like(first, i)
             is_stochastic = (first <= step) & (step < first + num_stochastic) & explores
-            mean, std = self._transition(observed, x, step, is_stochastic)
+            mean, std = self._transition(prefix, x, step, is_stochastic)
             x = mean + std * torch.randn_like(mean) if explores else mean
             log_probs = log_probs + F.transition_log_prob(x, mean, std)
             points.append(x)
         kept = first[:, None] + torch.arange(num_stochastic + 1, device=device)
         path = torch.stack(points, 1)[torch.arange(num_rows, device=device)[:, None], kept]
 
-        keys, batch_shape = self.tensor_keys, observed.batch_shape
+        keys = self.tensor_keys
         written = {
             keys.action_chunk: self.action_statistics.restore(x[..., : self.action_dim]),
             keys.path: path.transpose(1, 2),
@@ -295,13 +295,13 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
             ValueError: if the path is not one of this policy.
         """
         path, first = self._read_path(tensordict)
-        observed = self._observe(tensordict)
+        prefix, batch_shape = self._observe(tensordict)
         is_stochastic = torch.ones_like(first, dtype=torch.bool)
         transitions = [
-            self._transition(observed, path[:, :, k], first + k, is_stochastic)
+            self._transition(prefix, path[:, :, k], first + k, is_stochastic)
             for k in range(self.config.num_stochastic)
         ]
-        shape = (*observed.batch_shape, self.chunk_size, len(transitions), self.action_dim)
+        shape = (*batch_shape, self.chunk_size, len(transitions), self.action_dim)
         mean, std = (
             torch.stack(entries, 2)[..., : self.action_dim].reshape(shape)
             for entries in zip(*transitions, strict=True)
@@ -315,7 +315,7 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
 
     def _transition(
         self,
-        observed: _Observed,
+        prefix: Prefix,
         x: torch.Tensor,
         step: torch.Tensor,
         is_stochastic: torch.Tensor,
@@ -327,7 +327,7 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
         """
         config = self.config
         time = F.flow_time(step, config.num_steps)
-        velocity, hidden = self.network.velocity(observed.prefix, observed.state, x, time)
+        velocity, hidden = self.network.velocity(prefix, x, time)
         is_real = torch.arange(x.shape[-1], device=x.device) < self.action_dim
         is_noisy = is_stochastic[:, None, None] & is_real
         times = time[:, None, None], F.flow_time(step + 1, config.num_steps)[:, None, None]
@@ -364,8 +364,9 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
             KeyError: if an observation is missing.
             ValueError: if an entry has the wrong size.
         """
-        observed, config = self._observe(tensordict), self.network.config
-        wanted = (*observed.batch_shape, self.chunk_size, self.action_dim)
+        prefix, batch_shape = self._observe(tensordict)
+        config = self.network.config
+        wanted = (*batch_shape, self.chunk_size, self.action_dim)
         if chunk.shape != wanted:
             raise ValueError(
                 f"chunk must have shape {list(wanted)}, got {list(chunk.shape)}. Cut the "
@@ -377,29 +378,28 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
         time = d.Beta(alpha, beta).sample(action.shape[:1]).to(action.device)
         time = time * config.time_sampling_scale + config.time_sampling_offset
         x, target = F.flow_matching_pair(action, torch.randn_like(action), time[:, None, None])
-        velocity, _ = self.network.velocity(observed.prefix, observed.state, x, time)
+        velocity, _ = self.network.velocity(prefix, x, time)
         return (velocity - target)[..., : self.action_dim].square().reshape(wanted)
 
     # -- reading -----------------------------------------------------------
-    def _observe(self, tensordict: TensorDictBase) -> _Observed:
-        """Prefix and state of a batch."""
+    def _observe(self, tensordict: TensorDictBase) -> tuple[Prefix, torch.Size]:
+        """Prefix of a batch, whose rows are flattened, and the shape ``[*B]`` of the batch."""
         config, keys = self.config, self.tensor_keys
         image_keys = [keys.image, keys.wrist_image][: config.num_cameras]
         cameras = read_images(tensordict, image_keys, config.image_size)
         batch_shape = cameras[0].shape[:-3]
         num_rows = batch_shape.numel()
-        rows = [camera.reshape(num_rows, *camera.shape[-3:]) for camera in cameras]
-        images = torch.stack(rows, 1)
+        images = torch.stack([image.reshape(num_rows, *image.shape[-3:]) for image in cameras], 1)
         pixels = self.normalize(images.flatten(0, 1), self.network.dtype)
-        instructions = read_instructions(tensordict, keys.instruction, num_rows)
-        text_ids = [self.prompt.instruction_ids(instruction) for instruction in instructions]
-        prefix = self.network.prefix(pixels.unflatten(0, images.shape[:2]), text_ids)
+        pixels = pixels.unflatten(0, images.shape[:2])
         state = torch.zeros(num_rows, 0, device=pixels.device)
         if self.use_state:
             proprio = read_proprio(tensordict, keys.state, config.state_dim)
             state = self.state_statistics.standardize(proprio.reshape(num_rows, -1))
+        instructions = read_instructions(tensordict, keys.instruction, num_rows)
+        text_ids = [self.prompt.instruction_ids(instruction) for instruction in instructions]
         state = pad(state, (0, self.network.config.max_state_dim - config.state_dim))
-        return _Observed(prefix, state, batch_shape)
+        return self.network.prefix(pixels, text_ids, state), batch_shape
 
     def _read_path(self, tensordict: TensorDictBase) -> tuple[torch.Tensor, torch.Tensor]:
         """Path ``[B, H, n + 1, D]`` and number of its first step ``[B]``."""
@@ -492,16 +492,6 @@ def _kl_of_paths(p: DenoisingPath, q: DenoisingPath) -> torch.Tensor:
         d.Normal(path.mean_of_steps, path.std_of_steps, validate_args=False) for path in (p, q)
     )
     return d.kl_divergence(*steps).sum(-2)
-
-
-class _Observed(NamedTuple):
-    """What the expert reads beside the points: the same for all steps of a decision."""
-
-    prefix: Prefix
-    #: Standardised, padded states ``[B, max_state_dim]``.
-    state: torch.Tensor
-    #: Shape ``[*B]`` of the batch, whose rows are flattened to ``B``.
-    batch_shape: torch.Size
 
 
 def _noise_head(hidden_size: int, action_dim: int) -> nn.Sequential:

@@ -21,11 +21,20 @@ __all__ = ["Pi0", "Prefix"]
 
 
 class Prefix(NamedTuple):
-    """Keys and values of images and instruction, which every pass of the expert attends to."""
+    """What every pass of the expert reads: keys and values of images and instruction, and state."""
 
     cache: DynamicCache
-    #: Boolean ``[B, L]``, True = a token, False = padding.
+    #: ``[B, L]``, 1 = a token, 0 = padding.
     mask: torch.Tensor
+    #: Standardised, padded states ``[B, max_state_dim]``.
+    state: torch.Tensor
+
+    def fresh_cache(self) -> DynamicCache:
+        """The cache for one pass, to whose layers the expert appends its own keys and values."""
+        # To crop them off again would leave views behind that hold the graph of the pass.
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        return cache
 
 
 class Pi0(nn.Module):
@@ -109,12 +118,15 @@ class Pi0(nn.Module):
         self.model.model.vlm.requires_grad_(False)
 
     # -- the two passes ----------------------------------------------------
-    def prefix(self, pixels: torch.Tensor, text_ids: list[torch.Tensor]) -> Prefix:
+    def prefix(
+        self, pixels: torch.Tensor, text_ids: list[torch.Tensor], state: torch.Tensor
+    ) -> Prefix:
         """One pass of PaliGemma over images and instruction.
 
         Args:
             pixels (torch.Tensor): normalised images ``[B, cameras, 3, height, width]``.
             text_ids (list of torch.Tensor): token ids of each row's prompt after the images.
+            state (torch.Tensor): standardised, padded states ``[B, max_state_dim]``.
 
         Returns:
             The :class:`Prefix` of the batch.
@@ -138,16 +150,15 @@ class Pi0(nn.Module):
             token_type_ids=torch.zeros_like(ids),  # all of it sees all of it
             use_cache=True,
         ).past_key_values
-        return Prefix(cache, mask)
+        return Prefix(cache, mask, state)
 
     def velocity(
-        self, prefix: Prefix, state: torch.Tensor, x: torch.Tensor, time: torch.Tensor
+        self, prefix: Prefix, x: torch.Tensor, time: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One pass of the action expert.
 
         Args:
             prefix (Prefix): of the batch; it is the same afterwards.
-            state (torch.Tensor): standardised, padded states ``[B, max_state_dim]``.
             x (torch.Tensor): noisy action chunks ``[B, H, max_action_dim]``.
             time (torch.Tensor): of each row ``[B]``, 1 = noise.
 
@@ -155,15 +166,11 @@ class Pi0(nn.Module):
             Velocities ``[B, H, max_action_dim]`` and the expert's last hidden states ``[B, H, W]``,
             float32.
         """
-        tokens = self.model.embed_action_time(state, x, time)
-        # The expert appends its own keys and values to the layers of what it is given. Cropping
-        # them off again would leave views behind that hold the graph of this pass.
-        cache = copy.copy(prefix.cache)
-        cache.layers = [copy.copy(layer) for layer in prefix.cache.layers]
+        tokens = self.model.embed_action_time(prefix.state, x, time)
         hidden = self.model.model(
             action_embeds=tokens.to(self.dtype),
             attention_mask=prefix.mask,
-            past_key_values=cache,
+            past_key_values=prefix.fresh_cache(),
         ).last_hidden_state
         head = self.model.action_out_proj
         hidden = hidden[:, -x.shape[1] :].to(head.weight.dtype)
