@@ -111,9 +111,9 @@ def executed_tokens(
         return torch.ones_like(values, dtype=torch.bool)
     if pad.shape != values.shape[:-1]:
         raise ValueError(
-            f"{key!r} must have shape {list(values.shape[:-1])} (one flag per env step of actions "
-            f"{list(values.shape)}), got {list(pad.shape)}. Is the environment's chunk size that "
-            "of the policy?"
+            f"{key!r} must have shape {list(values.shape[:-1])} (one flag per env step of tokens "
+            f"or log-probs {list(values.shape)}), got {list(pad.shape)}. Is the environment's "
+            "chunk size that of the policy?"
         )
     return executed_mask(pad, values.shape[-1])
 
