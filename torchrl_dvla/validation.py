@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import dis
 import functools
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from math import inf, isfinite
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -29,7 +32,9 @@ __all__ = [
     "check",
     "check_fields",
     "check_path",
+    "describe_error",
     "from_mapping",
+    "is_refusal",
 ]
 
 _T = TypeVar("_T")
@@ -280,3 +285,27 @@ def _describe(kind: Any) -> str:
     if origin in (dict, Mapping):
         return f"a mapping of {' to '.join(map(_describe, args))}"
     return _WORDS.get(kind) or f"a {kind.__name__}"
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether a check of this package raised an error, so that its message says all.
+
+    That is what a ``raise`` statement of the package raises. What Python or another library raises
+    is a bug, here or in what the user wrote, and so is a failed assertion: its traceback is needed.
+    """
+    last = error.__traceback__
+    if last is None or not isinstance(error, Exception) or isinstance(error, AssertionError):
+        return False
+    while last.tb_next is not None:
+        last = last.tb_next
+    code, package = last.tb_frame.f_code, Path(__file__).parent
+    path = Path(code.co_filename)
+    is_ours = path.is_relative_to(package) and not path.is_relative_to(package / "testing")
+    return is_ours and dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+
+
+def describe_error(error: BaseException) -> str:
+    """Type and message of a check's error, and the traceback of any other."""
+    if is_refusal(error):
+        return f"{type(error).__name__}: {error}"
+    return "".join(traceback.format_exception(error))

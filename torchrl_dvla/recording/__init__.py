@@ -5,25 +5,30 @@
 """Records of a run: checkpoints, TensorBoard files, the final report, its lock, an orderly stop."""
 
 from torchrl_dvla.recording.checkpoint import RunCheckpoints, find_latest_checkpoint
-from torchrl_dvla.recording.report import RunReport, SuccessRate, wilson_interval
-from torchrl_dvla.recording.run_lock import RunLock
-from torchrl_dvla.recording.signals import GracefulStop, StopRequested
-from torchrl_dvla.recording.tensorboard import (
-    DASHBOARD,
-    TensorBoardRecorder,
+from torchrl_dvla.recording.recorder import (
+    LogBackend,
+    RunRecorder,
+    check_backend,
     check_writable,
     encode_gif,
 )
+from torchrl_dvla.recording.report import RunReport, SuccessRate, wilson_interval
+from torchrl_dvla.recording.run_lock import RunLock
+from torchrl_dvla.recording.signals import GracefulStop, StopRequested
+from torchrl_dvla.recording.tensorboard import DASHBOARD, TensorBoardRecorder
 
 __all__ = [
     "DASHBOARD",
     "GracefulStop",
+    "LogBackend",
     "RunCheckpoints",
     "RunLock",
+    "RunRecorder",
     "RunReport",
     "StopRequested",
     "SuccessRate",
     "TensorBoardRecorder",
+    "check_backend",
     "check_writable",
     "encode_gif",
     "find_latest_checkpoint",

@@ -154,7 +154,7 @@ class RunReport:
         rows = self.rows()
         width = max(len(label) for label, _ in rows)
         body = [f"{label:<{width}}  {value}" for label, value in rows]
-        rule = "-" * max(len(line) for line in [*body, self.name])
+        rule = "-" * min(80, max(len(line) for line in [*body, self.name]))
         return "\n".join([rule, self.name, rule, *body, rule])
 
     def to_markdown(self) -> str:

@@ -14,7 +14,7 @@ import weakref
 from datetime import datetime
 from pathlib import Path
 
-from torchrl_dvla.recording.tensorboard import check_writable
+from torchrl_dvla.recording.recorder import check_writable
 
 __all__ = ["RunLock"]
 

@@ -51,6 +51,7 @@ from torchrl_dvla.swimlane.messages import (
     WorkerCommands,
     WorkerEvents,
 )
+from torchrl_dvla.validation import describe_error
 
 __all__ = ["EnvWorker", "describe_env", "require_init_states", "run_env_worker"]
 
@@ -534,10 +535,10 @@ def run_env_worker(
                 break
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the collector is gone
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             sender.send()  # what went well, so that the failure is not put down to it
-            connection.send(Failed(traceback.format_exc()))
+            connection.send(Failed(describe_error(error)))
         raise SystemExit(1) from None
     finally:
         if worker is not None:

@@ -28,7 +28,7 @@ from typing import Any
 import cloudpickle
 import torch
 
-from torchrl_dvla.streams import drop_unwritable_output
+from torchrl_dvla.streams import drop_unwritable_output, use_workers_output, workers_output
 from torchrl_dvla.swimlane.messages import Stop
 
 __all__ = ["STOP_SIGNALS", "ManagedProcess", "pickled", "stop_signals_blocked"]
@@ -108,7 +108,13 @@ class ManagedProcess:
         self.started_s = time.monotonic()
         self.process = context.Process(
             target=_run,
-            args=(theirs, their_stacks, num_threads, dict(env_vars or {}), target, args),
+            args=(
+                (theirs, their_stacks, workers_output()),
+                num_threads,
+                dict(env_vars or {}),
+                target,
+                args,
+            ),
             name=name,
             daemon=True,
         )
@@ -340,14 +346,15 @@ def stop_signals_blocked() -> Iterator[None]:
 
 
 def _run(
-    connection: Connection,
-    stacks: Connection,
+    pipes: tuple[Connection, Connection, tuple[Connection, ...]],
     num_threads: int,
     env_vars: Mapping[str, str],
     target: Callable[..., None],
     args: tuple[Any, ...],
 ) -> None:
     """What every process does first, then its work."""
+    connection, stacks, outputs = pipes
+    use_workers_output(outputs)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A handler, unlike SIG_IGN and a blocked signal, is not passed on to the programs that an
     # environment starts: those can still be terminated.

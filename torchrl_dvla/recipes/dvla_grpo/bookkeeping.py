@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Counters, progress bar, metrics and final report of the recipe."""
+"""Counters, progress bar, metrics, final report and last words of the recipe."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from tensordict import TensorDictBase
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -28,14 +29,25 @@ from torchrl_dvla.collectors import EvaluationResult
 from torchrl_dvla.data import Group, GroupQueue
 from torchrl_dvla.differences import differences, join_some
 from torchrl_dvla.recipes.dvla_grpo.settings import Settings, settings_from, to_dict
-from torchrl_dvla.recording import RunReport, SuccessRate, TensorBoardRecorder
+from torchrl_dvla.recipes.terminal import command, resume_command, shortened, watch_command
+from torchrl_dvla.recording import RunRecorder, RunReport, SuccessRate, TensorBoardRecorder
 from torchrl_dvla.saved_state import Number, form_of, require_form
+
+#: The recipe's own configurations.
+CONFIG = Path(__file__).parent / "config"
 
 #: Of all that the collector counts, what is worth a chart.
 _LOGGED = re.compile(
     r"(collector|lane|weights|planes|faults)/\w+"
     r"|memory/\w+/(pages_\w+|\w+_bytes|internal_waste|page_wait_s)"
     r"|buffer/(groups_(?!failed)\w+|rows_kept|no_signal_groups|wait_s|last_wait_s)"
+)
+
+
+#: Settings that runs are compared by.
+_COMPARED = re.compile(
+    r"seed|env\.(task_suite|chunk_size|replan_interval)|policy\.(kind|checkpoint|temperature)"
+    r"|(group|loss|optim)\.\w+|workers\.(num_workers|envs_per_worker)"
 )
 
 
@@ -126,6 +138,11 @@ class RunState:
     ended_by: str = ""
     checkpoint: str = ""
 
+    @property
+    def num_env_steps(self) -> int:
+        """Env steps of training until now."""
+        return int(self.counts.get("collector/env_steps", 0))
+
     def progress(self, cfg: Settings) -> float:
         """Share of the budget of updates or of time, whichever is further, that is used up."""
         shares = [self.num_updates / (cfg.train.num_updates or 1)]
@@ -161,25 +178,31 @@ class Meter:
         every = cfg.eval.every_minutes
         self._every_s = math.inf if every is None else 60.0 * every
         self._update_s = 0.0
+        self._lag = self._env_steps_per_s = math.nan
 
     def __enter__(self) -> Meter:
         state = self._state
         self._start_s = time.monotonic() - state.training_s
         self._stats, self._usage = self._collector.stats(), self._collector.timeline.usage()
         self._next_evaluation_s = state.training_s + self._every_s
+        self._is_terminal = sys.stderr.isatty()
+        self._next_line_s = 0.0
         self._bar = tqdm(
-            desc="training",
-            unit="update",
-            total=self._cfg.train.num_updates,
-            initial=state.num_updates,
-            mininterval=0.1 if sys.stderr.isatty() else self._cfg.log.line_every_s,
-            miniters=1,
+            total=1.0,
+            initial=state.progress(self._cfg),
+            disable=not self._is_terminal,
+            dynamic_ncols=True,
+            miniters=0,
+            bar_format=self._status("{bar}"),
         )
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._count()
+        self._bar.bar_format = self._status("{bar}")
         self._bar.close()
+        if not self._is_terminal:
+            log(self._status())
 
     def budget_is_left(self) -> bool:
         """Whether another update is allowed; the last one ends inside the time budget."""
@@ -231,6 +254,7 @@ class Meter:
         self._update_s = self._time_s() - state.training_s
         state.num_updates += 1
         stats = self._count()
+        self._env_steps_per_s = stats["collector/env_steps_per_s"]
         num_rows = sum(group.num_rows for group in groups)
         lag = metrics.get("staleness/policy_lag_mean", math.nan)
         if not math.isnan(lag):
@@ -238,17 +262,36 @@ class Meter:
             state.policy_lag_sum += num_rows * lag
         lag_max = int(metrics.get("staleness/policy_lag_max", 0))
         state.policy_lag_max = max(state.policy_lag_max, lag_max)
-        shown = {
-            "budget": f"{100 * state.progress(self._cfg):.0f} %",
-            "env steps/s": stats.get("collector/env_steps_per_s", math.nan),
-            "policy lag": lag,
-            "success": stats.get("collector/success_rate", math.nan),
-        }
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update()
+        self._lag = lag
+        if self._is_terminal:
+            self._bar.bar_format = self._status("{bar}")
+            self._bar.update(state.progress(self._cfg) - self._bar.n)
+        elif self._time_s() >= self._next_line_s:
+            self._next_line_s = self._time_s() + self._cfg.log.line_every_s
+            log(self._status())
         logged = {name: value for name, value in stats.items() if _LOGGED.fullmatch(name)}
-        own = {"train/update_s": self._update_s, "train/rows_per_update": num_rows}
+        own = {
+            "train/update_s": self._update_s,
+            "train/rows_per_update": num_rows,
+            "train/minutes": state.training_s / 60.0,
+        }
         return logged | own | dict(metrics)
+
+    def _status(self, bar: str = "") -> str:
+        """The line of the progress, with or without a bar; what comes last may be cut off."""
+        state, share = self._state, self._state.progress(self._cfg)
+        success = self._stats.get("collector/success_rate", math.nan)
+        left_s = state.training_s * (1.0 - share) / share if share else math.nan
+        times = [tqdm.format_interval(state.training_s), "?"]
+        if not math.isnan(left_s):
+            times[1] = tqdm.format_interval(left_s)
+        parts = [
+            f"sampled success {_shown(success, '.0%')}",
+            f" |{bar}|{share:4.0%}" if bar else f", {share:.0%} of the budget,",
+            f" {state.num_updates}/{self._cfg.train.num_updates} [{'<'.join(times)}]",
+            f" lag {_shown(self._lag, '.1f')}, {_shown(self._env_steps_per_s, '.0f')} env steps/s",
+        ]
+        return "".join(parts)
 
     def _time_s(self) -> float:
         return time.monotonic() - self._start_s
@@ -271,6 +314,10 @@ class Meter:
         state.training_s += window_s
         self._stats, self._usage = stats, usage
         return stats | rates | window.scalars()
+
+
+def _shown(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def groups_of(collector: DVLACollector) -> GroupQueue:
@@ -315,15 +362,39 @@ def group_metrics(groups: GroupQueue) -> dict[str, float]:
     return out | {"groups/kept_share": num_kept / (num_kept + stats["groups_dropped"])}
 
 
+def make_recorder(
+    cfg: Settings, run_folder: Path, state: RunState, *, is_resumed: bool
+) -> RunRecorder:
+    """The recorder of the run, with its settings, by the logger that they name."""
+    kwargs: dict[str, Any] = {}
+    if is_resumed:
+        kwargs = {"start_step": state.num_updates + 1, "start_env_steps": state.num_env_steps + 1}
+    recorder: RunRecorder
+    if cfg.log.backend == "tensorboard":
+        recorder = TensorBoardRecorder(run_folder, **kwargs)
+    else:
+        recorder = RunRecorder(run_folder, backend=cfg.log.backend, **kwargs)
+    settings = to_dict(cfg)
+    recorder.text("settings", f"```yaml\n{OmegaConf.to_yaml(settings)}```", step=state.num_updates)
+    compared = {name: value for name, value in _flat(settings).items() if _COMPARED.match(name)}
+    recorder.hparams(compared)
+    return recorder
+
+
 def record(
-    recorder: TensorBoardRecorder,
+    recorder: RunRecorder,
     name: str,
     result: EvaluationResult,
     *,
     step: int,
+    env_steps: int,
     fps: float = 10.0,
 ) -> None:
-    """Log the outcome of an evaluation, with its videos and the scenes it started from."""
+    """Record the outcome of an evaluation, with its videos and the scenes it started from.
+
+    The name of a video begins with its episode, then comes the update: the same scene before and
+    after training stands side by side.
+    """
     success = SuccessRate.of(result.successes)
     low, high = success.interval
     num_episodes = len(result.successes)
@@ -332,14 +403,17 @@ def record(
             f"{name}/success_rate": success.rate,
             f"{name}/success_low": low,
             f"{name}/success_high": high,
+            f"{name}/episode_return": fmean(result.episode_returns),
             f"{name}/episode_env_steps": sum(result.num_env_steps) / num_episodes,
             f"{name}/policy_version": result.policy_version,
         },
         step=step,
+        env_steps=env_steps,
     )
     for index, frames in sorted(result.frames.items()):
         outcome = "success" if result.successes[index] else "failure"
-        recorder.video(f"{name}/episode_{index}_{outcome}", frames, step=step, fps=fps)
+        video = f"{name}/episode_{index}_update_{step}_{outcome}"
+        recorder.video(video, frames, step=step, fps=fps)
     if result.frames:
         starts = torch.stack([frames[0] for _, frames in sorted(result.frames.items())])
         recorder.images(f"{name}/start", starts, step=step)
@@ -359,13 +433,33 @@ def report_of(cfg: Settings, state: RunState) -> RunReport:
         decisions_per_s=state.counts.get("collector/decisions", 0) / seconds,
         num_updates=state.num_updates,
         num_episodes=int(state.counts.get("collector/episodes", 0)),
-        num_env_steps=int(state.counts.get("collector/env_steps", 0)),
+        num_env_steps=state.num_env_steps,
         mean_policy_lag=state.policy_lag_sum / max(1, state.num_learned),
         max_policy_lag=state.policy_lag_max,
         training_s=state.training_s,
         ended_by=state.ended_by,
         checkpoint=state.checkpoint,
     )
+
+
+def watch_it(cfg: Settings, run_folder: Path) -> list[tuple[str, str]]:
+    """How the run is watched, or drawn, as a label and a command."""
+    if cfg.log.backend == "wandb":
+        return []  # wandb prints its page
+    if cfg.log.backend == "tensorboard":
+        return [("watch", watch_command(run_folder))]
+    return [("draw", command("curve", shortened(run_folder), "curve.svg"))]
+
+
+def last_words(cfg: Settings, run_folder: Path, state: RunState) -> str:
+    """Commands to resume, to evaluate and to watch a run that has ended, however it has."""
+    rows = []
+    if state.checkpoint:
+        resume = resume_command("train", run_folder, config_path=CONFIG, config_name="libero")
+        if state.progress(cfg) >= 1.0:
+            resume += "  # and raise train.num_updates or train.max_minutes: they are used up"
+        rows += [("resume", resume), ("evaluate", command("evaluate", shortened(run_folder)))]
+    return "\n".join(f"{label + ':':<10}{line}" for label, line in rows + watch_it(cfg, run_folder))
 
 
 def save_after(error: Exception, policy: torch.nn.Module, save: Callable[[], None]) -> None:

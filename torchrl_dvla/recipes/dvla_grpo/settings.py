@@ -25,6 +25,7 @@ from torchrl_dvla.functional import Reduction
 from torchrl_dvla.memory import DualPool
 from torchrl_dvla.modules import TinyBackboneConfig
 from torchrl_dvla.objectives.grpo import KLEstimator, RatioLevel, check_clip
+from torchrl_dvla.recording import LogBackend
 from torchrl_dvla.validation import (
     Count,
     Limit,
@@ -245,6 +246,7 @@ class LogSettings(Section):
     """Where a run is recorded; a relative ``dir`` is one of the working directory."""
 
     dir: str = "runs"
+    backend: LogBackend = "tensorboard"
     line_every_s: NonNegative = 15.0
 
     def __post_init__(self) -> None:

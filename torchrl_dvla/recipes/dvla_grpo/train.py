@@ -20,12 +20,11 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tensordict import TensorDictBase
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
@@ -36,30 +35,27 @@ from torchrl_dvla import DVLACollector, EpisodeSpec, GRPOLoss
 from torchrl_dvla.collectors import Evaluation, EvaluationResult
 from torchrl_dvla.recipes.dvla_grpo import utils
 from torchrl_dvla.recipes.dvla_grpo.bookkeeping import (
+    CONFIG,
     Meter,
     RunState,
     check_resumed,
     group_metrics,
     groups_of,
+    last_words,
     log,
     loss_metrics,
+    make_recorder,
     record,
     report_of,
     save_after,
     use_optim_settings,
+    watch_it,
 )
 from torchrl_dvla.recipes.dvla_grpo.settings import Settings, settings_from, to_dict
 from torchrl_dvla.recipes.dvla_grpo.validation import check_policy, check_settings
-from torchrl_dvla.recording import (
-    GracefulStop,
-    RunCheckpoints,
-    RunLock,
-    StopRequested,
-    TensorBoardRecorder,
-)
-from torchrl_dvla.streams import drop_unwritable_output
-
-CONFIG = Path(__file__).parent / "config"
+from torchrl_dvla.recipes.terminal import messages_only, shortened
+from torchrl_dvla.recording import GracefulStop, RunCheckpoints, RunLock, StopRequested
+from torchrl_dvla.streams import share_terminal
 
 
 def main() -> None:
@@ -77,11 +73,10 @@ def main() -> None:
 @hydra.main(version_base="1.3", config_path=str(CONFIG), config_name="libero")
 def run(cfg: DictConfig) -> None:
     """Trains with the settings of a composed configuration, and exits as the shell expects."""
-    drop_unwritable_output()
-    settings = settings_from(cfg)
-    with GracefulStop() as stop:
+    share_terminal()
+    with messages_only(), GracefulStop() as stop:
         try:
-            train(settings, stop)
+            train(settings_from(cfg), stop)
         except StopRequested:
             log(f"{stop.reason}: ended before training began")
     if stop.requested:
@@ -123,11 +118,10 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
 
     with contextlib.ExitStack() as stack:
         recorder = stack.enter_context(
-            TensorBoardRecorder(run_folder, start_step=state.num_updates + 1 if resumed else None)
+            make_recorder(cfg, run_folder, state, is_resumed=resumed is not None)
         )
-        shown = OmegaConf.to_yaml(to_dict(cfg))
-        recorder.text("settings", f"```yaml\n{shown}```", step=state.num_updates)
-        log(f"run folder: {run_folder}\nwatch it:   tensorboard --logdir {run_folder}")
+        rows = [("run folder", shortened(run_folder)), *watch_it(cfg, run_folder)]
+        log("\n".join(f"{label + ':':<12}{line}" for label, line in rows))
         buffer = utils.make_replay_buffer(cfg)
         with stop.interruptible():
             collector = utils.make_collector(cfg, policy, buffer)
@@ -152,6 +146,10 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
             path = checkpoints.save(state.num_updates, config=config, on_disk_error=on_disk_error)
             state.checkpoint = str(path or state.checkpoint)
 
+        def show(name: str, result: EvaluationResult, **kwargs: Any) -> None:
+            now = {"step": state.num_updates, "env_steps": state.num_env_steps}
+            record(recorder, name, result, **now, **kwargs)
+
         def evaluate_all() -> list[bool]:
             with stop.interruptible():
                 log(f"evaluating: {len(held_out)} held-out episodes")
@@ -160,7 +158,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
                 if evaluation is None:
                     return []
                 result = evaluation.result(cfg.eval.timeout_s)
-            record(recorder, "eval", result, step=state.num_updates, fps=cfg.eval.video_fps)
+            show("eval", result, fps=cfg.eval.video_fps)
             return result.successes
 
         # -- loop: the other lanes work by themselves; learn from what is ready, and publish ------
@@ -190,12 +188,12 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
                     collector.update_policy_weights_()
                     metrics["weights/publish_s"] = time.monotonic() - published_s
                     metrics = meter.after_update(metrics, buffer.cohort)
-                    recorder.scalars(metrics, step=state.num_updates)
+                    recorder.scalars(metrics, step=state.num_updates, env_steps=state.num_env_steps)
                     if evaluation is None and subset and meter.evaluation_is_due():
                         evaluation = begin_evaluation(collector, subset)
                     elif evaluation is not None and evaluation.done():
                         if result := result_of(evaluation):
-                            record(recorder, "eval_subset", result, step=state.num_updates)
+                            show("eval_subset", result)
                         evaluation = None
                     if state.num_updates % cfg.checkpoint.every_updates == 0:
                         save(on_disk_error="warn")  # the next one tries again
@@ -219,6 +217,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
             save()
         except Exception as error:
             save_after(error, policy, save)
+            log(last_words(cfg, run_folder, state))
             raise
         report = report_of(cfg, state)
         recorder.text("report", report.to_markdown(), step=state.num_updates)
@@ -227,6 +226,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
     # -- shut down: every lane has ended and every file is closed ---------------------------------
     report.save(run_folder / "report.json")
     log(report.to_text())
+    log(last_words(cfg, run_folder, state))
     if failure is not None:
         raise failure
 

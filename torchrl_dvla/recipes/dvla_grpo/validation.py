@@ -19,7 +19,7 @@ from torchrl_dvla.envs import validate_libero
 from torchrl_dvla.envs.libero_setup import load_init_states
 from torchrl_dvla.recipes.dvla_grpo import utils
 from torchrl_dvla.recipes.dvla_grpo.settings import LiberoSettings, Settings
-from torchrl_dvla.recording import check_writable
+from torchrl_dvla.recording import check_backend, check_writable
 from torchrl_dvla.swimlane.messages import EnvSpecs
 
 
@@ -29,8 +29,9 @@ def check_settings(cfg: Settings) -> None:
     Raises:
         ValueError: for a device that is not there, or a log folder that cannot be written to.
         FileNotFoundError: if assets of LIBERO are missing.
-        ImportError: if LIBERO is not installed.
+        ImportError: if LIBERO, or what ``log.backend`` needs, is not installed.
     """
+    check_backend(cfg.log.backend)
     found = torch.accelerator.current_accelerator()
     for name, wanted in (("device", cfg.device), ("inference_device", cfg.inference_device)):
         device = torch.device(wanted or "cpu")
