@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Command line: ``python -m torchrl_dvla train``, ``... sft``, ``... doctor``, ``... timeline``."""
+"""Command line: ``python -m torchrl_dvla`` with ``train``, ``sft``, ``doctor`` and drawings."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser(name, help=summary, add_help=False)
     doctor.add_parser(commands)
     _add_timeline_parser(commands)
+    _add_curve_parser(commands)
     args = parser.parse_args(argv)
     return int(args.run(args))
 
@@ -61,6 +62,25 @@ def _add_timeline_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--start", type=float, help="left end, in seconds of the trace")
     parser.add_argument("--end", type=float, help="right end")
     parser.set_defaults(run=_draw_timeline)
+
+
+def _add_curve_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("curve", help="draw the learning curve of runs as an SVG picture")
+    parser.add_argument("runs", nargs="+", metavar="run", help="the folder of a run")
+    parser.add_argument("picture", help="the SVG file to write")
+    parser.add_argument("--over", choices=("env_steps", "minutes"), default="env_steps")
+    parser.set_defaults(run=_draw_curve)
+
+
+def _draw_curve(args: argparse.Namespace) -> int:
+    from torchrl_dvla.recording import draw_learning_curve
+
+    try:
+        Path(args.picture).write_text(draw_learning_curve(args.runs, over=args.over))
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 def _draw_timeline(args: argparse.Namespace) -> int:

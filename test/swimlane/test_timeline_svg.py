@@ -42,6 +42,20 @@ def test_busy_and_idle_time_are_drawn_where_they_were():
     assert drawn["publish"] == [(570.0, 2.0)], "a publication is drawn wide enough to be seen"
 
 
+def test_text_can_be_read_where_a_page_shows_the_picture_at_three_quarters_of_its_width():
+    svg = ElementTree.fromstring(draw_timeline(SPANS))
+    sizes = [int(text.get("font-size")) for text in svg.iter(f"{NAMESPACE}text")]
+    assert min(sizes) >= 14
+    # A lane's name stands above its tracks, so that the two never overlap.
+    heights = {text.text: float(text.get("y")) for text in svg.iter(f"{NAMESPACE}text")}
+    assert heights["worker 0"] - heights["sampling"] >= 16
+
+
+def test_work_is_drawn_above_the_idle_time_that_it_reaches_into():
+    later = Span("distribution", "learner", "publish", 3.0, 3.0001, "no_version")
+    assert list(boxes(draw_timeline([*SPANS, later])))[-2:] == ["no_version", "publish"]
+
+
 def test_a_stretch_is_cut_out():
     drawn = boxes(draw_timeline(SPANS, start_s=2.5, end_s=3.5))
     assert drawn["step"] == [(570.0, 419.6)]

@@ -28,7 +28,7 @@ from torchrl_dvla.envs.libero_setup import (
     check_init_state_id,
     choose_gl_backend,
     load_init_states,
-    quiet_stdout,
+    quiet_imports,
     validate_libero,
 )
 from torchrl_dvla.validation import Natural, Range, check
@@ -187,7 +187,7 @@ class LiberoChunkEnv(LiberoEnv):
         camera_width: int,
         env_kwargs: dict[str, Any],
     ) -> Any:
-        with quiet_stdout():
+        with quiet_imports():
             from libero.libero.envs.env_wrapper import ControlEnv
 
             # robosuite's renderer and image observables stay off: see FrameRenderer

@@ -15,8 +15,11 @@ import ctypes.util
 import dataclasses
 import importlib.util
 import io
+import logging
 import os
+import re
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,7 @@ __all__ = [
     "choose_gl_backend",
     "libero_tasks",
     "load_init_states",
-    "quiet_stdout",
+    "quiet_imports",
     "setup_libero",
     "validate_libero",
 ]
@@ -98,11 +101,23 @@ class LiberoTask:
 
 
 @contextlib.contextmanager
-def quiet_stdout() -> Iterator[None]:
-    """Keep notices printed by LIBERO and robosuite off standard output."""
-    # LIBERO and robosuite print notices on import, which would break one-JSON-line benchmarks
-    with contextlib.redirect_stdout(io.StringIO()):
+def quiet_imports() -> Iterator[None]:
+    """Silence for what LIBERO, robosuite, gym and numba say on import, but not for others.
+
+    They print to standard output, which would break one-JSON-line benchmarks, and warn of things
+    that no user of this package can act on, in each worker anew.
+    """
+    logging.getLogger("robosuite_logs").addFilter(_is_no_hint)
+    with contextlib.suppress(ImportError):  # gym prints them to standard error, by version
+        importlib.import_module("gym_notices.notices").notices.clear()
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(libero|robosuite|gym|numba)(\.|$)")
         yield
+
+
+def _is_no_hint(record: logging.LogRecord) -> bool:
+    """Whether a message of robosuite is none of those about the setup of its private macros."""
+    return re.search("macro", record.getMessage()) is None
 
 
 def _package_root() -> Path:
@@ -266,7 +281,7 @@ def libero_tasks(task_suite: str) -> tuple[LiberoTask, ...]:
         ImportError: if LIBERO is not installed.
     """
     paths = setup_libero()
-    with quiet_stdout():
+    with quiet_imports():
         from libero.libero import benchmark
 
         suites = benchmark.get_benchmark_dict()

@@ -5,6 +5,7 @@
 """Records of a run: checkpoints, TensorBoard files, the final report, its lock, an orderly stop."""
 
 from torchrl_dvla.recording.checkpoint import RunCheckpoints, find_latest_checkpoint
+from torchrl_dvla.recording.learning_curve import draw_learning_curve, read_scalars
 from torchrl_dvla.recording.recorder import (
     LogBackend,
     RunRecorder,
@@ -30,7 +31,9 @@ __all__ = [
     "TensorBoardRecorder",
     "check_backend",
     "check_writable",
+    "draw_learning_curve",
     "encode_gif",
     "find_latest_checkpoint",
+    "read_scalars",
     "wilson_interval",
 ]

@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from xml.sax.saxutils import escape
 
 from torchrl_dvla.swimlane.chrome_trace import LANES, Span
 
-__all__ = ["draw_timeline"]
+__all__ = ["draw_timeline", "svg_text", "tick_distance"]
 
 _COLOURS = {
     "sampling": "#3b7dd8",
@@ -20,7 +21,7 @@ _COLOURS = {
     "distribution": "#c23b5a",
 }
 _WIDTH, _LEFT, _RIGHT = 1000, 150, 10
-_ROW, _GAP, _TOP, _COUNT = 16, 12, 24, 44
+_ROW, _LABEL, _GAP, _TOP, _COUNT = 22, 24, 10, 8, 60
 #: From seconds to pixels.
 _Scale = Callable[[float], float]
 #: Work is drawn at least this wide, or a publication of a millisecond would not be seen.
@@ -71,8 +72,9 @@ read_chrome_trace`.
         tracks = sorted({span.track for span in shown if span.lane == lane}, key=_natural)
         for number, track in enumerate(tracks):
             if number == 0:
-                body.append(_text(8, y + 12, lane, weight="bold", fill=_COLOURS[lane]))
-            body.append(_text(_LEFT - 6, y + 12, track, anchor="end", size=10))
+                body.append(svg_text(8, y + 17, lane, weight="bold", fill=_COLOURS[lane]))
+                y += _LABEL
+            body.append(svg_text(_LEFT - 8, y + 16, track, anchor="end"))
             of_track = [span for span in spans if (span.lane, span.track) == (lane, track)]
             body += _draw_track(of_track, x, y, left_s, right_s)
             y += _ROW
@@ -80,10 +82,10 @@ read_chrome_trace`.
     body += _draw_count(shown, x, y, left_s, right_s)
     y += _COUNT
     body += _draw_axis(x, y, left_s, right_s)
-    height = y + 30
+    height = y + 34
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height:g}" '
-        f'font-family="sans-serif" font-size="11">'
+        f'font-family="sans-serif">'
         f'<rect width="{_WIDTH}" height="{height:g}" fill="white"/>'
     )
     return "\n".join([head, *body, "</svg>", ""])
@@ -92,15 +94,17 @@ read_chrome_trace`.
 def _draw_track(
     spans: Sequence[Span], x: _Scale, y: float, left_s: float, right_s: float
 ) -> list[str]:
-    out, until_s = [], None
+    # Work is drawn above idle time: what is drawn wider than it is reaches into it.
+    idle, work, until_s = [], [], None
     for span in spans:
         if until_s is not None and span.blocked_on is not None and span.start_s > until_s:
             start, end = x(until_s), x(span.start_s)
             if end - start > 1.0:
                 reason = escape(span.blocked_on)
-                out.append(_box(start, y + 5, end - start, _ROW - 10, "#d9d9d9", reason))
-                if end - start > 6.0 * len(reason):
-                    out.append(_text((start + end) / 2, y + 12, reason, anchor="middle", size=9))
+                idle.append(_box(start, y + 3, end - start, _ROW - 6, "#e3e3e3", reason))
+                if end - start > 7.5 * len(reason):
+                    middle = (start + end) / 2
+                    idle.append(svg_text(middle, y + 16, reason, anchor="middle", size=14))
         until_s = span.end_s
         if span.end_s <= left_s or span.start_s >= right_s:
             continue
@@ -108,8 +112,8 @@ def _draw_track(
         title = f"{escape(span.name)}, {1e3 * (span.end_s - span.start_s):.2f} ms"
         opacity = 0.45 if span.name in ("reset", "gather") else 0.9
         colour = _COLOURS[span.lane]
-        out.append(_box(x(span.start_s), y + 1, round(width, 2), _ROW - 2, colour, title, opacity))
-    return out
+        work.append(_box(x(span.start_s), y + 1, round(width, 2), _ROW - 2, colour, title, opacity))
+    return idle + work
 
 
 def _draw_count(
@@ -131,27 +135,21 @@ def _draw_count(
         points.append(f"{x(time_s):g},{bottom - count * step:g}")
     points.append(f"{x(right_s):g},{bottom:g}")
     return [
-        _text(8, y + 18, "busy lanes", weight="bold"),
-        _text(_LEFT - 6, y + 10, "4", anchor="end", size=9),
-        _text(_LEFT - 6, bottom + 2, "0", anchor="end", size=9),
+        svg_text(8, y + 32, "busy lanes", weight="bold"),
+        svg_text(_LEFT - 8, y + 14, "4", anchor="end", size=14),
+        svg_text(_LEFT - 8, bottom + 4, "0", anchor="end", size=14),
         f'<polygon points="{" ".join(points)}" fill="#7a7a7a" opacity="0.6"/>',
     ]
 
 
 def _draw_axis(x: _Scale, y: float, left_s: float, right_s: float) -> list[str]:
-    length_s = right_s - left_s
-    tick_s = next(
-        base * scale
-        for scale in (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1e3)
-        for base in (1, 2, 5)
-        if length_s / (base * scale) <= 12
-    )
+    tick_s = tick_distance(right_s - left_s, 10)
     out = [f'<path d="M{_LEFT} {y:g}H{_WIDTH - _RIGHT}" stroke="black"/>']
     number = -(-left_s // tick_s)
     while number * tick_s <= right_s:
         at = x(number * tick_s)
         out.append(f'<path d="M{at:g} {y:g}v4" stroke="black"/>')
-        out.append(_text(at, y + 15, f"{number * tick_s:.6g} s", anchor="middle", size=10))
+        out.append(svg_text(at, y + 21, f"{number * tick_s:.6g} s", anchor="middle"))
         number += 1
     return out
 
@@ -165,16 +163,28 @@ def _box(
     )
 
 
-def _text(
+def tick_distance(length: float, most: int) -> float:
+    """Distance of at most ``most`` + 1 ticks on an axis: 1, 2 or 5 times a power of ten.
+
+    Examples:
+        >>> tick_distance(60.0, 10), tick_distance(0.7, 10)
+        (10.0, 0.1)
+    """
+    power = 10.0 ** math.floor(math.log10(length / most))
+    return next(base * power for base in (1, 2, 5, 10) if length / (base * power) <= most + 1e-9)
+
+
+def svg_text(
     x: float,
     y: float,
     text: str,
     *,
     anchor: str = "start",
-    size: int = 11,
+    size: int = 16,
     weight: str = "normal",
     fill: str = "black",
 ) -> str:
+    """A text element of an SVG picture, at its base line."""
     return (
         f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}" '
         f'font-weight="{weight}" fill="{fill}">{escape(text)}</text>'
