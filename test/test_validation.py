@@ -25,7 +25,14 @@ from torchrl_dvla.envs import ToyChunkEnv
 from torchrl_dvla.envs.libero_expert import ActionNoise
 from torchrl_dvla.memory import DualPool
 from torchrl_dvla.modules import TinyBackboneConfig
-from torchrl_dvla.validation import Count, Range, check, check_fields, from_mapping
+from torchrl_dvla.validation import (
+    Count,
+    Range,
+    check,
+    check_fields,
+    describe_error,
+    from_mapping,
+)
 from torchrl_dvla.weight_update import WeightStore
 
 
@@ -183,3 +190,23 @@ def test_every_part_refuses_by_name(target, names, values):
         for value in values:
             with pytest.raises(ValueError, match=f"^{name} must .*, got .*[.]"):
                 target(**{name: value})
+
+
+def test_a_checks_error_is_described_by_its_message_and_any_other_by_its_traceback():
+    described = []
+    for cause in (
+        lambda: check("size", 0, int, Range(1)),
+        lambda: DualPool("many"),
+        lambda: int("many"),
+        lambda: check_fields(None),  # raised by Python, in code of this package
+    ):
+        try:
+            cause()
+        except Exception as error:
+            described.append(describe_error(error))
+    assert described[0].startswith("ValueError: size must be at least 1, got 0. ")
+    assert described[1].startswith("ValueError: env_bytes must be ")
+    assert [text.startswith("Traceback (most recent call last)") for text in described] == [
+        *[False, False, True, True]
+    ]
+    assert "ValueError: invalid literal for int()" in described[2]

@@ -6,9 +6,13 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -280,3 +284,23 @@ def test_validation_imports_no_simulator(run_python):
     )
     run = run_python("-c", code)
     assert (run.returncode, run.stdout.strip()) == (0, "[]"), run.stderr
+
+
+def test_only_what_is_known_to_be_of_no_use_is_silenced_on_import(monkeypatch, caplog, capsys):
+    notices = SimpleNamespace(notices={"0.25.2": "Gym has been unmaintained since 2022"})
+    monkeypatch.setitem(sys.modules, "gym_notices", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "gym_notices.notices", notices)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with libero_setup.quiet_imports():
+            print("a notice")
+            for module in ("gym.spaces", "numba.core.decorators", "robosuite", "torch.nn"):
+                warnings.warn_explicit(module, UserWarning, "file.py", 1, module=module)
+            robosuite = logging.getLogger("robosuite_logs")
+            robosuite.warning("No private macro file found!")
+            robosuite.warning("To setup, run: python robosuite/scripts/setup_macros.py")
+            robosuite.warning("The controller saturates")
+        warnings.warn_explicit("afterwards", UserWarning, "file.py", 1, module="gym.spaces")
+    assert [str(warning.message) for warning in caught] == ["torch.nn", "afterwards"]
+    assert [record.getMessage() for record in caplog.records] == ["The controller saturates"]
+    assert notices.notices == {} and capsys.readouterr().out == ""

@@ -19,7 +19,14 @@ from hydra.errors import CompactHydraException
 
 from torchrl_dvla.validation import is_refusal
 
-__all__ = ["command", "messages_only", "resume_command", "watch_command"]
+__all__ = [
+    "command",
+    "messages_only",
+    "override",
+    "resume_command",
+    "shortened",
+    "watch_command",
+]
 
 
 @contextlib.contextmanager
@@ -39,6 +46,17 @@ def messages_only() -> Iterator[None]:
 def command(name: str, *arguments: str) -> str:
     """A command line of this package, as it has to be typed in the working directory."""
     return shlex.join([*_python(), "-m", "torchrl_dvla", name, *arguments])
+
+
+def override(name: str, value: str) -> str:
+    """An override of a setting; Hydra would read more into some characters, ``=`` and commas.
+
+    Examples:
+        >>> override("log.dir", "runs"), override("log.dir", "lr=1, again")
+        ('log.dir=runs', 'log.dir="lr=1, again"')
+    """
+    is_plain = re.fullmatch(r"[\w./+-]+", value)
+    return f"{name}={value}" if is_plain else name + '="' + value.replace('"', '\\"') + '"'
 
 
 def watch_command(run_folder: Path) -> str:
@@ -71,7 +89,7 @@ def resume_command(name: str, run_folder: Path, *, config_path: Path, config_nam
         if cfg.job.config_name != config_name:
             arguments += ["--config-name", str(cfg.job.config_name)]
         arguments += [o for o in cfg.overrides.task if not re.match(r"\+*checkpoint\.resume=", o)]
-    return command(name, *arguments, f"checkpoint.resume={_hydra_quoted(shortened(run_folder))}")
+    return command(name, *arguments, override("checkpoint.resume", shortened(run_folder)))
 
 
 def shortened(path: Path) -> str:
@@ -85,10 +103,3 @@ def _python() -> list[str]:
     found = shutil.which("python")
     is_same = found is not None and Path(found).parent == Path(sys.executable).parent
     return ["python" if is_same else shortened(Path(sys.executable))]
-
-
-def _hydra_quoted(text: str) -> str:
-    """A value of an override; Hydra reads more into some characters, such as ``=`` and commas."""
-    if re.fullmatch(r"[\w./+-]+", text):
-        return text
-    return '"' + text.replace('"', '\\"') + '"'

@@ -302,7 +302,7 @@ class Meter:
         Rates and shares of the lanes are those of the time since then.
         """
         state, stats, usage = self._state, self._collector.stats(), self._collector.timeline.usage()
-        window, window_s = usage.since(self._usage), self._time_s() - state.training_s
+        window, window_s = usage.since(self._usage), max(1e-9, self._time_s() - state.training_s)
         rates = {}
         for name in self._COUNTS:
             count = stats.get(name, 0) - self._stats.get(name, 0)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torchrl_dvla.envs.libero_expert import record_demonstration
 from torchrl_dvla.modules import TransformersVLA
 from torchrl_dvla.recipes.dvla_sft import utils
 from torchrl_dvla.recipes.dvla_sft.settings import Settings
+from torchrl_dvla.streams import use_workers_output, workers_output
 
 # between two states of a progress bar: a terminal is redrawn, a log file grows
 PAUSE_S = 0.2 if sys.stderr.isatty() else 10.0
@@ -93,7 +95,7 @@ def _pool(
         num_processes,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start,
-        initargs=(cfg, task_id, checkpoint),
+        initargs=(cfg, task_id, checkpoint, workers_output()),
     )
     try:
         yield pool
@@ -112,8 +114,11 @@ def _finished(
 # ---- what runs in a child
 
 
-def _start(cfg: Settings, task_id: int, checkpoint: Path | None) -> None:
+def _start(
+    cfg: Settings, task_id: int, checkpoint: Path | None, outputs: tuple[Connection, ...]
+) -> None:
     global _env, _policy
+    use_workers_output(outputs)
     torch.set_num_threads(1)
     _env = utils.make_env(cfg, task_id, recording=checkpoint is None)
     _policy = None

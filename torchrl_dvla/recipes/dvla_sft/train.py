@@ -26,8 +26,9 @@ from tqdm import tqdm
 from torchrl_dvla.data.demonstrations import load_demonstrations
 from torchrl_dvla.recipes.dvla_sft import utils
 from torchrl_dvla.recipes.dvla_sft.episodes import PAUSE_S, evaluate, record_missing
-from torchrl_dvla.recipes.dvla_sft.settings import settings_from
-from torchrl_dvla.streams import drop_unwritable_output
+from torchrl_dvla.recipes.dvla_sft.settings import Settings, settings_from
+from torchrl_dvla.recipes.terminal import command, messages_only, override, shortened
+from torchrl_dvla.streams import share_terminal
 
 CONFIG = Path(__file__).parent / "config"
 
@@ -35,8 +36,13 @@ CONFIG = Path(__file__).parent / "config"
 @hydra.main(version_base="1.3", config_path=str(CONFIG), config_name="libero_object")
 def main(config: DictConfig) -> None:
     """Records demonstrations, clones them, and plays the policy that comes out."""
-    drop_unwritable_output()
-    cfg = settings_from(config)
+    share_terminal()
+    with messages_only():
+        train(settings_from(config))
+
+
+def train(cfg: Settings) -> None:
+    """The three stages, with checked settings."""
     utils.check_tasks(cfg)
     torch.manual_seed(cfg.seed)
     torch.set_num_threads(cfg.training.num_threads)
@@ -98,6 +104,10 @@ def main(config: DictConfig) -> None:
         "config": asdict(cfg),
     }
     (run_folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(f"checkpoint: {checkpoint}")
     for row in rows:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
+    tasks = f"env.task_ids=[{','.join(map(str, cfg.env.task_ids))}]"
+    start = override("policy.checkpoint", shortened(checkpoint))
+    print(f"report:     {shortened(run_folder / 'report.json')}")
+    print(f"checkpoint: {shortened(checkpoint)}")
+    print("train:      " + command("train", start, f"env.task_suite={cfg.env.task_suite}", tasks))
