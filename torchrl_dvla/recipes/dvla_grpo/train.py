@@ -20,7 +20,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
@@ -48,7 +47,7 @@ from torchrl_dvla.recipes.dvla_grpo.bookkeeping import (
     save_after,
     use_optim_settings,
 )
-from torchrl_dvla.recipes.dvla_grpo.settings import Settings, settings_from, to_dict
+from torchrl_dvla.recipes.dvla_grpo.settings import CONFIG, Settings, settings_from, to_dict
 from torchrl_dvla.recipes.dvla_grpo.validation import check_policy, check_settings
 from torchrl_dvla.recording import (
     GracefulStop,
@@ -58,8 +57,6 @@ from torchrl_dvla.recording import (
     TensorBoardRecorder,
 )
 from torchrl_dvla.streams import drop_unwritable_output
-
-CONFIG = Path(__file__).parent / "config"
 
 
 def main() -> None:
