@@ -32,7 +32,7 @@ LEVELS: list[set[str]] = [
     {"recipes"},
 ]
 # These import any package and are imported by none, save the command line by __main__.
-LEAVES = {"testing", "doctor"}
+LEAVES = {"testing", "doctor", "commands"}
 # Modules of the root that any package but `functional` may import.
 SHARED = {"_version", "differences", "saved_state", "streams", "validation"}
 # `functional` is maths that can be lifted out: torch and itself.

@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import hydra
 import torch
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -141,8 +141,17 @@ class FactorySettings(Section):
         return {"_target_": self.target, **self.arguments}
 
     def make(self) -> Any:
-        """What the call returns."""
-        return hydra.utils.instantiate({"_convert_": "all", **self.to_dict()})
+        """What the call returns.
+
+        Raises:
+            ValueError: if it raises, with what it raised as the cause.
+        """
+        try:
+            return hydra.utils.instantiate({"_convert_": "all", **self.to_dict()})
+        except InstantiationException as error:
+            raise ValueError(
+                f"_target_ must make what it is for, got an error: {error} Correct its arguments."
+            ) from error.__cause__ or error
 
 
 @dataclass(frozen=True)
@@ -359,13 +368,19 @@ class Settings(Section):
 
 
 def compose_settings(
-    source: str | Mapping[str, Any] = "libero", overrides: Sequence[str] = ()
+    source: str | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    config_dir: str | None = None,
 ) -> Settings:
     """The settings that the command line gives a run.
 
     Args:
         source (str or Mapping): name of a configuration, or the settings of another run.
         overrides (sequence of str): in Hydra's grammar, such as ``"env.task_ids=[1,2]"``.
+
+    Keyword Args:
+        config_dir (str, optional): a folder of configurations beside those of the recipe.
 
     Raises:
         ValueError: as :func:`settings_from`, or for a configuration or an override that Hydra
@@ -379,9 +394,13 @@ def compose_settings(
     name = source if isinstance(source, str) else "settings_of_a_run"
     if not isinstance(source, str):
         ConfigStore.instance().store(name, OmegaConf.create(dict(source)))
+    given = list(overrides)
+    if config_dir is not None:
+        folder = str(Path(config_dir).expanduser().absolute()).replace("'", "\\'")
+        given.append(f"hydra.searchpath=['file://{folder}']")
     try:
         with hydra.initialize_config_dir(str(CONFIG), version_base="1.3"):
-            return settings_from(hydra.compose(name, list(overrides)))
+            return settings_from(hydra.compose(name, given))
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(
             "The settings must be a configuration and overrides of what is in it, got "

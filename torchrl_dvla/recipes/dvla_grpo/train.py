@@ -55,6 +55,7 @@ from torchrl_dvla.recording import (
     RunLock,
     StopRequested,
     TensorBoardRecorder,
+    check_writable,
 )
 from torchrl_dvla.streams import drop_unwritable_output
 
@@ -91,6 +92,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
     """Builds everything, trains within the budgets, and leaves folder, checkpoint and report."""
     # -- build: whatever is wrong with the settings ends the run here, before a process starts ----
     check_settings(cfg)
+    check_writable(cfg.log.dir)
     utils.make_deterministic(cfg)
     resumed = utils.find_resumed_checkpoint(cfg)
     lock = None
@@ -123,6 +125,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
             TensorBoardRecorder(run_folder, start_step=state.num_updates + 1 if resumed else None)
         )
         shown = OmegaConf.to_yaml(to_dict(cfg))
+        (run_folder / "settings.yaml").write_text(shown)
         recorder.text("settings", f"```yaml\n{shown}```", step=state.num_updates)
         log(f"run folder: {run_folder}\nwatch it:   tensorboard --logdir {run_folder}")
         buffer = utils.make_replay_buffer(cfg)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ from torchrl_dvla.recipes.dvla_grpo.settings import (
     Settings,
     ToySettings,
 )
-from torchrl_dvla.recording import check_writable
 from torchrl_dvla.swimlane import EnvProcesses
 from torchrl_dvla.swimlane.messages import EnvSpecs
 
@@ -41,8 +39,8 @@ def check_settings(cfg: Settings) -> None:
     """Refuse settings that this machine cannot serve; the error names the setting and a remedy.
 
     Raises:
-        ValueError: for a device that is not there, a log folder that cannot be written to, or a
-            ``_target_`` that cannot be imported or does not take its arguments.
+        ValueError: for a device that is not there, or a ``_target_`` that cannot be imported or
+            does not take its arguments.
         FileNotFoundError: if assets of LIBERO are missing.
         ImportError: if LIBERO is not installed.
     """
@@ -71,7 +69,6 @@ def check_settings(cfg: Settings) -> None:
                     f"eval.num_episodes must be at most {len(load_init_states(task))} for each of "
                     f"env.task_ids, got {cfg.eval.num_episodes}. The benchmark has no more scenes."
                 )
-    check_writable(Path(cfg.log.dir))
 
 
 def _check_factory(name: str, call: Mapping[str, Any]) -> None:
@@ -100,13 +97,14 @@ def _check_factory(name: str, call: Mapping[str, Any]) -> None:
         signature = inspect.signature(made_by.__init__ if has_init else made_by)
     except ValueError:  # written in C
         return
+    takes = ", ".join(list(signature.parameters)[1 if has_init else 0 :]) or "none"
     bind = signature.bind_partial if call.get("_partial_") else signature.bind
     try:
         bind(*([None] if has_init else []), *call.get("_args_", ()), **arguments)
     except TypeError as error:
         raise ValueError(
-            f"{name} must hold the arguments of {target}, got {sorted(arguments)}: {error}. It "
-            f"takes {signature}. Start from {name}=factory, which has none."
+            f"{name} must hold the arguments of {target}, which takes {takes}; got "
+            f"{sorted(arguments)}: {error}. Correct them, or begin without any: {name}=factory."
         ) from None
 
 
