@@ -16,7 +16,7 @@ from torchrl_dvla.envs import LiberoChunkEnv, ToyChunkEnv
 from torchrl_dvla.modules import TransformersVLA
 from torchrl_dvla.objectives import GRPOLoss
 from torchrl_dvla.recipes.dvla_grpo import bookkeeping, utils
-from torchrl_dvla.recipes.dvla_grpo.settings import LiberoSettings, LossSettings, ToySettings
+from torchrl_dvla.recipes.dvla_grpo.settings import LiberoSettings, LossSettings, ToySettings, flat
 from torchrl_dvla.recipes.dvla_grpo.train import CONFIG
 
 SHARED = "common/settings"
@@ -41,7 +41,7 @@ def test_a_configuration_says_only_what_is_its_own(name):
     assert set(groups) == {"env", "policy"}
     for group, option in groups.items():
         shared[group] = yaml.safe_load((CONFIG / group / f"{option}.yaml").read_text())
-    own, shared = bookkeeping._flat(own), bookkeeping._flat(shared)
+    own, shared = flat(own), flat(shared)
     assert set(own) <= set(shared)
     assert [setting for setting in own if own[setting] == shared[setting]] == []
 

@@ -26,7 +26,7 @@ import yaml
 
 from torchrl_dvla.commands.saved_policy import describe_other, read_json
 from torchrl_dvla.memory import format_bytes
-from torchrl_dvla.recipes.dvla_grpo.settings import CONFIG, compose_settings, to_dict
+from torchrl_dvla.recipes.dvla_grpo.settings import CONFIG, compose_settings, flat, to_dict
 from torchrl_dvla.recording import SuccessRate
 from torchrl_dvla.saved_state import read_state
 
@@ -131,23 +131,19 @@ def _describe_checkpoint(manifest: Path) -> str:
 
 def _nearest(settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Arguments that choose the configuration with the fewest other settings, and these."""
-    own, found = _flat(settings), []
+    own, found = flat(settings), []
     env, policy = settings["env"], settings["policy"]
-    options = {
-        "env": "factory" if "_target_" in env else env["backend"],
-        "policy": "factory" if "_target_" in policy else policy["kind"].removesuffix("_vla"),
-    }
+    options = [
+        f"env={'factory' if '_target_' in env else env['backend']}",
+        f"policy={'factory' if '_target_' in policy else policy['kind'].removesuffix('_vla')}",
+    ]
     given = {name: own[name] for name in _OPEN if own.get(name) is not None}
     for path in sorted(CONFIG.glob("*.yaml")):
         shipped = yaml.safe_load(path.read_text())
-        defaults = {
-            group: option for entry in shipped["defaults"][:-1] for group, option in entry.items()
-        }
-        groups = [
-            f"{group}={option}" for group, option in options.items() if defaults[group] != option
-        ]
+        defaults = [f"{k}={v}" for entry in shipped["defaults"][:-1] for k, v in entry.items()]
+        groups = [option for option in options if option not in defaults]
         composed = compose_settings(path.stem, [*groups, *_overrides(given)])
-        theirs, as_shipped = _flat(to_dict(composed)), _flat(shipped)
+        theirs, as_shipped = flat(to_dict(composed)), flat(shipped)
         changed = {name: value for name, value in own.items() if theirs.get(name) != value}
         changed |= {name: value for name, value in given.items() if as_shipped.get(name) != value}
         changed = {name: value for name, value in changed.items() if name not in _NOT_SHOWN}
@@ -158,16 +154,6 @@ def _nearest(settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 def _overrides(settings: Mapping[str, Any]) -> list[str]:
     """As they are typed behind the command, whether a configuration has them already or not."""
     return [f"++{name}={_hydra_value(value)}" for name, value in settings.items()]
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping) and value:
-            out |= _flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
-    return out
 
 
 def _hydra_value(value: Any) -> str:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import hydra
 import torch
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -401,6 +401,12 @@ def compose_settings(
     try:
         with hydra.initialize_config_dir(str(CONFIG), version_base="1.3"):
             return settings_from(hydra.compose(name, given))
+    except MissingConfigException as error:
+        names = ", ".join(sorted(path.stem for path in CONFIG.glob("*.yaml")))
+        raise ValueError(
+            f"--config-name must be one of {names}, or one in --config-dir, got "
+            f"{error.missing_cfg_file}, which is not there. Correct it."
+        ) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(
             "The settings must be a configuration and overrides of what is in it, got "
@@ -434,6 +440,20 @@ def settings_from(cfg: DictConfig | Mapping[str, Any]) -> Settings:
         backend = check("env.backend", env.get("backend"), Literal["toy", "libero"])
         data["env"] = from_mapping(kinds[backend], env, "env")
     return from_mapping(Settings, data)
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their full names, as they are typed on the command line.
+
+    Examples:
+        >>> flat({"seed": 0, "optim": {"lr": 0.1}})
+        {'seed': 0, 'optim.lr': 0.1}
+    """
+    out: dict[str, Any] = {}
+    for key, value in settings.items():
+        nested = isinstance(value, Mapping) and value
+        out |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return out
 
 
 def to_dict(settings: Settings) -> dict[str, Any]:
