@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from torchrl_dvla._version import __version__
+from torchrl_dvla.streams import drop_unwritable_output
 
 #: Recipes by command: Hydra parses what follows.
 RECIPES = {"train": "dvla_grpo", "sft": "dvla_sft"}
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when all is well, 1 after an error or a check that failed. A command line that makes no
         sense exits with 2.
     """
+    drop_unwritable_output()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in COMMANDS:
         parser = argparse.ArgumentParser(

@@ -42,7 +42,6 @@ from torchrl_dvla.recording import (
     check_writable,
     encode_gif,
 )
-from torchrl_dvla.streams import drop_unwritable_output
 from torchrl_dvla.validation import Count, Natural, Range, check
 
 #: Pause between two looks at how far an evaluation is.
@@ -67,7 +66,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plays them and prints a table; 128 plus the signal's number if one ended it."""
-    drop_unwritable_output()
     saved = SavedPolicy.find(args.policy)
     cfg = saved.settings(args)
     num_episodes = check("--episodes", args.episodes or cfg.eval.num_episodes, Count)
@@ -76,8 +74,14 @@ def run(args: argparse.Namespace) -> int:
     block = check("--seed", args.seed, int, Range(0, most, remedy="Use a smaller one."))
     video_dir = check_writable(args.video_dir, name="--video-dir") if videos else None
     if args.json:  # what cannot be written is said before the episodes are played
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).open("a").close()
+        try:
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.json).open("a").close()
+        except OSError as error:
+            raise ValueError(
+                f"--json must be a file that can be written to, got {args.json!r} "
+                f"({error.strerror}). Choose another one."
+            ) from error
     cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, num_episodes=num_episodes))
     check_settings(cfg)
     utils.make_deterministic(cfg)

@@ -30,8 +30,9 @@ from torchrl_dvla.recipes.dvla_grpo.settings import CONFIG, compose_settings, fl
 from torchrl_dvla.recording import SuccessRate
 from torchrl_dvla.saved_state import read_state
 
-#: Settings that a configuration may leave open, because another cannot do without them.
-_OPEN = ("env._target_", "policy._target_", "policy.checkpoint")
+#: Settings that a configuration leaves open, and those of the sections that are made by an option.
+_OPEN = re.compile(r"policy\.checkpoint$")
+_SECTIONS = re.compile(r"(env|policy)\.|workers\.max_decisions$")
 #: Those that say where a run is, not what it does.
 _NOT_SHOWN = ("log.dir", "checkpoint.resume")
 #: Texts that Hydra reads as they are.
@@ -133,21 +134,29 @@ def _nearest(settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Arguments that choose the configuration with the fewest other settings, and these."""
     own, found = flat(settings), []
     env, policy = settings["env"], settings["policy"]
-    options = [
-        f"env={'factory' if '_target_' in env else env['backend']}",
-        f"policy={'factory' if '_target_' in policy else policy['kind'].removesuffix('_vla')}",
-    ]
-    given = {name: own[name] for name in _OPEN if own.get(name) is not None}
+    options = {
+        "env": "factory" if "_target_" in env else env["backend"],
+        "policy": "factory" if "_target_" in policy else policy["kind"].removesuffix("_vla"),
+    }
     for path in sorted(CONFIG.glob("*.yaml")):
         shipped = yaml.safe_load(path.read_text())
-        defaults = [f"{k}={v}" for entry in shipped["defaults"][:-1] for k, v in entry.items()]
-        groups = [option for option in options if option not in defaults]
-        composed = compose_settings(path.stem, [*groups, *_overrides(given)])
-        theirs, as_shipped = flat(to_dict(composed)), flat(shipped)
-        changed = {name: value for name, value in own.items() if theirs.get(name) != value}
-        changed |= {name: value for name, value in given.items() if as_shipped.get(name) != value}
-        changed = {name: value for name, value in changed.items() if name not in _NOT_SHOWN}
-        found.append((["--config-name", path.stem, *groups], _overrides(changed)))
+        defaults = {k: v for entry in shipped["defaults"][:-1] for k, v in entry.items()}
+        groups = [f"{k}={v}" for k, v in options.items() if defaults[k] != v]
+        # What is compared with each other has to come together, lest it be refused.
+        is_given = _SECTIONS if groups else _OPEN
+        given = {name: value for name, value in own.items() if is_given.match(name)}
+        try:
+            theirs = compose_settings(path.stem, [*groups, *_overrides(given)])
+        except ValueError:  # settings of its own that are none of this environment
+            continue
+        files = {
+            k: yaml.safe_load((CONFIG / k / f"{v}.yaml").read_text()) for k, v in options.items()
+        }
+        base = flat(to_dict(theirs)) | dict.fromkeys(given) | flat(files) | flat(shipped)
+        names = [name for name in own if base.get(name) != own[name] and name not in _NOT_SHOWN]
+        if not base.keys() - own.keys() - {"defaults"}:
+            changed = _overrides({name: own[name] for name in names})
+            found.append((["--config-name", path.stem, *groups], changed))
     return min(found, key=lambda each: len(each[0]) + len(each[1]))
 
 

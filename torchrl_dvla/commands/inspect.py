@@ -24,7 +24,7 @@ from torchrl_dvla.commands.saved_policy import SavedPolicy, add_settings, read_j
 from torchrl_dvla.memory import format_bytes
 from torchrl_dvla.modules import TransformersVLAConfig
 from torchrl_dvla.recipes.dvla_grpo.validation import check_policy, check_settings
-from torchrl_dvla.saved_state import read_state
+from torchrl_dvla.saved_state import COUNT, read_state, require_form
 
 #: Bytes of an entry, by safetensors' names.
 _ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4}
@@ -83,8 +83,10 @@ def _pretrained_rows(folder: Path) -> Iterator[tuple[str, str]]:
             f"{folder / 'config.json'} must be of a TransformersVLA, got {data['architecture']!r}. "
             "It was written by another version of torchrl_dvla."
         )
+    form = {"weights": {"file": str, "num_bytes": COUNT, "crc32": str}, "config": {str: object}}
+    require_form(form, {key: data.get(key) for key in form}, str(folder / "config.json"))
     config = TransformersVLAConfig.from_dict(data["config"])
-    yield "format", f"{data['architecture']}, format version {data['format_version']}"
+    yield "format", f"{data['architecture']}, format version {data.get('format_version')}"
     weights = folder / data["weights"]["file"]
     if not weights.is_file() or weights.stat().st_size != data["weights"]["num_bytes"]:
         found = f"{weights.stat().st_size} bytes" if weights.is_file() else "no such file"

@@ -104,14 +104,16 @@ class SavedPolicy:
         source: str | Mapping[str, Any] = args.config_name or "libero"
         if self.manifest and not (args.config_name or args.config_dir):
             source = self.manifest["metadata"]["config"]
-        # A configuration may leave open which policy it is for.
-        given = ["++policy.checkpoint=given"] * self.is_pretrained
-        cfg = compose_settings(source, [*given, *args.overrides], config_dir=args.config_dir)
-        if self.is_pretrained:
-            own = cfg.policy if isinstance(cfg.policy, PolicySettings) else PolicySettings("tiny")
-            own = dataclasses.replace(own, kind="checkpoint", checkpoint=str(self.folder))
-            cfg = dataclasses.replace(cfg, policy=own)
-        return cfg
+        given: dict[str, Any] = {"kind": "checkpoint", "checkpoint": str(self.folder)}
+        overrides = args.overrides
+        if self.is_pretrained:  # whatever else the configuration is for
+            overrides = ["++policy.kind=checkpoint", "++policy.checkpoint=given", *overrides]
+        cfg = compose_settings(source, overrides, config_dir=args.config_dir)
+        if not self.is_pretrained:
+            return cfg
+        if isinstance(cfg.policy, PolicySettings):
+            return dataclasses.replace(cfg, policy=dataclasses.replace(cfg.policy, **given))
+        return dataclasses.replace(cfg, policy=PolicySettings(**given))
 
     def load(self, cfg: Settings) -> TensorDictModuleBase:
         """The policy, built by its settings."""

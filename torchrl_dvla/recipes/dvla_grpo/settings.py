@@ -394,12 +394,16 @@ def compose_settings(
     name = source if isinstance(source, str) else "settings_of_a_run"
     if not isinstance(source, str):
         ConfigStore.instance().store(name, OmegaConf.create(dict(source)))
-    given = list(overrides)
+    given, folder = list(overrides), CONFIG
     if config_dir is not None:
-        folder = str(Path(config_dir).expanduser().absolute()).replace("'", "\\'")
-        given.append(f"hydra.searchpath=['file://{folder}']")
+        # Hydra finds the first file in the one folder, and what that names in the other as well.
+        folder, other = CONFIG, Path(config_dir).expanduser().absolute()
+        if (other / f"{name}.yaml").is_file():
+            folder, other = other, folder
+        escaped = str(other).replace("'", "\\'")
+        given.append(f"hydra.searchpath=['file://{escaped}']")
     try:
-        with hydra.initialize_config_dir(str(CONFIG), version_base="1.3"):
+        with hydra.initialize_config_dir(str(folder), version_base="1.3"):
             return settings_from(hydra.compose(name, given))
     except MissingConfigException as error:
         names = ", ".join(sorted(path.stem for path in CONFIG.glob("*.yaml")))

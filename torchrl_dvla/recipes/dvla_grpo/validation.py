@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import inspect
 import math
+import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from hydra.utils import get_object
 from tensordict.nn import TensorDictModuleBase
 
 from torchrl_dvla import AsyncWeightUpdater
@@ -80,11 +80,11 @@ def _check_factory(name: str, call: Mapping[str, Any]) -> None:
         if key not in ("_target_", "_args_", "_partial_", "_convert_", "_recursive_"):
             arguments[key] = value
     try:
-        made_by = get_object(target)
-    except Exception as error:  # whatever its module raises while it is imported
+        made_by = pkgutil.resolve_name(target)
+    except Exception as error:  # whatever its module raises when it is imported
         raise ValueError(
             f"{name}._target_ must be the dotted path of a function or class, got {target!r}: "
-            f"{error} Run where its module can be imported, or set PYTHONPATH to its folder."
+            f"{error}. Run where its module can be imported, or set PYTHONPATH to its folder."
         ) from error
     if not callable(made_by):
         raise ValueError(
