@@ -10,7 +10,6 @@ import dataclasses
 import re
 import shlex
 import shutil
-import subprocess
 
 import pytest
 
@@ -37,8 +36,8 @@ def test_its_commands_work(call, trained):
     lines = dict(line.split(maxsplit=1) for line in call("info", trained)[1].splitlines()[-3:])
     evaluate, resume = shlex.split(lines["evaluate"]), shlex.split(lines["resume"])
     assert evaluate[1:] == ["-m", "torchrl_dvla", "evaluate", str(trained)]
-    assert shlex.split(lines["watch"])[1:] == ["--logdir", str(trained)]
-    assert subprocess.run([shlex.split(lines["watch"])[0], "--version"], capture_output=True)
+    watch = shlex.split(lines["watch"])
+    assert watch[1:] == ["-m", "tensorboard.main", "--logdir", str(trained)]
     assert resume[1:5] == ["-m", "torchrl_dvla", "train", "--config-name"]
     cfg = compose_settings(resume[5], resume[6:])
     assert cfg.checkpoint.resume == str(trained)
@@ -60,7 +59,8 @@ def test_its_commands_work(call, trained):
         ),
         (
             "toy",
-            ["env=factory", "env._target_=a.b", "+env.x=[1,'it\\'s',null]", "+env.y={z:1e-5}",
+            ["env=factory", "env._target_=a.b",
+             "+env.x=[1,'it\\'s \"so\"',null]", "+env.y={z:1e-5}",
              "policy=factory", "policy._target_=c.d"],
             ["--config-name", "toy", "env=factory", "policy=factory"],
         ),

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
-import os
 import re
 import shlex
 import shutil
@@ -173,7 +172,8 @@ def _hydra_value(value: Any) -> str:
         return json.dumps(value)
     if _BARE.fullmatch(value) and value.lower() not in ("null", "true", "false", "nan", "inf"):
         return value
-    return "'{}'".format(value.replace("\\'", "\\\\'").replace("'", "\\'"))
+    escaped = value.replace('\\"', '\\\\"').replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def _commands(
@@ -182,8 +182,7 @@ def _commands(
     """How to go on, as it can be pasted into a shell."""
     python = "python" if shutil.which("python") == sys.executable else sys.executable
     program = [python, "-m", "torchrl_dvla"]
-    tensorboard = shutil.which("tensorboard") or os.path.join(sys.prefix, "bin", "tensorboard")
-    words = {"watch": [tensorboard, "--logdir", str(folder)]}
+    words = {"watch": [python, "-m", "tensorboard.main", "--logdir", str(folder)]}
     if is_saved:
         words["evaluate"] = [*program, "evaluate", str(folder)]
     if is_saved and settings:
