@@ -45,6 +45,8 @@ import cloudpickle
 import torch
 import yaml
 from _machine import arguments, log, report
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from tensordict import NonTensorData, NonTensorStack
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.data import Binary, Bounded, Composite, NonTensor, Unbounded
@@ -175,9 +177,9 @@ def recipe(config: str) -> tuple[Callable[[Any], Any], dict[str, Any]]:
     """What checks a recipe's settings, and those of one of its files."""
     (file,) = Path(recipes.__file__).parent.glob(f"*/config/{config}.yaml")
     module = importlib.import_module(f"{recipes.__name__}.{file.parents[1].name}.settings")
-    plain = yaml.safe_load(file.read_text().replace("???", "x"))
-    del plain["hydra"]
-    plain.pop("defaults", None)
+    overrides = ["policy.checkpoint=x"] if "openvla" in config else []
+    with initialize_config_dir(str(file.parent), version_base="1.3"):
+        plain: Any = OmegaConf.to_container(compose(config, overrides))
     return module.settings_from, plain
 
 

@@ -62,6 +62,26 @@ if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$fingerprint" ] && [ -x "$VENV/bin/
   exit 0
 fi
 
+# -- whose environment? -------------------------------------------------------------------------
+# The package is installed as a link to its folder. Installing it anew would have the environment of
+# another checkout run this one's code.
+if [ -x "$VENV/bin/python" ]; then
+  owner="$("$VENV/bin/python" - <<'PY' 2>/dev/null || true
+import json
+from importlib.metadata import distribution
+from urllib.parse import unquote, urlsplit
+origin = json.loads(distribution("torchrl-dvla").read_text("direct_url.json") or "{}")
+if origin.get("dir_info", {}).get("editable"):
+    print(unquote(urlsplit(origin["url"]).path))
+PY
+)"
+  # That of a folder that is gone, or has moved here, is free.
+  if [ -d "$owner" ] && ! [ "$owner" -ef "$ROOT" ]; then
+    die "$VENV belongs to the checkout $owner, and must be left to it." \
+        "Give this one its own: make VENV=/path/to/another (or remove $VENV first, if $owner is no longer used)."
+  fi
+fi
+
 # -- system packages ----------------------------------------------------------------------------
 # Sets $apt to a command that may install packages, or to nothing.
 apt=()

@@ -6,11 +6,16 @@
 
 from __future__ import annotations
 
+import argparse
 import doctest
+import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from torchrl_dvla.recipes.dvla_grpo.settings import compose_settings, to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "docs" / "source" / "guide"
@@ -38,6 +43,39 @@ def test_every_check_names_a_test_file_that_exists() -> None:
     named = re.findall(r"`([^`]*)`", last_column)
     assert len(named) > 80
     assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Calls of the command line in the guide: command and arguments."""
+    pages = "".join(path.read_text() for path in sorted(GUIDE.glob("*.md")))
+    lines = re.findall(r"^\$ torchrl-dvla (\w+)(.*)$", pages, re.MULTILINE)
+    return [(name, shlex.split(rest, comments=True)) for name, rest in lines]
+
+
+def test_the_guide_calls_commands_that_exist_with_arguments_that_they_take() -> None:
+    names = {name for name, _ in commands()}
+    assert names >= {"train", "sft", "evaluate", "inspect", "plan", "info", "doctor"}
+    for name, arguments in commands():
+        overrides = [text for text in arguments if "=" in text and not text.startswith("-")]
+        if name in ("train", "sft"):
+            flags = set(arguments) - {*overrides, "--config-dir", "conf", "--config-name", "reach"}
+            assert flags <= {"--quick", "-m"}, arguments
+        else:
+            command = importlib.import_module(f"torchrl_dvla.commands.{name}")
+            parser = argparse.ArgumentParser(exit_on_error=False)
+            command.add_arguments(parser)
+            parser.parse_intermixed_args(arguments)
+        if name != "sft" and "-m" not in arguments:
+            compose_settings("toy" if "--quick" in arguments else "libero", overrides)
+
+
+def test_the_configuration_of_the_guide_composes(tmp_path: Path) -> None:
+    (text,) = re.findall(
+        r"```yaml\n# conf/reach.yaml\n(.*?)```", (GUIDE / "recipes.md").read_text(), re.DOTALL
+    )
+    (tmp_path / "reach.yaml").write_text(text)
+    cfg = compose_settings("reach", config_dir=str(tmp_path))
+    assert to_dict(cfg)["env"]["base_env"] == {"_target_": "own_environment.Reach"}
 
 
 # -- the README, and all pages of its kind ------------------------------------------------------

@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Command line: ``python -m torchrl_dvla`` with ``train``, ``sft``, ``doctor`` and drawings."""
+"""Command line: ``torchrl-dvla COMMAND``, or ``python -m torchrl_dvla COMMAND``."""
 
 from __future__ import annotations
 
@@ -10,15 +10,24 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from torchrl_dvla import doctor
 from torchrl_dvla._version import __version__
+from torchrl_dvla.streams import drop_unwritable_output
+from torchrl_dvla.validation import is_refusal
 
 #: Recipes by command: Hydra parses what follows.
-RECIPES = {
-    "train": ("dvla_grpo", "asynchronous GRPO; settings follow, e.g. --config-name toy seed=1"),
-    "sft": ("dvla_sft", "record demonstrations and clone them; settings follow"),
+RECIPES = {"train": "dvla_grpo", "sft": "dvla_sft"}
+#: What each command does.
+COMMANDS = {
+    "train": "asynchronous GRPO; settings follow, e.g. --config-name toy seed=1",
+    "sft": "record demonstrations and clone them; settings follow",
+    "evaluate": "play held-out episodes with a policy, a run or a checkpoint",
+    "inspect": "say what a checkpoint is, and whether it fits an environment",
+    "plan": "the memory and processes of a configuration, before anything is started",
+    "info": "say what the folder of a run holds, and how to go on",
+    "timeline": "draw a stretch of a run's timeline.json as an SVG picture",
+    "curve": "draw the learning curve of runs as an SVG picture",
+    "doctor": "check what usually breaks, and name the remedies",
 }
 
 
@@ -29,70 +38,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (sequence of str, optional): the arguments. Those of the process by default.
 
     Returns:
-        0 when all is well, 1 when a check failed. A command line that makes no sense exits with 2.
+        0 when all is well, 1 after an error or a check that failed. A command line that makes no
+        sense exits with 2.
     """
+    drop_unwritable_output()
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in RECIPES:
-        # Here and below, so that the doctor also runs where torch cannot be imported.
-        recipe = importlib.import_module(f"torchrl_dvla.recipes.{RECIPES[argv[0]][0]}.train")
-        sys.argv = [f"torchrl_dvla {argv[0]}", *argv[1:]]
+    if not argv or argv[0] not in COMMANDS:
+        parser = argparse.ArgumentParser(
+            prog="torchrl-dvla",
+            description="Asynchronous GRPO for vision-language-action policies.",
+            epilog="torchrl-dvla COMMAND --help says more.",
+        )
+        parser.add_argument("--version", action="version", version=__version__)
+        commands = parser.add_subparsers(required=True, metavar="COMMAND")
+        for name, summary in COMMANDS.items():
+            commands.add_parser(name, help=summary)
+        parser.parse_args(argv)  # ends the process: there is no such command
+    name, *rest = argv
+    if "" not in sys.path:
+        # As `python -m` does: what a _target_ names may be in the working directory.
+        sys.path.insert(0, "")
+    if name in RECIPES:
+        recipe = importlib.import_module(f"torchrl_dvla.recipes.{RECIPES[name]}.train")
+        sys.argv = [f"torchrl_dvla {name}", *rest]
         recipe.main()
         return 0
+    command = importlib.import_module(f"torchrl_dvla.commands.{name}")
     parser = argparse.ArgumentParser(
-        prog="python -m torchrl_dvla",
-        description="Asynchronous GRPO for vision-language-action policies.",
+        prog=f"torchrl-dvla {name}",
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, (_, summary) in RECIPES.items():
-        commands.add_parser(name, help=summary, add_help=False)
-    doctor.add_parser(commands)
-    _add_timeline_parser(commands)
-    _add_curve_parser(commands)
-    args = parser.parse_args(argv)
-    return int(args.run(args))
-
-
-def _add_timeline_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "timeline", help="draw a stretch of a run's timeline.json as an SVG picture"
-    )
-    parser.add_argument("trace", help="what Timeline.export_chrome_trace() wrote")
-    parser.add_argument("picture", help="the SVG file to write")
-    parser.add_argument("--start", type=float, help="left end, in seconds of the trace")
-    parser.add_argument("--end", type=float, help="right end")
-    parser.set_defaults(run=_draw_timeline)
-
-
-def _add_curve_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("curve", help="draw the learning curve of runs as an SVG picture")
-    parser.add_argument("runs", nargs="+", metavar="run", help="the folder of a run")
-    parser.add_argument("picture", help="the SVG file to write")
-    parser.add_argument("--over", choices=("env_steps", "minutes"), default="env_steps")
-    parser.set_defaults(run=_draw_curve)
-
-
-def _draw_curve(args: argparse.Namespace) -> int:
-    from torchrl_dvla.recording import draw_learning_curve
-
+    command.add_arguments(parser)
+    args = parser.parse_intermixed_args(rest)
     try:
-        Path(args.picture).write_text(draw_learning_curve(args.runs, over=args.over))
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
+        return int(command.run(args))
+    except Exception as error:
+        # A check's message names cause and remedy: a traceback around it would hide it.
+        if not (isinstance(error, OSError) or is_refusal(error)):
+            raise
+        print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
-
-
-def _draw_timeline(args: argparse.Namespace) -> int:
-    from torchrl_dvla.swimlane import draw_timeline, read_chrome_trace
-
-    try:
-        spans = read_chrome_trace(args.trace)
-        Path(args.picture).write_text(draw_timeline(spans, start_s=args.start, end_s=args.end))
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":

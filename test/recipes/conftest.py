@@ -5,10 +5,8 @@
 from __future__ import annotations
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from torchrl_dvla.recipes.dvla_grpo.settings import settings_from
-from torchrl_dvla.recipes.dvla_grpo.train import CONFIG
+from torchrl_dvla.recipes.dvla_grpo.settings import compose_settings
 
 
 @pytest.fixture
@@ -16,8 +14,6 @@ def settings(tmp_path):
     """Settings of the recipe from a configuration with overrides, logging below ``tmp_path``."""
 
     def build(name, *overrides):
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG)):
-            cfg = compose(name, [f"log.dir={tmp_path / 'runs'}", *overrides])
-        return settings_from(cfg)
+        return compose_settings(name, [f"log.dir={tmp_path / 'runs'}", *overrides])
 
     return build

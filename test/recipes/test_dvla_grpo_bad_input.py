@@ -12,7 +12,8 @@ from torchrl.checkpoint import CheckpointError, GlobalRNGState
 from torchrl.data.vla import UniformActionTokenizer
 
 from torchrl_dvla.modules import TransformersVLA
-from torchrl_dvla.recipes.dvla_grpo import bookkeeping, train, utils
+from torchrl_dvla.recipes.dvla_grpo import bookkeeping, train, utils, validation
+from torchrl_dvla.recipes.dvla_grpo import settings as settings_
 from torchrl_dvla.recording import GracefulStop, RunCheckpoints, RunLock
 
 
@@ -64,6 +65,68 @@ def libero_policy(tmp_path_factory):
 )
 def test_settings_that_cannot_work(settings, ends_early, override, message):
     ends_early(settings("toy", *override.split()), (ValueError, FileNotFoundError), message)
+
+
+# -- factories ------------------------------------------------------------------------------------
+#: The toy environment and a policy for it, as any others: by their dotted paths.
+ENV = (
+    "env=factory", "env._target_=torchrl_dvla.envs.ToyChunkEnv", "+env.chunk_size=4",
+    "+env.action_dim=2", "+env.image_size=32", "+env.success_steps=2", "+env.success_tol=0.35",
+)  # fmt: skip
+POLICY = (
+    "policy=factory", "policy._target_=torchrl_dvla.modules.tiny_token_policy",
+    "+policy.action_dim=2", "+policy.chunk_size=4",
+)  # fmt: skip
+
+
+def test_factories_make_the_same_environment_and_policy(settings):
+    own, any_ = settings("toy", "policy.kind=tiny_vla"), settings("toy", *ENV, *POLICY)
+    assert any_.env.target == "torchrl_dvla.envs.ToyChunkEnv"
+    assert settings_.settings_from(settings_.to_dict(any_)) == any_
+    validation.check_settings(any_)
+    specs, by_hand = (validation.find_specs(cfg) for cfg in (any_, own))  # of a worker, and ours
+    assert specs[:3] == by_hand[:3]
+    made = [utils.make_policy(cfg) for cfg in (own, any_)]
+    plans = [validation.check_policy(cfg, policy) for cfg, policy in zip((own, any_), made)]
+    assert plans[0].env_bytes == plans[1].env_bytes
+    assert list(utils.make_env_factories(any_)) == ["ToyChunkEnv"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            "env._target_=no.where",
+            "env._target_ must be the dotted .*, got 'no.where': No mod",
+        ),
+        ("env._target_=torchrl_dvla.envs.Nothing", "env._target_ must .*no attribute 'Nothing'"),
+        ("env._target_=torchrl_dvla.envs.__all__", "env._target_ must .*, a list. Name what"),
+        ("+env.colour=red", "env must hold .* takes .*success_tol.*: .*argument 'colour'. Correct"),
+        ("~policy.chunk_size", "policy must hold the arg.*: missing .* 'chunk_size'"),
+        ("policy._target_=torchrl_dvla.modules.nothing", "policy._target_ must be the dotted path"),
+        ("+policy.a={_target_:no.where}", "policy.a._target_ must be the dotted path"),
+        ("policy._target_=torch.nn.Linear", "policy must hold the arguments of torch.nn.Linear"),
+        ("+policy.hidden_dim=-1", "_target_ must make what it is for, got an error"),
+        ("env._target_=7", "env._target_ must be a text, got 7"),
+        ("env._target_='???'", "env._target_ must be given, got nothing"),
+    ],
+)
+@pytest.mark.usefixtures("ends_early")
+def test_factories_that_cannot_work(settings, monkeypatch, overrides, message):
+    monkeypatch.setattr(validation, "EnvProcesses", None)  # nor one that is asked for its specs
+    with pytest.raises(ValueError, match=message):
+        train.train(settings("toy", *ENV, *POLICY, overrides), GracefulStop())
+
+
+def test_a_policy_for_an_environment_that_cannot_be_read(settings):
+    with pytest.raises(ValueError, match="policy.kind must be checkpoint with an env._target_"):
+        settings("toy", *ENV)
+
+
+def test_a_policy_that_is_none(settings, ends_early):
+    policy = ("policy=factory", "policy._target_=torch.nn.Linear", "+policy.in_features=1")
+    cfg = settings("toy", *policy, "+policy.out_features=1")
+    ends_early(cfg, ValueError, "policy._target_ must make a TensorDictModuleBase, .* a Linear")
 
 
 # -- checkpoints ----------------------------------------------------------------------------------

@@ -10,16 +10,14 @@ second takes plain values, so that a test can show it any machine.
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 
 from torchrl_dvla.doctor import machine, rendering
 from torchrl_dvla.findings import Finding, Status, report
 
-__all__ = ["Finding", "Status", "add_parser", "diagnose", "report"]
+__all__ = ["Finding", "Status", "diagnose", "report"]
 
 Check = Callable[[], Iterable[Finding]]
 
@@ -92,26 +90,3 @@ def _check_rendering() -> Iterator[Finding]:
     backend = choose_gl_backend()
     yield from rendering.check_rendering(backend)
     yield from rendering.check_egl_device(backend, torch.cuda.device_count(), os.environ)
-
-
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the ``doctor`` command to a command line.
-
-    Args:
-        commands: what :meth:`argparse.ArgumentParser.add_subparsers` returned.
-    """
-    parser = commands.add_parser(
-        "doctor",
-        help="check what usually breaks, and name the remedies",
-        description="Checks what usually breaks. Exits with 1 if a check fails.",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--log-dir", default="runs", help="folder that runs write to")
-    parser.add_argument("--no-libero", action="store_true", help="leave the simulator out")
-    parser.set_defaults(run=_run)
-
-
-def _run(args: argparse.Namespace) -> int:
-    findings = diagnose(args.log_dir, libero=not args.no_libero)
-    sys.stdout.write(report(findings, as_json=args.json) + "\n")
-    return int(any(finding.status is Status.FAIL for finding in findings))

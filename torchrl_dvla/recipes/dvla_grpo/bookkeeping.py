@@ -28,13 +28,10 @@ from torchrl_dvla import DVLACollector
 from torchrl_dvla.collectors import EvaluationResult
 from torchrl_dvla.data import Group, GroupQueue
 from torchrl_dvla.differences import differences, join_some
-from torchrl_dvla.recipes.dvla_grpo.settings import Settings, settings_from, to_dict
+from torchrl_dvla.recipes.dvla_grpo.settings import CONFIG, Settings, flat, settings_from, to_dict
 from torchrl_dvla.recipes.terminal import command, resume_command, shortened, watch_command
 from torchrl_dvla.recording import RunRecorder, RunReport, SuccessRate, TensorBoardRecorder
 from torchrl_dvla.saved_state import Number, form_of, require_form
-
-#: The recipe's own configurations.
-CONFIG = Path(__file__).parent / "config"
 
 #: Of all that the collector counts, what is worth a chart.
 _LOGGED = re.compile(
@@ -77,7 +74,7 @@ def check_resumed(cfg: Settings, resumed: Path) -> None:
     if not saved:  # it was not written by this recipe
         return
     try:
-        before, now = _flat(to_dict(settings_from(saved))), _flat(to_dict(cfg))
+        before, now = flat(to_dict(settings_from(saved))), flat(to_dict(cfg))
     except ValueError as error:
         raise ValueError(
             f"The checkpoint {str(resumed)!r} was written with other settings: {error} Resume it "
@@ -95,15 +92,6 @@ def check_resumed(cfg: Settings, resumed: Path) -> None:
     new = differences(_without(before, names - may_change), _without(now, names - may_change))
     if new:
         log(f"resuming with settings that are new: {join_some(new, limit=len(new))}")
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their full names, as they are typed on the command line."""
-    out: dict[str, Any] = {}
-    for key, value in settings.items():
-        nested = isinstance(value, Mapping)
-        out |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return out
 
 
 def _without(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -376,7 +364,7 @@ def make_recorder(
         recorder = RunRecorder(run_folder, backend=cfg.log.backend, **kwargs)
     settings = to_dict(cfg)
     recorder.text("settings", f"```yaml\n{OmegaConf.to_yaml(settings)}```", step=state.num_updates)
-    compared = {name: value for name, value in _flat(settings).items() if _COMPARED.match(name)}
+    compared = {name: value for name, value in flat(settings).items() if _COMPARED.match(name)}
     recorder.hparams(compared)
     return recorder
 

@@ -11,13 +11,17 @@ Each section is a dataclass that checks its types, its ranges and what has to fi
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import hydra
 import torch
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from torchrl_dvla import GroupConfig, InferenceConfig, WorkerConfig
 from torchrl_dvla.envs import LIBERO_SUITES
@@ -40,6 +44,9 @@ from torchrl_dvla.validation import (
     check_path,
     from_mapping,
 )
+
+#: The folder of the configurations.
+CONFIG = Path(__file__).parent / "config"
 
 Size = Annotated[int, Range(1, 4096)]
 Beta = Annotated[float, Range(0, below=1)]
@@ -117,6 +124,35 @@ class LiberoSettings(Section):
     def image_shape(self) -> tuple[int, int, int]:
         """Shape of the images, ``(3, height, width)``."""
         return (3, self.camera_height, self.camera_width)
+
+
+@dataclass(frozen=True)
+class FactorySettings(Section):
+    """A call of any function or class, by Hydra's rules: in YAML, ``_target_`` and its arguments.
+
+    Arguments that have a ``_target_`` of their own are made first. Lists and mappings arrive as
+    plain ones, unless ``_convert_`` says something else.
+    """
+
+    target: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form of the YAML file."""
+        return {"_target_": self.target, **self.arguments}
+
+    def make(self) -> Any:
+        """What the call returns.
+
+        Raises:
+            ValueError: if it raises, with what it raised as the cause.
+        """
+        try:
+            return hydra.utils.instantiate({"_convert_": "all", **self.to_dict()})
+        except InstantiationException as error:
+            raise ValueError(
+                f"_target_ must make what it is for, got an error: {error} Correct its arguments."
+            ) from error.__cause__ or error
 
 
 @dataclass(frozen=True)
@@ -262,8 +298,8 @@ class Settings(Section):
     name: str
     seed: Annotated[int, Range(0, 2**32 - 1, remedy="NumPy takes 32 bits.")]
     device: str
-    env: ToySettings | LiberoSettings
-    policy: PolicySettings
+    env: ToySettings | LiberoSettings | FactorySettings
+    policy: PolicySettings | FactorySettings
     optim: OptimSettings
     train: TrainSettings
     eval: EvalSettings
@@ -296,23 +332,8 @@ class Settings(Section):
             self.inference.is_deterministic(self.group.max_policy_lag)
         except ValueError as error:
             raise ValueError(f"inference.{error}") from None
-        env, policy = self.env, self.policy
-        if policy.kind == "tiny_vla" and (env.backend != "toy" or policy.temperature != 1.0):
-            raise ValueError(
-                "policy.kind=tiny_vla must be used with env.backend=toy and "
-                f"policy.temperature=1.0, got {env.backend!r} and {policy.temperature}. Use "
-                "policy.kind=tiny elsewhere."
-            )
-        wanted = {}
-        if policy.kind != "checkpoint":
-            wanted["policy.action_dim"] = (policy.action_dim, env.action_dim)
-        if policy.kind == "tiny" and policy.state_dim:
-            wanted["policy.state_dim"] = (policy.state_dim, env.state_dim)
-        for name, (found, expected) in wanted.items():
-            if found != expected:
-                raise ValueError(
-                    f"{name} must be {expected}, as in env, got {found}. Set {name}={expected}."
-                )
+        self._check_policy()
+        env = self.env
         if isinstance(env, LiberoSettings):
             needed = -(-env.max_episode_steps // env.env_steps_per_decision)
             if self.workers.max_decisions < needed:
@@ -321,6 +342,82 @@ class Settings(Section):
                     f"{self.workers.max_decisions}: episodes of env.max_episode_steps="
                     f"{env.max_episode_steps} would be cut short. Raise one or lower the other."
                 )
+
+    def _check_policy(self) -> None:
+        env, policy = self.env, self.policy
+        if isinstance(policy, FactorySettings) or policy.kind == "checkpoint":
+            return  # compared with the environment itself
+        if isinstance(env, FactorySettings):
+            raise ValueError(
+                f"policy.kind must be checkpoint with an env._target_, got {policy.kind!r}: the "
+                "sizes and words of the environment are not known here. Or name what makes the "
+                "policy: policy=factory policy._target_=<dotted path>."
+            )
+        if policy.kind == "tiny_vla" and (env.backend != "toy" or policy.temperature != 1.0):
+            raise ValueError(
+                "policy.kind=tiny_vla must be used with env.backend=toy and "
+                f"policy.temperature=1.0, got {env.backend!r} and {policy.temperature}. Use "
+                "policy.kind=tiny elsewhere."
+            )
+        wanted = {"policy.action_dim": (policy.action_dim, env.action_dim)}
+        if policy.kind == "tiny" and policy.state_dim:
+            wanted["policy.state_dim"] = (policy.state_dim, env.state_dim)
+        for name, (found, expected) in wanted.items():
+            if found != expected:
+                raise ValueError(
+                    f"{name} must be {expected}, as in env, got {found}. Set {name}={expected}."
+                )
+
+
+def compose_settings(
+    source: str | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    config_dir: str | None = None,
+) -> Settings:
+    """The settings that the command line gives a run.
+
+    Args:
+        source (str or Mapping): name of a configuration, or the settings of another run.
+        overrides (sequence of str): in Hydra's grammar, such as ``"env.task_ids=[1,2]"``.
+
+    Keyword Args:
+        config_dir (str, optional): a folder of configurations beside those of the recipe.
+
+    Raises:
+        ValueError: as :func:`settings_from`, or for a configuration or an override that Hydra
+            refuses.
+
+    Examples:
+        >>> cfg = compose_settings("toy", ["seed=7"])
+        >>> cfg.name, cfg.seed, compose_settings(to_dict(cfg), ["seed=8"]).seed
+        ('toy', 7, 8)
+    """
+    name = source if isinstance(source, str) else "settings_of_a_run"
+    if not isinstance(source, str):
+        ConfigStore.instance().store(name, OmegaConf.create(dict(source)))
+    given, folder = list(overrides), CONFIG
+    if config_dir is not None:
+        # Hydra finds the first file in the one folder, and what that names in the other as well.
+        folder, other = CONFIG, Path(config_dir).expanduser().absolute()
+        if (other / f"{name}.yaml").is_file():
+            folder, other = other, folder
+        escaped = str(other).replace("'", "\\'")
+        given.append(f"hydra.searchpath=['file://{escaped}']")
+    try:
+        with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+            return settings_from(hydra.compose(name, given))
+    except MissingConfigException as error:
+        names = ", ".join(sorted(path.stem for path in CONFIG.glob("*.yaml")))
+        raise ValueError(
+            f"--config-name must be one of {names}, or one in --config-dir, got "
+            f"{error.missing_cfg_file}, which is not there. Correct it."
+        ) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(
+            "The settings must be a configuration and overrides of what is in it, got "
+            f"{' '.join([name, *overrides])!r}: {error}"
+        ) from error
 
 
 def settings_from(cfg: DictConfig | Mapping[str, Any]) -> Settings:
@@ -332,7 +429,17 @@ def settings_from(cfg: DictConfig | Mapping[str, Any]) -> Settings:
     """
     is_config = OmegaConf.is_config(cfg)
     data: Any = OmegaConf.to_container(cfg, resolve=True) if is_config else copy.deepcopy(dict(cfg))
-    # Which settings `env` has depends on the environment.
+    # Which settings these sections have depends on what they make.
+    for name in ("env", "policy"):
+        section = data.get(name)
+        if isinstance(section, Mapping) and "_target_" in section:
+            arguments = dict(section)
+            if (target := arguments.pop("_target_")) == "???":
+                raise ValueError(
+                    f"{name}._target_ must be given, got nothing. Pass "
+                    f"{name}._target_=<dotted path>."
+                )
+            data[name] = FactorySettings(check(f"{name}._target_", target, str), arguments)
     env = data.get("env")
     if isinstance(env, Mapping):
         kinds = {"toy": ToySettings, "libero": LiberoSettings}
@@ -341,7 +448,25 @@ def settings_from(cfg: DictConfig | Mapping[str, Any]) -> Settings:
     return from_mapping(Settings, data)
 
 
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their full names, as they are typed on the command line.
+
+    Examples:
+        >>> flat({"seed": 0, "optim": {"lr": 0.1}})
+        {'seed': 0, 'optim.lr': 0.1}
+    """
+    out: dict[str, Any] = {}
+    for key, value in settings.items():
+        nested = isinstance(value, Mapping) and value
+        out |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return out
+
+
 def to_dict(settings: Settings) -> dict[str, Any]:
     """The settings as plain data, for a checkpoint or a log."""
     plain: Any = OmegaConf.to_container(OmegaConf.create(asdict(settings)))
+    for name in ("env", "policy"):
+        section = getattr(settings, name)
+        if isinstance(section, FactorySettings):
+            plain[name] = section.to_dict()
     return dict(plain)

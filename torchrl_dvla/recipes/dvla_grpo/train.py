@@ -24,7 +24,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
@@ -35,7 +35,6 @@ from torchrl_dvla import DVLACollector, EpisodeSpec, GRPOLoss
 from torchrl_dvla.collectors import Evaluation, EvaluationResult
 from torchrl_dvla.recipes.dvla_grpo import utils
 from torchrl_dvla.recipes.dvla_grpo.bookkeeping import (
-    CONFIG,
     Meter,
     RunState,
     check_resumed,
@@ -51,10 +50,16 @@ from torchrl_dvla.recipes.dvla_grpo.bookkeeping import (
     use_optim_settings,
     watch_it,
 )
-from torchrl_dvla.recipes.dvla_grpo.settings import Settings, settings_from, to_dict
+from torchrl_dvla.recipes.dvla_grpo.settings import CONFIG, Settings, settings_from, to_dict
 from torchrl_dvla.recipes.dvla_grpo.validation import check_policy, check_settings
 from torchrl_dvla.recipes.terminal import messages_only, shortened
-from torchrl_dvla.recording import GracefulStop, RunCheckpoints, RunLock, StopRequested
+from torchrl_dvla.recording import (
+    GracefulStop,
+    RunCheckpoints,
+    RunLock,
+    StopRequested,
+    check_writable,
+)
 from torchrl_dvla.streams import share_terminal
 
 
@@ -89,6 +94,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
     """Builds everything, trains within the budgets, and leaves folder, checkpoint and report."""
     # -- build: whatever is wrong with the settings ends the run here, before a process starts ----
     check_settings(cfg)
+    check_writable(cfg.log.dir)
     utils.make_deterministic(cfg)
     resumed = utils.find_resumed_checkpoint(cfg)
     lock = None
@@ -120,6 +126,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
         recorder = stack.enter_context(
             make_recorder(cfg, run_folder, state, is_resumed=resumed is not None)
         )
+        (run_folder / "settings.yaml").write_text(OmegaConf.to_yaml(to_dict(cfg)))
         rows = [("run folder", shortened(run_folder)), *watch_it(cfg, run_folder)]
         log("\n".join(f"{label + ':':<12}{line}" for label, line in rows))
         buffer = utils.make_replay_buffer(cfg)

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tensordict.nn import TensorDictModuleBase
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl.data.vla import UniformActionTokenizer
 from torchrl.envs import EnvBase
-from torchrl.modules.vla import VLAWrapperBase
 
 from torchrl_dvla import (
     DVLACollector,
@@ -30,7 +30,7 @@ from torchrl_dvla import (
 from torchrl_dvla.envs import LiberoChunkEnv, ToyChunkEnv, libero_tasks
 from torchrl_dvla.memory import DualPool
 from torchrl_dvla.modules import TransformersVLA, tiny_token_policy
-from torchrl_dvla.recipes.dvla_grpo.settings import Settings
+from torchrl_dvla.recipes.dvla_grpo.settings import FactorySettings, LiberoSettings, Settings
 from torchrl_dvla.recording import RunCheckpoints, check_writable, find_latest_checkpoint
 
 RECIPES = Path(__file__).resolve().parents[1]
@@ -62,8 +62,8 @@ def find_policy(path: str) -> Path:
 
 
 def make_instructions(cfg: Settings) -> list[str]:
-    """What the policy will be told."""
-    if cfg.env.backend == "toy":
+    """What the policy will be told, in an environment of our own."""
+    if not isinstance(cfg.env, LiberoSettings):
         return [TOY_INSTRUCTION]
     tasks = libero_tasks(cfg.env.task_suite)
     return [tasks[task_id].instruction for task_id in cfg.env.task_ids]
@@ -71,6 +71,8 @@ def make_instructions(cfg: Settings) -> list[str]:
 
 def make_env_factories(cfg: Settings) -> dict[str, Callable[[], EnvBase]]:
     """An environment factory for each task, by its name."""
+    if isinstance(cfg.env, FactorySettings):
+        return {cfg.env.target.rpartition(".")[2]: cfg.env.make}
     kwargs = asdict(cfg.env)
     if kwargs.pop("backend") == "toy":
         return {"toy": functools.partial(ToyChunkEnv, **kwargs)}
@@ -81,16 +83,19 @@ def make_env_factories(cfg: Settings) -> dict[str, Callable[[], EnvBase]]:
     }
 
 
-def make_evaluation_episodes(cfg: Settings) -> tuple[list[EpisodeSpec], list[EpisodeSpec]]:
+def make_evaluation_episodes(
+    cfg: Settings, block: int = 0
+) -> tuple[list[EpisodeSpec], list[EpisodeSpec]]:
     """Held-out episodes, and a subset, spread over tasks and scenes, for looks in between.
 
-    LIBERO's are its benchmark init states, on which training never starts; the toy task's are
-    seeds.
+    LIBERO's are its benchmark init states, on which training never starts; those of other
+    environments are seeds, other ones in each *block*.
     """
     names, count = list(make_env_factories(cfg)), cfg.eval.num_episodes
-    is_libero = cfg.env.backend == "libero"
+    is_libero = isinstance(cfg.env, LiberoSettings)
+    last = LAST_SEED - block * count
     episodes = [
-        EpisodeSpec(names[k % len(names)], LAST_SEED - k, k // len(names) if is_libero else -1)
+        EpisodeSpec(names[k % len(names)], last - k, k // len(names) if is_libero else -1)
         for k in range(count)
     ]
     size = min(cfg.eval.subset_episodes, count)
@@ -102,9 +107,17 @@ def make_evaluation_episodes(cfg: Settings) -> tuple[list[EpisodeSpec], list[Epi
 # -- policy ---------------------------------------------------------------------------------------
 
 
-def make_policy(cfg: Settings, device: str | None = None) -> VLAWrapperBase:
+def make_policy(cfg: Settings, device: str | None = None) -> TensorDictModuleBase:
     """The policy, on ``device``; by default the learner's."""
     settings = cfg.policy
+    if isinstance(settings, FactorySettings):
+        policy = settings.make()
+        if not isinstance(policy, TensorDictModuleBase):
+            raise ValueError(
+                f"policy._target_ must make a TensorDictModuleBase, got {settings.target!r}, which "
+                f"makes a {type(policy).__name__}. Wrap it in a TensorDictModule."
+            )
+        return policy.to(device or cfg.device)
     if settings.kind == "checkpoint":
         assert settings.checkpoint is not None
         policy = TransformersVLA.from_pretrained(
@@ -114,6 +127,8 @@ def make_policy(cfg: Settings, device: str | None = None) -> VLAWrapperBase:
             dtype=settings.dtype,
             temperature=settings.temperature,
         )
+    elif isinstance(cfg.env, FactorySettings):
+        raise AssertionError("Settings refuses what is built for an environment that it can read")
     elif settings.kind == "tiny":
         policy = TransformersVLA.tiny(
             make_instructions(cfg),
@@ -138,7 +153,7 @@ def make_policy(cfg: Settings, device: str | None = None) -> VLAWrapperBase:
     return policy.to(device or cfg.device)
 
 
-def make_loss(cfg: Settings, policy: VLAWrapperBase) -> GRPOLoss:
+def make_loss(cfg: Settings, policy: TensorDictModuleBase) -> GRPOLoss:
     """The objective; with a KL term, the policy as it is now is the reference."""
     settings = asdict(cfg.loss)
     if settings["kl_to_ref_coeff"] is not None:
@@ -185,7 +200,7 @@ def make_replay_buffer(cfg: Settings) -> PooledReplayBuffer:
 
 
 def make_collector(
-    cfg: Settings, policy: VLAWrapperBase, buffer: PooledReplayBuffer
+    cfg: Settings, policy: TensorDictModuleBase, buffer: PooledReplayBuffer
 ) -> DVLACollector:
     """The collector, which fills ``buffer``: workers are up, nothing is collected yet."""
     policy_factory = None

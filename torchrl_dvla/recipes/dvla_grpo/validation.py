@@ -6,28 +6,42 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import inspect
+import math
+import pkgutil
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torchrl.modules.vla import VLAWrapperBase
+from tensordict.nn import TensorDictModuleBase
 
 from torchrl_dvla import AsyncWeightUpdater
 from torchrl_dvla.collectors.validation import match_policy, plan_memory
 from torchrl_dvla.data.schema import IMAGE_KEY, STATE_KEY
 from torchrl_dvla.envs import validate_libero
 from torchrl_dvla.envs.libero_setup import load_init_states
+from torchrl_dvla.memory import Plan
+from torchrl_dvla.modules import TransformersVLAConfig
 from torchrl_dvla.recipes.dvla_grpo import utils
-from torchrl_dvla.recipes.dvla_grpo.settings import LiberoSettings, Settings
-from torchrl_dvla.recording import check_backend, check_writable
+from torchrl_dvla.recipes.dvla_grpo.settings import (
+    FactorySettings,
+    LiberoSettings,
+    Settings,
+    ToySettings,
+)
+from torchrl_dvla.recording import check_backend
+from torchrl_dvla.swimlane import EnvProcesses
 from torchrl_dvla.swimlane.messages import EnvSpecs
+
+_CAMERA_KEYS = (IMAGE_KEY, ("observation", "wrist_image"))
 
 
 def check_settings(cfg: Settings) -> None:
     """Refuse settings that this machine cannot serve; the error names the setting and a remedy.
 
     Raises:
-        ValueError: for a device that is not there, or a log folder that cannot be written to.
+        ValueError: for a device that is not there, or a ``_target_`` that cannot be imported or
+            does not take its arguments.
         FileNotFoundError: if assets of LIBERO are missing.
         ImportError: if LIBERO, or what ``log.backend`` needs, is not installed.
     """
@@ -41,6 +55,9 @@ def check_settings(cfg: Settings) -> None:
                 f"{name} must be one that torch sees, got {wanted!r} and {count} of its kind. Use "
                 f"{name}=cpu, or a build of torch for the GPUs of this machine."
             )
+    for name, section in (("env", cfg.env), ("policy", cfg.policy)):
+        if isinstance(section, FactorySettings):
+            _check_factory(name, section.to_dict())
     if isinstance(cfg.env, LiberoSettings):
         env = cfg.env
         num_states = -(-cfg.eval.num_episodes // len(env.task_ids))
@@ -54,46 +71,111 @@ def check_settings(cfg: Settings) -> None:
                     f"eval.num_episodes must be at most {len(load_init_states(task))} for each of "
                     f"env.task_ids, got {cfg.eval.num_episodes}. The benchmark has no more scenes."
                 )
-    check_writable(Path(cfg.log.dir))
 
 
-def check_policy(cfg: Settings, policy: VLAWrapperBase) -> None:
+def _check_factory(name: str, call: Mapping[str, Any]) -> None:
+    """Require that what ``_target_`` names is there and takes its arguments; nested ones first."""
+    target, arguments = call["_target_"], {}
+    for key, value in call.items():
+        if isinstance(value, Mapping) and "_target_" in value:
+            _check_factory(f"{name}.{key}", value)
+        if key not in ("_target_", "_args_", "_partial_", "_convert_", "_recursive_"):
+            arguments[key] = value
+    try:
+        made_by = pkgutil.resolve_name(target)
+    except Exception as error:  # whatever its module raises when it is imported
+        raise ValueError(
+            f"{name}._target_ must be the dotted path of a function or class, got {target!r}: "
+            f"{error}. Run where its module can be imported, or set PYTHONPATH to its folder."
+        ) from error
+    if not callable(made_by):
+        raise ValueError(
+            f"{name}._target_ must be the dotted path of a function or class, got {target!r}, a "
+            f"{type(made_by).__name__}. Name what makes it."
+        )
+    # A class may have a metaclass that takes anything, as TorchRL's environments do.
+    has_init = inspect.isclass(made_by) and made_by.__init__ is not object.__init__
+    try:
+        signature = inspect.signature(made_by.__init__ if has_init else made_by)
+    except ValueError:  # written in C
+        return
+    takes = ", ".join(list(signature.parameters)[1 if has_init else 0 :]) or "none"
+    bind = signature.bind_partial if call.get("_partial_") else signature.bind
+    try:
+        bind(*([None] if has_init else []), *call.get("_args_", ()), **arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} must hold the arguments of {target}, which takes {takes}; got "
+            f"{sorted(arguments)}: {error}. Correct them, or begin without any: {name}=factory."
+        ) from None
+
+
+def find_specs(cfg: Settings) -> EnvSpecs:
+    """What an environment reads and writes; one that is not our own says so in a worker.
+
+    Raises:
+        RuntimeError: with the worker's traceback if the environment cannot be built.
+        TimeoutError: if that takes longer than ``workers.start_timeout_s``.
+    """
+    env = cfg.env
+    if isinstance(env, FactorySettings):
+        processes = EnvProcesses(
+            utils.make_env_factories(cfg),
+            1,
+            num_threads=cfg.workers.num_threads,
+            env_vars=cfg.workers.env_vars,
+            start_method=cfg.workers.start_method,
+        )
+        try:
+            return processes.wait_ready(cfg.workers.start_timeout_s)
+        finally:
+            processes.stop(cfg.workers.stop_timeout_s)
+    num_cameras = len(env.cameras) if isinstance(env, LiberoSettings) else 1
+    observation: list[tuple[Any, tuple[int, ...], torch.dtype]]
+    observation = [(key, env.image_shape, torch.uint8) for key in _CAMERA_KEYS[:num_cameras]]
+    observation.append((STATE_KEY, (env.state_dim,), torch.float32))
+    return EnvSpecs(tuple(observation), env.chunk_size, env.action_dim)
+
+
+def check_policy(cfg: Settings, policy: TensorDictModuleBase) -> Plan:
     """Refuse a policy that does not fit the environment, and pools that do not fit the memory.
+
+    Returns:
+        The sizes of the pools, as the collector will plan them.
 
     Raises:
         ValueError: if a size of the policy differs from the environment's, a budget is too small,
             or this machine has not that much memory.
     """
-    env, config = cfg.env, getattr(policy, "config", None)
-    num_cameras = len(env.cameras) if isinstance(env, LiberoSettings) else 1
-    is_libero = isinstance(env, LiberoSettings)
-    sides = "env.camera_height and env.camera_width" if is_libero else "env.image_size"
+    specs, config = find_specs(cfg), getattr(policy, "config", None)
+    found = {key: shape for key, shape, _ in specs.observation}
     # What this environment has, what the policy was made for, and what to do about it; its actions
     # are checked below.
     sizes: dict[str, tuple[Any, Any, str]] = {}
-    if config:
-        wanted = (3, *config.image_size)
-        sizes["image_shape"] = (env.image_shape, wanted, f"Set {sides}.")
+    if isinstance(config, TransformersVLAConfig):
+        wrong_images = wrong_cameras = "Choose a policy for this environment."
+        if isinstance(cfg.env, LiberoSettings):
+            wrong_images = "Set env.camera_height and env.camera_width."
+            wrong_cameras = "Add robot0_eye_in_hand to env.cameras, or remove it."
+        elif isinstance(cfg.env, ToySettings):
+            wrong_images = "Set env.image_size."
+        num_cameras = sum(key in found for key in _CAMERA_KEYS)
+        sizes["image_shape"] = (found.get(IMAGE_KEY), (3, *config.image_size), wrong_images)
         if config.state_dim:
+            state_dim = math.prod(found.get(STATE_KEY, (0,)))
             remedy = "Choose a policy.checkpoint for this environment."
-            sizes["state_dim"] = (env.state_dim, config.state_dim, remedy)
-    remedy = "Add robot0_eye_in_hand to env.cameras, or remove it."
-    sizes["number of cameras"] = (num_cameras, config.num_cameras if config else 1, remedy)
+            sizes["state_dim"] = (state_dim, config.state_dim, remedy)
+        sizes["number of cameras"] = (num_cameras, config.num_cameras, wrong_cameras)
     problems = [
-        f"{name} must be {wanted} as the policy's, got {found}. {remedy}"
-        for name, (found, wanted, remedy) in sizes.items()
-        if found != wanted
+        f"{name} must be {wanted} as the policy's, got {here}. {remedy}"
+        for name, (here, wanted, remedy) in sizes.items()
+        if here != wanted
     ]
     if problems:
         raise ValueError(" ".join(problems))
-    images = [IMAGE_KEY, ("observation", "wrist_image")][:num_cameras]
-    observation: list[tuple[Any, tuple[int, ...], torch.dtype]]
-    observation = [(key, env.image_shape, torch.uint8) for key in images]
-    observation.append((STATE_KEY, (env.state_dim,), torch.float32))
-    specs = EnvSpecs(tuple(observation), env.chunk_size, env.action_dim)
     layout = match_policy(policy, specs)
     try:
-        plan_memory(
+        return plan_memory(
             utils.make_memory(cfg),
             layout,
             group=cfg.group,

@@ -1,0 +1,77 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The memory and the processes of a configuration, before anything is started.
+
+Builds the policy and works out the sizes of both pools as a run's collector does; what a run would
+refuse is refused here, with exit code 1. An environment that is not one of this package is built
+once, in a worker, to ask for its specs.
+
+  torchrl-dvla plan --config-name libero workers.num_workers=4 group.group_size=16
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from torch.nn import Module
+
+from torchrl_dvla.commands.saved_policy import add_settings
+from torchrl_dvla.doctor.machine import LIBERO_WORKER_BYTES
+from torchrl_dvla.memory import available_bytes, format_bytes
+from torchrl_dvla.recipes.dvla_grpo import utils
+from torchrl_dvla.recipes.dvla_grpo.settings import LiberoSettings, Settings, compose_settings
+from torchrl_dvla.recipes.dvla_grpo.validation import check_policy, check_settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What follows the command."""
+    add_settings(parser, "libero")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the plan."""
+    cfg = compose_settings(args.config_name or "libero", args.overrides, config_dir=args.config_dir)
+    check_settings(cfg)
+    policy = utils.make_policy(cfg)
+    plan = check_policy(cfg, policy)
+    rows = [*_learner_rows(cfg, policy), *_process_rows(cfg)]
+    free = available_bytes()
+    rows.append(("free memory", "unknown" if free is None else format_bytes(free)))
+    width = max(len(label) for label, _ in rows)
+    print(f"{cfg.name}: fits.\n\n{plan}\n")
+    print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
+    return 0
+
+
+def _learner_rows(cfg: Settings, policy: Module) -> list[tuple[str, str]]:
+    """What the learner holds beside the pools."""
+    parameters = list(policy.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    weights, gradients = (sum(tensor.nbytes for tensor in some) for some in (parameters, trained))
+    num, num_trained = (sum(tensor.numel() for tensor in some) for some in (parameters, trained))
+    copies = {"weights": weights, "gradients": gradients, "AdamW": 2 * gradients}
+    if cfg.loss.kl_to_ref_coeff is not None:
+        copies["reference policy"] = weights
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in copies.items())
+    inference = cfg.inference_device or cfg.device
+    return [
+        ("policy", f"{num:,} parameters, {num_trained:,} of them trained"),
+        ("learner", f"{format_bytes(sum(copies.values()))} on {cfg.device}: {parts}"),
+        ("inference", f"{format_bytes(weights)} of weights on {inference}; twice in an evaluation"),
+    ]
+
+
+def _process_rows(cfg: Settings) -> list[tuple[str, str]]:
+    """The processes of a run."""
+    workers = cfg.workers
+    total = 2 + workers.num_workers
+    rollouts = workers.num_workers * workers.envs_per_worker
+    kinds = f"the learner, 1 of inference, {workers.num_workers} of environments"
+    rows = [("processes", f"{total}: {kinds}"), ("rollouts at once", str(rollouts))]
+    if isinstance(cfg.env, LiberoSettings):
+        each = format_bytes(LIBERO_WORKER_BYTES)
+        sum_of = format_bytes(workers.num_workers * LIBERO_WORKER_BYTES)
+        rows.append(("LIBERO", f"up to {sum_of} of memory, {each} a worker"))
+    return rows
