@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from tensordict import NonTensorStack, TensorDict
 from torch import nn
@@ -42,11 +44,17 @@ SMALL_PI0 = TinyPi0Config(
 )  # fmt: skip
 
 
-def make_flow_policy(**kwargs) -> FlowVLA:
+def make_flow_policy(model_type="pi0", **kwargs) -> FlowVLA:
     kwargs.setdefault("state_dim", STATE_DIM)
-    return FlowVLA.tiny(
-        INSTRUCTIONS, action_dim=ACTION_DIM, chunk_size=CHUNK, backbone=SMALL_PI0, **kwargs
+    backbone = dataclasses.replace(SMALL_PI0, model_type=model_type)
+    policy = FlowVLA.tiny(
+        INSTRUCTIONS, action_dim=ACTION_DIM, chunk_size=CHUNK, backbone=backbone, **kwargs
     )
+    for name, parameter in policy.named_parameters():
+        if ".dense." in name:  # modulations start without effect
+            generator = torch.Generator().manual_seed(0)
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return policy
 
 
 def make_observation(

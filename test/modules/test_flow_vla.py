@@ -29,6 +29,7 @@ SAMPLERS = {
     "cps": {"sampler": "cps"},
     "cps, all steps": {"sampler": "cps", "stochastic_step": "all"},
     "noise, all steps": {"sampler": "noise", "stochastic_step": "all"},
+    "pi05": {"model_type": "pi05"},
 }
 samplers = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 
@@ -103,7 +104,9 @@ def test_passes(sampler):
     policy = make_flow_policy(**sampler)
     passes = []
     pi0 = policy.network.model.model
-    for name, module in (("images", pi0.vlm.vision_tower), ("text", pi0.vlm), ("expert", pi0.dit)):
+    for name, module in (
+        ("images", pi0.vlm.vision_tower), ("text", pi0.vlm), ("expert", pi0.dit.norm)
+    ):  # fmt: skip
         module.register_forward_hook(lambda *_, name=name: passes.append(name))
     td = decide(policy, 3)
     assert sorted(passes) == ["expert"] * 4 + ["images", "text"]
@@ -241,9 +244,10 @@ def test_gradients_are_finite_differences(sampler, monkeypatch):
         assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("model_type", ["pi0", "pi05"])
 @torch.no_grad()
-def test_every_input_matters():
-    policy = make_flow_policy(num_cameras=2)
+def test_every_input_matters(model_type):
+    policy = make_flow_policy(model_type, num_cameras=2)
     td = decide(policy, 2, wrist=True)
     before = log_probs_of(policy, td)
 
@@ -340,8 +344,9 @@ def test_a_clone_acts_like_its_expert():
 
 
 # -- checkpoints -----------------------------------------------------------------------------------
-def test_round_trip_is_exact(tmp_path):
-    policy = make_flow_policy(sampler="noise", num_steps=3, seed=7, max_action_dim=8)
+@pytest.mark.parametrize("model_type", ["pi0", "pi05"])
+def test_round_trip_is_exact(model_type, tmp_path):
+    policy = make_flow_policy(model_type, sampler="noise", num_steps=3, seed=7, max_action_dim=8)
     randomize_noise_head(policy)
     policy.action_statistics.set_statistics(torch.arange(6.0), torch.arange(6.0) + 1.0)
     policy.state_statistics.set_statistics(torch.ones(6), torch.full((6,), 2.0))
@@ -393,6 +398,7 @@ def test_a_chunk_of_another_size_is_refused():
             {"max_action_dim": 5},
             "action_dim must be at most max_action_dim=5 of the back",
         ),
+        ({"state_dim": 0, "model_type": "pi06"}, "model_type must be one of"),
         ({"sampler": "ddpm"}, "sampler must be one of"),
         ({"noise_level": 0.0}, "noise_level must be positive"),
         (
@@ -408,6 +414,16 @@ def test_a_chunk_of_another_size_is_refused():
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         make_flow_policy(**settings)
+
+
+def test_a_network_or_prompt_that_does_not_fit_is_refused():
+    policy = make_flow_policy("pi05")
+    data = policy.config.to_dict()
+    with pytest.raises(ValueError, match="state_dim must be at least 1 with a prompt that has"):
+        FlowVLAConfig.from_dict(data | {"state_dim": 0})
+    config = FlowVLAConfig.from_dict(data | {"backbone": {**data["backbone"], "model_type": "x"}})
+    with pytest.raises(ValueError, match=r"model_type must be one of \['pi0', 'pi05'\], got 'x'"):
+        FlowVLA(config, tokenizer=policy.tokenizer)
 
 
 def test_config_survives_json():

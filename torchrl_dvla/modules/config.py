@@ -211,6 +211,11 @@ class FlowVLAConfig(PolicyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if "{state}" in self.prompt_style.instruction and not self.state_dim:
+            raise ValueError(
+                "state_dim must be at least 1 with a prompt that has the '{state}', got 0. Take it "
+                "out of the prompt if the policy was trained without."
+            )
         if self.sampler == "cps" and not self.noise_level <= 1:
             raise ValueError(
                 f"noise_level must be at most 1 with sampler='cps', got {self.noise_level}. At 1 "

@@ -21,8 +21,10 @@ from torchrl.data.vla import VLA_ACTION_KEY
 from torchrl.modules.vla import VLAWrapperBase
 
 from torchrl_dvla import functional as F
+from torchrl_dvla.modules.backbones import PromptStyle
 from torchrl_dvla.modules.config import FlowVLAConfig
 from torchrl_dvla.modules.pi0 import Pi0, Prefix
+from torchrl_dvla.modules.pi05 import Pi05, state_words
 from torchrl_dvla.modules.policy_inputs import (
     PixelNormalizer,
     Standardizer,
@@ -39,9 +41,11 @@ if TYPE_CHECKING:
 
 __all__ = ["DenoisingPath", "FlowVLA"]
 
+_NETWORKS: dict[str, type[Pi0]] = {"pi0": Pi0, "pi05": Pi05}
+
 
 class FlowVLA(PretrainedMixin, VLAWrapperBase):
-    r"""Vision-language-action policy that denoises a chunk of continuous actions (pi0).
+    r"""Vision-language-action policy that denoises a chunk of continuous actions (pi0, pi0.5).
 
     A decision starts from noise :math:`x_0` ``[H, D]`` and takes ``K`` denoising steps along the
     velocity that the action expert gives. The prefix (images and instruction) is computed once, the
@@ -150,8 +154,11 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
         )
         self.config = config
         self.tokenizer = tokenizer
-        dtype = config.torch_dtype
-        self.network = Pi0.from_dict(config.backbone, dtype=dtype) if model is None else Pi0(model)
+        network = _network_class(config.backbone["model_type"])
+        if model is None:
+            self.network = network.from_dict(config.backbone, dtype=config.torch_dtype)
+        else:
+            self.network = network(model)
         self._check_sizes()
         self.prompt = InstructionEncoder(tokenizer, config.prompt_style.instruction)
         self.normalize = PixelNormalizer(config.pixel_style, image_size=self.network.image_size)
@@ -204,20 +211,25 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
             True
         """
         backbone = TinyPi0Config() if backbone is None else backbone
-        tokenizer = word_tokenizer(instructions)
+        network = _network_class(backbone.model_type)
+        template = network.template if state_dim else Pi0.template  # without the state's place
+        words = template.format(instruction="", state=" ".join(map(str, range(-1, 256))))
+        tokenizer = word_tokenizer([*instructions, words])
         sizes = {
             "chunk_size": chunk_size,
             "max_action_dim": max_action_dim or action_dim,
             "max_state_dim": max(state_dim, 1),
         }
         changes = {name: kwargs.pop(name) for name in cls.config_class.changeable if name in kwargs}
+        data = config_to_dict(backbone.to_transformers(len(tokenizer), **sizes))
         config = FlowVLAConfig(
-            backbone=config_to_dict(backbone.to_transformers(len(tokenizer), **sizes)),
+            backbone={**data, "model_type": backbone.model_type},
             action_dim=action_dim,
             image_size=(backbone.image_size, backbone.image_size),
             state_dim=state_dim,
             num_cameras=num_cameras,
-            pixel_style=Pi0.pixel_style,
+            prompt_style=PromptStyle(instruction=template),
+            pixel_style=network.pixel_style,
             **changes,
         )
         with torch.random.fork_rng(devices=[]):
@@ -397,7 +409,12 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
             proprio = read_proprio(tensordict, keys.state, config.state_dim)
             state = self.state_statistics.standardize(proprio.reshape(num_rows, -1))
         instructions = read_instructions(tensordict, keys.instruction, num_rows)
-        text_ids = [self.prompt.instruction_ids(instruction) for instruction in instructions]
+        has_state = "{state}" in config.prompt_style.instruction
+        words = state_words(state) if has_state else [""] * num_rows
+        text_ids = [
+            self.prompt.instruction_ids(text.strip().replace("_", " ").replace("\n", " "), word)
+            for text, word in zip(instructions, words, strict=True)
+        ]
         state = pad(state, (0, self.network.config.max_state_dim - config.state_dim))
         return self.network.prefix(pixels, text_ids, state), batch_shape
 
@@ -492,6 +509,15 @@ def _kl_of_paths(p: DenoisingPath, q: DenoisingPath) -> torch.Tensor:
         d.Normal(path.mean_of_steps, path.std_of_steps, validate_args=False) for path in (p, q)
     )
     return d.kl_divergence(*steps).sum(-2)
+
+
+def _network_class(model_type: str) -> type[Pi0]:
+    if model_type not in _NETWORKS:
+        raise ValueError(
+            f"model_type must be one of {sorted(_NETWORKS)}, got {model_type!r}. FlowVLA has no "
+            "other networks; TransformersVLA takes vision-language models."
+        )
+    return _NETWORKS[model_type]
 
 
 def _noise_head(hidden_size: int, action_dim: int) -> nn.Sequential:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle
+from torchrl_dvla.modules.backbones import PixelStyle
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PI0ForConditionalGeneration
@@ -50,7 +50,8 @@ class Pi0(nn.Module):
         https://arxiv.org/abs/2410.24164.
     """
 
-    prompt_style: ClassVar[PromptStyle] = PromptStyle(instruction="<bos>{instruction}\n")
+    #: Prompt after the images, and after a ``<bos>`` where the tokenizer knows one.
+    template: ClassVar[str] = "{instruction}\n"
     pixel_style: ClassVar[PixelStyle] = PixelStyle(interpolation="bilinear", pad=True)
 
     def __init__(self, model: PI0ForConditionalGeneration) -> None:
@@ -83,7 +84,7 @@ class Pi0(nn.Module):
         """
         from transformers import PI0Config, PI0ForConditionalGeneration
 
-        config = PI0Config.from_dict(dict(data))
+        config = PI0Config.from_dict({**data, "model_type": PI0Config.model_type})
         model = PI0ForConditionalGeneration._from_config(
             config, dtype=dtype, attn_implementation="sdpa"
         )

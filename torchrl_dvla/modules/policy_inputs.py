@@ -224,6 +224,19 @@ class Standardizer(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_(std)
 
+    def set_quantiles(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Map the range between two quantiles to [-1, 1], as pi0.5 does.
+
+        Args:
+            low (torch.Tensor): quantile of 1 % ``[S]``.
+            high (torch.Tensor): quantile of 99 % ``[S]``, larger.
+
+        Raises:
+            ValueError: as :meth:`set_statistics`.
+        """
+        half = (high - low) / 2
+        self.set_statistics(low + half, half)
+
     def standardize(self, values: torch.Tensor) -> torch.Tensor:
         """Values ``[*B, S]`` in standard deviations from the mean."""
         return (values.to(self.mean.dtype) - self.mean) / self.std

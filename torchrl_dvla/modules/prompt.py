@@ -50,7 +50,7 @@ class InstructionEncoder:
 
     Args:
         tokenizer (PreTrainedTokenizerBase): turns text into ids.
-        template (str): text with ``"{instruction}"`` where the task goes.
+        template (str): text with ``"{instruction}"`` for the task and, perhaps, ``"{state}"``.
 
     Keyword Args:
         cache_size (int): number of distinct instructions cached.
@@ -68,7 +68,7 @@ class InstructionEncoder:
         self._tokenizer = tokenizer
         self._template = template
         self._cache_size = cache_size
-        self._ids: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._ids: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
 
     def _encode(self, text: str) -> torch.Tensor:
         if not text:
@@ -76,18 +76,18 @@ class InstructionEncoder:
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)
 
-    def instruction_ids(self, instruction: str) -> torch.Tensor:
-        """Token ids ``[L]`` of one instruction inside its template."""
-        ids = self._ids.get(instruction)
+    def instruction_ids(self, instruction: str, state: str = "") -> torch.Tensor:
+        """Token ids ``[L]`` of one instruction, and of a state in words, inside the template."""
+        ids = self._ids.get((instruction, state))
         if ids is None:
-            ids = self._encode(self._template.format(instruction=instruction))
+            ids = self._encode(self._template.format(instruction=instruction, state=state))
             if len(ids) == 0:
                 raise ValueError(
                     f"language_instruction must contain at least one token, got {instruction!r}. "
                     "Give every episode the description of its task."
                 )
             self._check_words(instruction, ids)
-            self._ids[instruction] = ids
+            self._ids[instruction, state] = ids
             if len(self._ids) > self._cache_size:
                 self._ids.popitem(last=False)
         return ids

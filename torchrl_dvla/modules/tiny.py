@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -169,7 +169,7 @@ class TinyBackboneConfig:
 
 @dataclass(frozen=True)
 class TinyPi0Config:
-    """Sizes of a pi0 that trains on two CPU cores.
+    """Sizes of a pi0 or pi0.5 that trains on two CPU cores.
 
     It is the real architecture (SigLIP tower, Gemma with one key-value head, and a Gemma as action
     expert that attends to it layer by layer) with small numbers.
@@ -185,6 +185,7 @@ class TinyPi0Config:
         head_size (int): width of an attention head, in all three.
         mlp_ratio (float): width of the MLPs over that of the stream; Gemma's gated MLPs get two
             thirds of it, which costs the same.
+        model_type (str): ``"pi0"`` or ``"pi05"``.
 
     Examples:
         >>> from torchrl_dvla.modules.tiny import TinyPi0Config
@@ -202,6 +203,7 @@ class TinyPi0Config:
     layers: Count = 2
     head_size: Count = 32
     mlp_ratio: Positive = 3.0
+    model_type: Literal["pi0", "pi05"] = "pi0"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -226,7 +228,7 @@ class TinyPi0Config:
             **kwargs: further fields of ``PI0Config``: ``chunk_size``, ``max_action_dim`` etc.
 
         Returns:
-            A ``PI0Config``.
+            A ``PI0Config``, of pi0.5 as well: transformers has none of its own.
         """
         from transformers import PI0Config
 
@@ -285,7 +287,8 @@ def initialize_tiny_(model: PreTrainedModel) -> None:
         tower). https://arxiv.org/abs/2111.06377
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        is_modulation = name.endswith(".dense")  # of an adaptive norm, which starts without effect
+        if isinstance(module, nn.Linear | nn.Conv2d) and not is_modulation:
             std = module.weight[0].numel() ** -0.5
             stack, in_stack, _ = name.rpartition(".layers.")
             if in_stack and name.endswith(("out_proj", "o_proj", "fc2", "down_proj")):
