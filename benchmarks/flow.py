@@ -35,7 +35,7 @@ from _machine import arguments, log, paired_ratio, report, spread
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from torchrl_dvla.modules import FlowVLA, TinyPi0Config
+from torchrl_dvla.modules import FlowVLA, TinyFlowConfig
 
 PATH = ("vla_action", "path")
 
@@ -46,7 +46,7 @@ def tiny() -> tuple[FlowVLA, int]:
 
 
 def small() -> tuple[FlowVLA, int]:
-    backbone = TinyPi0Config(
+    backbone = TinyFlowConfig(
         image_size=224, patch_size=14, vision_size=256, vision_layers=4, text_size=512,
         expert_size=256, layers=6, head_size=64, mlp_ratio=4.0,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from torch import nn
 from torchrl.data.vla import UniformActionTokenizer
 from transformers import Idefics3Config, PaliGemmaConfig, Qwen2_5_VLConfig, SmolVLMConfig
 
-from torchrl_dvla.modules import FlowVLA, TinyBackboneConfig, TinyPi0Config, TransformersVLA
+from torchrl_dvla.modules import FlowVLA, TinyBackboneConfig, TinyFlowConfig, TransformersVLA
 
 INSTRUCTIONS = ["pick up the black bowl and place it on the plate", "open the drawer", "lift it"]
 ACTION_DIM, CHUNK, STATE_DIM, BINS = 6, 4, 6, 16
@@ -38,7 +38,7 @@ def make_policy(**kwargs) -> TransformersVLA:
 
 
 #: The same of pi0: 4 tokens an image.
-SMALL_PI0 = TinyPi0Config(
+SMALL_FLOW = TinyFlowConfig(
     image_size=32, patch_size=16, vision_size=32, vision_layers=2, text_size=32, expert_size=32,
     head_size=16, mlp_ratio=2.0,
 )  # fmt: skip
@@ -46,7 +46,7 @@ SMALL_PI0 = TinyPi0Config(
 
 def make_flow_policy(model_type="pi0", **kwargs) -> FlowVLA:
     kwargs.setdefault("state_dim", STATE_DIM)
-    backbone = dataclasses.replace(SMALL_PI0, model_type=model_type)
+    backbone = dataclasses.replace(SMALL_FLOW, model_type=model_type)
     policy = FlowVLA.tiny(
         INSTRUCTIONS, action_dim=ACTION_DIM, chunk_size=CHUNK, backbone=backbone, **kwargs
     )

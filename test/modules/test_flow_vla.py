@@ -30,6 +30,7 @@ SAMPLERS = {
     "cps, all steps": {"sampler": "cps", "stochastic_step": "all"},
     "noise, all steps": {"sampler": "noise", "stochastic_step": "all"},
     "pi05": {"model_type": "pi05"},
+    "smolvla": {"model_type": "smolvla"},
 }
 samplers = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 
@@ -43,6 +44,10 @@ def decide(policy, *batch, explore=True, seed=0, **kwargs) -> TensorDict:
 
 def log_probs_of(policy, td) -> torch.Tensor:
     return policy.get_dist(td).log_prob(td[PATH])
+
+
+def _widened(argument):
+    return torch.float64 if argument is torch.float32 else argument
 
 
 def randomize_noise_head(policy):
@@ -103,10 +108,13 @@ def test_passes(sampler):
     """Sampling: one prefix, an expert pass each step. Learning: one for each stochastic step."""
     policy = make_flow_policy(**sampler)
     passes = []
-    pi0 = policy.network.model.model
-    for name, module in (
-        ("images", pi0.vlm.vision_tower), ("text", pi0.vlm), ("expert", pi0.dit.norm)
-    ):  # fmt: skip
+    if sampler.get("model_type") == "smolvla":
+        vlm, norm = policy.network.vlm, policy.network.expert.norm
+        modules = vlm.model.vision_model.encoder.layers[0], vlm.language_model.layers[0], norm
+    else:
+        pi0 = policy.network.model.model
+        modules = pi0.vlm.vision_tower, pi0.vlm, pi0.dit.norm
+    for name, module in zip(("images", "text", "expert"), modules):
         module.register_forward_hook(lambda *_, name=name: passes.append(name))
     td = decide(policy, 3)
     assert sorted(passes) == ["expert"] * 4 + ["images", "text"]
@@ -219,7 +227,12 @@ def test_gradients_are_finite_differences(sampler, monkeypatch):
         randomize_noise_head(policy)
     td = decide(policy, 3)
     policy, td[PATH] = policy.double(), td[PATH].double()
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # Gemma's norms call it
+    # Norms round to single precision, Gemma's by the one and Llama's by the other.
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda x, *args, **kwargs: to(x, *map(_widened, args), **kwargs)
+    )
     weight = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(1)).double()
 
     def objective() -> torch.Tensor:
@@ -244,7 +257,7 @@ def test_gradients_are_finite_differences(sampler, monkeypatch):
         assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("model_type", ["pi0", "pi05"])
+@pytest.mark.parametrize("model_type", ["pi0", "pi05", "smolvla"])
 @torch.no_grad()
 def test_every_input_matters(model_type):
     policy = make_flow_policy(model_type, num_cameras=2)
@@ -266,23 +279,24 @@ def test_every_input_matters(model_type):
     assert (changed(STEP, (td[STEP] + 1) % 4) > 1e-3).all()
 
 
+@pytest.mark.parametrize("model_type", ["pi0", "pi05", "smolvla"])
 @pytest.mark.parametrize("freeze_prefix", [False, True])
-def test_exactly_what_is_to_be_trained_gets_a_gradient(freeze_prefix):
-    policy = make_flow_policy(freeze_prefix=freeze_prefix)
+def test_exactly_what_is_to_be_trained_gets_a_gradient(model_type, freeze_prefix):
+    policy = make_flow_policy(model_type, freeze_prefix=freeze_prefix)
     td = decide(policy, 3)
     log_probs_of(policy, td).sum().backward()
     moving = {name for name, p in policy.named_parameters() if p.grad is not None}
     assert moving == {name for name, p in policy.named_parameters() if p.requires_grad}
     expert = {name for name, _ in policy.named_parameters() if ".vlm." not in name}
-    assert moving == expert if freeze_prefix else moving > expert
-    if not freeze_prefix:  # no one reads the last hidden states of the prefix
-        unread = {
-            name.split("layers.1.")[-1] for name, p in policy.named_parameters() if p.grad is None
-        }
-        assert unread == {
+    if freeze_prefix:
+        assert moving == {name for name in expert if "network.state_proj" not in name}
+    else:  # no one reads the last hidden states of the prefix
+        assert moving > expert
+        names = [name for name, p in policy.named_parameters() if p.grad is None]
+        assert {name.split("layers.1.")[-1].split("model.norm")[-1] for name in names} == {
             "self_attn.q_proj.weight", "self_attn.o_proj.weight", "mlp.gate_proj.weight",
             "mlp.up_proj.weight", "mlp.down_proj.weight", "post_attention_layernorm.weight",
-            "network.model.model.vlm.language_model.norm.weight",
+            ".weight",
         }  # fmt: skip
 
 
@@ -344,7 +358,7 @@ def test_a_clone_acts_like_its_expert():
 
 
 # -- checkpoints -----------------------------------------------------------------------------------
-@pytest.mark.parametrize("model_type", ["pi0", "pi05"])
+@pytest.mark.parametrize("model_type", ["pi0", "pi05", "smolvla"])
 def test_round_trip_is_exact(model_type, tmp_path):
     policy = make_flow_policy(model_type, sampler="noise", num_steps=3, seed=7, max_action_dim=8)
     randomize_noise_head(policy)
@@ -422,7 +436,9 @@ def test_a_network_or_prompt_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="state_dim must be at least 1 with a prompt that has"):
         FlowVLAConfig.from_dict(data | {"state_dim": 0})
     config = FlowVLAConfig.from_dict(data | {"backbone": {**data["backbone"], "model_type": "x"}})
-    with pytest.raises(ValueError, match=r"model_type must be one of \['pi0', 'pi05'\], got 'x'"):
+    with pytest.raises(
+        ValueError, match=r"model_type must be one of \['pi0', 'pi05', .*\], got 'x'"
+    ):
         FlowVLA(config, tokenizer=policy.tokenizer)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from torchrl_dvla.modules import TinyBackboneConfig, TinyPi0Config, word_tokenizer
+from torchrl_dvla.modules import TinyBackboneConfig, TinyFlowConfig, word_tokenizer
 from torchrl_dvla.modules.action_head import inverse_cdf_sample
 from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle
 from torchrl_dvla.modules.policy_inputs import PixelNormalizer, StateProjector
@@ -51,13 +51,16 @@ def test_resizes_with_antialiasing():
 @pytest.mark.parametrize(("height", "width"), [(2, 4), (4, 2)])
 def test_pads_instead_of_distorting(height, width):
     image = torch.full((1, 3, height, width), 255, dtype=torch.uint8)
-    pixels = PixelNormalizer(PixelStyle(pad=True), image_size=(4, 4))(image)[0, 0]
+    pixels = PixelNormalizer(PixelStyle(padding="center"), image_size=(4, 4))(image)[0, 0]
     # black, white, white, black along the shorter side
     lines = (pixels if height < width else pixels.T).unique(dim=1).flatten()
     assert lines.tolist() == [-1.0, 1.0, 1.0, -1.0]
+    pixels = PixelNormalizer(PixelStyle(padding="top_left"), image_size=(4, 4))(image)[0, 0]
+    lines = (pixels if height < width else pixels.T).unique(dim=1).flatten()
+    assert lines.tolist() == [-1.0, -1.0, 1.0, 1.0]
     # Two thirds of the height of a 6 x 9 image that becomes 4 x 4 are its own.
     image = torch.full((1, 3, 6, 9), 255, dtype=torch.uint8)
-    style = PixelStyle(pad=True, interpolation="bilinear")
+    style = PixelStyle(padding="center", interpolation="bilinear")
     assert PixelNormalizer(style, image_size=(4, 4))(image).mean().item() == pytest.approx(
         1 / 3, abs=0.05
     )
@@ -122,8 +125,8 @@ def test_sine_table_tells_cells_apart():
         (lambda: PixelStyle(mean=(0.5, 0.5, math.nan)), "mean must be .*finite"),
         (lambda: PixelStyle(std=(math.nan, 0.5, 0.5)), "std must be .*finite"),
         (lambda: PixelStyle(std=(0.5, 0.0, 0.5)), "be finite and std positive"),
-        (lambda: TinyPi0Config(text_size=40), "text_size must be a multiple of head_size=32, got"),
-        (lambda: TinyPi0Config(image_size=100), "image_size must be a multiple of patch_size=16"),
+        (lambda: TinyFlowConfig(text_size=40), "text_size must be a multiple of head_size=32, got"),
+        (lambda: TinyFlowConfig(image_size=100), "image_size must be a multiple of patch_size=16"),
         (lambda: word_tokenizer(["", "  "]), "at least one word"),
         (lambda: inverse_cdf_sample(torch.tensor([[0.5, torch.nan]])), "must be finite"),
         (lambda: TinyBackboneConfig(vision_size=100), "vision_size must be a multiple of head_siz"),

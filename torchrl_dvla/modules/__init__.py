@@ -7,14 +7,14 @@
 from torchrl_dvla.modules.config import FlowVLAConfig, TransformersVLAConfig
 from torchrl_dvla.modules.flow_vla import FlowVLA
 from torchrl_dvla.modules.prompt import word_tokenizer
-from torchrl_dvla.modules.tiny import TinyBackboneConfig, TinyPi0Config, tiny_token_policy
+from torchrl_dvla.modules.tiny import TinyBackboneConfig, TinyFlowConfig, tiny_token_policy
 from torchrl_dvla.modules.transformers_vla import TransformersVLA
 
 __all__ = [
     "FlowVLA",
     "FlowVLAConfig",
     "TinyBackboneConfig",
-    "TinyPi0Config",
+    "TinyFlowConfig",
     "TransformersVLA",
     "TransformersVLAConfig",
     "tiny_token_policy",

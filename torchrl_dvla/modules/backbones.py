@@ -65,14 +65,14 @@ class PixelStyle:
         mean (tuple of float): per-channel mean of pixels in [0, 1].
         std (tuple of float): per-channel standard deviation of pixels in [0, 1].
         interpolation (str): ``"bilinear"`` or ``"bicubic"``, for cameras of another size.
-        pad (bool): whether images get black borders instead of being distorted to another aspect
-            ratio.
+        padding (str): where images of another aspect ratio get black borders instead of being
+            distorted: ``"center"`` (half on each side), ``"top_left"``, or ``"none"`` for neither.
     """
 
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    pad: bool = False
+    padding: Literal["none", "center", "top_left"] = "none"
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -23,7 +23,8 @@ from torchrl.modules.vla import VLAWrapperBase
 from torchrl_dvla import functional as F
 from torchrl_dvla.modules.backbones import PromptStyle
 from torchrl_dvla.modules.config import FlowVLAConfig
-from torchrl_dvla.modules.pi0 import Pi0, Prefix
+from torchrl_dvla.modules.flow_network import FlowNetwork, Prefix
+from torchrl_dvla.modules.pi0 import Pi0
 from torchrl_dvla.modules.pi05 import Pi05, state_words
 from torchrl_dvla.modules.policy_inputs import (
     PixelNormalizer,
@@ -34,18 +35,21 @@ from torchrl_dvla.modules.policy_inputs import (
 )
 from torchrl_dvla.modules.pretrained import PretrainedMixin, config_to_dict
 from torchrl_dvla.modules.prompt import InstructionEncoder, word_tokenizer
-from torchrl_dvla.modules.tiny import TinyPi0Config, initialize_tiny_
+from torchrl_dvla.modules.smolvla import SmolVLA
+from torchrl_dvla.modules.tiny import TinyFlowConfig, initialize_tiny_
 
 if TYPE_CHECKING:
-    from transformers import PI0ForConditionalGeneration, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["DenoisingPath", "FlowVLA"]
 
-_NETWORKS: dict[str, type[Pi0]] = {"pi0": Pi0, "pi05": Pi05}
+_NETWORKS: dict[str, type[FlowNetwork]] = {"pi0": Pi0, "pi05": Pi05, "smolvla": SmolVLA}
 
 
 class FlowVLA(PretrainedMixin, VLAWrapperBase):
-    r"""Vision-language-action policy that denoises a chunk of continuous actions (pi0, pi0.5).
+    r"""Vision-language-action policy that denoises a chunk of continuous actions.
+
+    Networks: pi0, pi0.5 and SmolVLA.
 
     A decision starts from noise :math:`x_0` ``[H, D]`` and takes ``K`` denoising steps along the
     velocity that the action expert gives. The prefix (images and instruction) is computed once, the
@@ -78,8 +82,8 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
 
     Keyword Args:
         tokenizer (PreTrainedTokenizerBase): turns instructions into ids.
-        model (PI0ForConditionalGeneration, optional): the network with its weights. Defaults to a
-            random one built from ``config.backbone``.
+        network (FlowNetwork, optional): with its weights, a :class:`~torchrl_dvla.modules.pi0.Pi0`
+            for instance. Defaults to a random one built from ``config.backbone``.
         device (torch.device, optional): where to put the policy.
         default_interaction_type (InteractionType): outside an exploration context.
 
@@ -138,7 +142,7 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
         config: FlowVLAConfig,
         *,
         tokenizer: PreTrainedTokenizerBase,
-        model: PI0ForConditionalGeneration | None = None,
+        network: FlowNetwork | None = None,
         device: torch.device | str | None = None,
         default_interaction_type: InteractionType = InteractionType.DETERMINISTIC,
     ) -> None:
@@ -154,11 +158,10 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
         )
         self.config = config
         self.tokenizer = tokenizer
-        network = _network_class(config.backbone["model_type"])
-        if model is None:
-            self.network = network.from_dict(config.backbone, dtype=config.torch_dtype)
-        else:
-            self.network = network(model)
+        if network is None:
+            family = _network_class(config.backbone["model_type"])
+            network = family.from_dict(config.backbone, dtype=config.torch_dtype)
+        self.network = network
         self._check_sizes()
         self.prompt = InstructionEncoder(tokenizer, config.prompt_style.instruction)
         self.normalize = PixelNormalizer(config.pixel_style, image_size=self.network.image_size)
@@ -179,13 +182,13 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
         action_dim: int,
         chunk_size: int,
         state_dim: int = 0,
-        backbone: TinyPi0Config | None = None,
+        backbone: TinyFlowConfig | None = None,
         num_cameras: int = 1,
         max_action_dim: int | None = None,
         seed: int = 0,
         **kwargs: Any,
     ) -> FlowVLA:
-        """Random pi0 of a size that trains and serves on two CPU cores.
+        """Random policy of a size that trains and serves on two CPU cores.
 
         Args:
             instructions (iterable of str): the tasks; their words are the vocabulary.
@@ -194,7 +197,7 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
             action_dim (int): action dimension ``A``.
             chunk_size (int): env steps per decision ``H``.
             state_dim (int): size of the proprioception vector, 0 for none.
-            backbone (TinyPi0Config, optional): sizes; ``image_size`` is the camera's.
+            backbone (TinyFlowConfig, optional): family and sizes; ``image_size`` is the camera's.
             num_cameras (int): 1, or 2 with a wrist camera.
             max_action_dim (int, optional): padded action dimension ``D``; none by default.
             seed (int): of the initial weights; the global generator is left alone.
@@ -210,9 +213,9 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
             >>> sum(parameter.numel() for parameter in policy.parameters()) < 3_000_000
             True
         """
-        backbone = TinyPi0Config() if backbone is None else backbone
-        network = _network_class(backbone.model_type)
-        template = network.template if state_dim else Pi0.template  # without the state's place
+        backbone = TinyFlowConfig() if backbone is None else backbone
+        family = _network_class(backbone.model_type)
+        template = family.template if state_dim else FlowNetwork.template  # without the state
         words = template.format(instruction="", state=" ".join(map(str, range(-1, 256))))
         tokenizer = word_tokenizer([*instructions, words])
         sizes = {
@@ -229,13 +232,13 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
             state_dim=state_dim,
             num_cameras=num_cameras,
             prompt_style=PromptStyle(instruction=template),
-            pixel_style=network.pixel_style,
+            pixel_style=family.pixel_style,
             **changes,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             policy = cls(config, tokenizer=tokenizer, **kwargs)
-            initialize_tiny_(policy.network.model)
+            initialize_tiny_(policy.network, policy.network.words)
         return policy
 
     # -- deciding ----------------------------------------------------------
@@ -511,7 +514,7 @@ def _kl_of_paths(p: DenoisingPath, q: DenoisingPath) -> torch.Tensor:
     return d.kl_divergence(*steps).sum(-2)
 
 
-def _network_class(model_type: str) -> type[Pi0]:
+def _network_class(model_type: str) -> type[FlowNetwork]:
     if model_type not in _NETWORKS:
         raise ValueError(
             f"model_type must be one of {sorted(_NETWORKS)}, got {model_type!r}. FlowVLA has no "

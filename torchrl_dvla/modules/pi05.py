@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from torchrl_dvla.modules.pi0 import Pi0, Prefix
+from torchrl_dvla.modules.flow_network import Prefix
+from torchrl_dvla.modules.pi0 import Pi0
 
 if TYPE_CHECKING:
     from transformers import PI0ForConditionalGeneration
@@ -51,7 +52,6 @@ class Pi05(Pi0):
     def velocity(
         self, prefix: Prefix, x: torch.Tensor, time: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One pass of the action expert, see :meth:`Pi0.velocity`."""
         tokens, condition = self.model.embed_action_time(x, time)
         hidden = tokens.to(self.dtype)
         expert, cache = self.model.model.dit, prefix.fresh_cache()

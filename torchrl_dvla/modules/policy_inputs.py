@@ -139,7 +139,7 @@ class PixelNormalizer(nn.Module):
         super().__init__()
         self._image_size = image_size
         self._interpolation = style.interpolation
-        self._pad = style.pad
+        self._padding = style.padding
         mean = torch.tensor(style.mean).view(3, 1, 1)
         std = torch.tensor(style.std).view(3, 1, 1)
         # (x / 255 - mean) / std == x * scale + shift
@@ -161,8 +161,8 @@ class PixelNormalizer(nn.Module):
         pixels = images.to(torch.float32, copy=True)
         if images.dtype != torch.uint8:
             pixels.mul_(255.0)
-        if self._pad:
-            pixels = _pad_to_aspect(pixels, self._image_size)
+        if self._padding != "none":
+            pixels = _pad_to_aspect(pixels, self._image_size, self._padding)
         if pixels.shape[-2:] != self._image_size:
             pixels = F.interpolate(
                 pixels,
@@ -175,12 +175,13 @@ class PixelNormalizer(nn.Module):
         return (pixels * self.scale).add_(self.shift).to(dtype)
 
 
-def _pad_to_aspect(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Images with black borders, half on each side, so that a resize to ``size`` distorts none."""
+def _pad_to_aspect(images: torch.Tensor, size: tuple[int, int], where: str) -> torch.Tensor:
+    """Images with black borders, so that a resize to ``size`` distorts none."""
     height, width = images.shape[-2:]
     missing_width = max(0, round(height * size[1] / size[0]) - width)
     missing_height = max(0, round(width * size[0] / size[1]) - height)
-    left, top = missing_width // 2, missing_height // 2
+    parts = 1 if where == "top_left" else 2
+    left, top = missing_width // parts, missing_height // parts
     return F.pad(images, (left, missing_width - left, top, missing_height - top))
 
 

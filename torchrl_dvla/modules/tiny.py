@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Small policies: TorchRL's TinyVLA with action tokens, the SmolVLM of the CPU default, a pi0."""
+"""Small policies: TorchRL's TinyVLA with action tokens, and sizes of what a CPU can train."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torchrl.modules.vla import TinyVLA
 from torchrl_dvla.validation import Count, Positive, check_fields
 
 if TYPE_CHECKING:
-    from transformers import PI0Config, PreTrainedModel, SmolVLMConfig
+    from transformers import PI0Config, SmolVLMConfig
 
-__all__ = ["TinyBackboneConfig", "TinyPi0Config", "initialize_tiny_", "tiny_token_policy"]
+__all__ = ["TinyBackboneConfig", "TinyFlowConfig", "initialize_tiny_", "tiny_token_policy"]
 
 
 def tiny_token_policy(
@@ -168,28 +168,28 @@ class TinyBackboneConfig:
 
 
 @dataclass(frozen=True)
-class TinyPi0Config:
-    """Sizes of a pi0 or pi0.5 that trains on two CPU cores.
+class TinyFlowConfig:
+    """Sizes of a pi0, pi0.5 or SmolVLA that trains on two CPU cores.
 
-    It is the real architecture (SigLIP tower, Gemma with one key-value head, and a Gemma as action
-    expert that attends to it layer by layer) with small numbers.
+    It is the real architecture with small numbers: a vision-language model, and a language model as
+    action expert that attends to it layer by layer.
 
     Args:
         image_size (int): side of the square images.
-        patch_size (int): side of a patch; each becomes a token.
+        patch_size (int): side of a patch; each becomes a token, in SmolVLA four become one.
         vision_size (int): width of the vision tower.
         vision_layers (int): depth of the vision tower.
         text_size (int): width of the language model.
         expert_size (int): width of the action expert.
         layers (int): depth of language model and expert.
         head_size (int): width of an attention head, in all three.
-        mlp_ratio (float): width of the MLPs over that of the stream; Gemma's gated MLPs get two
-            thirds of it, which costs the same.
-        model_type (str): ``"pi0"`` or ``"pi05"``.
+        mlp_ratio (float): width of the MLPs over that of the stream; gated MLPs get two thirds of
+            it, which costs the same.
+        model_type (str): ``"pi0"``, ``"pi05"`` or ``"smolvla"``.
 
     Examples:
-        >>> from torchrl_dvla.modules.tiny import TinyPi0Config
-        >>> config = TinyPi0Config().to_transformers(100, chunk_size=8, max_action_dim=7)
+        >>> from torchrl_dvla.modules.tiny import TinyFlowConfig
+        >>> config = TinyFlowConfig().to_transformers(100, chunk_size=8, max_action_dim=7)
         >>> config.model_type, config.dit_config.num_hidden_layers
         ('pi0', 2)
     """
@@ -203,7 +203,7 @@ class TinyPi0Config:
     layers: Count = 2
     head_size: Count = 32
     mlp_ratio: Positive = 3.0
-    model_type: Literal["pi0", "pi05"] = "pi0"
+    model_type: Literal["pi0", "pi05", "smolvla"] = "pi0"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -228,10 +228,12 @@ class TinyPi0Config:
             **kwargs: further fields of ``PI0Config``: ``chunk_size``, ``max_action_dim`` etc.
 
         Returns:
-            A ``PI0Config``, of pi0.5 as well: transformers has none of its own.
+            A ``PI0Config``, for all families: transformers has no others.
         """
         from transformers import PI0Config
 
+        if self.model_type == "smolvla":
+            return self._smolvla(num_words, **kwargs)
         gemma = {
             "model_type": "gemma",
             "vocab_size": num_words,
@@ -268,10 +270,24 @@ class TinyPi0Config:
             **kwargs,
         )
 
+    def _smolvla(self, num_words: int, **kwargs: Any) -> PI0Config:
+        from transformers import PI0Config
+
+        names = ("image_size", "patch_size", "vision_size", "vision_layers", "text_size")
+        sizes = {name: getattr(self, name) for name in (*names, "head_size", "mlp_ratio")}
+        vlm = TinyBackboneConfig(text_layers=self.layers, **sizes).to_transformers(num_words)
+        expert = {
+            **vlm.text_config.to_dict(),
+            "hidden_size": self.expert_size,
+            "intermediate_size": int(self.expert_size * self.mlp_ratio * 2 / 3),
+            "head_dim": self.head_size,
+        }
+        return PI0Config(vlm_config=vlm.to_dict(), dit_config=expert, **kwargs)
+
 
 @torch.no_grad()
-def initialize_tiny_(model: PreTrainedModel) -> None:
-    """Initialisation of a tiny SmolVLM or pi0 for training from scratch.
+def initialize_tiny_(model: nn.Module, words: nn.Embedding) -> None:
+    """Initialisation of a tiny transformer for training from scratch.
 
     The family's own initialisation (normal, 0.02 everywhere) suits models that are a hundred times
     wider: here it would drown position and word identity in the first residual sums. So: linear
@@ -280,7 +296,8 @@ def initialize_tiny_(model: PreTrainedModel) -> None:
     which "where" can be read linearly.
 
     Args:
-        model (PreTrainedModel): the model, changed in place.
+        model (nn.Module): the model, changed in place.
+        words (nn.Embedding): its embeddings of words.
 
     Reference:
         He et al., "Masked Autoencoders Are Scalable Vision Learners", 2021 (sine positions of a
@@ -292,12 +309,11 @@ def initialize_tiny_(model: PreTrainedModel) -> None:
             std = module.weight[0].numel() ** -0.5
             stack, in_stack, _ = name.rpartition(".layers.")
             if in_stack and name.endswith(("out_proj", "o_proj", "fc2", "down_proj")):
-                depth = len(model.get_submodule(f"{stack}.layers"))
-                std *= (2 * depth) ** -0.5
+                layers: Any = model.get_submodule(f"{stack}.layers")
+                std *= (2 * len(layers)) ** -0.5
             nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    words = model.get_input_embeddings()
     nn.init.normal_(words.weight, std=1 / getattr(words, "scalar_embed_scale", 1.0))
     for name, module in model.named_modules():
         if name.endswith("position_embedding"):

@@ -247,7 +247,7 @@ class TransformersVLA(PretrainedMixin, VLAWrapperBase):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             policy = cls(config, tokenizer=tokenizer, **kwargs)
-            initialize_tiny_(policy.backbone.model)
+            initialize_tiny_(policy.backbone.model, policy.backbone.model.get_input_embeddings())
             policy.query_head.queries.data.normal_(std=query_std)
         return policy
 
