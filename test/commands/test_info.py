@@ -6,14 +6,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import re
 import shlex
 import shutil
 
-import pytest
-
-from torchrl_dvla.commands import info
 from torchrl_dvla.recipes.dvla_grpo.settings import compose_settings, to_dict
 from torchrl_dvla.recording import RunLock
 
@@ -27,9 +24,12 @@ def test_a_run_that_has_ended(call, trained):
     assert all(re.fullmatch(rf"success {when} +\S+ %.*/4.*", out.splitlines()[k])
                for k, when in ((3, "before"), (4, "after")))  # fmt: skip
     assert re.search(r"^checkpoint +update-00000002, \d{4}-\d\d-\d\d .*, \S+ MiB$", out, re.M)
-    assert re.search(r"^settings +--config-name toy, but$", out, re.MULTILINE)
-    assert re.search(r"^ +group.group_size=4$", out, re.MULTILINE)
-    assert "policy.backbone" not in out
+    assert "started by" not in out, "it was not started from the shell"
+    settings = (trained / "settings.yaml").read_text()
+    (trained / "settings.yaml").write_text(f"# torchrl-dvla train --config-name toy\n{settings}")
+    shown = call("info", trained)[1]
+    (trained / "settings.yaml").write_text(settings)
+    assert re.search(r"^started by +torchrl-dvla train --config-name toy$", shown, re.MULTILINE)
 
 
 def test_its_commands_work(call, trained):
@@ -38,41 +38,15 @@ def test_its_commands_work(call, trained):
     assert evaluate[1:] == ["-m", "torchrl_dvla", "evaluate", str(trained)]
     watch = shlex.split(lines["watch"])
     assert watch[1:] == ["-m", "tensorboard.main", "--logdir", str(trained)]
-    assert resume[1:5] == ["-m", "torchrl_dvla", "train", "--config-name"]
-    cfg = compose_settings(resume[5], resume[6:])
+    assert resume[1:5] == ["-m", "torchrl_dvla", "train", "--config-dir"]
+    assert resume[6:8] == ["--config-name", "settings"]
+    cfg = compose_settings(resume[7], resume[8:], config_dir=resume[5])
     assert cfg.checkpoint.resume == str(trained)
-    again = dataclasses.replace(cfg.checkpoint, resume=None)
-    recorded = info._settings(trained, [])
-    assert to_dict(dataclasses.replace(cfg, checkpoint=again)) == recorded
-
-
-@pytest.mark.parametrize(
-    ("config", "overrides", "chosen"),
-    [
-        ("toy", [], ["--config-name", "toy"]),
-        ("toy", ["policy.kind=tiny_vla", "name='with a space'"], ["--config-name", "toy"]),
-        ("libero", ["env.task_ids=[1,2]"], ["--config-name", "libero"]),
-        (
-            "libero_openvla_oft",
-            ["policy.checkpoint='/my/sft, final'"],
-            ["--config-name", "libero_openvla_oft"],
-        ),
-        (
-            "toy",
-            ["env=factory", "env._target_=a.b",
-             "+env.x=[1,'it\\'s \"so\"',null]", "+env.y={z:1e-5}",
-             "policy=factory", "policy._target_=c.d"],
-            ["--config-name", "toy", "env=factory", "policy=factory"],
-        ),
-    ],
-    ids=["toy", "another kind", "libero", "without a checkpoint of its own", "factories"],
-)  # fmt: skip
-def test_settings_come_back_from_the_arguments_that_are_shown(config, overrides, chosen):
-    settings = to_dict(compose_settings(config, overrides))
-    found, changed = info._nearest(settings)
-    assert found == chosen
-    again = compose_settings(found[1], [*found[2:], *changed])
-    assert to_dict(again) == settings
+    manifest = json.loads((trained / "checkpoints/update-00000002/manifest.json").read_text())
+    recorded = manifest["metadata"]["config"]
+    assert to_dict(cfg) == recorded | {
+        "checkpoint": recorded["checkpoint"] | {"resume": str(trained)}
+    }
 
 
 def test_a_run_under_way(call, trained, tmp_path):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
@@ -21,8 +22,8 @@ from hydra.errors import CompactHydraException
 
 from torchrl_dvla.recipes import terminal
 from torchrl_dvla.recipes.dvla_grpo import bookkeeping
-from torchrl_dvla.recipes.dvla_grpo.bookkeeping import CONFIG, Meter, RunState, last_words
-from torchrl_dvla.recipes.dvla_grpo.settings import settings_from
+from torchrl_dvla.recipes.dvla_grpo.bookkeeping import Meter, RunState, last_words
+from torchrl_dvla.recipes.dvla_grpo.settings import CONFIG, compose_settings, settings_from, to_dict
 from torchrl_dvla.recording import SuccessRate, check_writable
 
 
@@ -131,24 +132,40 @@ def hydra_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("python_in_path")
-def test_commands_go_on_with_the_overrides_of_the_run(hydra_run, tmp_path):
+def test_commands_go_on_with_the_settings_of_the_run(hydra_run, tmp_path):
     overrides = ["log.dir=my runs", "checkpoint.resume=auto", "+policy.hidden_dim=8", "seed=1"]
     cfg = hydra_run(*overrides)
-    run = tmp_path / "my runs" / "toy" / "time=1, seed1"
+    folder = "my runs/toy/time=1, seed1"
+    run = tmp_path / folder
+    run.mkdir(parents=True)
+    terminal.write_settings(to_dict(cfg), run)
     state = RunState(num_updates=3, checkpoint=str(run / "checkpoints" / "update-3"))
     lines = dict(line.split(":", 1) for line in last_words(cfg, run, state).splitlines())
     resumed, evaluated, watched = (shlex.split(lines[k]) for k in ("resume", "evaluate", "watch"))
     assert resumed == [
-        *["python", "-m", "torchrl_dvla", "train", "--config-name", "toy"],
-        *["log.dir=my runs", "+policy.hidden_dim=8", "seed=1"],
+        *["python", "-m", "torchrl_dvla", "train"],
+        *["--config-dir", folder, "--config-name", "settings"],
         'checkpoint.resume="my runs/toy/time=1, seed1"',
     ]
-    folder = "my runs/toy/time=1, seed1"
     assert evaluated == ["python", "-m", "torchrl_dvla", "evaluate", folder]
     assert watched[-2:] == ["--logdir", folder]
-    assert hydra_run(*resumed[6:]).checkpoint.resume == folder
+    again = compose_settings("settings", resumed[8:], config_dir=folder)
+    assert again.checkpoint.resume == folder
+    checkpoint = dataclasses.replace(again.checkpoint, resume="auto")
+    assert dataclasses.replace(again, checkpoint=checkpoint) == cfg
     state.num_updates = cfg.train.num_updates
     assert "  # and raise train.num_updates or train.max_minutes" in last_words(cfg, run, state)
+
+
+def test_settings_of_a_run_begin_with_the_commands_that_started_it(hydra_run, tmp_path):
+    for seed in (1, 2):
+        terminal.write_settings(to_dict(hydra_run(f"seed={seed}", "name=my run")), tmp_path)
+    lines = (tmp_path / "settings.yaml").read_text().splitlines()
+    assert lines[:3] == [
+        "# torchrl-dvla train --config-name toy seed=1 'name=my run'",
+        "# torchrl-dvla train --config-name toy seed=2 'name=my run'",
+        "defaults:",
+    ]
 
 
 @pytest.mark.usefixtures("python_in_path")

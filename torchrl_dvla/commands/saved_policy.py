@@ -88,7 +88,7 @@ class SavedPolicy:
                 manifest = Checkpoint.manifest(checkpoint)
             except CheckpointError as error:
                 raise ValueError(
-                    f"The checkpoint must have a manifest of TorchRL's checkpoints, got {str(given)!r}: "
+                    f"The checkpoint must have a manifest of TorchRL's, got {str(given)!r}: "
                     f"{error} It may be another program's."
                 ) from error
             record = manifest.get("components", {}).get("policy")

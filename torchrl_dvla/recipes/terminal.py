@@ -11,22 +11,30 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
+from omegaconf import OmegaConf
 
 from torchrl_dvla.validation import is_refusal
 
 __all__ = [
+    "SETTINGS_FILE",
     "command",
     "messages_only",
     "override",
     "resume_command",
     "shortened",
     "watch_command",
+    "write_settings",
 ]
+
+#: The settings of a run, in its folder.
+SETTINGS_FILE = "settings.yaml"
 
 
 @contextlib.contextmanager
@@ -67,29 +75,35 @@ def watch_command(run_folder: Path) -> str:
     return shlex.join([*program, "--logdir", shortened(run_folder)])
 
 
-def resume_command(name: str, run_folder: Path, *, config_path: Path, config_name: str) -> str:
-    """The command that goes on with a run, with the overrides that it was started with.
+def resume_command(run_folder: Path) -> str:
+    """The command that goes on with a run, with its settings, see :func:`write_settings`."""
+    folder = shortened(run_folder)
+    name = Path(SETTINGS_FILE).stem
+    resume = override("checkpoint.resume", folder)
+    return command("train", "--config-dir", folder, "--config-name", name, resume)
 
-    Args:
-        name (str): the command that runs the recipe.
-        run_folder (Path): the folder of the run.
 
-    Keyword Args:
-        config_path (Path): the recipe's own folder of configurations.
-        config_name (str): the configuration that it takes by default.
+def write_settings(settings: Mapping[str, Any], run_folder: Path) -> None:
+    """Write the settings of a run into its folder, as a configuration to start from again.
+
+    Its first lines are the commands that have started and resumed the run.
     """
-    arguments = []
+    path, starts = run_folder / SETTINGS_FILE, []
+    if path.is_file():
+        starts = [line for line in path.read_text().splitlines() if line.startswith("# ")]
     if HydraConfig.initialized():
-        cfg = HydraConfig.get()
-        for source in cfg.runtime.config_sources:
-            if source.provider == "main" and source.path != str(config_path):
-                arguments += ["--config-path", shortened(Path(source.path))]
-            elif source.provider == "command-line":
-                arguments += ["--config-dir", shortened(Path(source.path))]
-        if cfg.job.config_name != config_name:
-            arguments += ["--config-name", str(cfg.job.config_name)]
-        arguments += [o for o in cfg.overrides.task if not re.match(r"\+*checkpoint\.resume=", o)]
-    return command(name, *arguments, override("checkpoint.resume", shortened(run_folder)))
+        words = shlex.join(["train", *_arguments(HydraConfig.get())])
+        starts.append("# torchrl-dvla " + " ".join(words.split()))
+    defaults = [{"common": "settings"}, "_self_"]
+    text = OmegaConf.to_yaml({"defaults": defaults, **settings})
+    path.write_text("".join(f"{line}\n" for line in starts) + text)
+
+
+def _arguments(cfg: HydraConf) -> list[str]:
+    """What was typed behind the command."""
+    folders = [s.path for s in cfg.runtime.config_sources if s.provider == "command-line"]
+    given = [word for path in folders for word in ("--config-dir", shortened(Path(path)))]
+    return [*given, "--config-name", str(cfg.job.config_name), *cfg.overrides.task]
 
 
 def shortened(path: Path) -> str:

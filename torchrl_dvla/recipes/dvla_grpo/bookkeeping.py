@@ -28,7 +28,7 @@ from torchrl_dvla import DVLACollector
 from torchrl_dvla.collectors import EvaluationResult
 from torchrl_dvla.data import Group, GroupQueue
 from torchrl_dvla.differences import differences, join_some
-from torchrl_dvla.recipes.dvla_grpo.settings import CONFIG, Settings, flat, settings_from, to_dict
+from torchrl_dvla.recipes.dvla_grpo.settings import Settings, flat, settings_from, to_dict
 from torchrl_dvla.recipes.terminal import command, resume_command, shortened, watch_command
 from torchrl_dvla.recording import RunRecorder, RunReport, SuccessRate, TensorBoardRecorder
 from torchrl_dvla.saved_state import Number, form_of, require_form
@@ -443,7 +443,7 @@ def last_words(cfg: Settings, run_folder: Path, state: RunState) -> str:
     """Commands to resume, to evaluate and to watch a run that has ended, however it has."""
     rows = []
     if state.checkpoint:
-        resume = resume_command("train", run_folder, config_path=CONFIG, config_name="libero")
+        resume = resume_command(run_folder)
         if state.progress(cfg) >= 1.0:
             resume += "  # and raise train.num_updates or train.max_minutes: they are used up"
         rows += [("resume", resume), ("evaluate", command("evaluate", shortened(run_folder)))]

@@ -24,7 +24,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tensordict import TensorDictBase
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
@@ -52,7 +52,7 @@ from torchrl_dvla.recipes.dvla_grpo.bookkeeping import (
 )
 from torchrl_dvla.recipes.dvla_grpo.settings import CONFIG, Settings, settings_from, to_dict
 from torchrl_dvla.recipes.dvla_grpo.validation import check_policy, check_settings
-from torchrl_dvla.recipes.terminal import messages_only, shortened
+from torchrl_dvla.recipes.terminal import messages_only, shortened, write_settings
 from torchrl_dvla.recording import (
     GracefulStop,
     RunCheckpoints,
@@ -126,7 +126,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
         recorder = stack.enter_context(
             make_recorder(cfg, run_folder, state, is_resumed=resumed is not None)
         )
-        (run_folder / "settings.yaml").write_text(OmegaConf.to_yaml(to_dict(cfg)))
+        write_settings(to_dict(cfg), run_folder)
         rows = [("run folder", shortened(run_folder)), *watch_it(cfg, run_folder)]
         log("\n".join(f"{label + ':':<12}{line}" for label, line in rows))
         buffer = utils.make_replay_buffer(cfg)
