@@ -24,7 +24,7 @@ from torchrl_dvla.data import decision_layout
 from torchrl_dvla.memory import EnvironmentPool
 from torchrl_dvla.swimlane import env_worker, messages
 from torchrl_dvla.swimlane.env_worker import EnvWorker, describe_env, run_env_worker
-from torchrl_dvla.swimlane.messages import RefusedError, Reset, ResetDone, Step, StepDone
+from torchrl_dvla.swimlane.messages import Refused, RefusedError, Reset, ResetDone, Step, StepDone
 from torchrl_dvla.testing import CountingChunkEnv
 
 make_env = functools.partial(CountingChunkEnv, chunk_size=4, max_env_steps=10)
@@ -46,13 +46,30 @@ def layout_of(env):
     return decision_layout(observation, chunk_size=specs.chunk_size, action_dim=specs.action_dim)
 
 
+class OneByOne(EnvWorker):
+    """A worker that takes one command at a time, and raises what it refuses."""
+
+    def reset(self, command):
+        return self._only(super().reset([command]))
+
+    def step(self, command):
+        return self._only(super().step([command]))
+
+    @staticmethod
+    def _only(events):
+        [event] = events
+        if isinstance(event, Refused):
+            raise RefusedError(event.reason)
+        return event
+
+
 @contextlib.contextmanager
 def working(make, num_envs=1, rows_per_page=4):
     """A worker with a page for each of its environments, and the rows."""
     with EnvironmentPool(layout_of(make()), num_envs, rows_per_page) as pool:
         for _ in range(num_envs):
             pool.lease("w")
-        worker = EnvWorker({"default": make}, num_envs)
+        worker = OneByOne({"default": make}, num_envs)
         worker.use_pool(pool.worker_view())
         yield worker, pool.rows
         worker.close()
@@ -183,7 +200,7 @@ def test_what_no_learner_may_see_is_refused_by_name_and_ends_the_rollout(wrong, 
 def test_a_wrong_shape_inside_of_a_step_is_not_put_down_to_the_reward(worker_and_rows):
     worker, _ = worker_and_rows
     worker.reset(reset(0, 1, row=0))
-    worker._open[0].env._step = lambda _: torch.zeros(6).view(4)
+    worker._open[0].built.env._step = lambda _: torch.zeros(6).view(4)
     with pytest.raises(RuntimeError, match=r"^shape '\[4\]' is invalid for input of size 6"):
         worker.step(step(0, row=0, next_row=1))
 
@@ -198,7 +215,7 @@ def test_an_instruction_that_changes_travels_with_the_step():
 
 
 def test_rows_of_pages_that_are_not_leased_are_refused():
-    worker = EnvWorker({"default": make_env}, num_envs=1)
+    worker = OneByOne({"default": make_env}, num_envs=1)
     with pytest.raises(RuntimeError, match="use_pool must be called before reset"):
         worker.reset(reset(0, 1, row=0))
     with EnvironmentPool(layout_of(make_env()), num_pages=2, rows_per_page=2) as pool:
@@ -433,7 +450,7 @@ def test_a_failure_is_not_put_down_to_the_environments_before_it(monkeypatch, se
     ours.send(messages.WorkerCommands([step(0, row=0, next_row=1), step(1, row=4, next_row=5)], []))
     done, refused = ours.recv().events
     assert done == StepDone(0, False, False, 0.0, 4)
-    assert isinstance(refused, messages.Refused) and refused.env_index == 1
+    assert isinstance(refused, Refused) and refused.env_index == 1
     assert "'state') must be finite" in refused.reason, "its rollout ends, not the worker"
     ours.send(messages.WorkerCommands([], [reset(1, 3, row=4)]))
     assert len(ours.recv().events) == 1

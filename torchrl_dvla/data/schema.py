@@ -70,6 +70,7 @@ __all__ = [
     "REWARD_KEY",
     "ROLLOUT_ID_KEY",
     "SAMPLE_LOG_PROB_KEY",
+    "SEED_KEY",
     "STATE_KEY",
     "SUCCESS_KEY",
     "TERMINATED_KEY",
@@ -99,6 +100,9 @@ INSTRUCTION_ID_KEY: NestedKey = "instruction_id"
 #: State entry that environments read at reset: the initial state to start from, -1 or absent lets
 #: them sample. Declared in ``state_spec``, for transforms pass nothing else on; a reset returns it.
 INIT_STATE_ID_KEY: NestedKey = "init_state_id"
+#: State entry int64 ``[N, 1]`` that batched environments read at a reset: the seed of each episode
+#: that begins, so that the rollouts of a group share their scene wherever they are played.
+SEED_KEY: NestedKey = "seed"
 REWARD_KEY: NestedKey = ("next", "reward")
 DONE_KEY: NestedKey = ("next", "done")
 TERMINATED_KEY: NestedKey = ("next", "terminated")

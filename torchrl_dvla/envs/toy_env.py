@@ -6,14 +6,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
-from torchrl.data import Bounded, Categorical, Composite
+from tensordict import NonTensorData, TensorDict, TensorDictBase
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import ToyVLAEnv
 
-from torchrl_dvla.data.schema import ACTION_CHUNK_KEY, ACTION_IS_PAD_KEY, VLA_ACTION_KEY
+from torchrl_dvla.data.schema import (
+    ACTION_CHUNK_KEY,
+    ACTION_IS_PAD_KEY,
+    SEED_KEY,
+    VLA_ACTION_KEY,
+)
 from torchrl_dvla.validation import Count, Positive, Range, check
 
 __all__ = ["ToyChunkEnv"]
@@ -31,6 +37,10 @@ class ToyChunkEnv(ToyVLAEnv):
     but several times faster, and it says which env steps of the chunk were executed. Two
     environments that are given the same seed before their resets get the same targets.
 
+    With ``batch_size=[N]`` it is one environment of ``N`` episodes: an episode that is reset with a
+    ``"seed"`` ``[N, 1]`` in the tensordict gets the target that a single environment of this seed
+    gets.
+
     Keyword Args:
         action_dim (int): ``A``. Defaults to ``2``.
         chunk_size (int): env steps in an action chunk. Defaults to ``4``.
@@ -38,6 +48,7 @@ class ToyChunkEnv(ToyVLAEnv):
         success_steps (int): env steps in a row within the tolerance. Defaults to ``2``.
         success_tol (float): tolerance, in each dimension. Defaults to ``0.35``.
         seed (int, optional): as for :meth:`set_seed`.
+        batch_size (sequence of int): ``[N]``. Defaults to ``()``, one episode.
 
     Raises:
         ValueError: for a number out of range.
@@ -64,6 +75,7 @@ class ToyChunkEnv(ToyVLAEnv):
         success_steps: int = 2,
         success_tol: float = 0.35,
         seed: int | None = None,
+        batch_size: Sequence[int] = (),
     ) -> None:
         chunk_size = check("chunk_size", chunk_size, int, Range(1, remedy="Use the policy's."))
         action_dim = check("action_dim", action_dim, Count)
@@ -79,43 +91,87 @@ class ToyChunkEnv(ToyVLAEnv):
             success_steps=success_steps,
             success_tol=success_tol,
             seed=seed,
+            batch_size=torch.Size(batch_size),
         )
         self.chunk_size = chunk_size
-        chunk = Bounded(-1.0, 1.0, shape=(chunk_size, action_dim), device=self.device)
-        self.full_action_spec = Composite({VLA_ACTION_KEY: Composite({"chunk": chunk})})
+        batch = self.batch_size
+        chunk = Bounded(-1.0, 1.0, shape=(*batch, chunk_size, action_dim), device=self.device)
+        action = Composite({"chunk": chunk}, shape=batch)
+        self.full_action_spec = Composite({VLA_ACTION_KEY: action}, shape=batch)
         self.observation_spec[ACTION_IS_PAD_KEY] = Categorical(
-            2, dtype=torch.bool, shape=(chunk_size,), device=self.device
+            2, dtype=torch.bool, shape=(*batch, chunk_size), device=self.device
         )
+        if batch:
+            seeds = Unbounded(shape=(*batch, 1), dtype=torch.int64, device=self.device)
+            self.state_spec = Composite({SEED_KEY: seeds}, shape=batch)
+        # Wrapped once: a tensordict takes 40 us to wrap a bare string.
+        self._text = NonTensorData(self.instruction, batch_size=batch)
+        self._streak: torch.Tensor
+        self._request: TensorDictBase | None = None
 
     def _obs(self, state: torch.Tensor) -> TensorDict:
-        image = self._render(state).permute(2, 0, 1).contiguous()
+        image = self._render(state).movedim(-1, -3).contiguous()
+        observation = TensorDict({"image": image, "state": state}, self.batch_size)
         return TensorDict(
-            {
-                "observation": {"image": image, "state": state},
-                "language_instruction": self.instruction,
-            },
+            {"observation": observation, "language_instruction": self._text},
+            self.batch_size,
             device=self.device,
         )
 
+    def _draw_marker(
+        self,
+        canvas: torch.Tensor,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        color: tuple[int, int, int],
+        radius: int = 2,
+    ) -> None:
+        side = torch.arange(canvas.shape[-2], device=canvas.device)
+        rows, columns = ((side - at.unsqueeze(-1)).abs() <= radius for at in (y, x))
+        is_inside = rows.unsqueeze(-1) & columns.unsqueeze(-2)
+        canvas[is_inside] = torch.tensor(color, dtype=torch.uint8, device=canvas.device)
+
+    def _sample_target(self) -> torch.Tensor:
+        seeds = None if self._request is None else self._request.get(SEED_KEY, None)
+        if self._request is None or seeds is None:
+            return super()._sample_target()
+        target, is_reset = self._target.clone(), self._request.get("_reset", torch.ones_like(seeds))
+        for index in is_reset.flatten().nonzero().flatten().tolist():
+            self._rng.manual_seed(int(seeds[index]))
+            target[index] = torch.rand(self.action_dim, generator=self._rng) - 0.5
+        return target
+
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
-        out = super()._reset(None, **kwargs)
-        out[ACTION_IS_PAD_KEY] = torch.zeros(self.chunk_size, dtype=torch.bool)
+        if self.batch_size:
+            self._request = TensorDict({}, self.batch_size) if tensordict is None else tensordict
+        out = super()._reset(self._request, **kwargs)
+        shape = (*self.batch_size, self.chunk_size)
+        out[ACTION_IS_PAD_KEY] = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        if self._request is not None:
+            out[SEED_KEY] = self._request.get(SEED_KEY, self.state_spec[SEED_KEY].zero()).clone()
         return out
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         chunk = tensordict.get(ACTION_CHUNK_KEY)
-        error = chunk - self._target
-        streak, num_executed = int(self._streak), 0
-        for is_close in (error.abs() <= self.success_tol).all(-1).tolist():
-            streak = streak + 1 if is_close else 0
-            num_executed += 1
-            if streak >= self.success_steps:
-                break
-        self._streak.fill_(streak)
-        success = torch.tensor([streak >= self.success_steps])
-        out = self._obs(self._make_state(chunk[num_executed - 1]))
+        error = chunk - self._target.unsqueeze(-2)
+        is_close = (error.abs() <= self.success_tol).all(-1)
+        # Length of the row of close env steps that each env step ends, from that of its last miss.
+        number = torch.arange(self.chunk_size, device=chunk.device)
+        streak = number - torch.where(is_close, -1 - self._streak, number).cummax(-1).values
+        is_solved = streak >= self.success_steps
+        reward = is_solved.any(-1, keepdim=True)
+        last = torch.where(reward, is_solved.int().argmax(-1, keepdim=True), self.chunk_size - 1)
+        streak = streak.gather(-1, last)
+        at_last = last.unsqueeze(-1).expand(*last.shape, self.action_dim)
+        state = self._make_state(chunk.gather(-2, at_last).squeeze(-2))
+        if (mask := tensordict.get("_step", None)) is not None:
+            mask = mask.view(streak.shape)
+            streak, reward = torch.where(mask, streak, self._streak), reward & mask
+        self._streak = streak
+        success = streak >= self.success_steps
+        out = self._obs(state)
         out["success"] = success
-        out["reward"] = success.float()
+        out["reward"] = reward.float()
         out["terminated"], out["done"] = success.clone(), success.clone()
-        out[ACTION_IS_PAD_KEY] = torch.arange(self.chunk_size) >= num_executed
+        out[ACTION_IS_PAD_KEY] = number > last
         return out

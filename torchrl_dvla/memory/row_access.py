@@ -75,28 +75,42 @@ class RowWriter:
             path = (key,) if isinstance(key, str) else key
             self._by_node.setdefault(path[:-1], []).append((path[-1], key, field))
 
-    def write(self, row: int, generation: int, values: Sequence[Any]) -> None:
+    def write(
+        self, row: int | list[int], generation: int | list[int], values: Sequence[Any]
+    ) -> None:
         """Write one value to each field of ``row``.
 
         Args:
-            row (int): the row.
-            generation (int): that of the row's page, as in the lease.
+            row (int or list of int): the row; or ``n`` rows.
+            generation (int or list of int): that of each row's page, as in the lease.
             values (sequence): arrays or scalars in the order of the keys. A scalar fills its field.
+                For ``n`` rows, ``[n, *shape]`` in each field, as an array or a list.
 
         Raises:
-            RuntimeError: if the row's page is not leased, or was leased anew; nothing is written.
+            RuntimeError: if a row's page is not leased, or was leased anew; nothing is written.
         """
-        self._require_leased(row, generation)
+        self._require_all_leased(row, generation)
         for field, value in zip(self._fields, values, strict=True):
-            field[row] = value
+            if isinstance(row, int):
+                field[row] = value
+            else:
+                field[row] = np.reshape(value, (len(row), *field.shape[1:]))
 
-    def write_from(self, row: int, generation: int, tensordict: TensorDictBase) -> None:
+    def write_from(
+        self,
+        row: int | list[int],
+        generation: int | list[int],
+        tensordict: TensorDictBase,
+        index: list[int] | None = None,
+    ) -> None:
         """Copy the fields of ``row`` out of a tensordict without batch dimensions.
 
         Args:
-            row (int): the row.
-            generation (int): that of the row's page, as in the lease.
-            tensordict (TensorDictBase): holds every key.
+            row (int or list of int): the row; or ``n`` rows.
+            generation (int or list of int): that of each row's page, as in the lease.
+            tensordict (TensorDictBase): holds every key, on any device; for ``n`` rows of batch
+                size ``[N]``. Each field takes one copy, however many rows there are.
+            index (list of int, optional): for ``n`` rows, their entries of ``[N]``.
 
         Raises:
             RuntimeError: as :meth:`write`.
@@ -105,15 +119,31 @@ class RowWriter:
                 infinity; nothing is written.
         """
         found = []
+        batch_size = () if index is None else tensordict.batch_size
+        if index is not None and index == list(range(tensordict.batch_size[0])):
+            index = None  # no copy that selects them
         for node, fields in self._by_node.items():
             entries = _entries(tensordict, node)
             for name, key, field in fields:
-                found.append((field, self._checked(key, entries.get(name))))
-        self._require_leased(row, generation)
+                found.append((field, self._checked(key, entries.get(name), batch_size, index)))
+        self._require_all_leased(row, generation)
         for field, values in found:
             field[row] = values
 
-    def _checked(self, key: NestedKey, tensor: Any) -> np.ndarray:
+    def _require_all_leased(self, row: Any, generation: Any) -> None:
+        if isinstance(row, int):
+            self._require_leased(row, generation)
+        else:
+            for one_row, its_generation in zip(row, generation, strict=True):
+                self._require_leased(one_row, its_generation)
+
+    def _checked(
+        self,
+        key: NestedKey,
+        tensor: Any,
+        batch_size: Sequence[int],
+        index: list[int] | None,
+    ) -> np.ndarray:
         """``tensor``, unless it would be broadcast or cast, or would make a whole learner NaN."""
         shape, dtype = self._types[key]
         if tensor is None:
@@ -121,12 +151,13 @@ class RowWriter:
                 f"Field {key!r} must be in what is written, got none. The owner of its spec, "
                 "usually the environment, must return it every time."
             )
-        if tensor.shape != shape or tensor.dtype is not dtype:
+        if tensor.shape != (*batch_size, *shape) or tensor.dtype is not dtype:
             raise ValueError(
-                f"Field {key!r} must be {list(shape)} {dtype} in every row, got "
+                f"Field {key!r} must be {[*batch_size, *shape]} {dtype} in every row, got "
                 f"{list(tensor.shape)} {tensor.dtype}. Return what the environment's spec says."
             )
-        values: np.ndarray = tensor.numpy()
+        tensor = tensor if index is None else tensor[index]
+        values: np.ndarray = tensor.cpu().numpy()
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise ValueError(
                 f"Field {key!r} must be finite, got {values.ravel()[:8].tolist()}. The simulator "

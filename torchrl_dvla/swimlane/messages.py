@@ -47,19 +47,24 @@ class EnvSpecs(NamedTuple):
     has_instruction: bool = True
     #: Whether its ``state_spec`` has ``"init_state_id"``, which picks the initial state.
     has_init_states: bool = True
+    #: Rollouts that one step of it serves: ``N`` of batch size ``[N]``, 1 without batch dimensions.
+    num_rollouts: int = 1
 
 
 class UsePool(NamedTuple):
     """First command to a worker or the inference process: where the rows are."""
 
     pool_view: Any
+    #: To a worker: :attr:`EnvSpecs.num_rollouts` of every environment of the run.
+    num_rollouts: int = 1
 
 
 class Reset(NamedTuple):
     """Command: start a rollout and write its first observation into ``row``.
 
-    ``generation`` is that of the row's page in its lease: the worker refuses to write a page that
-    is leased anew by then.
+    ``env_index`` counts the rollouts that the environments of the worker can play: of batched ones
+    of ``[N]``, rollout ``i`` of environment ``e`` is ``e * N + i``. ``generation`` is that of the
+    row's page in its lease: the worker refuses to write a page that is leased anew by then.
     """
 
     env_index: int
@@ -84,7 +89,11 @@ class Step(NamedTuple):
 
 
 class WorkerCommands(NamedTuple):
-    """Commands for one worker, executed in this order: chunks first, then new rollouts."""
+    """Commands for one worker, executed in this order: chunks first, then new rollouts.
+
+    A batched environment is stepped once for all its chunks, and reset once for all its new
+    rollouts.
+    """
 
     steps: list[Step]
     resets: list[Reset]
