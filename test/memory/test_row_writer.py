@@ -58,6 +58,46 @@ def test_values_come_in_the_order_of_the_keys_and_a_scalar_fills_its_field(pool)
         writer.write(0, page.generation, [True])
 
 
+@pytest.mark.parametrize(
+    ("index", "written"),
+    [([2, 0], [6, 5]), ([0, 1, 2], [5, 4, 6]), ([1], [4])],
+)
+def test_rows_of_a_batch_are_written_at_once(pool, index, written):
+    leases = [pool.lease("w") for _ in index]
+    rows, generations = [2 * page + 1 for page in leases], [page.generation for page in leases]
+    batch = torch.stack([observation(value) for value in (5, 4, 6)])
+    RowWriter(pool.worker_view(), OBSERVATION).write_from(rows, generations, batch, index)
+    assert pool.rows["observation", "image"][rows, 2, 1, 1].tolist() == written
+    assert pool.rows["observation", "state"][rows].tolist() == [[value] * 2 for value in written]
+    assert pool.rows["observation", "image"].sum() == 12 * sum(written), "no other row"
+    pads = [[True, False, False, False]] * len(rows)
+    RowWriter(pool.worker_view(), ["pad"]).write(rows, generations, [pads])
+    assert pool.rows["pad"][rows].tolist() == pads and pool.rows["pad"].sum() == len(rows)
+
+
+def test_a_batch_with_one_wrong_row_writes_nothing(pool):
+    first, second = pool.lease("w"), pool.lease("w")
+    writer = RowWriter(pool.worker_view(), OBSERVATION)
+    batch = torch.stack([observation(value) for value in (5, 4)])
+    with pytest.raises(RuntimeError, match="Row 2 must lie in a leased page, got page 1, .* anew"):
+        writer.write_from([0, 2], [first.generation, second.generation + 1], batch, [0, 1])
+    with pytest.raises(IndexError, match="row must be between 0 and 5, got 6"):
+        writer.write_from([0, 6], [first.generation, 0], batch, [0, 1])
+    batch["observation", "state"][1, 0] = torch.nan
+    with pytest.raises(ValueError, match="must be finite"):
+        writer.write_from([0, 2], [first.generation, second.generation], batch, [0, 1])
+    with pytest.raises(
+        ValueError, match=r"must be \[2, 2\] torch.float32 in every row, got \[2, 3"
+    ):
+        batch["observation", "state"] = torch.zeros(2, 3)
+        writer.write_from([0, 2], [first.generation, second.generation], batch, [0, 1])
+    assert not pool.rows["observation", "image"].any()
+    batch["observation", "state"] = torch.full((2, 2), torch.nan)
+    batch["observation", "state"][1] = 4.0
+    writer.write_from([2], [second.generation], batch, [1])  # the other one may be anything
+    assert pool.rows["observation", "state"][2].tolist() == [4.0, 4.0]
+
+
 @pytest.mark.parametrize("end", ["seal", "store", "free", "reclaim", "release"])
 def test_a_row_whose_lease_has_ended_is_refused_and_nothing_is_written(pool, end):
     page = pool.lease("w")

@@ -15,12 +15,20 @@ from typing import ClassVar
 import cloudpickle
 import pytest
 import torch
-from tensordict import NonTensorData, NonTensorStack
+from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torchrl.data import Binary, Bounded, Categorical, Composite, NonTensor, Unbounded
-from torchrl.envs import MultiAction, RewardSum, StepCounter, TransformedEnv
+from torchrl.envs import (
+    EnvBase,
+    MultiAction,
+    RewardSum,
+    SerialEnv,
+    StepCounter,
+    TransformedEnv,
+)
 from torchrl.envs.custom import ToyVLAEnv
 
 from torchrl_dvla.data import decision_layout
+from torchrl_dvla.envs import ToyChunkEnv
 from torchrl_dvla.memory import EnvironmentPool
 from torchrl_dvla.swimlane import env_worker, messages
 from torchrl_dvla.swimlane.env_worker import EnvWorker, describe_env, run_env_worker
@@ -474,3 +482,229 @@ def test_an_environment_of_another_task_must_fit_the_rows(worker_and_rows, chang
     worker._factories = {"other": change}
     with pytest.raises(RefusedError, match=f"^All env.*{message}.* task 'other', at the reset"):
         worker.reset(reset(0, 1, row=0)._replace(task="other"))
+
+
+# -- batched environments -------------------------------------------------------------------------
+class Clocks(EnvBase):
+    """Three clocks in one environment: an episode of seed ``s`` ends after ``s`` env steps.
+
+    Its state is ``[s, t]``, its reward the number of env steps, its words name it. From 20 on it
+    returns NaN after ``s - 20`` env steps.
+    """
+
+    def __init__(self, size=3):
+        super().__init__(batch_size=[size])
+        flag, one = Categorical(2, dtype=torch.bool, shape=(size, 1)), Unbounded((size, 1))
+        ids = Unbounded((size, 1), dtype=torch.int64)
+        self.observation_spec = Composite(
+            observation=Composite(state=Unbounded((size, 2)), shape=(size,)),
+            language_instruction=NonTensor((size,), example_data=""),
+            success=flag.clone(),
+            action_is_pad=Categorical(2, dtype=torch.bool, shape=(size, 4)),
+            init_state_id=ids,
+            shape=(size,),
+        )
+        chunk = Composite(chunk=Bounded(0.5, 1.0, (size, 4, 1)), shape=(size,))
+        self.full_action_spec = Composite(vla_action=chunk, shape=(size,))
+        self.reward_spec = one
+        self.full_done_spec = Composite(done=flag, terminated=flag.clone(), shape=(size,))
+        self.state_spec = Composite(seed=ids.clone(), init_state_id=ids.clone(), shape=(size,))
+        self.seeds, self.time = torch.zeros(size, 1).long(), torch.zeros(size, 1).long()
+        #: Resets and steps: which episodes they were for, and the first action of each chunk.
+        self.calls = []
+
+    def _set_seed(self, seed):
+        raise AssertionError("each episode has a seed of its own")
+
+    def _observe(self, executed):
+        late = (self.seeds > 20) & (self.time >= self.seeds - 20)
+        state = torch.cat([self.seeds, self.time], -1).float()
+        texts = NonTensorStack(*[f"clock {int(seed)}" for seed in self.seeds])
+        over = self.time >= self.seeds
+        return TensorDict(
+            {
+                "observation": {"state": state.masked_fill(late, torch.nan)},
+                "language_instruction": texts,
+                "success": over,
+                "done": over.clone(),
+                "terminated": over.clone(),
+                "action_is_pad": torch.arange(4) >= executed,
+                "init_state_id": self.ids.clone(),
+            },
+            self.batch_size,
+        )
+
+    def _reset(self, tensordict):
+        is_reset = tensordict.get("_reset", torch.ones(*self.batch_size, 1, dtype=torch.bool))
+        self.calls.append(("reset", is_reset.flatten().tolist()))
+        self.seeds = torch.where(is_reset, tensordict["seed"], self.seeds)
+        self.ids = tensordict["init_state_id"]
+        self.time = torch.where(is_reset, 0, self.time)
+        return self._observe(torch.full((*self.batch_size, 1), 4)).set("done", self.time < 0)
+
+    def _step(self, tensordict):
+        chunk = tensordict["vla_action", "chunk"]
+        mask = tensordict.get("_step", torch.ones(self.batch_size, dtype=torch.bool))
+        self.calls.append((mask.tolist(), chunk[:, 0, 0].tolist()))
+        executed = (self.seeds - self.time).clamp(0, 4)  # also of those that take no step
+        self.time = self.time + executed
+        return self._observe(executed).set("reward", executed.float())
+
+
+def clock(env_index, seed, row):
+    return Reset(env_index, "default", seed, -1, row, generation=0)
+
+
+@pytest.fixture
+def clocks():
+    """A worker of two batched environments of three rollouts, and the rows, four a rollout."""
+    layout = decision_layout({STATE: ((2,), torch.float32)}, chunk_size=4, action_dim=1)
+    with EnvironmentPool(layout, num_pages=6, rows_per_page=4) as pool:
+        for _ in range(6):
+            pool.lease("w")
+        worker = EnvWorker({"default": Clocks}, num_envs=2)
+        worker.use_pool(pool.worker_view(), num_rollouts=3)
+        pool.rows["vla_action", "chunk"].fill_(0.75)
+        yield worker, pool
+        worker.close()
+
+
+def test_specs_of_a_batched_environment_are_those_of_one_rollout():
+    specs = describe_env(Clocks())
+    assert specs.observation == ((STATE, (2,), torch.float32),)
+    assert (specs.chunk_size, specs.action_dim, specs.num_rollouts) == (4, 1, 3)
+    assert describe_env(make_env()).num_rollouts == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ToyChunkEnv(batch_size=[2, 2]), r"one batch dimension, got batch_size \[2, 2\]"),
+        (
+            lambda: SerialEnv(2, make_env),
+            r"batch size \[2\] must declare 'seed' .*ChunkEnv\(Serial",
+        ),
+    ],
+)
+def test_batched_environments_that_cannot_be_seeded_apart_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        describe_env(make())
+
+
+def test_one_step_serves_the_rollouts_of_a_batched_environment(clocks):
+    worker, pool = clocks
+    rows, state = pool.rows, pool.rows[STATE]
+    assert worker.reset([clock(0, 9, 0), clock(1, 6, 4), clock(2, 9, 8)]) == [
+        ResetDone(0, "clock 9"),
+        ResetDone(1, "clock 6"),
+        ResetDone(2, "clock 9"),
+    ]
+    assert state[[0, 4, 8]].tolist() == [[9, 0], [6, 0], [9, 0]]
+    assert worker.step([step(0, 0, 1), step(1, 4, 5), step(2, 8, 9)]) == [
+        StepDone(index, False, False, 4.0, 4) for index in range(3)
+    ]
+    assert state[[1, 5, 9]].tolist() == [[9, 4], [6, 4], [9, 4]]
+    # The second ends in the middle of its chunk, the third may take no further decision.
+    assert worker.step([step(0, 1, 2), step(1, 5, 6), step(2, 9, -1)]) == [
+        StepDone(0, False, False, 4.0, 4),
+        StepDone(1, True, True, 2.0, 2),
+        StepDone(2, True, False, 4.0, 4),
+    ]
+    assert state[[2, 6, 10]].tolist() == [[9, 8], [0, 0], [0, 0]], "no rows after an end"
+    assert rows["next", "reward"][[0, 1, 4, 5, 8, 9], 0].tolist() == [4, 4, 4, 2, 4, 4]
+    assert rows["next", "terminated"][[1, 5, 9], 0].tolist() == [False, True, False]
+    assert rows["next", "truncated"][[1, 5, 9], 0].tolist() == [False, False, True]
+    assert rows["next", "done"][[1, 5, 9], 0].tolist() == [False, True, True]
+    assert rows["next", "success"][[1, 5, 9], 0].tolist() == [False, True, False]
+    assert rows["action_is_pad"][[1, 5]].sum(-1).tolist() == [0, 2]
+
+
+def test_finished_rollouts_begin_anew_while_the_others_wait_between_two_decisions(clocks):
+    worker, pool = clocks
+    state = pool.rows[STATE]
+    worker.reset([clock(0, 9, 0), clock(2, 4, 8)])  # the first reset is one of all
+    env = worker.build(0, "default").env
+    assert env.calls == [("reset", [True] * 3)]
+    # Nobody plays the second: it takes no step, or one of zeros within the bounds.
+    assert [event.done for event in worker.step([step(0, 0, 1), step(2, 8, 9)])] == [False, True]
+    assert env.calls[-1] == ([True, False, True], [0.75, 0.5, 0.75])
+    assert worker.reset([clock(1, 7, 4), clock(2, 5, 8)]) == [
+        ResetDone(1, "clock 7"),
+        ResetDone(2, "clock 5"),
+    ]
+    assert env.calls[-1] == ("reset", [False, True, True])
+    assert state[[1, 4, 8]].tolist() == [[9, 4], [7, 0], [5, 0]], "seeds of their own"
+    events = worker.step([step(0, 1, 2), step(1, 4, 5), step(2, 8, 9)])
+    assert [event.num_env_steps for event in events] == [4, 4, 4]
+    assert env.calls[-1][0] == [True, True, True]
+    assert state[[2, 5, 9]].tolist() == [[9, 8], [7, 4], [5, 4]]
+    events = worker.step([step(0, 2, 3), step(1, 5, 6), step(2, 9, 10)])
+    assert [(event.done, event.num_env_steps) for event in events] == [(True, 1), (True, 3)] + [
+        (True, 1)
+    ]
+
+
+def test_what_no_learner_may_see_ends_the_rollout_alone_of_a_batch(clocks):
+    worker, pool = clocks
+    worker.reset([clock(3, 9, 12), clock(4, 24, 16), clock(5, 9, 20)])
+    before, refused, after = worker.step([step(3, 12, 13), step(4, 16, 17), step(5, 20, 21)])
+    assert (before, after) == tuple(StepDone(index, False, False, 4.0, 4) for index in (3, 5))
+    assert refused.env_index == 4
+    assert "must be finite, got [nan, nan]" in refused.reason
+    assert refused.reason.endswith(
+        "It came from rollout 1 of environment 1 of task 'default', at step 1 of the rollout."
+    )
+    assert pool.rows[STATE][[13, 21]].tolist() == [[9, 4], [9, 4]]
+    assert len(worker.step([step(3, 13, 14), step(5, 21, 22)])) == 2
+    with pytest.raises(RuntimeError, match="must be reset"):
+        worker.step([step(4, 16, 17)])
+    # Its next one begins with a NaN.
+    first, second = worker.reset([clock(3, 9, 12), clock(4, 20, 16)])
+    assert first == ResetDone(3, "clock 9") and isinstance(second, ResetDone)
+
+
+def test_a_reset_is_refused_for_the_rollout_alone_of_a_batch(clocks):
+    worker, _ = clocks
+    worker.reset([clock(0, 9, 0)])
+    events = worker.reset([clock(0, 9, 0), clock(1, 9, 4)._replace(init_state_id=4)])
+    assert events == [ResetDone(0, "clock 9"), ResetDone(1, "clock 9")]
+    worker.build(0, "default").env._observe = lambda executed: Clocks._observe(
+        worker.build(0, "default").env, executed
+    ).set("init_state_id", torch.full((3, 1), 7))
+    done, refused = worker.reset([clock(0, 9, 0), clock(1, 9, 4)._replace(init_state_id=4)])
+    assert done == ResetDone(0, "clock 9")
+    assert "'init_state_id' must be the 4 that was asked for, got 7" in refused.reason
+    assert "rollout 1 of environment 0 of task 'default', at the reset" in refused.reason
+
+
+def test_a_batch_writes_no_page_that_is_not_leased(clocks):
+    worker, pool = clocks
+    worker.reset([clock(0, 9, 0), clock(1, 9, 4)])
+    page = pool.state(1)
+    before = pool.rows.clone()
+    pool.reclaim("w")
+    with pytest.raises(RuntimeError, match="Row 0 must lie in a leased page"):
+        worker.step([step(0, 0, 1), step(1, 4, 5)])
+    assert page and (pool.rows == before).all()
+
+
+def test_environments_of_another_batch_size_are_refused_by_name(clocks):
+    worker, _ = clocks
+    worker._factories = {"default": Clocks, "other": functools.partial(Clocks, 2)}
+    [refused] = worker.reset([clock(0, 9, 0)._replace(task="other")])
+    assert "the first one's batch size, 3, got 2" in refused.reason
+    assert "of task 'other', at the reset" in refused.reason
+
+
+def test_commands_for_one_environment_are_executed_together(clocks):
+    worker, _ = clocks
+    worker._factories = {"default": Clocks, "other": Clocks}
+    resets = [clock(5, 9, 20), clock(0, 9, 0), clock(2, 9, 8), clock(1, 9, 4)]
+    resets[3] = resets[3]._replace(task="other")
+    indices = [[command.env_index for command in some] for some in worker.together(resets)]
+    assert indices == [[5], [0, 2], [1]]
+    for some in worker.together(resets):
+        worker.reset(some)
+    steps = [step(0, 0, 1), step(1, 4, 5), step(2, 8, 9), step(5, 20, 21)]
+    indices = [[command.env_index for command in some] for some in worker.together(steps)]
+    assert indices == [[0, 2], [1], [5]]

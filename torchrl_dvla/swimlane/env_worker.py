@@ -566,15 +566,18 @@ class EnvWorker:
 
 
 def _partial_reset(built: _BuiltEnv, commands: Sequence[Reset], index: list[int]) -> TensorDictBase:
-    """What resets these rollouts of a batched environment alone; the first time it resets all."""
+    """What resets these rollouts of a batched environment alone.
+
+    The first time it resets all, into a scene that it was asked for.
+    """
     size = (*built.env.batch_size, 1)
-    numbers = {
-        SEED_KEY: torch.zeros(size, dtype=torch.int64),
-        INIT_STATE_ID_KEY: torch.full(size, -1),
-    }
-    numbers[SEED_KEY][index, 0] = torch.tensor([command.seed for command in commands])
-    numbers[INIT_STATE_ID_KEY][index, 0] = torch.tensor([c.init_state_id for c in commands])
-    request = TensorDict(numbers, built.env.batch_size, device=built.env.device)
+    seeds = torch.full(size, commands[0].seed)
+    seeds[index, 0] = torch.tensor([command.seed for command in commands])
+    ids = torch.full(size, commands[0].init_state_id)
+    ids[index, 0] = torch.tensor([command.init_state_id for command in commands])
+    request = TensorDict(
+        {SEED_KEY: seeds, INIT_STATE_ID_KEY: ids}, built.env.batch_size, device=built.env.device
+    )
     if built.tensordict is None:
         return request
     is_reset = torch.zeros(size, dtype=torch.bool)
