@@ -46,15 +46,25 @@ class ScriptedWorkers:
         num_workers (int): workers.
         num_decisions (int): length of every rollout.
         tasks (tuple of str): tasks.
+        rollouts_per_env (int): batch size of the environments.
     """
 
-    def __init__(self, num_workers: int, num_decisions: int, tasks: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        num_workers: int,
+        num_decisions: int,
+        tasks: tuple[str, ...],
+        rollouts_per_env: int = 1,
+    ) -> None:
         self.num_decisions, self.tasks, self.first_task = num_decisions, tasks, tasks[0]
+        self.specs = SPECS._replace(num_rollouts=rollouts_per_env)
         self.hold = False
         self.new_instruction: str | None = None
         self.fail_tasks: set[str] = set()
         #: Of each step from now on, whether what it returned is refused.
         self.refusals: list[bool] = []
+        #: Indices of the steps of each message that has some.
+        self.steps: list[list[int]] = []
         #: Commands that were sent, as ``(worker, command)``; those that are not answered yet.
         self.sent: list[tuple[int, Any]] = []
         self.held: list[tuple[int, Any]] = []
@@ -79,6 +89,8 @@ class ScriptedWorkers:
     def send(self, index: int, message: Any) -> None:
         if not isinstance(message, WorkerCommands):
             return
+        if message.steps:
+            self.steps.append([command.env_index for command in message.steps])
         for command in (*message.steps, *message.resets):
             self.sent.append((index, command))
             self.held.append((index, command))
@@ -131,7 +143,7 @@ class ScriptedWorkers:
         self.held = [entry for entry in self.held if entry[0] != index]
         self.workers[index].connection.close()
         self._start(index)
-        self._theirs[index].send(SPECS)
+        self._theirs[index].send(self.specs)
 
     def stop(self, grace_s: float) -> None:
         del grace_s
@@ -199,6 +211,7 @@ class Bench:
         num_pages: int = 32,
         num_workers: int = 2,
         num_decisions: int = 2,
+        rollouts_per_env: int = 1,
         tasks: tuple[str, ...] = ("task",),
         lockstep: bool = False,
         hold: bool = False,
@@ -218,7 +231,7 @@ class Bench:
             InitStateSchedule(tasks),
             pages_per_rollout=num_decisions,
         )
-        self.processes = ScriptedWorkers(num_workers, num_decisions, tasks)
+        self.processes = ScriptedWorkers(num_workers, num_decisions, tasks, rollouts_per_env)
         self.processes.hold, self.processes.fail_tasks = hold, set(fail_tasks)
         self.processes.new_instruction = new_instruction
         self.processes.refusals = list(refusals)

@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
+import random
 import time
 
 import pytest
@@ -407,3 +409,223 @@ async def test_in_lockstep_an_evaluation_has_the_environments_to_itself(bench):
     assert bench.resets() == [0, 0, 1, 1, 70, 71], "after the last group"
     bench.publish()
     await bench.until(lambda: len(bench.resets()) == 10)
+
+
+# -- batched environments -------------------------------------------------------------------------
+@on_a_bench(hold=True, num_workers=1, rollouts_per_env=2, workers={"envs_per_worker": 2})
+async def test_a_batched_environment_is_stepped_when_each_rollout_has_a_decision(bench):
+    assert len(bench.processes.held) == 2, "a group of two"
+    bench.processes.answer(1)
+    await bench.until(lambda: bench.inference.rows)
+    await bench.quiet()
+    assert bench.processes.steps == [], "the other one is being reset"
+    assert bench.loop.envs._deadline(0) > time.monotonic() + 100.0, "and no step is late"
+    bench.processes.answer(0)
+    await bench.until(lambda: bench.processes.steps)
+    assert bench.processes.steps == [[0, 1]]
+    assert bench.loop.envs._deadline(0) < time.monotonic() + 61.0
+    bench.processes.release()
+    await bench.until(lambda: bench.groups.stored)
+    assert bench.processes.steps == [[0, 1], [0, 1]]
+
+
+@on_a_bench(
+    hold=True, num_workers=1, rollouts_per_env=2, workers={"envs_per_worker": 2}, group_size=4
+)
+async def test_two_batched_environments_of_a_worker_do_not_wait_for_each_other(bench):
+    bench.processes.answer(2, 3)  # one is simulated while the policy decides for the other
+    await bench.until(lambda: bench.processes.steps)
+    assert bench.processes.steps == [[2, 3]]
+    bench.processes.answer(0)
+    await bench.quiet()
+    bench.processes.answer(0)
+    await bench.until(lambda: len(bench.processes.steps) == 2)
+    assert bench.processes.steps[1] == [0, 1]
+
+
+@on_a_bench(num_workers=1, rollouts_per_env=3)
+async def test_an_entry_without_a_rollout_is_not_waited_for(bench):
+    await bench.until(lambda: bench.groups.stored)
+    assert bench.processes.steps == [[0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_a_rollout_that_is_cancelled_while_it_holds_its_step_lets_the_others_go_on(lockstep):
+    @on_a_bench(
+        hold=True,
+        num_workers=2,
+        rollouts_per_env=4,
+        lockstep=lockstep,
+        groups_per_update=2,
+        group_size=6,
+        num_pages=64,
+        workers={"max_rollout_failures": 1, "max_task_failures": 9},
+    )
+    async def play(bench):
+        # Of group 0, worker 0 plays four and worker 1 two, beside two of group 1.
+        await bench.until(lambda: len(bench.processes.held) == 8)
+        bench.processes.answer(*range(1, 7))  # one in each worker is still being reset
+        await bench.until(lambda: bench.inference.rows or lockstep)
+        await bench.quiet()
+        assert bench.processes.steps == []
+        bench.processes.crash(0)  # group 0 is dropped
+        await bench.until(lambda: bench.groups.drop_counts())
+        bench.processes.release()
+        await bench.until(lambda: len(bench.groups.stored) == 2)
+        assert [group.group_id for group in bench.groups.stored] == [1, 2]
+        bench.pool.check()
+
+    play()
+
+
+@on_a_bench(
+    hold=True,
+    hold_inference=True,
+    num_workers=1,
+    rollouts_per_env=4,
+    groups_per_update=2,
+    tasks=("good", "bad"),
+    inference=InferenceConfig(max_batch_size=2),
+)
+async def test_a_rollout_that_is_given_up_is_not_waited_for(bench):
+    bench.groups.set_paused(True)  # nothing takes its place
+    bench.processes.answer()
+    await bench.until(lambda: bench.inference.held)
+    bench.inference.answer()
+    await bench.until(lambda: bench.inference.held)
+    await bench.quiet()
+    assert bench.processes.steps == []
+    bench.groups.quarantine("bad")
+    bench.inference.answer()
+    await bench.until(lambda: bench.processes.steps)
+    assert bench.processes.steps == [[0, 1]]
+
+
+@on_a_bench(
+    hold=True,
+    num_workers=1,
+    rollouts_per_env=3,
+    group_size=3,
+    inference=InferenceConfig(max_wait_s=1e6),
+)
+async def test_the_policy_waits_for_no_row_of_a_rollout_that_holds_its_step(bench):
+    bench.inference.hold = True
+    bench.loop.batcher.max_batch_size = 2
+    bench.processes.answer(0, 2)
+    await bench.until(lambda: bench.inference.held)
+    bench.inference.answer()
+    await bench.quiet()
+    bench.processes.answer(0)  # alone, for nothing else can come
+    await bench.until(lambda: bench.inference.held)
+    assert [len(rows) for rows in bench.inference.rows] == [2, 1]
+    bench.inference.answer()
+    await bench.until(lambda: bench.processes.steps)
+    assert bench.processes.steps == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("lockstep", "envs_per_worker", "rows"),
+    [(False, 1, 3), (False, 2, 6), (True, 1, 6), (True, 2, 12)],
+)
+def test_a_policy_call_takes_the_rows_of_whole_environments(lockstep, envs_per_worker, rows):
+    @on_a_bench(
+        hold=True,
+        num_workers=2,
+        rollouts_per_env=3,
+        lockstep=lockstep,
+        workers={"envs_per_worker": envs_per_worker},
+    )
+    async def play(bench):
+        assert bench.loop.batcher.max_batch_size == rows
+
+    play()
+
+
+@on_a_bench(
+    hold=True,
+    num_workers=2,
+    rollouts_per_env=2,
+    group_size=4,
+    max_policy_lag=1,
+    workers={"max_rollout_failures": 2},
+)
+async def test_a_crash_of_a_batched_environment_counts_for_its_first_rollout(bench):
+    await bench.until(lambda: len(bench.processes.held) == 4)
+    bench.processes.crash(0)
+    await bench.until(lambda: bench.processes.num_replaced == 1 and len(bench.resets()) == 6)
+    [group] = bench.groups.running
+    assert [rollout.num_failures for rollout in group.rollouts] == [1, 0, 0, 0]
+    bench.processes.release()
+    await bench.until(lambda: bench.groups.stored)
+    assert bench.groups.stored[0].group_id == 0, "all are sampled again"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_nothing_that_happens_to_some_rollouts_keeps_the_others_from_going_on(seed):
+    draw = random.Random(seed)
+    lockstep = seed % 2 == 1
+
+    @on_a_bench(
+        hold=True,
+        num_workers=2,
+        rollouts_per_env=3,
+        num_decisions=3,
+        num_pages=400,
+        group_size=4,
+        groups_per_update=2,
+        max_policy_lag=0 if lockstep else 2,
+        lockstep=lockstep,
+        inference=InferenceConfig(max_wait_s=draw.choice([0.0, 1e6])),
+        workers={
+            "envs_per_worker": 2,
+            "max_rollout_failures": 1,
+            "max_task_failures": 10**6,
+            "max_failures": 10**6,
+        },
+    )
+    async def play(bench):
+        def publish():
+            with contextlib.suppress(TimeoutError):  # there is no cohort yet
+                bench.publish()
+                return True
+
+        async def happen():
+            what = draw.random()
+            if what < 0.6 and bench.processes.held:
+                some = draw.sample(range(len(bench.processes.held)), 1)
+                bench.processes.refusals = [draw.random() < 0.1]
+                bench.processes.answer(*some)
+            elif what < 0.8 and bench.inference.held:
+                bench.inference.answer()
+            elif what < 0.84:
+                bench.processes.crash(draw.randrange(2))
+            elif what < 0.86 and bench.inference.held:
+                bench.inference.crash()
+            elif what < 0.9:
+                bench.evaluate(EpisodeSpec("task", draw.randrange(99)))
+            else:
+                publish()
+            for _ in range(draw.choice([1, 3, 30])):
+                await asyncio.sleep(0)
+
+        bench.inference.hold = True
+        for _ in range(300):
+            await happen()
+        bench.processes.refusals = []
+        bench.inference.hold = False
+        if bench.inference.held:
+            bench.inference.answer()
+        bench.processes.release()
+        for _ in range(3):  # whole updates, one after the other
+            await bench.until(publish)
+        final = bench.evaluate(EpisodeSpec("task", 5))
+        await bench.until(final.done)
+        bench.groups.set_paused(True)
+        await bench.until(lambda: not bench.groups.running)
+        await bench.quiet()
+        bench.pool.check()
+        stats = bench.pool.stats()
+        assert (stats["pages_leased"], stats["pages_reserved"]) == (0, 0)
+        assert not bench._main.done()
+
+    play()

@@ -24,7 +24,8 @@ class WorkerConfig:
 
     Args:
         num_workers (int): processes.
-        envs_per_worker (int): rollouts that a worker holds open at once.
+        envs_per_worker (int): environments of a worker, of which one is simulated while others wait
+            for their decision. Each holds one rollout open; one of batch size ``[N]``, ``N``.
         max_decisions (int): decisions after which a rollout is truncated.
         reset_timeout_s (float): seconds after which a reset counts as hung and its worker is
             replaced.
@@ -75,7 +76,7 @@ class InferenceConfig:
     """Settings of the inference lane.
 
     Args:
-        max_batch_size (int, optional): rows of one policy call. Defaults to half of the
+        max_batch_size (int, optional): rows of one policy call. Defaults to those of half of the
             environments, so that one half is simulated while the policy decides for the other; to
             all of them if the run is deterministic, for there the two take turns.
         max_wait_s (float): seconds that a row that is ready waits for others to share its policy

@@ -139,8 +139,9 @@ class DecisionBatcher:
         self._counters = counters
         self._failures = failures
         num_envs = workers.num_workers * workers.envs_per_worker
+        num_envs = num_envs if lockstep else -(-num_envs // 2)
         #: Most rows of one batch.
-        self.max_batch_size = config.max_batch_size or (num_envs if lockstep else -(-num_envs // 2))
+        self.max_batch_size = config.max_batch_size or num_envs * envs.rollouts_per_env
         self._ids = {
             key: pool.rows.get(key).numpy()
             for key in (INSTRUCTION_ID_KEY, GROUP_ID_KEY, ROLLOUT_ID_KEY, DECISION_INDEX_KEY)
@@ -247,7 +248,7 @@ class DecisionBatcher:
         """Seconds until the next batch begins if nothing else happens; infinite without a row."""
         if not self._waiting:
             return math.inf
-        if len(self._waiting) >= min(self.max_batch_size, self._envs.num_busy):
+        if len(self._waiting) >= min(self.max_batch_size, self._envs.num_awaited):
             return 0.0
         could_begin_s = max(self._waiting[0].since_s, self._free_since_s)
         return could_begin_s + self._config.max_wait_s - time.monotonic()

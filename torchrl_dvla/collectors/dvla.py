@@ -200,6 +200,7 @@ class DVLACollector(BaseCollector):
                 layout,
                 group=group,
                 workers=workers,
+                rollouts_per_env=specs.num_rollouts,
                 replay_buffer=self.replay_buffer,
                 weight_bytes=self._updater.store_bytes(policy),
                 rows_per_page=rows_per_page,

@@ -83,13 +83,14 @@ async def readable(connection: Connection) -> None:
 class EnvSlot:
     """One environment of one worker, from the start of the worker to its end.
 
-    A slot executes one command at a time. A command that was sent is always waited for, even by
-    a rollout that was cancelled: until the worker has answered, it may write the rollout's rows.
+    Of a batched environment of ``[N]`` it is one of ``N``, each for a rollout. A slot executes
+    one command at a time. A command that was sent is always waited for, even by a rollout that was
+    cancelled: until the worker has answered, it may write the rollout's rows.
 
     Args:
         slots (EnvSlots): the owner.
         worker (int): index of the worker.
-        env_index (int): index of the environment in its worker.
+        env_index (int): index in the worker, over the rollouts of all its environments.
     """
 
     def __init__(self, slots: EnvSlots, worker: int, env_index: int) -> None:
@@ -98,9 +99,11 @@ class EnvSlot:
         self.env_index = env_index
         #: The rollout that it plays.
         self.rollout: Rollout | None = None
-        #: The limit of the command that its worker executes, and since when.
+        #: The limit of the command under way, and since when the worker has it.
         self.limit: str | None = None
         self.since_s = 0.0
+        #: The command as long as the worker has it not.
+        self.unsent: Reset | Step | None = None
         #: Whether the policy is deciding for its rollout.
         self.in_policy = False
         self._answer: asyncio.Future[ResetDone | StepDone] | None = None
@@ -146,9 +149,13 @@ class EnvSlot:
         if self.lost is not None:
             raise self.lost
         self._answer = asyncio.get_running_loop().create_future()
-        self.limit, self.since_s = limit, time.monotonic()
-        self._slots.send(self.worker, command)
-        return await self._answer
+        self.limit, self.unsent = limit, command
+        self._slots.send_soon(self.worker)
+        try:
+            return await self._answer
+        finally:
+            if self.unsent is not None:  # cancelled before it was sent
+                self.limit = self.unsent = None
 
     async def finished(self) -> None:
         """Wait until the worker has answered the last command, or has ended."""
@@ -166,7 +173,7 @@ class EnvSlot:
 
     def mark_lost(self, error: WorkerLostError) -> None:
         """End the slot with its worker."""
-        self.lost, self.limit = error, None
+        self.lost, self.limit, self.unsent = error, None, None
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(error)
 
@@ -180,7 +187,12 @@ class EnvSlots:
     - *unblocked by* a worker's events, its end, or its deadline.
 
     A worker that dies, raises or hangs is replaced; its rollouts get a :class:`WorkerLostError`.
-    All of it runs in the loop's thread.
+    The failure counts for the one whose command it had longest, of a batched environment for the
+    first in it. All of it runs in the loop's thread.
+
+    One step of a batched environment serves all its rollouts. So a step is sent once each of them
+    has one: those that the policy has yet to decide for, or that are being reset, are waited for;
+    entries without a rollout are not.
 
     In lockstep, answers are held back until every busy environment has given one, and then passed
     on in the order of the environments, as a sequential loop over them would. Which rollout ends
@@ -228,20 +240,24 @@ class EnvSlots:
         self._tracks = [
             timeline.track("sampling", f"worker {index}") for index in range(config.num_workers)
         ]
+        #: Slots of one environment.
+        self.rollouts_per_env = processes.specs.num_rollouts
         self.slots = [self._new_slots(index) for index in range(config.num_workers)]
         #: Environments without a rollout, the one that is idle longest first.
         self.idle: deque[EnvSlot] = deque()
         self.num_busy = 0
         self.answered = asyncio.Event()
-        self._held: list[tuple[EnvSlot, ResetDone | StepDone | Refused]] = []
-        self._commands: list[list[Reset | Step]] = [[] for _ in range(config.num_workers)]
+        self._held: dict[EnvSlot, ResetDone | StepDone | Refused] = {}
+        self._sending: set[int] = set()
+        self._num_held_steps = [0] * config.num_workers
         self._reported_s = [0.0] * config.num_workers
         self._deadlines: list[asyncio.Timeout | None] = [None] * config.num_workers
         self._recycled: set[int] = set()
         self._without_success: set[str] = set()
 
     def _new_slots(self, worker: int) -> list[EnvSlot]:
-        return [EnvSlot(self, worker, index) for index in range(self._config.envs_per_worker)]
+        num_slots = self._config.envs_per_worker * self.rollouts_per_env
+        return [EnvSlot(self, worker, index) for index in range(num_slots)]
 
     # -- for rollouts ---------------------------------------------------------------------------
 
@@ -258,9 +274,10 @@ class EnvSlots:
     def release(self, slot: EnvSlot) -> None:
         """Take an environment back whose rollout is over; see :meth:`EnvSlot.finished`."""
         # What is held back for it was for a rollout that was cancelled.
-        self._held = [entry for entry in self._held if entry[0] is not slot]
+        self._held.pop(slot, None)
         slot.rollout, slot.in_policy = None, False
         self.num_busy -= 1
+        self._check_batch(slot)
         if slot.lost is None:
             self.idle.append(slot)
             if slot.worker in self._recycled:
@@ -290,21 +307,55 @@ class EnvSlots:
         """Whether no environment executes a command, holds an answer or is decided for."""
         return not self._held and not self._any_busy()
 
-    def send(self, worker: int, command: Reset | Step) -> None:
-        """Send a command, together with all others of this pass of the event loop."""
-        if not self._commands[worker]:
-            asyncio.get_running_loop().call_soon(self._flush, worker)
-        self._commands[worker].append(command)
+    @property
+    def num_awaited(self) -> int:
+        """Rollouts under way that may need a decision before any other has got its step."""
+        return self.num_busy - sum(self._num_held_steps)
 
-    def _flush(self, worker: int) -> None:
-        commands, self._commands[worker] = self._commands[worker], []
+    def send_soon(self, worker: int) -> None:
+        """Send the commands for a worker, all those of this pass of the event loop together."""
+        if worker not in self._sending:
+            self._sending.add(worker)
+            asyncio.get_running_loop().call_soon(self._send, worker)
+
+    def _send(self, worker: int) -> None:
+        self._sending.discard(worker)
+        unsent = [slot for slot in self.slots[worker] if slot.unsent is not None]
+        due = unsent if self.rollouts_per_env == 1 else self._without_held_steps(worker, unsent)
+        commands = [slot.unsent for slot in due]
         steps = [command for command in commands if isinstance(command, Step)]
         resets = [command for command in commands if isinstance(command, Reset)]
+        now_s = time.monotonic()
+        for slot in due:
+            slot.unsent, slot.since_s = None, now_s
         if commands:
             self._processes.send(worker, WorkerCommands(steps, resets))
             deadline = self._deadlines[worker]
             if deadline is not None and not deadline.expired():
                 deadline.reschedule(self._deadline(worker))
+
+    def _without_held_steps(self, worker: int, unsent: list[EnvSlot]) -> list[EnvSlot]:
+        """Slots whose command may be sent: resets, and steps that all of a batch have."""
+        awaited = {
+            slot.env_index // self.rollouts_per_env
+            for slot in self.slots[worker]
+            # One whose answer is held back gets no decision before the others have answered.
+            if slot.rollout and not isinstance(slot.unsent, Step) and slot not in self._held
+        }
+        due = [
+            slot
+            for slot in unsent
+            if isinstance(slot.unsent, Reset)
+            or slot.env_index // self.rollouts_per_env not in awaited
+        ]
+        self._num_held_steps[worker] = len(unsent) - len(due)
+        self._on_change()  # the policy need not wait for them
+        return due
+
+    def _check_batch(self, slot: EnvSlot) -> None:
+        """Send the steps that were held for this slot alone."""
+        if self.rollouts_per_env > 1:
+            self.send_soon(slot.worker)
 
     # -- the workers ----------------------------------------------------------------------------
 
@@ -329,7 +380,8 @@ class EnvSlots:
 
     async def _serve(self, index: int) -> str:
         """Pass a worker's events on; returns why it has to be replaced, "" if to be recycled."""
-        self._processes.send(index, UsePool(self._pool.worker_view()))
+        view = self._pool.worker_view()
+        self._processes.send(index, UsePool(view, self.rollouts_per_env))
         self.idle.extend(self.slots[index])
         self._on_change()
         while True:
@@ -382,7 +434,8 @@ class EnvSlots:
                 if event.num_clipped:
                     self._counters.add("collector/env_steps_clipped", event.num_clipped)
             if self._lockstep:
-                self._held.append((slot, event))
+                self._held[slot] = event
+                self._check_batch(slot)
             else:
                 slot.answer(event)
         self._end_round()
@@ -393,8 +446,8 @@ class EnvSlots:
         """Pass the answers on that were held back, once every busy environment has answered."""
         if not self._held or self._any_busy():
             return
-        held, self._held = self._held, []
-        for slot, event in sorted(held, key=lambda item: item[0].position):
+        held, self._held = self._held, {}
+        for slot, event in sorted(held.items(), key=lambda item: item[0].position):
             if slot.lost is None:
                 slot.answer(event)
 
@@ -412,7 +465,7 @@ class EnvSlots:
 
     def _suspect(self, index: int) -> EnvSlot | None:
         """The environment that a worker was busy with: it executes one command at a time."""
-        busy = [slot for slot in self.slots[index] if slot.limit is not None]
+        busy = [slot for slot in self.slots[index] if slot.limit and slot.unsent is None]
         return min(busy, key=lambda slot: slot.since_s, default=None)
 
     def _describe_hang(self, index: int, activity: str, limit: str) -> str:
@@ -437,7 +490,7 @@ class EnvSlots:
         # replace() returns when the kernel has ended the process: from then on it writes no row.
         self._processes.replace(index)
         self._recycled.discard(index)
-        self._commands[index].clear()
+        self._num_held_steps[index] = 0
         self.slots[index] = self._new_slots(index)
         self.idle = deque(slot for slot in self.idle if slot.worker != index)
         self._tracks[index].waiting("worker_lost")

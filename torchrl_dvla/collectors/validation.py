@@ -192,6 +192,7 @@ def plan_memory(
     *,
     group: GroupConfig,
     workers: WorkerConfig,
+    rollouts_per_env: int,
     replay_buffer: PooledReplayBuffer,
     weight_bytes: int,
     rows_per_page: int,
@@ -212,7 +213,7 @@ def plan_memory(
         groups_per_update=group.groups_per_update,
         max_policy_lag=group.max_policy_lag,
         max_decisions=workers.max_decisions,
-        num_env=workers.num_workers * workers.envs_per_worker,
+        num_env=workers.num_workers * workers.envs_per_worker * rollouts_per_env,
         rows_per_page=rows_per_page,
         num_spare_groups=1,  # pages for episodes of an evaluation beside all groups
         weight_bytes=weight_bytes,

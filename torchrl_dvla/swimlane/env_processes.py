@@ -31,8 +31,8 @@ class EnvProcesses:
         num_workers (int): processes.
 
     Keyword Args:
-        envs_per_worker (int): rollouts that one worker holds open at once, so that it can simulate
-            one while another waits for its decision.
+        envs_per_worker (int): environments of one worker, so that it can simulate one while another
+            waits for its decision.
         num_threads (int): intra-op torch threads of a worker.
         env_vars (Mapping, optional): environment variables of the workers.
         start_method (str): how the processes are started.
@@ -58,6 +58,8 @@ class EnvProcesses:
             "env_vars": env_vars,
             "start_method": start_method,
         }
+        #: What :meth:`wait_ready` has found.
+        self.specs: EnvSpecs
         self.workers: list[ManagedProcess] = []
         try:
             for index in range(num_workers):
@@ -101,7 +103,7 @@ class EnvProcesses:
                 )
             for connection in ready:
                 specs[waiting[connection]] = self.receive_specs(waiting[connection])
-        first = specs[0]
+        self.specs = first = specs[0]
         for index, other in specs.items():
             if other != first:
                 raise RuntimeError(
