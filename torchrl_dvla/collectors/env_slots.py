@@ -248,7 +248,8 @@ class EnvSlots:
         self.num_busy = 0
         self.answered = asyncio.Event()
         self._held: dict[EnvSlot, ResetDone | StepDone | Refused] = {}
-        self._sending: set[int] = set()
+        #: Unsent commands by worker in the pass before, if they are about to be sent.
+        self._num_unsent: list[int | None] = [None] * config.num_workers
         self._num_held_steps = [0] * config.num_workers
         self._reported_s = [0.0] * config.num_workers
         self._deadlines: list[asyncio.Timeout | None] = [None] * config.num_workers
@@ -313,14 +314,21 @@ class EnvSlots:
         return self.num_busy - sum(self._num_held_steps)
 
     def send_soon(self, worker: int) -> None:
-        """Send the commands for a worker, all those of this pass of the event loop together."""
-        if worker not in self._sending:
-            self._sending.add(worker)
+        """Send the commands for a worker, together with those that come in the passes to follow.
+
+        A batched environment is then reset once for all rollouts that begin.
+        """
+        if self._num_unsent[worker] is None:
+            self._num_unsent[worker] = 0
             asyncio.get_running_loop().call_soon(self._send, worker)
 
     def _send(self, worker: int) -> None:
-        self._sending.discard(worker)
         unsent = [slot for slot in self.slots[worker] if slot.unsent is not None]
+        if len(unsent) != self._num_unsent[worker]:  # more may come in the next pass
+            self._num_unsent[worker] = len(unsent)
+            asyncio.get_running_loop().call_soon(self._send, worker)
+            return
+        self._num_unsent[worker] = None
         due = unsent if self.rollouts_per_env == 1 else self._without_held_steps(worker, unsent)
         commands = [slot.unsent for slot in due]
         steps = [command for command in commands if isinstance(command, Step)]

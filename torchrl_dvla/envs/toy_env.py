@@ -106,8 +106,8 @@ class ToyChunkEnv(ToyVLAEnv):
             self.state_spec = Composite({SEED_KEY: seeds}, shape=batch)
         # Wrapped once: a tensordict takes 40 us to wrap a bare string.
         self._text = NonTensorData(self.instruction, batch_size=batch)
+        self._target: torch.Tensor
         self._streak: torch.Tensor
-        self._request: TensorDictBase | None = None
 
     def _obs(self, state: torch.Tensor) -> TensorDict:
         image = self._render(state).movedim(-1, -3).contiguous()
@@ -131,24 +131,32 @@ class ToyChunkEnv(ToyVLAEnv):
         is_inside = rows.unsqueeze(-1) & columns.unsqueeze(-2)
         canvas[is_inside] = torch.tensor(color, dtype=torch.uint8, device=canvas.device)
 
-    def _sample_target(self) -> torch.Tensor:
-        seeds = None if self._request is None else self._request.get(SEED_KEY, None)
-        if self._request is None or seeds is None:
-            return super()._sample_target()
-        target, is_reset = self._target.clone(), self._request.get("_reset", torch.ones_like(seeds))
+    def _seeded_target(self, is_reset: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        target = self._target.clone()
         for index in is_reset.flatten().nonzero().flatten().tolist():
             self._rng.manual_seed(int(seeds[index]))
             target[index] = torch.rand(self.action_dim, generator=self._rng) - 0.5
         return target
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
-        if self.batch_size:
-            self._request = TensorDict({}, self.batch_size) if tensordict is None else tensordict
-        out = super()._reset(self._request, **kwargs)
-        shape = (*self.batch_size, self.chunk_size)
-        out[ACTION_IS_PAD_KEY] = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        if self._request is not None:
-            out[SEED_KEY] = self._request.get(SEED_KEY, self.state_spec[SEED_KEY].zero()).clone()
+        batch, device = self.batch_size, self.device
+        is_reset = seeds = None
+        if tensordict is not None and batch:
+            is_reset, seeds = tensordict.get("_reset", None), tensordict.get(SEED_KEY, None)
+        if is_reset is None:
+            is_reset = torch.ones(*batch, 1, dtype=torch.bool, device=device)
+        target = self._sample_target() if seeds is None else self._seeded_target(is_reset, seeds)
+        self._target = torch.where(is_reset, target, self._target)
+        self._streak = torch.where(is_reset, 0, self._streak)
+        out = self._obs(self._make_state(None))
+        for name in ("success", "terminated", "done"):
+            out[name] = torch.zeros(*batch, 1, dtype=torch.bool, device=device)
+        out[ACTION_IS_PAD_KEY] = torch.zeros(
+            *batch, self.chunk_size, dtype=torch.bool, device=device
+        )
+        if batch:
+            no_seeds = torch.zeros(*batch, 1, dtype=torch.int64, device=device)
+            out[SEED_KEY] = no_seeds if seeds is None else seeds.clone()
         return out
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
