@@ -12,13 +12,25 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from torchrl.data import Composite, Unbounded
-from torchrl.envs import GymWrapper, RenameTransform, ToyVLAEnv, TransformedEnv, check_env_specs
+from tensordict import TensorDict
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.envs import (
+    EnvBase,
+    GymWrapper,
+    ParallelEnv,
+    RenameTransform,
+    SerialEnv,
+    ToyVLAEnv,
+    TransformedEnv,
+    check_env_specs,
+)
 
 from torchrl_dvla.envs import ChunkEnv
 from torchrl_dvla.swimlane.env_worker import describe_env
 
-CHUNK, ENDS, CUT = ("vla_action", "chunk"), "terminated", "truncated"
+from .batches import CHUNK, play_alike, reset_some
+
+ENDS, CUT = "terminated", "truncated"
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_environment.py"
 Reach = runpy.run_path(str(EXAMPLE))["Reach"]
 
@@ -54,6 +66,11 @@ class Clock(gym.Env):
 def renamed_env():
     base = TransformedEnv(GymWrapper(Clock(solved_at=1)), RenameTransform(["goal"], ["g"]))
     return clock_env(base, state_key=["state", "g"], image_key="camera")
+
+
+def vector_env():
+    mode = gym.vector.AutoresetMode.DISABLED
+    return gym.vector.SyncVectorEnv([Clock] * 2, autoreset_mode=mode)
 
 
 clock_env = functools.partial(ChunkEnv, chunk_size=4, state_key="state", success="is_success")
@@ -195,7 +212,10 @@ def test_the_initial_state_reaches_the_base_environment():
         (Clock, {"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
         (Clock, {"replan_interval": 5}, "replan_interval must be at most chunk_size=4"),
         (lambda: Clock, {}, "base_env must be an environment of TorchRL or gymnasium"),
-        (lambda: ToyVLAEnv(batch_size=[2]), {}, r"no batch dimensions, got \[2\]"),
+        (lambda: ToyVLAEnv(batch_size=[2]), {}, r"size \[2\] must .* seed .*'seed' .*SerialEnv"),
+        (lambda: ToyVLAEnv(batch_size=[2, 1]), {}, r"at most one batch dimension, got \[2, 1\]"),
+        (lambda: ParallelEnv(2, ToyVLAEnv), {}, r"size \[2\] must .*: no ParallelEnv"),
+        (vector_env, {}, r"size \[2\] must .* pass a SerialEnv"),
         (lambda: "CartPole-v1", {}, r"one action of real numbers \[A\], got 'action'"),
         (lambda: clock_env(Clock()), {}, "it is chunked already"),
         (Clock, {"state_key": None}, r"got neither. Its entries are .*'camera' \[4, 6, 3\] uint8"),
@@ -212,3 +232,115 @@ def test_the_initial_state_reaches_the_base_environment():
 def test_what_is_missing_is_named(base, settings, message):
     with pytest.raises((TypeError, ValueError), match=message):
         ChunkEnv(base(), **{"chunk_size": 4, "state_key": "state", **settings})
+
+
+# -- batched --------------------------------------------------------------------------------------
+class BatchedClock(EnvBase):
+    """Three clocks of TorchRL: an episode of seed ``s`` ends with its ``s``-th env step."""
+
+    def __init__(self, respects_step=True):
+        super().__init__(batch_size=[3])
+        self.respects_step = respects_step
+        one, flag = Unbounded((3, 1)), Categorical(2, dtype=torch.bool, shape=(3, 1))
+        self.observation_spec = Composite(state=one, success=flag, shape=(3,))
+        self.state_spec = Composite(seed=Unbounded((3, 1), dtype=torch.int64), shape=(3,))
+        self.action_spec = Bounded(-1.0, 1.0, (3, 2))
+        self.reward_spec = one.clone()
+        self.full_done_spec = Composite(done=flag.clone(), terminated=flag.clone(), shape=(3,))
+        self.t, self.ends_at = torch.zeros(3, 1), torch.full((3, 1), 99.0)
+        self.num_steps = 0
+
+    def _set_seed(self, seed):
+        raise AssertionError("each episode has a seed of its own")
+
+    def _observe(self):
+        over = self.t == self.ends_at
+        flags = {key: over.clone() for key in ("success", "done", "terminated")}
+        return TensorDict({"state": self.t.clone(), **flags}, [3])
+
+    def _reset(self, tensordict):
+        is_reset = torch.ones(3, 1, dtype=torch.bool)
+        if tensordict is not None:
+            is_reset = tensordict.get("_reset", is_reset)
+            seeds = tensordict.get("seed", self.ends_at).float()
+            self.ends_at = torch.where(is_reset, seeds, self.ends_at)
+        self.t = torch.where(is_reset, 0.0, self.t)
+        return self._observe()
+
+    def _step(self, tensordict):
+        mask = tensordict.get("_step", torch.ones(3, dtype=torch.bool))
+        mask = mask if self.respects_step else torch.ones(3, dtype=torch.bool)
+        self.num_steps += 1
+        self.t = self.t + mask[:, None]
+        return self._observe().set("reward", self.t.clone())
+
+
+@pytest.mark.parametrize("respects_step", [True, False])
+def test_each_episode_of_a_batch_ends_by_itself(respects_step):
+    env = ChunkEnv(
+        BatchedClock(respects_step), chunk_size=4, state_key="state", max_episode_steps=7
+    )
+    specs = describe_env(env)
+    assert (specs.num_rollouts, specs.chunk_size, specs.action_dim) == (3, 4, 2)
+    td = reset_some(env, env.reset(), [0, 1, 2], [2, 9, 5])
+    td = env.step(td.set(CHUNK, torch.zeros(3, 4, 2)))["next"]
+    # The first ends in the middle of its chunk: 1 + 2, against 1 + 2 + 3 + 4.
+    assert td["reward"].tolist() == [[3], [10], [10]]
+    assert td["observation", "state"].tolist() == [[2], [4], [4]], "its last one"
+    assert td["action_is_pad"].sum(-1).tolist() == [2, 0, 0]
+    assert td["terminated"].tolist() == td["success"].tolist() == [[True], [False], [False]]
+    only_last = torch.tensor([False, False, True])
+    td = reset_some(env, td, [0], [3])
+    assert td["observation", "state"].tolist() == [[0], [4], [4]]
+    td = env.step(td.set(CHUNK, torch.zeros(3, 4, 2)).set("_step", only_last))["next"]
+    assert td["reward"].tolist() == [[0], [0], [5]]
+    assert td["action_is_pad"].sum(-1).tolist() == [4, 4, 3]
+    assert td["observation", "state"].tolist() == [[0], [4], [5]], "who takes no step stays"
+    if respects_step:
+        td = reset_some(env, td, [2], [99])
+        td = env.step(td.set(CHUNK, torch.zeros(3, 4, 2)))["next"]
+        assert td["terminated"].tolist() == [[True], [False], [False]]
+        assert td["truncated"].tolist() == [[False], [True], [False]], "after 7 env steps"
+        assert td["done"].tolist() == [[True], [True], [False]]
+        assert td["reward"].tolist() == [[6], [5 + 6 + 7], [10]]
+
+
+def test_a_batch_takes_no_env_step_when_all_of_its_episodes_are_over():
+    base = BatchedClock()
+    env = ChunkEnv(base, chunk_size=4, state_key="state")
+    td = reset_some(env, env.reset(), [0, 1, 2], [1, 2, 2])
+    before = base.num_steps
+    env.step(td.set(CHUNK, torch.zeros(3, 4, 2)))
+    assert base.num_steps == before + 2
+
+
+def words(td):
+    return [f"reach from {float(x):.2f}" for x in td["observation"].reshape(-1, 4)[:, 0]]
+
+
+@pytest.mark.parametrize(
+    ("make_base", "settings"),
+    [
+        (lambda: GymWrapper(Reach()), {"success": "terminated", "image_key": "image"}),
+        (lambda: GymWrapper(Reach()), {"success": lambda td: td["reward"] > 0}),
+        (lambda: ToyVLAEnv(2, 4, success_steps=2, success_tol=0.5), {}),
+    ],
+    ids=["gymnasium", "callable", "torchrl"],
+)
+def test_a_batch_of_single_environments_plays_as_they_do(make_base, settings):
+    if "success" in settings:
+        settings = {"state_key": "observation", **settings}
+        several = {"instruction": words}
+        one = {"instruction": lambda td: words(td)[0]}
+    else:
+        several = one = {}
+    batched = ChunkEnv(SerialEnv(3, make_base), chunk_size=3, **settings, **several)
+    check_env_specs(batched)
+    singles = [ChunkEnv(make_base(), chunk_size=3, **settings, **one) for _ in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    num_over = play_alike(
+        batched, singles, lambda td: torch.rand(3, 3, 2, generator=generator) * 2 - 1, 20
+    )
+    assert num_over >= 5
+    for env in (batched, *singles):
+        env.close()

@@ -10,6 +10,8 @@ from torchrl.envs import MultiAction, ToyVLAEnv, TransformedEnv, check_env_specs
 
 from torchrl_dvla.envs import ToyChunkEnv
 
+from .batches import play_alike
+
 
 def test_the_same_seed_is_the_same_scene():
     first, second = ToyChunkEnv(seed=1), ToyChunkEnv(seed=2)
@@ -89,48 +91,16 @@ def test_specs_and_an_image_that_shows_target_and_action():
 
 
 # -- batched --------------------------------------------------------------------------------------
-def reset_some(env, td, indices, seeds):
-    is_reset = torch.zeros(*env.batch_size, 1, dtype=torch.bool)
-    is_reset[indices] = True
-    all_seeds = torch.zeros(*env.batch_size, 1, dtype=torch.int64)
-    all_seeds[indices, 0] = torch.tensor(seeds)
-    return env.reset(td.clone().set("seed", all_seeds).set("_reset", is_reset))
-
-
 def test_a_batch_of_episodes_is_that_of_single_ones():
-    batched, singles = ToyChunkEnv(batch_size=[3]), [ToyChunkEnv() for _ in range(3)]
+    batched = ToyChunkEnv(batch_size=[3])
     check_env_specs(batched)
-    seeds = [5, 6, 5]
-    td = reset_some(batched, batched.reset(), [0, 1, 2], seeds)
     generator = torch.Generator().manual_seed(0)
-    theirs = []
-    for single, seed in zip(singles, seeds, strict=True):
-        single.set_seed(seed)
-        theirs.append(single.reset())
-    num_over = 0
-    for number in range(12):
+
+    def draw_chunk(td):
         noise = 1.2 * torch.rand(3, 4, 2, generator=generator) - 0.6
-        chunk = (td["observation", "state"][:, None, 2:] + noise).clamp(-1, 1)
-        td = batched.step(td.set(("vla_action", "chunk"), chunk))
-        for index, single in enumerate(singles):
-            theirs[index] = single.step(theirs[index].set(("vla_action", "chunk"), chunk[index]))
-            mine, its = td["next"][index], theirs[index]["next"]
-            assert mine["language_instruction"] == its["language_instruction"]
-            for key in its.exclude("language_instruction").keys(True, True):
-                assert torch.equal(mine[key], its[key]), key
-        td = batched.step_mdp(td)
-        theirs = [single.step_mdp(its) for single, its in zip(singles, theirs, strict=True)]
-        over = td["done"].flatten().nonzero().flatten().tolist()
-        num_over += len(over)
-        if over:  # they begin anew, the others go on
-            td = reset_some(batched, td, over, [100 + number] * len(over))
-        for index in over:
-            singles[index].set_seed(100 + number)
-            theirs[index] = singles[index].reset()
-        for index, its in enumerate(theirs):
-            mine = td["observation", "image"][index]
-            assert torch.equal(mine, its["observation", "image"])
-    assert 5 < num_over < 30
+        return (td["observation", "state"][:, None, 2:] + noise).clamp(-1, 1)
+
+    assert 5 < play_alike(batched, [ToyChunkEnv() for _ in range(3)], draw_chunk) < 30
 
 
 def test_an_episode_that_takes_no_step_stays_as_it_is():

@@ -10,9 +10,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from tensordict import NestedKey, NonTensorData, TensorDict, TensorDictBase
+from tensordict import (
+    NestedKey,
+    NonTensorData,
+    NonTensorStack,
+    TensorDict,
+    TensorDictBase,
+    is_non_tensor,
+)
 from torchrl.data import Categorical, Composite, NonTensor, Unbounded
-from torchrl.envs import EnvBase, GymEnv, GymWrapper, TransformedEnv
+from torchrl.envs import EnvBase, GymEnv, GymWrapper, SerialEnv, TransformedEnv
 from torchrl.envs.gym_like import BaseInfoDictReader
 
 from torchrl_dvla.data.schema import (
@@ -21,6 +28,7 @@ from torchrl_dvla.data.schema import (
     INIT_STATE_ID_KEY,
     INSTRUCTION_KEY,
     OBSERVATION_KEY,
+    SEED_KEY,
     VLA_ACTION_KEY,
 )
 
@@ -46,9 +54,17 @@ class ChunkEnv(EnvBase):
     as ``reset(seed=...)``, any other by its own ``set_seed``. To build the specs, the constructor
     resets the base environment and takes one env step.
 
+    A base environment of batch size ``[N]`` makes one of ``[N]`` episodes: each ends, is padded,
+    keeps its last observation and is reset by itself (TorchRL's ``"_reset"``), from its seed in the
+    ``"seed"`` ``[N, 1]`` of the tensordict of the reset. An episode that is over, or is left out by
+    TorchRL's ``"_step"``, is stepped no further where the base environment respects ``"_step"``,
+    and its outcome is ignored where it does not.
+
     Args:
-        base_env (EnvBase or gymnasium.Env or str): an environment without batch dimensions, with
-            one continuous action ``[A]``; or the id of one that gymnasium has registered.
+        base_env (EnvBase or gymnasium.Env or str): an environment with one continuous action
+            ``[A]``, or the id of one that gymnasium has registered. A batched one is a
+            :class:`~torchrl.envs.SerialEnv`, or declares ``"seed"`` in its ``state_spec`` and
+            begins each episode from it.
 
     Keyword Args:
         chunk_size (int): env steps in an action chunk.
@@ -61,8 +77,9 @@ class ChunkEnv(EnvBase):
             a list are concatenated. Defaults to ``None``, no state. With neither key, cameras and
             state are those under ``"observation"``, as TorchRL's VLA environments have them.
         instruction (str, tuple or Callable, optional): the words; or the key of the entry that
-            holds them, as a tuple; or a function of the reset tensordict. Defaults to the entry
-            ``"language_instruction"`` if there is one, else to no words.
+            holds them, as a tuple; or a function of the reset tensordict, of a batch a list of
+            ``N``. Defaults to the entry ``"language_instruction"`` if there is one, else to no
+            words.
         success (NestedKey or Callable, optional): whether the task is solved: an entry of the
             observation, or of gymnasium's info, after every env step; ``"terminated"`` where
             episodes terminate only when solved; or a function of an env step's tensordict. Defaults
@@ -113,23 +130,31 @@ class ChunkEnv(EnvBase):
                 "A chunk has no more env steps."
             )
         base_env = _as_torchrl(base_env)
-        super().__init__(device=base_env.device, batch_size=torch.Size([]))
+        super().__init__(device=base_env.device, batch_size=base_env.batch_size)
         self.base_env = base_env
         self.chunk_size = chunk_size
         self.replan_interval = replan_interval or chunk_size
         self.max_episode_steps = max_episode_steps
-        innermost = base_env
-        while isinstance(innermost, TransformedEnv):
-            innermost = innermost.base_env
+        innermost = _innermost(base_env)
         self._gym_env = innermost if isinstance(innermost, GymWrapper) else None
+        self._serial_env = innermost if isinstance(innermost, SerialEnv) else None
+        if self.batch_size and self._serial_env is None and SEED_KEY not in base_env.state_spec:
+            raise ValueError(
+                f"base_env of batch size {list(self.batch_size)} must begin each episode from a "
+                f"seed of its own, got no {SEED_KEY!r} in its state_spec. Declare it there, int64 "
+                f"{[*self.batch_size, 1]}, and read it from the tensordict in _reset; or pass a "
+                "SerialEnv of single environments. Workers are processes already: no ParallelEnv."
+            )
         self._seed: int | None = None
-        self._elapsed = 0
+        #: Env steps of the episode, of a batch ``[N, 1]``.
+        self._elapsed: Any = 0
         self._action_key, action_spec = _only_action(base_env)
         #: What the next env step starts from.
         self._current = base_env.reset()
         if instruction is None:
             instruction = (INSTRUCTION_KEY,) if INSTRUCTION_KEY in self._current else ""
         self._instruction = instruction
+        self._texts: list[str] = []
         self._words = self._read_instruction()
         self._find_observations(image_key, state_key)
         self._success = key = "success" if success is None else success
@@ -159,13 +184,14 @@ class ChunkEnv(EnvBase):
         self._cameras: dict[str, tuple[NestedKey, bool]] = {}
         for name, wanted in image_key.items():
             key, image = self._entry("image_key", wanted)
-            if image.dtype != torch.uint8 or image.ndim != 3 or 3 not in image.shape[::2]:
+            shape = image.shape[len(self.batch_size) :]
+            if image.dtype != torch.uint8 or len(shape) != 3 or 3 not in shape[::2]:
                 raise ValueError(
                     "image_key must name frames of uint8 [H, W, 3] or [3, H, W], got "
                     f"{_describe(key, image)}. Convert them in the base environment, or leave this "
                     "entry out."
                 )
-            self._cameras[name] = key, image.shape[0] != 3
+            self._cameras[name] = key, shape[0] != 3
         if not self._cameras and not self._state_keys:
             raise ValueError(
                 "image_key or state_key must name what the policy observes, got neither. "
@@ -190,32 +216,40 @@ class ChunkEnv(EnvBase):
         return f"Its entries are {', '.join(found)}."
 
     def _make_specs(self, action_spec: Any) -> None:
-        flag = Categorical(2, dtype=torch.bool, shape=(1,), device=self.device)
+        batch, device = self.batch_size, self.device
+        flag = Categorical(2, dtype=torch.bool, shape=(*batch, 1), device=device)
         observed = self._observe(self._current)
         leaves = {
-            name: Unbounded(value.shape, dtype=value.dtype, device=self.device)
+            name: Unbounded(value.shape, dtype=value.dtype, device=device)
             for name, value in observed[OBSERVATION_KEY].items()
         }
-        pad = Categorical(2, dtype=torch.bool, shape=(self.chunk_size,), device=self.device)
+        pad = Categorical(2, dtype=torch.bool, shape=(*batch, self.chunk_size), device=device)
         self.observation_spec = Composite(
             {
-                OBSERVATION_KEY: Composite(leaves, device=self.device),
-                INSTRUCTION_KEY: NonTensor(shape=(), example_data=self._words.data),
+                OBSERVATION_KEY: Composite(leaves, shape=batch, device=device),
+                INSTRUCTION_KEY: NonTensor(shape=batch, example_data=self._texts[0]),
                 "success": flag,
                 ACTION_IS_PAD_KEY: pad,
             },
-            device=self.device,
+            shape=batch,
+            device=device,
         )
+        states = {}
+        if batch:
+            states[SEED_KEY] = Unbounded((*batch, 1), dtype=torch.int64, device=device)
         if INIT_STATE_ID_KEY in self.base_env.state_spec:
-            self.state_spec = Composite(
-                {INIT_STATE_ID_KEY: self.base_env.state_spec[INIT_STATE_ID_KEY].clone()},
-                device=self.device,
-            )
-        chunk = action_spec.to(torch.float32).expand(self.chunk_size, *action_spec.shape)
-        self.full_action_spec = Composite({VLA_ACTION_KEY: Composite(chunk=chunk)})
-        self.reward_spec = Unbounded((1,), device=self.device)
+            states[INIT_STATE_ID_KEY] = self.base_env.state_spec[INIT_STATE_ID_KEY].clone()
+        self.state_spec = Composite(states, shape=batch, device=device)
+        shape = (*batch, self.chunk_size, action_spec.shape[-1])
+        chunk = Composite(
+            chunk=action_spec.to(torch.float32).unsqueeze(-2).expand(shape), shape=batch
+        )
+        self.full_action_spec = Composite({VLA_ACTION_KEY: chunk}, shape=batch)
+        self.reward_spec = Unbounded((*batch, 1), device=device)
         flags = ("done", "terminated", "truncated")
-        self.full_done_spec = Composite({name: flag.clone() for name in flags}, device=self.device)
+        self.full_done_spec = Composite(
+            {name: flag.clone() for name in flags}, shape=batch, device=device
+        )
 
     # ------------------------------------------------------------------ reset and step
 
@@ -225,6 +259,8 @@ class ChunkEnv(EnvBase):
         self._seed = seed
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
+        if self.batch_size:
+            return self._reset_batch(tensordict, **kwargs)
         if self._gym_env is not None and self._seed is not None:
             # GymWrapper.set_seed() would reset once, and the reset to come draws a second scene.
             kwargs["seed"], self._seed = self._seed, None
@@ -232,13 +268,54 @@ class ChunkEnv(EnvBase):
             tensordict = tensordict.select(INIT_STATE_ID_KEY, strict=False)
         self._current = self.base_env.reset(tensordict, **kwargs)
         self._elapsed = 0
+        self._words = self._read_instruction()
+        no = torch.tensor([False], device=self.device)
+        return self._reset_output(no, self.chunk_size)
+
+    def _reset_batch(
+        self, tensordict: TensorDictBase | None = None, **kwargs: Any
+    ) -> TensorDictBase:
+        keys = ("_reset", *self.state_spec.keys())
+        request = TensorDict({}, self.batch_size, device=self.device)
+        if tensordict is not None:
+            request = tensordict.select(*keys, strict=False)
+        everyone = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
+        is_reset = request.get("_reset", everyone).reshape(self.batch_size)
+        seeds = request.get(SEED_KEY, self.state_spec[SEED_KEY].zero())
+        if self._serial_env is not None and SEED_KEY in request:
+            kwargs["list_of_kwargs"] = self._seed_single_envs(is_reset.tolist(), seeds.tolist())
+        if not is_reset.all():
+            request = self._current.update(request)
+        self._current = self.base_env.reset(None if request.is_empty() else request, **kwargs)
+        self._elapsed = torch.where(is_reset.unsqueeze(-1), 0, self._elapsed)
+        self._words = self._read_instruction(is_reset.tolist())
+        no = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.device)
+        num_executed = torch.full_like(no, self.chunk_size, dtype=torch.int64)
+        return self._reset_output(no, num_executed).set(SEED_KEY, seeds.clone())
+
+    def _seed_single_envs(
+        self, is_reset: list[bool], seeds: list[list[int]]
+    ) -> list[dict[str, int]]:
+        """Seed environments of a :class:`~torchrl.envs.SerialEnv`; returns what resets take."""
+        assert self._serial_env is not None
+        settings: list[dict[str, int]] = [{} for _ in seeds]
+        for number, env in enumerate(self._serial_env._envs):
+            if is_reset[number]:
+                if isinstance(_innermost(env), GymWrapper):
+                    settings[number]["seed"] = seeds[number][0]
+                else:
+                    env.set_seed(seeds[number][0], static_seed=True)
+        return settings
+
+    def _reset_output(self, no: torch.Tensor, num_executed: int | torch.Tensor) -> TensorDict:
         out = self._observe(self._current)
         if INIT_STATE_ID_KEY in self.state_spec:
-            out[INIT_STATE_ID_KEY] = self._current.get(INIT_STATE_ID_KEY)
-        self._words = self._read_instruction()
+            out[INIT_STATE_ID_KEY] = self._current.get(INIT_STATE_ID_KEY).clone()
         out[INSTRUCTION_KEY] = self._words
-        out[ACTION_IS_PAD_KEY] = self._pad_after(self.chunk_size)
-        return out.update(self._flags(success=False, terminated=False, truncated=False))
+        out[ACTION_IS_PAD_KEY] = self._pad_after(num_executed)
+        for name in ("success", "terminated", "truncated", "done"):
+            out[name] = no.clone()
+        return out
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         chunk = tensordict.get(ACTION_CHUNK_KEY)
@@ -248,6 +325,8 @@ class ChunkEnv(EnvBase):
                 f"{ACTION_CHUNK_KEY} must have shape {list(shape)}, got {list(chunk.shape)}. Build "
                 "the policy and the environment with the same chunk_size and action dimension."
             )
+        if self.batch_size:
+            return self._step_batch(chunk, tensordict.get("_step", None))
         num_executed, reward = 0, 0.0
         success = terminated = truncated = False
         for action in chunk[: self.replan_interval]:
@@ -260,20 +339,67 @@ class ChunkEnv(EnvBase):
             truncated = bool(following.get("done")) or self._elapsed == self.max_episode_steps
             if terminated or truncated:
                 break
+        values = {"success": success, "terminated": terminated}
+        values["truncated"] = truncated and not terminated
+        outcome = {key: torch.tensor([value], device=self.device) for key, value in values.items()}
+        outcome["reward"] = torch.tensor([reward], dtype=torch.float32, device=self.device)
+        return self._step_output(self._observe(self._current), num_executed, outcome)
+
+    def _step_batch(self, chunk: torch.Tensor, mask: torch.Tensor | None) -> TensorDictBase:
+        """The same for ``N`` episodes, or those of ``mask``, each with an end of its own."""
+        no = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.device)
+        goes_on = ~no if mask is None else mask.reshape(no.shape)
+        num_executed, reward = no.long(), no.double()
+        success, terminated, truncated = no, no, no
+        # Last observations of those that take no further env step.
+        is_kept, kept = ~goes_on, None if mask is None else self._observe(self._current)
+        for action in chunk[:, : self.replan_interval].unbind(1):
+            following = self._env_step(action, goes_on)
+            num_executed = num_executed + goes_on
+            self._elapsed = self._elapsed + goes_on
+            paid = following.get(self.base_env.reward_key).reshape(no.shape)
+            reward = reward + torch.where(goes_on, paid, 0.0)
+            success = success | (goes_on & self._solved(following))
+            ends = goes_on & following.get("terminated").reshape(no.shape)
+            is_late = following.get("done").reshape(no.shape)
+            if self.max_episode_steps is not None:
+                is_late = is_late | (self._elapsed == self.max_episode_steps)
+            terminated, truncated = terminated | ends, truncated | (goes_on & is_late & ~ends)
+            is_over = goes_on & (terminated | truncated)
+            goes_on = goes_on & ~is_over
+            if not goes_on.any():
+                break
+            if is_over.any():
+                now = self._observe(self._current)
+                kept = now if kept is None else now.where(is_over.squeeze(-1), kept)
+                is_kept = is_kept | is_over
+        observed = self._observe(self._current)
+        if kept is not None:
+            observed = kept.where(is_kept.squeeze(-1), observed)
+        outcome = {"success": success, "terminated": terminated, "truncated": truncated}
+        outcome["reward"] = reward.to(torch.float32)
+        return self._step_output(observed, num_executed, outcome)
+
+    def _step_output(
+        self, out: TensorDict, num_executed: int | torch.Tensor, outcome: dict[str, torch.Tensor]
+    ) -> TensorDict:
         if isinstance(self._instruction, tuple):
             self._words = self._read_instruction()
-        out = self._observe(self._current)
         out[INSTRUCTION_KEY] = self._words
         out[ACTION_IS_PAD_KEY] = self._pad_after(num_executed)
-        out["reward"] = torch.tensor([reward], dtype=torch.float32, device=self.device)
-        truncated = truncated and not terminated
-        flags = self._flags(success=success, terminated=terminated, truncated=truncated)
-        return out.update(flags)
+        outcome["done"] = outcome["terminated"] | outcome["truncated"]
+        return out.update(outcome)
 
-    def _env_step(self, action: torch.Tensor) -> TensorDictBase:
+    def _env_step(
+        self, action: torch.Tensor, goes_on: torch.Tensor | None = None
+    ) -> TensorDictBase:
         """One env step of the base environment; returns what it wrote under ``"next"``."""
         dtype = self.base_env.full_action_spec[self._action_key].dtype
-        stepped = self.base_env.step(self._current.set(self._action_key, action.to(dtype)))
+        self._current.set(self._action_key, action.to(dtype))
+        if goes_on is not None and not goes_on.all():
+            self._current.set("_step", goes_on.squeeze(-1))
+        stepped = self.base_env.step(self._current)
+        stepped.pop("_step", None)
         following: TensorDictBase = stepped.pop("next")
         self._current = stepped.update(following)
         return following
@@ -284,38 +410,45 @@ class ChunkEnv(EnvBase):
         observed = {}
         for name, (key, is_channels_last) in self._cameras.items():
             image = tensordict.get(key)
-            image = image.permute(2, 0, 1) if is_channels_last else image
+            image = image.movedim(-1, -3) if is_channels_last else image
             # A renderer may draw the next frame into the same buffer.
             observed[name] = image.clone(memory_format=torch.contiguous_format)
+        batch = self.batch_size
         if self._state_keys:
-            parts = [tensordict.get(key).flatten().to(torch.float32) for key in self._state_keys]
-            observed["state"] = torch.cat(parts)
-        return TensorDict({OBSERVATION_KEY: TensorDict(observed)}, device=self.device)
+            parts = [tensordict.get(key).reshape(*batch, -1) for key in self._state_keys]
+            observed["state"] = torch.cat([part.to(torch.float32) for part in parts], -1)
+        return TensorDict({OBSERVATION_KEY: TensorDict(observed, batch)}, batch, device=self.device)
 
-    def _read_instruction(self) -> NonTensorData:
-        source = self._instruction
+    def _read_instruction(self, is_reset: list[bool] | None = None) -> Any:
+        source, size = self._instruction, self.batch_size.numel()
         text = source(self._current) if callable(source) else source
         if isinstance(source, tuple):
             text = self._current[source]
-        if not isinstance(text, str):
+            text = text.tolist() if is_non_tensor(text) else text
+        texts: list[Any] = [text] * size
+        if self.batch_size and isinstance(text, list):
+            texts = text
+        if len(texts) != size or not all(isinstance(one, str) for one in texts):
             raise TypeError(
                 f"instruction must give a string, got {type(text).__name__}. Pass the words, a "
                 "tuple that is the key of a string, or a function of the reset tensordict."
             )
-        return NonTensorData(text)
+        if callable(source) and is_reset is not None:  # called once an episode
+            of_each = zip(is_reset, texts, self._texts, strict=True)
+            texts = [new if begins else old for begins, new, old in of_each]
+        self._texts = texts
+        if len(set(texts)) == 1:
+            return NonTensorData(texts[0], batch_size=self.batch_size)
+        return NonTensorStack(*[NonTensorData(one) for one in texts])
 
-    def _solved(self, following: TensorDictBase) -> bool:
+    def _solved(self, following: TensorDictBase) -> Any:
         source = self._success
         value = source(following) if callable(source) else following.get(source, None)
-        if value is None or torch.as_tensor(value).numel() != 1:
+        if value is None or torch.as_tensor(value).numel() != self.batch_size.numel():
             raise ValueError(_success_error(source, value, self._listing()))
-        return bool(value)
+        return value.reshape(*self.batch_size, 1).bool() if self.batch_size else bool(value)
 
-    def _flags(self, **flags: bool) -> dict[str, torch.Tensor]:
-        flags["done"] = flags["terminated"] or flags["truncated"]
-        return {key: torch.tensor([value], device=self.device) for key, value in flags.items()}
-
-    def _pad_after(self, num_executed: int) -> torch.Tensor:
+    def _pad_after(self, num_executed: int | torch.Tensor) -> torch.Tensor:
         return torch.arange(self.chunk_size, device=self.device) >= num_executed
 
     def close(self, *, raise_if_closed: bool = True) -> None:
@@ -348,6 +481,12 @@ class _InfoFlag(BaseInfoDictReader):
         return Composite({self.key: Categorical(2, dtype=torch.bool, shape=(1,))})
 
 
+def _innermost(env: EnvBase) -> EnvBase:
+    while isinstance(env, TransformedEnv):
+        env = env.base_env
+    return env
+
+
 def _success_error(source: Any, value: Any, found: str) -> str:
     got = "nothing" if value is None else f"{list(torch.as_tensor(value).shape)}"
     return (
@@ -367,12 +506,13 @@ def _as_torchrl(base_env: Any) -> EnvBase:
             "base_env must be an environment of TorchRL or gymnasium, or the id of one, got "
             f"{base_env!r}. Pass an instance."
         )
-    if base_env.batch_size:
+    size = base_env.batch_size.numel()
+    if len(base_env.batch_size) > 1 or not size:
         raise ValueError(
-            f"base_env must have no batch dimensions, got {list(base_env.batch_size)}. Pass one "
-            "environment; the collector makes as many as it needs."
+            f"base_env must have at most one batch dimension, got {list(base_env.batch_size)}. "
+            "Flatten it to [N]."
         )
-    if len(base_env.reward_keys) != 1 or base_env.reward_spec.shape.numel() != 1:
+    if len(base_env.reward_keys) != 1 or base_env.reward_spec.shape.numel() != size:
         raise ValueError(
             f"base_env must give one reward, got {base_env.full_reward_spec}. Sum it up there."
         )
@@ -382,7 +522,8 @@ def _as_torchrl(base_env: Any) -> EnvBase:
 def _only_action(env: EnvBase) -> tuple[NestedKey, Any]:
     specs = {key: env.full_action_spec[key] for key in env.action_keys}
     leaves = list(specs.values())
-    if len(leaves) != 1 or leaves[0].ndim != 1 or not leaves[0].dtype.is_floating_point:
+    ndim = 1 + len(env.batch_size)
+    if len(leaves) != 1 or leaves[0].ndim != ndim or not leaves[0].dtype.is_floating_point:
         found = [f"{key!r} {list(spec.shape)} {spec.dtype}" for key, spec in specs.items()]
         raise ValueError(
             f"base_env must take one action of real numbers [A], got {', '.join(found)}. Discrete "
