@@ -17,7 +17,14 @@ from tensordict.nn import InteractionType
 from torch import nn
 from torchrl.checkpoint import GlobalRNGState
 
-from torchrl_dvla import DVLACollector, GroupConfig, GRPOLoss, PooledReplayBuffer, WorkerConfig
+from torchrl_dvla import (
+    DVLACollector,
+    EpisodeSpec,
+    GroupConfig,
+    GRPOLoss,
+    PooledReplayBuffer,
+    WorkerConfig,
+)
 from torchrl_dvla.envs import ToyChunkEnv
 from torchrl_dvla.memory import SharedArena
 from torchrl_dvla.modules import tiny_token_policy
@@ -165,6 +172,22 @@ def test_a_learner_on_the_device_learns_from_its_lane(lane):
         assert all(torch.equal(state, copied.cpu()) for state, copied in copies)
         assert max(versions) > 0
         assert collector.stats()["policy_version"] == 4
+
+
+def test_a_batched_environment_on_the_device_plays_as_on_the_cpu():
+    episodes = [EpisodeSpec("default", seed) for seed in range(12)]
+    results = []
+    for device in ("cpu", "cuda"):
+        with DVLACollector(
+            lambda device=device: ENV(batch_size=[4], success_steps=1).to(device),
+            make_policy("cpu"),
+            group=GroupConfig(group_size=4, groups_per_update=2),
+            workers=WorkerConfig(num_workers=1, max_decisions=4),
+        ) as collector:
+            results.append(collector.evaluate(episodes).result(120.0))
+    on_cpu, on_device = results
+    assert on_cpu.successes == on_device.successes
+    assert on_cpu.num_env_steps == on_device.num_env_steps
 
 
 def test_a_checkpoint_brings_optimizer_and_random_numbers_back_to_the_device(tmp_path):
