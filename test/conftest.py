@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import gc
 import importlib.util
 import os
@@ -26,6 +27,8 @@ import pytest
 import torch
 from torchrl.envs.utils import exploration_type, set_exploration_type
 
+from torchrl_dvla.envs.maniskill_setup import find_vulkan_driver
+
 ROOT = Path(__file__).resolve().parents[1]
 HAS_LIBERO = importlib.util.find_spec("libero") is not None
 
@@ -37,12 +40,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     no_libero = pytest.mark.skip(reason="LIBERO is not installed: pip install torchrl-dvla[libero]")
+    no_maniskill = pytest.mark.skip(reason=_why_not_maniskill())
     no_gpu = pytest.mark.skip(reason="no CUDA device")
     for item in items:
-        if "libero" in item.keywords and not HAS_LIBERO:
+        if item.get_closest_marker("libero") and not HAS_LIBERO:
             item.add_marker(no_libero)
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("maniskill") and _why_not_maniskill():
+            item.add_marker(no_maniskill)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
+
+
+@functools.cache
+def _why_not_maniskill() -> str:
+    if importlib.util.find_spec("mani_skill") is None:
+        return "ManiSkill is not installed: pip install torchrl-dvla[maniskill]"
+    try:
+        find_vulkan_driver(os.environ)
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -13,8 +13,9 @@ from tensordict import TensorDict
 
 from torchrl_dvla.envs import LiberoChunkEnv, expert_grasp
 from torchrl_dvla.envs.expert import ExpertConfig, ExpertPhase, PickPlaceExpert, PlaceGoal
+from torchrl_dvla.envs.expert_episode import ActionNoise
 from torchrl_dvla.envs.expert_grasp import GraspPlanner, box_corners, downward_rotation
-from torchrl_dvla.envs.libero_expert import ActionNoise, chunk_labels, record_demonstration
+from torchrl_dvla.envs.libero_expert import record_demonstration
 
 SQUARE = [[0.0, 0.0], [2.0, 0.0], [2.0, 2.0], [0.0, 2.0]]
 
@@ -232,36 +233,6 @@ def test_configuration_and_a_task_without_placements():
 
 
 # -- demonstrations --------------------------------------------------------------------------------
-def test_labels_overlap_and_repeat_the_last_action():
-    actions = np.arange(5.0)[:, None] * [1.0, 10.0]
-    chunks, pad = chunk_labels(actions, chunk_size=4, interval=2)
-    assert chunks.dtype == torch.float32
-    assert chunks[..., 0].tolist() == [[0, 1, 2, 3], [2, 3, 4, 4], [4, 4, 4, 4]]
-    assert chunks[1, :, 1].tolist() == [20, 30, 40, 40]
-    assert pad.int().tolist() == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 1, 1]]
-
-
-def test_a_push_lasts_and_spares_the_gripper():
-    noise = ActionNoise(push=0.3, push_steps=6, jitter=0.0)
-    drawn = [noise.sequence(15, np.random.default_rng(seed)) for seed in range(64)]
-    assert drawn[0].shape == (15, 7)
-    for sequence in drawn:
-        assert (sequence[:6] == sequence[0]).all()
-        assert (sequence[12:] == sequence[12]).all()
-        assert (sequence[:, 6] == 0).all()
-    # a third of the episodes is undisturbed, the others are pushed by 0.15 or 0.3
-    still = sum(not sequence.any() for sequence in drawn)
-    assert 10 <= still <= 34
-    size = np.sqrt(np.mean([s[:, :3] ** 2 for s in drawn]))
-    assert size == pytest.approx(0.3 * np.sqrt((0 + 0.25 + 1) / 3), rel=0.25)
-
-
-def test_noise_does_not_depend_on_the_horizon():
-    short, long = (ActionNoise().sequence(n, np.random.default_rng(3)) for n in (20, 160))
-    assert short.any()
-    assert (long[:20] == short).all()
-
-
 @pytest.mark.libero
 def test_expert_solves_a_real_scene():
     options = {"replan_interval": 4, "max_episode_steps": 160, "shadows": False, "msaa": False}

@@ -14,16 +14,26 @@ from torchrl_dvla.envs.libero_setup import (
     setup_libero,
     validate_libero,
 )
+from torchrl_dvla.envs.maniskill_env import ManiSkillChunkEnv
+from torchrl_dvla.envs.maniskill_setup import (
+    MANISKILL_INSTRUCTIONS,
+    choose_vulkan_driver,
+    validate_maniskill,
+)
 from torchrl_dvla.envs.toy_env import ToyChunkEnv
 
 __all__ = [
     "LIBERO_SUITES",
+    "MANISKILL_INSTRUCTIONS",
     "ChunkEnv",
     "LiberoChunkEnv",
     "LiberoTask",
+    "ManiSkillChunkEnv",
     "ToyChunkEnv",
     "choose_gl_backend",
+    "choose_vulkan_driver",
     "libero_tasks",
     "setup_libero",
     "validate_libero",
+    "validate_maniskill",
 ]

@@ -6,100 +6,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 
 from torchrl_dvla.data.demonstrations import Demonstration, DemonstrationInfo
-from torchrl_dvla.data.schema import (
-    ACTION_CHUNK_KEY,
-    ACTION_IS_PAD_KEY,
-    IMAGE_KEY,
-    INIT_STATE_ID_KEY,
-    STATE_KEY,
-)
+from torchrl_dvla.data.schema import INIT_STATE_ID_KEY
 from torchrl_dvla.envs.expert import ExpertConfig, ExpertScene, PickPlaceExpert
-from torchrl_dvla.envs.expert_grasp import FloatArray
+from torchrl_dvla.envs.expert_episode import ActionNoise, record_episode
 from torchrl_dvla.envs.libero_env import LiberoChunkEnv
-from torchrl_dvla.validation import Count, NonNegative, check_fields
 
-__all__ = ["ActionNoise", "chunk_labels", "record_demonstration"]
-
-
-@dataclass(frozen=True)
-class ActionNoise:
-    """Disturbance of the executed actions; the recorded labels stay clean (DART).
-
-    A clone that errs leaves the states its demonstrations went through. Demonstrations under noise
-    go through such states too and show the way back. A push that lasts some env steps displaces the
-    arm, independent noise of the same size would average out.
-
-    Attributes:
-        push (float): standard deviation of a constant offset of the position action, redrawn every
-            ``push_steps`` env steps. Rotations get 0.3 times as much.
-        push_steps (int): how long a push lasts.
-        jitter (float): standard deviation of what is drawn anew at each env step.
-
-    Reference:
-        Laskey et al., "DART: Noise Injection for Robust Imitation Learning", 2017,
-        https://arxiv.org/abs/1703.09327.
-    """
-
-    push: NonNegative = 0.3
-    push_steps: Count = 6
-    jitter: NonNegative = 0.05
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def sequence(self, num_env_steps: int, rng: np.random.Generator) -> FloatArray:
-        """Draw the noise of an episode.
-
-        Args:
-            num_env_steps (int): length of the episode.
-            rng (numpy Generator): source of randomness.
-
-        Returns:
-            Array ``[num_env_steps, 7]``; the gripper's column is zero.
-        """
-        num_pushes = -(-num_env_steps // self.push_steps)
-        # some episodes are left alone, so that the undisturbed way is shown too
-        scale = rng.choice([0.0, 0.5, 1.0])
-        size = scale * np.array([1.0, 1.0, 1.0, 0.3, 0.3, 0.3, 0.0])
-        # push by push, so that a longer horizon begins with the noise of a shorter one
-        drawn = rng.standard_normal((num_pushes, 1 + self.push_steps, 7))
-        noise = self.push * drawn[:, :1] + self.jitter * drawn[:, 1:]
-        return noise.reshape(-1, 7)[:num_env_steps] * size
-
-
-def chunk_labels(
-    actions: FloatArray, chunk_size: int, interval: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Label each decision with the expert's next ``chunk_size`` actions.
-
-    Args:
-        actions (array): the expert's actions ``[L, A]`` of an episode.
-        chunk_size (int): length of a label.
-        interval (int): env steps between decisions; labels overlap if it is shorter than a chunk.
-
-    Returns:
-        Chunks ``[T, chunk, A]`` float32 and the mask ``[T, chunk]`` of what lies behind the
-        episode's end, where the last action is repeated.
-
-    Examples:
-        >>> chunks, pad = chunk_labels(np.array([[1.0], [2.0], [3.0]]), chunk_size=3, interval=2)
-        >>> chunks[:, :, 0].tolist()
-        [[1.0, 2.0, 3.0], [3.0, 3.0, 3.0]]
-        >>> pad.tolist()
-        [[False, False, False], [False, True, True]]
-    """
-    starts = torch.arange(0, len(actions), interval)
-    index = starts[:, None] + torch.arange(chunk_size)
-    pad = index >= len(actions)
-    labels = torch.as_tensor(np.asarray(actions, dtype=np.float32))
-    return labels[index.clamp(max=len(actions) - 1)], pad
+__all__ = ["record_demonstration"]
 
 
 def record_demonstration(
@@ -111,9 +28,7 @@ def record_demonstration(
 ) -> Demonstration:
     """Record one episode of the expert on a scene sampled by *seed*.
 
-    The label of a decision is the chunk of clean actions from there on. With
-    ``env.replan_interval`` shorter than ``env.chunk_size`` the labels overlap: an episode gives
-    more decisions to learn from, at the price of more frames.
+    Its labels are those of :func:`~torchrl_dvla.envs.expert_episode.record_episode`.
 
     Args:
         env (LiberoChunkEnv): the environment.
@@ -130,32 +45,15 @@ def record_demonstration(
     observation = env.reset(TensorDict({INIT_STATE_ID_KEY: torch.tensor([-1])}, []))
     expert = PickPlaceExpert(ExpertScene(env.robosuite_env), config=config, seed=seed)
     rng = np.random.default_rng(seed)
-    disturbances = np.zeros((env.max_episode_steps, 7))
-    if noise is not None:
-        disturbances = noise.sequence(env.max_episode_steps, rng)
-    actions: list[FloatArray] = []
-
-    def controller() -> FloatArray:
-        action = np.clip(expert.act(), -1.0, 1.0)
-        actions.append(action)
-        return np.clip(action + disturbances[len(actions) - 1], -1.0, 1.0)
-
-    seen: list[TensorDictBase] = []
-    done = False
-    while not done:
-        seen.append(observation.select(IMAGE_KEY, STATE_KEY))
-        observation = env.step_with(controller)
-        done = bool(observation["done"])
-    rows = TensorDict.stack(seen)
-    chunks, pad = chunk_labels(np.stack(actions), env.chunk_size, env.replan_interval)
-    rows.set(ACTION_CHUNK_KEY, chunks)
-    rows.set(ACTION_IS_PAD_KEY, pad)
+    rows, success, num_env_steps = record_episode(
+        env, observation, expert.act, noise=noise, rng=rng
+    )
     info = DemonstrationInfo(
         instruction=str(env.instruction),
         task_suite=env.task_suite,
         task_id=env.task_id,
         seed=seed,
-        success=bool(observation["success"]),
-        num_env_steps=len(actions),
+        success=success,
+        num_env_steps=num_env_steps,
     )
     return Demonstration(rows, info)
