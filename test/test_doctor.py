@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 from torchrl_dvla import doctor
 from torchrl_dvla.__main__ import main
-from torchrl_dvla.doctor import Finding, Status, machine, rendering, run_checks
+from torchrl_dvla.doctor import Finding, Status, machine, maniskill, rendering, run_checks
 from torchrl_dvla.doctor.rendering import Drawing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,9 +77,11 @@ def test_judgements(name: str):
 class TestVersions:
     def test_ranges_are_those_of_pyproject(self):
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        lines = project["dependencies"] + project["optional-dependencies"]["libero"]
+        extras = project["optional-dependencies"]
+        lines = project["dependencies"] + extras["libero"] + extras["maniskill"]
         declared = {r.name: r.specifier for r in map(Requirement, lines)}
-        for name, specifier in {**machine.REQUIRED, **machine.REQUIRED_FOR_LIBERO}.items():
+        simulators = machine.REQUIRED_FOR_LIBERO | machine.REQUIRED_FOR_MANISKILL
+        for name, specifier in {**machine.REQUIRED, **simulators}.items():
             assert declared[name] == Requirement(f"{name}{specifier}").specifier
 
     def test_pinned_releases_are_in_the_ranges(self):
@@ -201,6 +203,46 @@ class TestRendering:
         from torchrl_dvla.envs.libero_setup import choose_gl_backend
 
         drawing = rendering.draw(choose_gl_backend())
+        assert drawing.works, drawing.error
+
+
+class TestManiSkill:
+    WORKS = Drawing(renderer="llvmpipe", contrast=200)
+
+    @pytest.fixture
+    def driver(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+        file = tmp_path / "lvp_icd.json"
+        monkeypatch.setenv("VK_ICD_FILENAMES", str(file))
+        monkeypatch.setenv("LP_NUM_THREADS", "1")
+        return file
+
+    def test_no_driver(self, driver: Path):
+        (finding,) = maniskill.check_maniskill(lambda _: self.WORKS)
+        assert (finding.name, finding.status) == ("Vulkan driver", Status.FAIL)
+        assert "VK_ICD_FILENAMES" in finding.detail and "EXTRAS=maniskill" in finding.remedy
+
+    def test_a_driver_that_draws(self, driver: Path):
+        driver.touch()
+        chosen, drawn = maniskill.check_maniskill(lambda device: Drawing(device, contrast=9))
+        assert chosen.detail == str(driver)
+        assert drawn.format() == "ok    ManiSkill rendering cpu: cpu"
+
+    @pytest.mark.parametrize(
+        ("drawing", "detail"),
+        [
+            (Drawing(error="RuntimeError: no device"), "cpu: RuntimeError: no device"),
+            (Drawing("llvmpipe"), "cpu: the frame came out in a single colour"),
+        ],
+    )
+    def test_a_driver_that_does_not(self, driver: Path, drawing: Drawing, detail: str):
+        driver.touch()
+        _, finding = maniskill.check_maniskill(lambda _: drawing)
+        assert (finding.status, finding.detail) == (Status.FAIL, detail)
+        assert "mesa-vulkan-drivers" in finding.remedy
+
+    @pytest.mark.maniskill
+    def test_draws_a_real_frame(self):
+        drawing = maniskill.draw("cpu")
         assert drawing.works, drawing.error
 
 

@@ -10,11 +10,12 @@ second takes plain values, so that a test can show it any machine.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 
-from torchrl_dvla.doctor import machine, rendering
+from torchrl_dvla.doctor import machine, maniskill, rendering
 from torchrl_dvla.findings import Finding, Status, report
 
 __all__ = ["Finding", "Status", "diagnose", "report"]
@@ -49,7 +50,8 @@ def diagnose(log_dir: str = "runs", *, libero: bool = True) -> list[Finding]:
         log_dir (str): the folder that runs will write to.
 
     Keyword Args:
-        libero (bool): also check the simulator and draw a frame, which takes some seconds.
+        libero (bool): also check the simulator and draw a frame, which takes some seconds. That of
+            ManiSkill is checked where it is installed.
 
     Returns:
         One finding per line of the report.
@@ -69,6 +71,11 @@ def diagnose(log_dir: str = "runs", *, libero: bool = True) -> list[Finding]:
                 ("LIBERO files", rendering.check_libero_files),
                 ("rendering", _check_rendering),
             ]
+    if importlib.util.find_spec("mani_skill") is not None:
+        checks += [
+            ("ManiSkill versions", lambda: _check_installed(machine.REQUIRED_FOR_MANISKILL)),
+            ("ManiSkill rendering", maniskill.check_maniskill),
+        ]
     return run_checks(checks)
 
 

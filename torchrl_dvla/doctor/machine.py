@@ -32,6 +32,10 @@ REQUIRED_FOR_LIBERO: dict[str, str] = {
     "mujoco": ">=3.8,<4",
     "robosuite": "==1.4.0",
 }
+#: The same for ManiSkill, whose observation modes are switched inside a chunk.
+REQUIRED_FOR_MANISKILL: dict[str, str] = {
+    "mani_skill": ">=3.0.1,<3.1",
+}
 MINIMUM_PYTHON = (3, 11)
 
 _MB = 1 << 20

@@ -66,11 +66,28 @@ def draw(backend: str, timeout_s: float = 60.0) -> Drawing:
         backend (str): a value of ``MUJOCO_GL``.
         timeout_s (float): after this the child is ended: a driver that hangs is a broken driver.
     """
-    command = [sys.executable, "-c", _DRAW]
-    environment = {**os.environ, "MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend}
+    return draw_in_child(_DRAW, [], {"MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend}, timeout_s)
+
+
+def draw_in_child(
+    script: str, arguments: list[str], variables: Mapping[str, str], timeout_s: float
+) -> Drawing:
+    """Outcome of a script that draws a frame and prints a :class:`Drawing` as a JSON object.
+
+    Args:
+        script (str): Python code.
+        arguments (list of str): its command line.
+        variables (mapping of str to str): added to its environment.
+        timeout_s (float): after this it is ended.
+    """
+    command = [sys.executable, "-c", script, *arguments]
     try:
         child = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=timeout_s
+            command,
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
         )
     except subprocess.TimeoutExpired:
         return Drawing(error=f"no frame within {timeout_s:g} s")

@@ -180,6 +180,7 @@ def check_policy(cfg: Settings, policy: TensorDictModuleBase) -> Plan:
             layout,
             group=cfg.group,
             workers=cfg.workers,
+            rollouts_per_env=specs.num_rollouts,
             replay_buffer=utils.make_replay_buffer(cfg),
             weight_bytes=AsyncWeightUpdater().store_bytes(policy),
             rows_per_page=cfg.memory.rows_per_page,
