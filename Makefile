@@ -8,6 +8,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 ARGS ?=
+EXTRAS ?=
 
 export VENV PYTHON
 
@@ -18,9 +19,10 @@ help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1|/' | awk -F '|' '{printf "%-20s%s\n", $$1, $$2}'
 	@echo
 	@echo "  ARGS='...' is handed on:  make train ARGS='seed=1'    make test ARGS='-k admission'"
+	@echo "  EXTRAS=maniskill also installs ManiSkill and a Vulkan driver for it:  make setup EXTRAS=maniskill"
 
 setup: ## make .venv with the pinned packages (system packages through apt where allowed)
-	@bash scripts/setup.sh libero dev
+	@bash scripts/setup.sh libero dev $(EXTRAS)
 
 doctor: setup ## check what usually breaks, and name the remedies
 	@$(PY) -m torchrl_dvla doctor $(ARGS)
@@ -52,9 +54,9 @@ docs: ## build the documentation into docs/build/html
 	$(PY) -m sphinx -q -W --keep-going -b html docs/source docs/build/html $(ARGS)
 	@echo "open docs/build/html/index.html"
 
-bench: setup ## run every benchmark but gpu.py; each prints one JSON object as its last line
+bench: setup ## run every benchmark but gpu.py and maniskill_env.py; each prints one JSON object as its last line
 	@set -e; for file in benchmarks/*.py; do \
-	  case "$$file" in */_* | */gpu.py) continue;; esac; \
+	  case "$$file" in */_* | */gpu.py | */maniskill_env.py) continue;; esac; \
 	  echo "== $$file"; $(PY) "$$file" $(ARGS); done
 
 bench-gpu: setup ## decisions, publication and memory with learner and policy on one GPU

@@ -7,6 +7,7 @@
 # Makes a virtual environment with everything pinned in requirements/constraints.txt.
 #
 #   scripts/setup.sh [EXTRA...]        extras of pyproject.toml; default: libero dev
+#                                      maniskill adds ManiSkill and a Vulkan driver for it
 #
 # Safe to run again: when nothing it reads has changed it returns at once. Environment:
 #   PYTHON           interpreter to build on              (default: the newest tested one found)
@@ -129,6 +130,42 @@ if [[ " ${extras[*]} " == *" libero "* ]] && [ "$(uname -s)" = Linux ] && [ "${D
       die "MuJoCo has nothing to render with. Ask an administrator for: apt-get install libosmesa6" \
           "(where that package is gone: libegl1 libegl-mesa0), or set DVLA_SKIP_APT=1 to go on without LIBERO."
   fi
+fi
+
+# ManiSkill simulates and draws on a Vulkan device. A GPU's driver brings one; for the CPU it is Mesa's,
+# from release 24.3 on: older ones lack an extension that it asks for.
+readonly MESA="24.3"
+readonly BACKPORTS="/etc/apt/sources.list.d/torchrl-dvla-backports.list"
+
+is_new_mesa() { [ -n "$1" ] && [ "$1" != "(none)" ] && dpkg --compare-versions "$1" ge "$MESA"; }
+mesa_version() { apt-cache policy mesa-vulkan-drivers 2>/dev/null | sed -n "s/^  $1: //p"; }
+
+install_vulkan() {
+  is_new_mesa "$(mesa_version Installed)" && return 0
+  [ ${#apt[@]} -gt 0 ] || return 1
+  apt_install libvulkan1 || return 1  # updates the lists
+  if is_new_mesa "$(mesa_version Candidate)"; then
+    apt_install mesa-vulkan-drivers
+    return
+  fi
+  local release
+  release="$(. /etc/os-release && echo "${VERSION_CODENAME:-}")"
+  [ "$release" = bookworm ] || return 1
+  if ! apt-cache policy | grep -q "n=bookworm-backports"; then
+    say "adding Debian's bookworm-backports in $BACKPORTS: apt takes from it only what is asked for"
+    # As root, in the way of apt-get, whose name is the last word there.
+    echo "deb http://deb.debian.org/debian bookworm-backports main" |
+      "${apt[@]:0:${#apt[@]}-1}" tee "$BACKPORTS" >/dev/null
+    apt_updated=0
+  fi
+  apt_install mesa-vulkan-drivers/bookworm-backports
+}
+
+if [[ " ${extras[*]} " == *" maniskill "* ]] && [ "$(uname -s)" = Linux ] && [ "${DVLA_SKIP_APT:-0}" != 1 ] &&
+    ! [ -e /dev/nvidia0 ]; then
+  command -v apt-get >/dev/null 2>&1 && install_vulkan && is_new_mesa "$(mesa_version Installed)" ||
+    die "ManiSkill has no Vulkan device here. Ask an administrator for Mesa $MESA or newer: apt-get install" \
+        "libvulkan1 mesa-vulkan-drivers (Debian 12: mesa-vulkan-drivers/bookworm-backports), or set DVLA_SKIP_APT=1 to go on with what there is. Found: Mesa $(mesa_version Installed || true)."
 fi
 
 # -- virtual environment ------------------------------------------------------------------------
