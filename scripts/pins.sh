@@ -8,6 +8,8 @@
 # an upgrade that the test suite has approved:
 #
 #   .venv/bin/python -m pip install --upgrade transformers && make test && make pins
+#
+# The pins of an extra that is not installed there are lost: make setup EXTRAS=maniskill, and make docs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 readonly PINS="requirements/constraints.txt"
