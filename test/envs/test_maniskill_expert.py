@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from scipy.spatial.transform import Rotation
 
 from torchrl_dvla.envs.maniskill_expert import (
     PickCubeExpert,
@@ -20,20 +19,13 @@ from torchrl_dvla.envs.maniskill_expert import (
     record_pick_cube,
 )
 
-HOME = np.diag([1.0, -1.0, -1.0])
 GOAL = np.array([0.05, -0.05, 0.25])
-
-
-def turned(angle):
-    return Rotation.from_euler("z", angle).as_matrix()
 
 
 def make_scene(**changes):
     scene = PickCubeScene(
         tool=np.array([0.0, 0.0, 0.2]),
-        rotation=HOME,
         cube=np.array([0.0, 0.0, 0.02]),
-        cube_rotation=np.eye(3),
         goal=GOAL,
         is_grasped=False,
     )
@@ -52,16 +44,13 @@ def run(scene, expert, num_env_steps=60, slips_at=None, noise=None):
         is_over = np.linalg.norm(scene.tool - scene.cube) < 0.02
         held = action[6] < 0 and is_over and step != slips_at
         move = 0.05 * action[:3]
-        turn = Rotation.from_rotvec(-0.05 * action[3:6]).as_matrix()
         cube = scene.cube + move if held else np.array([*scene.cube[:2], 0.02])
-        scene = scene._replace(
-            tool=scene.tool + move, rotation=turn @ scene.rotation, cube=cube, is_grasped=held
-        )
+        scene = scene._replace(tool=scene.tool + move, cube=cube, is_grasped=held)
     return scene, phases
 
 
 def test_phases_of_an_undisturbed_episode():
-    scene = make_scene(cube=np.array([0.08, -0.06, 0.02]), cube_rotation=turned(0.6))
+    scene = make_scene(cube=np.array([0.08, -0.06, 0.02]))
     scene, phases = run(scene, PickCubeExpert())
     order = [phase for phase, last in zip(phases, [None, *phases]) if phase is not last]
     assert order == [PickCubePhase.APPROACH, PickCubePhase.CLOSE, PickCubePhase.CARRY]
@@ -75,22 +64,6 @@ def test_comes_down_only_over_the_cube():
     # 2 cm aside, 3 * (2 - 1) cm above: at the right height for now
     action = PickCubeExpert().act(make_scene(tool=np.array([0.02, 0.0, 0.05])))
     assert action[:3] == pytest.approx([-0.2, 0.0, 0.0])
-
-
-@pytest.mark.parametrize(
-    ("angle", "turn"),
-    [
-        # 0.1 rad is an action of 1; the gain is 2.5, and ManiSkill turns the other way
-        (0.03, -0.75),
-        (0.03 + np.pi / 2, -0.75),  # another side of the cube
-        (np.pi / 2 - 0.03, 0.75),
-        (np.pi - 0.03, 0.75),
-        (0.4, -1.0),
-    ],
-)
-def test_turns_to_the_nearest_side(angle, turn):
-    action = PickCubeExpert().act(make_scene(cube_rotation=turned(angle)))
-    assert action[3:6] == pytest.approx([0.0, 0.0, turn])
 
 
 def test_closes_at_the_cube_and_waits_for_the_fingers():
@@ -108,13 +81,6 @@ def test_closes_at_the_cube_and_waits_for_the_fingers():
     assert action[:3] == pytest.approx(np.array([0.5, -0.5, 2.3]) * 0.8 / 2.3)
 
 
-def test_does_not_close_before_it_is_turned():
-    crossed = make_scene(tool=np.array([0.0, 0.0, 0.02]), cube_rotation=turned(0.7))
-    expert = PickCubeExpert()
-    action = expert.act(crossed)
-    assert expert.phase is PickCubePhase.APPROACH and action[2] > 0
-
-
 def test_a_lost_cube_is_picked_up_again():
     scene, phases = run(make_scene(), PickCubeExpert(), num_env_steps=80, slips_at=14)
     assert phases.count(PickCubePhase.CARRY) and phases[14] is PickCubePhase.CARRY
@@ -124,7 +90,7 @@ def test_a_lost_cube_is_picked_up_again():
 
 def test_noise_does_not_derail_it():
     noise = np.random.default_rng(0)
-    scene, _ = run(make_scene(cube_rotation=turned(0.5)), PickCubeExpert(), 80, noise=noise)
+    scene, _ = run(make_scene(), PickCubeExpert(), 80, noise=noise)
     # 7.5 mm of noise and half of the error each env step leave 8.7 mm in each direction
     assert scene.is_grasped and np.linalg.norm(scene.cube - GOAL) < 0.05
 
