@@ -87,7 +87,8 @@ class ManiSkillChunkEnv(EnvBase):
             ``"pd_ee_delta_pose"``: change of position and orientation of the gripper, and gripper,
             each in [-1, 1].
         env_kwargs (Mapping, optional): further arguments of ManiSkill's ``gym.make``, such as
-            ``{"robot_uids": "panda_wristcam"}``.
+            ``{"robot_uids": "panda_wristcam"}``; its ``"sensor_configs"`` add to those above, such
+            as ``{"fov": 0.8}`` for a closer look.
 
     Attributes:
         maniskill_env: ManiSkill's environment underneath, for privileged reads (experts, probes).
@@ -146,16 +147,10 @@ class ManiSkillChunkEnv(EnvBase):
                 "becomes 'image', the second 'wrist_image'."
             )
         check("max_episode_steps", max_episode_steps, int | None, Range(1, remedy="Count them."))
+        sensors = {"shader_pack": "minimal", "width": camera_width, "height": camera_height}
+        sensors |= env_kwargs.pop("sensor_configs", {})
         self.maniskill_env = base = _make(
-            task,
-            num_envs,
-            sensor_configs={
-                "shader_pack": "minimal",
-                "width": camera_width,
-                "height": camera_height,
-            },
-            control_mode=control_mode,
-            **env_kwargs,
+            task, num_envs, sensor_configs=sensors, control_mode=control_mode, **env_kwargs
         )
         super().__init__(device=base.device, batch_size=[num_envs] if num_envs > 1 else [])
         self.task = task
