@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 
-from torchrl_dvla.findings import Finding, Status
 from torchrl_dvla.doctor.rendering import Drawing, draw_in_child
+from torchrl_dvla.findings import Finding, Status
 
 _REMEDY = (
     "make setup EXTRAS=maniskill, or apt-get install mesa-vulkan-drivers libvulkan1: Mesa 24.3 or "

@@ -21,7 +21,7 @@ from torchrl_dvla.data.schema import IMAGE_KEY, STATE_KEY
 from torchrl_dvla.envs import validate_libero
 from torchrl_dvla.envs.libero_setup import load_init_states
 from torchrl_dvla.memory import Plan
-from torchrl_dvla.modules import TransformersVLAConfig
+from torchrl_dvla.modules.config import PolicyConfig
 from torchrl_dvla.recipes.dvla_grpo import utils
 from torchrl_dvla.recipes.dvla_grpo.settings import (
     FactorySettings,
@@ -152,7 +152,7 @@ def check_policy(cfg: Settings, policy: TensorDictModuleBase) -> Plan:
     # What this environment has, what the policy was made for, and what to do about it; its actions
     # are checked below.
     sizes: dict[str, tuple[Any, Any, str]] = {}
-    if isinstance(config, TransformersVLAConfig):
+    if isinstance(config, PolicyConfig):
         wrong_images = wrong_cameras = "Choose a policy for this environment."
         if isinstance(cfg.env, LiberoSettings):
             wrong_images = "Set env.camera_height and env.camera_width."
