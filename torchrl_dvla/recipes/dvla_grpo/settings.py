@@ -330,6 +330,10 @@ def settings_from(cfg: DictConfig | Mapping[str, Any]) -> Settings:
     """
     is_config = OmegaConf.is_config(cfg)
     data: Any = OmegaConf.to_container(cfg, resolve=True) if is_config else copy.deepcopy(dict(cfg))
+    group = data.get("group")
+    if isinstance(group, dict) and "normalise_std" in group:  # of a run by an older version
+        is_divided = check("group.normalise_std", group.pop("normalise_std"), bool)
+        group.setdefault("advantage", "mean_std" if is_divided else "mean")
     # Which settings `env` has depends on the environment.
     env = data.get("env")
     if isinstance(env, Mapping):
