@@ -24,7 +24,8 @@ from torchrl_dvla.envs import LIBERO_SUITES
 from torchrl_dvla.functional import Reduction
 from torchrl_dvla.memory import DualPool
 from torchrl_dvla.modules import TinyBackboneConfig
-from torchrl_dvla.objectives.grpo import KLEstimator, RatioLevel, check_clip
+from torchrl_dvla.objectives.grpo import KLEstimator, RatioLevel
+from torchrl_dvla.objectives.validation import check_trust_region
 from torchrl_dvla.validation import (
     Count,
     Limit,
@@ -169,6 +170,7 @@ class LossSettings(Section):
 
     clip_epsilon: float | tuple[float, float] = (0.2, 0.28)
     dual_clip: float | None = None
+    trust_std: float | None = None
     ratio_level: RatioLevel = "token"
     reduction: Reduction = "token_mean"
     entropy_coeff: float = 0.0
@@ -177,7 +179,7 @@ class LossSettings(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_clip(self.clip_epsilon, self.dual_clip, None)
+        check_trust_region(self.clip_epsilon, dual_clip=self.dual_clip, trust_std=self.trust_std)
         if self.reduction == "none":
             raise ValueError("reduction must not be 'none', got 'none'. A step needs one loss.")
 
