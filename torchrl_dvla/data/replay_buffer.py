@@ -429,8 +429,8 @@ class PooledReplayBuffer(ReplayBuffer):
         for event in self._copies[number]:
             event.synchronize()
         self._num_staged += 1
-        batch = self._collate_fn(self._storage._fields.gather(rows, self._staging[number]))
-        batch.set(NUM_DECISIONS_KEY, num_decisions.unsqueeze(-1))
+        fields = self._storage._fields.gather(rows, self._staging[number])
+        batch = self._collate_fn(fields.set(NUM_DECISIONS_KEY, num_decisions.unsqueeze(-1)))
         return self._transform(batch) if len(self._transform) else batch
 
     # -- TorchRL's interface --------------------------------------------------------------------
