@@ -27,6 +27,8 @@ __all__ = ["entropy_of", "exact_kl", "fit_to", "log_prob_of", "of_single_actions
 
 #: Logits below it count as it, so that the product with a probability of zero is zero.
 _LEAST_LOGIT = -200.0
+#: Logits of one block of an entropy: 4 MB in float32.
+_BLOCK = 2**20
 
 
 def run_policy(
@@ -174,10 +176,9 @@ def entropy_of(
         ValueError: if its gradient is wanted, and the distribution can give none.
     """
     if isinstance(dist, d.Categorical):  # torch clamps at -3e38, which can overflow the gradient
-        logits = dist.logits.clamp_min(_LEAST_LOGIT)
-        # One temporary less for a metric: for [*B, chunk, A, V], memory is what it costs.
-        terms = dist.probs * logits if is_wanted else logits.exp().mul_(logits)
-        return fit_to(-terms.sum(-1), mask)
+        if not is_wanted:
+            return fit_to(_entropy_in_blocks(dist.logits), mask)
+        return fit_to(-(dist.probs * dist.logits.clamp_min(_LEAST_LOGIT)).sum(-1), mask)
     try:
         return fit_to(dist.entropy(), mask)
     except NotImplementedError:
@@ -189,6 +190,19 @@ def entropy_of(
         f"entropy_coeff must be 0.0 for a {type(dist).__name__}, which has neither entropy() nor "
         "rsample(). Set it, or add one of them."
     )
+
+
+def _entropy_in_blocks(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy ``[*B]`` of normalised logits ``[*B, V]``, without a gradient.
+
+    Temporaries of ``[*B, V]`` are what an entropy costs; these fit into a cache.
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    found = []
+    for block in rows.split(max(1, _BLOCK // rows.shape[-1])):
+        block = block.clamp_min(_LEAST_LOGIT)
+        found.append(block.exp().mul_(block).sum(-1))
+    return -torch.cat(found).reshape(logits.shape[:-1])
 
 
 def exact_kl(dist: d.Distribution, ref: d.Distribution) -> torch.Tensor:
