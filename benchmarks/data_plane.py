@@ -192,7 +192,7 @@ class Dvla:
         # group is admitted only if one more rollout would find room.
         num_pages = DECISIONS // PAGE_ROWS
         self.pool = EnvironmentPool(LAYOUT, ROWS // PAGE_ROWS + num_pages, PAGE_ROWS)
-        config = GroupConfig(GROUP, groups_per_update=2, max_policy_lag=1, normalise_std=False)
+        config = GroupConfig(GROUP, groups_per_update=2, max_policy_lag=1, advantage="mean")
         schedule = InitStateSchedule()
         self.groups = GroupQueue(config, self.pool, schedule, pages_per_rollout=num_pages)
         self.buffer = PooledReplayBuffer(batch_size=BATCH, timeout_s=60.0)

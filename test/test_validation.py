@@ -145,7 +145,7 @@ def collector(**kwargs):  # before a worker is started
         (GroupConfig, "candidate_group_size", (1, 2)),  # fewer than those that are kept
         (GroupConfig, "on_no_signal", ("stop", None, 1)),
         (GroupConfig, "return_bounds", (0.5, (0.1,), (0, math.inf), (1, 0), "ab")),
-        (GroupConfig, "normalise_std", SWITCHES),
+        (GroupConfig, "advantage", (None, True, "std", torch.sum, lambda returns: returns / 0)),
         (WorkerConfig, "num_workers envs_per_worker max_decisions num_threads", COUNTS),
         (WorkerConfig, "max_failures max_rollout_failures max_task_failures", COUNTS),
         (WorkerConfig, "reset_timeout_s step_timeout_s start_timeout_s stop_timeout_s", TIMES),

@@ -231,7 +231,7 @@ def _convert(value: Any, kind: Any, *, from_text: bool = False) -> Any:
         return value
     elif kind in (bool, int, float, str):
         return _convert_scalar(value, kind, from_text)
-    elif kind is Any or (origin is None and isinstance(value, kind)):
+    elif kind is Any or (origin in (None, Callable) and isinstance(value, origin or kind)):
         return value
     raise TypeError
 
@@ -284,6 +284,8 @@ def _describe(kind: Any) -> str:
         return f"a list of {' and '.join(entries)}"
     if origin in (dict, Mapping):
         return f"a mapping of {' to '.join(map(_describe, args))}"
+    if origin is Callable:
+        return "a function"
     return _WORDS.get(kind) or f"a {kind.__name__}"
 
 

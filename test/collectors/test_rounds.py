@@ -164,7 +164,10 @@ class SequentialLoop:
         advantages = group_advantage(torch.tensor(returns))
         rows = []
         for episode, advantage in zip(episodes, advantages, strict=True):
-            rows += [row.set(schema.ADVANTAGE_KEY, advantage.view(1)) for row in episode.rows]
+            for row in episode.rows:
+                row.set(schema.ADVANTAGE_KEY, advantage.view(1))
+                row.set(schema.NUM_DECISIONS_KEY, torch.tensor([len(episode.rows)]))
+            rows += episode.rows
         kept[episodes[0].group_id] = torch.stack(rows)
 
     def batches(self, update):

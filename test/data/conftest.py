@@ -39,7 +39,7 @@ class Plane:
         layout=LAYOUT,
         **options,
     ):
-        config = {"group_size": 2, "normalise_std": False, **(config or {})}
+        config = {"group_size": 2, "advantage": "mean", **(config or {})}
         self.config = GroupConfig(groups_per_update=groups, max_policy_lag=lag, **config)
         self.pool = EnvironmentPool(layout, num_pages, ROWS_PER_PAGE)
         self.groups = GroupQueue(

@@ -32,7 +32,7 @@ def make_group(*returns, sizes=None):
 def judged(*returns, keep_all=False, **config):
     group = make_group(*returns)
     config.setdefault("group_size", len(returns))
-    return group, judge(group, GroupConfig(normalise_std=False, **config), keep_all=keep_all)
+    return group, judge(group, GroupConfig(advantage="mean", **config), keep_all=keep_all)
 
 
 def test_a_rollout_is_the_record_of_its_decisions_and_can_begin_anew():
@@ -51,7 +51,7 @@ def test_a_rollout_is_the_record_of_its_decisions_and_can_begin_anew():
 
 def test_a_group_is_kept_with_its_advantages_in_the_order_of_its_rollouts():
     group = make_group(3.0, 0.0, 0.0, sizes=(4, 3, 1))
-    assert judge(group, GroupConfig(group_size=3, normalise_std=False)) is None
+    assert judge(group, GroupConfig(group_size=3, advantage="mean")) is None
     assert [member.rollout_id for member in group.rollouts] == [0, 1, 2]  # by id, not by finish
     assert group.advantages.tolist() == [2.0, -1.0, -1.0]
     assert group.num_rows == 8
@@ -64,6 +64,30 @@ def test_advantages_are_those_of_the_functional():
     judge(group, GroupConfig(group_size=4))
     expected = torch.tensor([0.8660, -0.8660, -0.8660, 0.8660])
     torch.testing.assert_close(group.advantages, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "expected"),
+    [
+        ("mean", [0.75, -0.25, -0.25, -0.25]),
+        ("mean_std", [1.5, -0.5, -0.5, -0.5]),
+        ("leave_one_out", [1.0, -1 / 3, -1 / 3, -1 / 3]),
+        (lambda returns: returns - 0.5, [0.5, -0.5, -0.5, -0.5]),
+    ],
+)
+def test_the_advantage_estimator_is_an_argument(advantage, expected):
+    group = make_group(1.0, 0.0, 0.0, 0.0)
+    assert judge(group, GroupConfig(group_size=4, advantage=advantage)) is None
+    torch.testing.assert_close(group.advantages, torch.tensor(expected))
+
+
+def test_an_estimator_that_gives_no_advantages_is_refused_before_a_run_and_in_it():
+    for wrong in (torch.mean, lambda returns: returns.log()):  # the log of zero is not finite
+        with pytest.raises(ValueError, match="advantage must give one finite number for each"):
+            GroupConfig(group_size=4, advantage=wrong)
+    config = GroupConfig(group_size=2, advantage=lambda returns: (returns + 1).log())
+    with pytest.raises(ValueError, match=r"for each of the returns \[-1.0, 0.0\], got \[-inf"):
+        judge(make_group(-1.0, 0.0), config)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,15 @@ def test_an_update_hands_out_every_row_once_and_publishing_frees_them(make_plane
     assert [group.group_id for group in plane.buffer.cohort] == [0, 1]  # for the metrics
 
 
+def test_each_row_of_an_update_knows_how_many_decisions_its_rollout_has(make_plane):
+    plane = make_plane(num_epochs=2)
+    plane.add(2)
+    sizes = [3, 3, 3, 2, 2, 3, 3, 3, 2, 2]  # of the rollout of each row, by its x
+    for batch in plane.buffer:
+        assert batch["num_decisions"].shape == (len(batch), 1)
+        assert batch["num_decisions"].flatten().tolist() == [sizes[x] for x in xs(batch)]
+
+
 def test_epochs_are_seeded_permutations(make_plane):
     first, again, other = (make_plane(num_epochs=2, seed=seed) for seed in (0, 0, 1))
     seen = []

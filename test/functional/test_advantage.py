@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +14,12 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 from torchrl.objectives.llm import MCAdvantage
 
-from torchrl_dvla.functional import group_advantage, has_contrast
+from torchrl_dvla.functional import (
+    ADVANTAGES,
+    group_advantage,
+    has_contrast,
+    leave_one_out_advantage,
+)
 
 groups = st.lists(st.integers(-50, 50), min_size=2, max_size=8)
 
@@ -25,6 +31,36 @@ def test_group_advantage_by_hand():
     # one success of four: mean 1/4, deviation sqrt((9/16 + 3/16) / 3) = 1/2
     advantage = group_advantage(torch.tensor([1.0, 0.0, 0.0, 0.0]))
     torch.testing.assert_close(advantage, torch.tensor([1.5, -0.5, -0.5, -0.5]))
+
+
+def test_biased_deviation_by_hand():
+    # mean 1/4, variance (9/16 + 3/16) / 4 = 3/16
+    advantage = group_advantage(torch.tensor([1.0, 0.0, 0.0, 0.0]), correction=0)
+    expected = torch.tensor([0.75, -0.25, -0.25, -0.25]) / math.sqrt(3 / 16)
+    torch.testing.assert_close(advantage, expected)
+
+
+def test_leave_one_out_by_hand():
+    # means of the others: 3, 2, 1; those of a group of two are each other
+    advantage = leave_one_out_advantage(torch.tensor([0.0, 2.0, 4.0]))
+    torch.testing.assert_close(advantage, torch.tensor([-3.0, 0.0, 3.0]))
+    assert leave_one_out_advantage(torch.tensor([[1, 0], [5, 5]])).tolist() == [[1, -1], [0, 0]]
+
+
+def numpy_advantage(name: str, returns: np.ndarray) -> np.ndarray:
+    if name == "leave_one_out":
+        return np.array([r - np.delete(returns, k).mean() for k, r in enumerate(returns)])
+    centred = returns - returns.mean()
+    return centred / returns.std(ddof=1) if name == "mean_std" else centred
+
+
+@pytest.mark.parametrize("name", sorted(ADVANTAGES))
+def test_as_the_formulas_in_numpy_and_their_gradients(name: str):
+    returns = torch.tensor([0.3, -1.2, 2.0, 0.7, 0.7], dtype=torch.float64, requires_grad=True)
+    advantage = ADVANTAGES[name](returns)
+    expected = torch.from_numpy(numpy_advantage(name, returns.detach().numpy()))
+    torch.testing.assert_close(advantage.detach(), expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(ADVANTAGES[name], returns)
 
 
 def test_groups_do_not_mix():
@@ -53,7 +89,8 @@ def test_equal_returns_give_exactly_zero(value: float, size: int):
     # 0.1 is not representable: its float32 mean over 3 differs from it in the last bit, and a
     # deviation of rounding noise would make that an advantage of order one.
     returns = torch.full((size,), value)
-    assert torch.equal(group_advantage(returns), torch.zeros(size))
+    for estimator in ADVANTAGES.values():
+        assert torch.equal(estimator(returns), torch.zeros(size))
 
 
 @settings(max_examples=60, deadline=None)
@@ -99,7 +136,7 @@ def test_has_contrast():
 
 @pytest.mark.parametrize("returns", [torch.tensor(1.0), torch.ones(3, 1)])
 def test_group_of_one_is_refused(returns: torch.Tensor):
-    for function in (group_advantage, has_contrast):
+    for function in (group_advantage, leave_one_out_advantage, has_contrast):
         with pytest.raises(ValueError, match=r"at least two rollouts.*raise group_size"):
             function(returns)
 

@@ -4,12 +4,14 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from torchrl_dvla.functional import (
     executed_mask,
     masked_mean,
+    masked_quantile,
     reduction_normaliser,
     reduction_weights,
 )
@@ -58,6 +60,32 @@ def test_normaliser_counts_row_weights():
     assert float(reduction_normaliser(mask, "token_mean", weight)) == 0.5 * 4 + 2 * 2
     assert float(reduction_normaliser(mask, "sequence_mean", weight)) == 0.5 + 2
     assert float(reduction_normaliser(mask, "fixed_length", weight)) == 4 * (0.5 + 2 + 9)
+
+
+def test_every_rollout_weighs_the_same_with_a_row_weight():
+    # a rollout of one decision and one of two, of which the last was cut after one env step
+    pad = torch.tensor([[False, False], [False, False], [False, True]])
+    values = torch.tensor([[1.0, 3.0], [4.0, 6.0], [8.0, 99.0]]).unsqueeze(-1)
+    mask, row_weight = executed_mask(pad, 1), torch.tensor([1.0, 0.5, 0.5]).view(3, 1, 1)
+    weights = reduction_weights(mask, "trajectory_mean") * row_weight
+    total = reduction_normaliser(mask, "trajectory_mean", row_weight)
+    assert total.item() == 2.0  # rollouts
+    assert ((values * weights).sum() / total).item() == (2 + (5 + 8) / 2) / 2
+    parts = [reduction_normaliser(mask[k], "trajectory_mean", row_weight[k]) for k in range(3)]
+    assert sum(parts).item() == 2.0  # a rollout may be split
+
+
+def test_masked_quantiles_by_hand_and_as_numpy():
+    mask = torch.tensor([[True, False], [True, True]])
+    values = torch.tensor([[10.0, torch.nan], [0.0, 4.0]])
+    shares = torch.tensor([0.0, 0.25, 0.5, 1.0])
+    assert masked_quantile(values, mask, shares).tolist() == [0.0, 2.0, 4.0, 10.0]
+    assert masked_quantile(values, mask & False, shares).tolist() == [0.0] * 4
+    assert masked_quantile(values[:1], mask[:1], shares).tolist() == [10.0] * 4
+    values = torch.randn(501, dtype=torch.float64)
+    shares, mask = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64), values > -1
+    expected = np.quantile(values[mask].numpy(), shares.numpy())
+    np.testing.assert_allclose(masked_quantile(values, mask, shares).numpy(), expected, rtol=1e-12)
 
 
 def test_masked_values_never_count():

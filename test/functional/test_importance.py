@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +16,8 @@ from torchrl_dvla.functional import (
     behavior_weight,
     clipped_surrogate,
     effective_sample_size,
+    gaussian_surrogate,
+    kl_k1,
     kl_k2,
     kl_k3,
     log_ratio,
@@ -85,6 +88,52 @@ def test_surrogate_is_a_finite_lower_bound(log: float, advantage: float):
     assert float(gain) <= float(unclipped)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "gain"),
+    [
+        (1.0, 2.0, 2.0),
+        (math.e, 2.0, 2 * math.e * math.exp(-0.5 / 0.25)),  # one unit of log-ratio, 2 deviations
+        (1 / math.e, -3.0, -3 / math.e * math.exp(-2.0)),
+        (math.exp(20), 1.0, 0.0),
+    ],
+)
+def test_gaussian_surrogate_by_hand(ratio: float, advantage: float, gain: float):
+    log = torch.tensor(math.log(ratio), dtype=torch.float64, requires_grad=True)
+    out = gaussian_surrogate(log, torch.tensor(advantage), std=0.5)
+    out.backward()
+    assert math.isclose(out.item(), gain, rel_tol=1e-9, abs_tol=1e-9)
+    # the weight is a constant: d (w r A) / d log r is the gain itself
+    assert math.isclose(log.grad.item(), gain, rel_tol=1e-9, abs_tol=1e-9)
+
+
+def numpy_clipped(log, advantage):
+    ratio = np.exp(log)
+    gain = np.minimum(ratio * advantage, ratio.clip(0.9, 1.3) * advantage)
+    return np.where(advantage < 0, np.maximum(gain, 3.0 * advantage), gain)
+
+
+def numpy_gaussian(log, advantage, centre=None):
+    centre = log if centre is None else centre
+    return np.exp(-((centre / 0.7) ** 2) / 2) * np.exp(log) * advantage
+
+
+def test_surrogates_as_their_formulas_in_numpy_and_their_gradients():
+    torch.manual_seed(0)
+    log = (1.5 * torch.randn(64, dtype=torch.float64)).requires_grad_()
+    advantage = torch.randn(64, dtype=torch.float64)
+    centre, numbers, step = log.detach().numpy(), advantage.numpy(), 1e-6
+    clip = {"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 3.0}
+    for out, formula in (
+        (clipped_surrogate(log, advantage, **clip), lambda x: numpy_clipped(x, numbers)),
+        # its weight stays where it is while the ratio moves
+        (gaussian_surrogate(log, advantage, std=0.7), lambda x: numpy_gaussian(x, numbers, centre)),
+    ):
+        np.testing.assert_allclose(out.detach().numpy(), formula(centre), rtol=1e-12)
+        (grad,) = torch.autograd.grad(out.sum(), log)
+        slope = (formula(centre + step) - formula(centre - step)) / (2 * step)
+        np.testing.assert_allclose(grad.numpy(), slope, rtol=1e-6, atol=1e-8)
+
+
 def test_outside_clip_is_blind_to_the_advantage():
     ratio = torch.tensor([0.79, 0.81, 1.27, 1.29], dtype=torch.float64)
     out = outside_clip(ratio.log(), clip_low=0.2, clip_high=0.28)
@@ -97,6 +146,17 @@ def test_behavior_weight():
     assert weight.tolist() == [0.25, 1.0, 2.0]
     assert not weight.requires_grad
     torch.testing.assert_close(behavior_weight(log), torch.tensor([0.25, 1.0, 8.0]))
+
+
+def test_masked_behavior_weight():
+    log = torch.tensor([0.25, 2.0, 2.1, 8.0]).log()
+    weight = behavior_weight(log, cap=2.0, mask=True)
+    torch.testing.assert_close(weight, torch.tensor([0.25, 2.0, 0.0, 0.0]))
+    torch.testing.assert_close(behavior_weight(log, mask=True), log.exp())  # no bound, no mask
+    ratio = np.exp(log.double().numpy())
+    for mask, expected in ((True, np.where(ratio > 3, 0, ratio)), (False, np.minimum(ratio, 3))):
+        weight = behavior_weight(log.double(), cap=3.0, mask=mask)
+        np.testing.assert_allclose(weight.numpy(), expected, rtol=1e-12)
 
 
 def test_effective_sample_size_by_hand():
@@ -127,16 +187,18 @@ def test_effective_sample_size_range_and_scale(values: list[float], shift: float
 # -- divergences -----------------------------------------------------------------------------------
 def test_kl_by_hand():
     log = torch.tensor(2.0).log()
+    assert math.isclose(kl_k1(log).item(), -math.log(2), rel_tol=1e-6)
     assert math.isclose(kl_k2(log).item(), math.log(2) ** 2 / 2, rel_tol=1e-6)
     assert math.isclose(kl_k3(log).item(), 2 - 1 - math.log(2), rel_tol=1e-6)
 
 
-def test_k3_is_unbiased():
+def test_k1_and_k3_are_unbiased():
     # The expectation over q, taken exactly, is the divergence.
     q = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
     p = torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64)
     exact = (q * (q / p).log()).sum()
     torch.testing.assert_close((q * kl_k3((p / q).log())).sum(), exact)
+    torch.testing.assert_close((q * kl_k1((p / q).log())).sum(), exact)
 
 
 def test_k2_and_k3_agree_to_second_order_and_are_never_negative():
@@ -153,12 +215,28 @@ def test_k3_does_not_cancel_near_one():
     assert kl_k3(log).item() < 1e-9
 
 
-def test_k2_gradient_is_that_of_the_divergence():
+@pytest.mark.parametrize("estimate", [kl_k1, kl_k2])
+def test_gradient_of_k1_and_k2_is_that_of_the_divergence(estimate):
     logits = torch.tensor([0.3, -0.7, 0.2], dtype=torch.float64, requires_grad=True)
     p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     log_q = logits.log_softmax(0)
     q = log_q.exp()
     (exact,) = torch.autograd.grad((q * (log_q - p.log())).sum(), logits, retain_graph=True)
     # samples are drawn, not differentiated: weights q without gradient
-    (sampled,) = torch.autograd.grad((q.detach() * kl_k2(p.log() - log_q)).sum(), logits)
+    (sampled,) = torch.autograd.grad((q.detach() * estimate(p.log() - log_q)).sum(), logits)
     torch.testing.assert_close(sampled, exact)
+
+
+def test_estimates_as_their_formulas_in_numpy_and_their_gradients():
+    log = torch.linspace(-2, 2, 9, dtype=torch.float64, requires_grad=True)
+    x = log.detach().numpy()
+    for estimate, value, slope in (
+        (kl_k1, -x, x),  # the gradient of k2, see its docstring
+        (kl_k2, x**2 / 2, x),
+        (kl_k3, np.exp(x) - 1 - x, np.exp(x) - 1),
+    ):
+        out = estimate(log)
+        (grad,) = torch.autograd.grad(out.sum(), log)
+        np.testing.assert_allclose(out.detach().numpy(), value, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(grad.numpy(), slope, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(kl_k2, log) and torch.autograd.gradcheck(kl_k3, log)

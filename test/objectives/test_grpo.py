@@ -694,7 +694,7 @@ def test_missing_entry_names_its_writer(policy, batch, key, writer):
         ({"ratio_level": "word"}, "ratio_level must be one of"),
         ({"importance": "prox"}, "importance must be one of"),
         ({"reduction": "mean"}, "reduction must be one of"),
-        ({"kl_estimator": "k1"}, "kl_estimator must be one of"),
+        ({"kl_estimator": "k4"}, "kl_estimator must be one of"),
         ({"kl_to_ref_coeff": math.nan}, "kl_to_ref_coeff must be a finite number"),
         ({"kl_estimator": "exact"}, "without a reference_network"),
         ({"kl_to_ref_coeff": -1.0}, "kl_to_ref_coeff must be at least 0"),

@@ -48,7 +48,8 @@ SMALL = [
 ]
 #: Metrics of settings that the run does not use, or of what need not happen in it.
 _OCCASIONAL = (
-    r"collector/env_steps_clipped|faults/|loss/(loss_entropy|loss_kl|kl_to_ref)|groups/dropped_"
+    r"collector/env_steps_clipped|faults/|groups/dropped_"
+    r"|loss/(loss_entropy|loss_kl|kl_to_ref|clip_fraction_dual)"
 )
 
 

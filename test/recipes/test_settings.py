@@ -193,3 +193,14 @@ def test_multirun_runs_every_job_and_tells_of_one_that_fails(monkeypatch, tmp_pa
         train_.run()
     assert seeds == [0, 1, 2]
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize(("divided", "advantage"), [(True, "mean_std"), (False, "mean")])
+def test_settings_of_older_runs_say_how_advantages_were_normalised(divided, advantage):
+    plain = compose_plain(next(path for path in CONFIGS if path.stem == "toy"))
+    del plain["group"]["advantage"]
+    plain["group"]["normalise_std"] = divided
+    assert settings_.settings_from(plain).group.advantage == advantage
+    plain["group"]["normalise_std"] = "yes"
+    with pytest.raises(ValueError, match=r"group.normalise_std must be true or false, got 'yes'"):
+        settings_.settings_from(plain)

@@ -30,14 +30,12 @@ from torchrl_dvla.data.schema import (
     sampled_key,
 )
 from torchrl_dvla.findings import Finding, Status, report
+from torchrl_dvla.objectives.distribution import log_prob_of, of_single_actions, run_policy
 from torchrl_dvla.objectives.validation import (
     agreement_of,
     check_actor,
     check_ranges,
     depends_on_mode,
-    log_prob_of,
-    of_single_actions,
-    run_policy,
 )
 from torchrl_dvla.swimlane.env_worker import describe_env
 from torchrl_dvla.swimlane.inference import check_decisions, seeded

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, pvariance
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 
-from torchrl_dvla.functional.advantage import group_advantage, has_contrast
+from torchrl_dvla.functional.advantage import ADVANTAGES, Advantage, has_contrast
 from torchrl_dvla.memory import EnvironmentPool, Page
 from torchrl_dvla.saved_state import COUNT, Number, form_of, require_form, types_of
 from torchrl_dvla.validation import Count, Range, check, check_fields
@@ -59,7 +59,11 @@ class GroupConfig:
         return_bounds (tuple, optional): a group is learned from only if its mean return lies
             strictly between these. Groups without contrast are always left out: their advantages
             are zero.
-        normalise_std (bool): divide advantages by the group's standard deviation.
+        advantage (str or callable): how returns become advantages. ``"mean_std"`` (default):
+            difference to the group's mean, over its unbiased standard deviation (GRPO). ``"mean"``:
+            the difference alone (Dr. GRPO). ``"leave_one_out"``: the difference to the mean of the
+            others (RLOO). Or a function from the returns of a group, float32 ``[N]``, to its
+            advantages ``[N]``, for instance ``partial(group_advantage, correction=0)``.
         max_no_signal_groups (int): groups in a row with nothing to learn from after which a warning
             says so, and again whenever there are twice as many.
         on_no_signal (str): how it goes on then. ``"warn"`` (default) samples on, while the learner
@@ -69,7 +73,8 @@ class GroupConfig:
             initial states go on. ``"raise"`` ends the run.
 
     Raises:
-        ValueError: for a setting of another type or out of range.
+        ValueError: for a setting of another type or out of range, or a function that does not
+            return one finite advantage for each return.
 
     Examples:
         >>> GroupConfig(group_size=1)
@@ -84,7 +89,7 @@ state: one rollout has no advantage.
     groups_per_update: Count = 4
     max_policy_lag: Annotated[int, Range(0, remedy="0 is the synchronous loop.")] = 1
     return_bounds: tuple[float, float] | None = None
-    normalise_std: bool = True
+    advantage: Advantage | Callable[[torch.Tensor], torch.Tensor] = "mean_std"
     max_no_signal_groups: Count = 16
     on_no_signal: NoSignalPolicy = "warn"
 
@@ -99,11 +104,27 @@ state: one rollout has no advantage.
             raise ValueError(
                 f"return_bounds must be increasing, got {self.return_bounds}. Pass (low, high)."
             )
+        self.advantages_of(torch.arange(float(self.group_size)))  # fails here, not in a run
 
     @property
     def num_candidates(self) -> int:
         """Rollouts sampled for one group."""
         return self.candidate_group_size or self.group_size
+
+    def advantages_of(self, returns: torch.Tensor) -> torch.Tensor:
+        """Advantages ``[N]``, float32, of the rollouts of a group, by their returns ``[N]``.
+
+        Raises:
+            ValueError: if *advantage* is a function that does not give one for each.
+        """
+        estimator = self.advantage if callable(self.advantage) else ADVANTAGES[self.advantage]
+        found = torch.as_tensor(estimator(returns), dtype=torch.float32)
+        if found.shape != returns.shape or not bool(found.isfinite().all()):
+            raise ValueError(
+                f"advantage must give one finite number for each of the returns "
+                f"{returns.tolist()}, got {found.tolist()}. Let it return a tensor of their shape."
+            )
+        return found
 
 
 class EpisodeSpec(NamedTuple):
@@ -461,7 +482,7 @@ def judge(group: Group, config: GroupConfig, *, keep_all: bool = False) -> str |
     group.rollouts = [group.candidates[index] for index in chosen]
     if differ:
         kept_returns = torch.tensor([returns[index] for index in chosen], dtype=torch.float32)
-        group.advantages = group_advantage(kept_returns, normalise_std=config.normalise_std)
+        group.advantages = config.advantages_of(kept_returns)
     else:
         group.advantages = torch.zeros(len(chosen))
     return None

@@ -23,7 +23,7 @@ from torchrl.envs.transforms import Transform
 from torchrl_dvla.data.group import Group, GroupState
 from torchrl_dvla.data.group_queue import GroupQueue
 from torchrl_dvla.data.instructions import InstructionTable, InstructionTransform
-from torchrl_dvla.data.schema import INSTRUCTION_ID_KEY
+from torchrl_dvla.data.schema import INSTRUCTION_ID_KEY, NUM_DECISIONS_KEY
 from torchrl_dvla.data.storage import READ_ONLY, PooledStorage
 from torchrl_dvla.memory import EnvironmentPool, ModelPool
 from torchrl_dvla.memory.row_access import RowFields
@@ -184,7 +184,8 @@ class PooledReplayBuffer(ReplayBuffer):
     **Batches.** A batch of an update is a view on one of ``num_staging`` batches of persistent
     memory, pinned where CUDA is: it is valid until ``num_staging`` further batches have been asked
     for. Copies to CUDA devices that were started before the next one was asked for, on the current
-    streams of that thread, are waited for before their batch is written anew. Nothing is allocated.
+    streams of that thread, are waited for before their batch is written anew. No row is allocated.
+    Beside the rows a batch has ``"num_decisions"`` ``[B, 1]``, the decisions of each row's rollout.
 
     Keyword Args:
         batch_size (int, optional): rows of a minibatch.
@@ -369,10 +370,13 @@ class PooledReplayBuffer(ReplayBuffer):
         try:
             plan = self._plan = self._current_plan(groups)
             rows = torch.cat([group.row_index(groups.pool) for group in groups.cohort])
+            sizes = [rollout.num_rows for group in groups.cohort for rollout in group.rollouts]
+            num_decisions = torch.tensor(sizes).repeat_interleave(torch.tensor(sizes))
             while not plan.is_over:
                 self._require_current(plan, groups)
                 with self._track.span("gather"):
-                    batch = self._gather(rows[plan.row_ordinals()])
+                    ordinals = plan.row_ordinals()
+                    batch = self._gather(rows[ordinals], num_decisions[ordinals])
                 # Counted as it is handed out: a checkpoint that the learner takes after its
                 # optimiser step does not repeat the minibatch.
                 plan.position += 1
@@ -418,14 +422,15 @@ class PooledReplayBuffer(ReplayBuffer):
                 "was handed out. Call update_policy_weights_() after the loop, or leave the loop."
             )
 
-    def _gather(self, rows: torch.Tensor) -> TensorDictBase:
+    def _gather(self, rows: torch.Tensor, num_decisions: torch.Tensor) -> TensorDictBase:
         # Without the lock: the cohort's pages are the learner's until the update is published.
         number = self._num_staged % self.num_staging
         self._copies[number - 1] = _copies_under_way()  # of the batch before this one
         for event in self._copies[number]:
             event.synchronize()
         self._num_staged += 1
-        batch = self._collate_fn(self._storage._fields.gather(rows, self._staging[number]))
+        fields = self._storage._fields.gather(rows, self._staging[number])
+        batch = self._collate_fn(fields.set(NUM_DECISIONS_KEY, num_decisions.unsqueeze(-1)))
         return self._transform(batch) if len(self._transform) else batch
 
     # -- TorchRL's interface --------------------------------------------------------------------

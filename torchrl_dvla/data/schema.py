@@ -65,6 +65,7 @@ __all__ = [
     "INIT_STATE_ID_KEY",
     "INSTRUCTION_ID_KEY",
     "INSTRUCTION_KEY",
+    "NUM_DECISIONS_KEY",
     "OBSERVATION_KEY",
     "POLICY_VERSION_KEY",
     "REWARD_KEY",
@@ -94,6 +95,8 @@ GROUP_ID_KEY: NestedKey = "group_id"
 ROLLOUT_ID_KEY: NestedKey = "rollout_id"
 #: Position of the decision in its rollout, from 0.
 DECISION_INDEX_KEY: NestedKey = "decision_index"
+#: Decisions of the row's rollout. Not in rows: batches of an update get it as they are handed out.
+NUM_DECISIONS_KEY: NestedKey = "num_decisions"
 ADVANTAGE_KEY: NestedKey = "advantage"
 #: Index of the instruction in the side table of strings.
 INSTRUCTION_ID_KEY: NestedKey = "instruction_id"

@@ -4,11 +4,18 @@
 # LICENSE file in the root directory of this source tree.
 """Pure tensor maths of the training loop; imports torch only."""
 
-from torchrl_dvla.functional.advantage import group_advantage, has_contrast
+from torchrl_dvla.functional.advantage import (
+    ADVANTAGES,
+    Advantage,
+    group_advantage,
+    has_contrast,
+    leave_one_out_advantage,
+)
 from torchrl_dvla.functional.chunk import (
     Reduction,
     executed_mask,
     masked_mean,
+    masked_quantile,
     reduction_normaliser,
     reduction_weights,
 )
@@ -27,6 +34,8 @@ from torchrl_dvla.functional.importance import (
     behavior_weight,
     clipped_surrogate,
     effective_sample_size,
+    gaussian_surrogate,
+    kl_k1,
     kl_k2,
     kl_k3,
     log_ratio,
@@ -34,7 +43,9 @@ from torchrl_dvla.functional.importance import (
 )
 
 __all__ = [
+    "ADVANTAGES",
     "LOG_RATIO_BOUND",
+    "Advantage",
     "Reduction",
     "behavior_weight",
     "bounded_std",
@@ -44,12 +55,16 @@ __all__ = [
     "executed_mask",
     "flow_matching_pair",
     "flow_time",
+    "gaussian_surrogate",
     "group_advantage",
     "has_contrast",
+    "kl_k1",
     "kl_k2",
     "kl_k3",
+    "leave_one_out_advantage",
     "log_ratio",
     "masked_mean",
+    "masked_quantile",
     "ode_step",
     "outside_clip",
     "reduction_normaliser",

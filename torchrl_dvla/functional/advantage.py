@@ -6,13 +6,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
 import torch
 
-__all__ = ["group_advantage", "has_contrast"]
+__all__ = [
+    "ADVANTAGES",
+    "Advantage",
+    "group_advantage",
+    "has_contrast",
+    "leave_one_out_advantage",
+]
+
+#: Names in :data:`ADVANTAGES`.
+Advantage = Literal["mean_std", "mean", "leave_one_out"]
 
 
 def group_advantage(
-    returns: torch.Tensor, *, normalise_std: bool = True, eps: float = 1e-6
+    returns: torch.Tensor, *, normalise_std: bool = True, correction: int = 1, eps: float = 1e-6
 ) -> torch.Tensor:
     r"""Advantage of each rollout relative to the mean of its group.
 
@@ -20,8 +33,9 @@ def group_advantage(
         A_i = \frac{R_i - \operatorname{mean}_j R_j}{\max(\operatorname{std}_j R_j, \epsilon)}
 
     with the unbiased standard deviation (``N - 1``), the figures that
-    :class:`torchrl.objectives.llm.MCAdvantage` computes. ``normalise_std=False`` leaves the
-    denominator out (Dr. GRPO): dividing by the deviation gives groups that are nearly always or
+    :class:`torchrl.objectives.llm.MCAdvantage` computes; ``correction=0`` makes it the biased one
+    (``N``), by which all advantages grow by ``sqrt(N / (N - 1))``. ``normalise_std=False`` leaves
+    the denominator out (Dr. GRPO): dividing by the deviation gives groups that are nearly always or
     nearly never solved a larger weight than groups at 50 %.
 
     A group whose returns are all equal gets exactly zero, at any magnitude: returns are first taken
@@ -33,6 +47,7 @@ def group_advantage(
 
     Keyword Args:
         normalise_std (bool): whether to divide by the group's deviation. Defaults to ``True``.
+        correction (int): what is taken from ``N`` in the deviation. Defaults to ``1``.
         eps (float): lower bound of the deviation. Defaults to ``1e-6``.
 
     Returns:
@@ -63,8 +78,50 @@ def group_advantage(
     relative = returns - returns[..., :1]
     advantage = relative - relative.mean(-1, keepdim=True)
     if normalise_std:
-        advantage = advantage / advantage.std(-1, keepdim=True).clamp_min(eps)
+        std = advantage.std(-1, keepdim=True, correction=correction)
+        advantage = advantage / std.clamp_min(eps)
     return advantage
+
+
+def leave_one_out_advantage(returns: torch.Tensor) -> torch.Tensor:
+    r"""Advantage of each rollout relative to the mean of the *others* of its group (RLOO).
+
+    .. math::
+        A_i = R_i - \frac{1}{N - 1} \sum_{j \ne i} R_j
+
+    A baseline that does not depend on the rollout's own return leaves the policy gradient unbiased.
+    It is the difference to the mean of all, times ``N / (N - 1)``.
+
+    Args:
+        returns (torch.Tensor): as of :func:`group_advantage`, ``[*G, N]``.
+
+    Returns:
+        torch.Tensor: advantages ``[*G, N]``; they sum to zero over each group.
+
+    Raises:
+        ValueError: if *returns* has no group dimension of at least two rollouts.
+
+    Examples:
+        >>> import torch
+        >>> leave_one_out_advantage(torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0]))
+        tensor([ 0.7500, -0.5000, -0.5000,  0.7500, -0.5000])
+
+    Reference:
+        Kool et al., "Buy 4 REINFORCE Samples, Get a Baseline for Free!", 2019,
+        https://openreview.net/forum?id=r1lgTGL5DE; Ahmadian et al., "Back to Basics", 2024,
+        https://arxiv.org/abs/2402.14740.
+    """
+    advantage = group_advantage(returns, normalise_std=False)
+    size = returns.shape[-1]
+    return advantage * (size / (size - 1))
+
+
+#: Ready estimators by name: each takes the returns ``[N]`` of a group to its advantages ``[N]``.
+ADVANTAGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "mean_std": group_advantage,
+    "mean": partial(group_advantage, normalise_std=False),
+    "leave_one_out": leave_one_out_advantage,
+}
 
 
 def has_contrast(returns: torch.Tensor, *, tolerance: float = 0.0) -> torch.Tensor:

@@ -14,12 +14,13 @@ __all__ = [
     "Reduction",
     "executed_mask",
     "masked_mean",
+    "masked_quantile",
     "reduction_normaliser",
     "reduction_weights",
 ]
 
 #: How a loss over ``[*B, chunk, A]`` becomes a scalar; see :func:`reduction_weights`.
-Reduction = Literal["token_mean", "sequence_mean", "fixed_length", "sum", "none"]
+Reduction = Literal["token_mean", "sequence_mean", "trajectory_mean", "fixed_length", "sum", "none"]
 
 
 def executed_mask(action_is_pad: torch.Tensor, action_dim: int) -> torch.Tensor:
@@ -79,6 +80,37 @@ def masked_mean(
     return total / count.clamp_min(1)
 
 
+def masked_quantile(
+    values: torch.Tensor, mask: torch.Tensor, quantiles: torch.Tensor
+) -> torch.Tensor:
+    """Quantiles of the selected values, interpolated; zero where nothing is selected.
+
+    Nothing is selected by shape, so an accelerator is not waited for.
+
+    Args:
+        values (torch.Tensor): values ``[*B]``.
+        mask (torch.Tensor): boolean of the same shape, ``True`` = counts.
+        quantiles (torch.Tensor): shares ``[Q]`` in ``[0, 1]``, of the dtype of *values*.
+
+    Returns:
+        torch.Tensor: quantiles ``[Q]``.
+
+    Examples:
+        >>> import torch
+        >>> mask = torch.tensor([True, True, True, False])
+        >>> masked_quantile(torch.tensor([4.0, 1.0, 2.0, 9.0]), mask, torch.tensor([0.5, 0.75]))
+        tensor([2., 3.])
+    """
+    in_order = values.masked_fill(~mask, torch.inf).flatten().sort().values
+    last = mask.sum() - 1
+    position = quantiles * last.clamp_min(0)
+    below = position.long()
+    above = torch.minimum(below + 1, last.clamp_min(0))
+    low, high = in_order.gather(0, below), in_order.gather(0, above)
+    found = low + (high - low) * (position - below)
+    return torch.where(last < 0, torch.zeros_like(found), found)
+
+
 def reduction_weights(mask: torch.Tensor, reduction: Reduction) -> torch.Tensor:
     """Weight of each token in the reduced loss, before the normaliser.
 
@@ -87,13 +119,17 @@ def reduction_weights(mask: torch.Tensor, reduction: Reduction) -> torch.Tensor:
     ======================  ==================================  =================================
     ``"token_mean"``        1                                   executed tokens
     ``"sequence_mean"``     1 / executed tokens of its chunk    chunks with an executed token
+    ``"trajectory_mean"``   the same                            the same
     ``"fixed_length"``      1                                   chunks x ``chunk`` x ``A``
     ``"sum"``, ``"none"``   1                                   1
     ======================  ==================================  =================================
 
     ``"token_mean"`` (DAPO) gives every executed token the same say, ``"sequence_mean"`` (GRPO)
     every decision. ``"fixed_length"`` (Dr. GRPO) divides by what a chunk could hold, a constant, so
-    the size of a token's gradient does not depend on how much of which chunk was executed.
+    the size of a token's gradient does not depend on how much of which chunk was executed. With
+    ``"trajectory_mean"`` both are to be multiplied by a row weight of ``1 / decisions of its
+    rollout``: then every rollout has the same say, however many decisions it took, and the
+    normaliser counts rollouts.
 
     Args:
         mask (torch.Tensor): boolean ``[*B, chunk, A]``, ``True`` = executed.
@@ -119,7 +155,7 @@ def reduction_weights(mask: torch.Tensor, reduction: Reduction) -> torch.Tensor:
     """
     _check_reduction(reduction)
     weights = mask.to(torch.get_default_dtype())
-    if reduction == "sequence_mean":
+    if reduction in ("sequence_mean", "trajectory_mean"):
         weights = weights / weights.sum((-2, -1), keepdim=True).clamp_min(1)
     return weights
 
@@ -157,7 +193,7 @@ def reduction_normaliser(
         return torch.ones((), device=mask.device)
     if reduction == "fixed_length":
         counted = torch.ones_like(mask)
-    elif reduction == "sequence_mean":
+    elif reduction in ("sequence_mean", "trajectory_mean"):
         counted = mask.flatten(-2).any(-1)[..., None, None]
     else:
         counted = mask

@@ -18,6 +18,8 @@ __all__ = [
     "behavior_weight",
     "clipped_surrogate",
     "effective_sample_size",
+    "gaussian_surrogate",
+    "kl_k1",
     "kl_k2",
     "kl_k3",
     "log_ratio",
@@ -119,6 +121,41 @@ def clipped_surrogate(
     return gain
 
 
+def gaussian_surrogate(
+    log_ratio: torch.Tensor, advantage: torch.Tensor, *, std: float
+) -> torch.Tensor:
+    r"""Surrogate gain under a Gaussian trust weight instead of a clip (GIPO).
+
+    .. math::
+        g = \operatorname{sg}\Bigl[\exp\Bigl(-\frac{(\log r)^2}{2 \sigma^2}\Bigr)\Bigr] r A,
+        \qquad r = e^{\text{log\_ratio}}
+
+    where sg is a constant to the gradient. Gains of far ratios fade, of both signs of the advantage
+    alike, but none is cut to a gradient of zero as by :func:`clipped_surrogate`.
+
+    Args:
+        log_ratio (torch.Tensor): log-ratios to the policy that the weight is centred on ``[*B]``.
+        advantage (torch.Tensor): advantages, broadcastable to ``[*B]``.
+
+    Keyword Args:
+        std (float): :math:`\sigma`, positive: the log-ratio at which the weight is 0.61.
+
+    Returns:
+        torch.Tensor: gains ``[*B]``, to be maximised.
+
+    Examples:
+        >>> import torch
+        >>> gaussian_surrogate(torch.tensor([0.0, 1.0]), torch.tensor(2.0), std=1.0)
+        tensor([2.0000, 3.2974])
+
+    Reference:
+        Lu et al., "GIPO: Gaussian Importance Sampling Policy Optimization", 2026,
+        https://arxiv.org/abs/2603.03955.
+    """
+    trust = (-0.5 * (log_ratio.detach() / std).square()).exp()
+    return trust * log_ratio.exp() * advantage
+
+
 def outside_clip(
     log_ratio: torch.Tensor,
     *,
@@ -146,8 +183,10 @@ def outside_clip(
     return (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
 
 
-def behavior_weight(proximal_log_ratio: torch.Tensor, *, cap: float | None = None) -> torch.Tensor:
-    r"""Truncated weight that corrects the decoupled objective for stale data.
+def behavior_weight(
+    proximal_log_ratio: torch.Tensor, *, cap: float | None = None, mask: bool = False
+) -> torch.Tensor:
+    r"""Truncated or masked weight that corrects the decoupled objective for stale data.
 
     The trust region of PPO does not have to be centred on the policy that took the data. Decoupled
     PPO centres it on a recent *proximal* policy and corrects for the age of the data by a constant
@@ -158,30 +197,38 @@ def behavior_weight(proximal_log_ratio: torch.Tensor, *, cap: float | None = Non
         J = \mathbb{E}_{\pi_b}\bigl[w \cdot g(\pi_\theta / \pi_{prox}, A)\bigr]
 
     with :math:`g` the :func:`clipped_surrogate`. Truncation at :math:`c` trades a little bias for a
-    bounded variance.
+    bounded variance. A masked weight is zero above :math:`c`: a ratio that far out says more of a
+    mismatch between the two policies than of the action.
 
     Args:
         proximal_log_ratio (torch.Tensor): ``log_ratio(proximal_log_prob, behavior_log_prob)``
             ``[*B]``.
 
     Keyword Args:
-        cap (float, optional): the bound :math:`c`. ``None`` leaves the weight untruncated.
+        cap (float, optional): the bound :math:`c`. ``None`` leaves the weight as it is.
+        mask (bool): whether weights above the bound are zero instead of the bound. Defaults to
+            ``False``.
 
     Returns:
         torch.Tensor: weights ``[*B]`` without gradient.
 
     Examples:
         >>> import torch
-        >>> behavior_weight(torch.tensor([0.5, 4.0]).log(), cap=2.0)
-        tensor([0.5000, 2.0000])
+        >>> log_ratio = torch.tensor([0.5, 4.0]).log()
+        >>> behavior_weight(log_ratio, cap=2.0), behavior_weight(log_ratio, cap=2.0, mask=True)
+        (tensor([0.5000, 2.0000]), tensor([0.5000, 0.0000]))
 
     Reference:
         Hilton et al., "Batch size-invariance for policy optimization", 2022,
         https://arxiv.org/abs/2110.00641; Fu et al., "AReaL", 2025,
-        https://arxiv.org/abs/2505.24298.
+        https://arxiv.org/abs/2505.24298; Espeholt et al., "IMPALA", 2018,
+        https://arxiv.org/abs/1802.01561 (truncated weights); Ling team, "Every Step Evolves", 2025,
+        https://arxiv.org/abs/2510.18855 (IcePop: masked weights).
     """
     weight = proximal_log_ratio.detach().exp()
-    return weight if cap is None else weight.clamp_max(cap)
+    if cap is None:
+        return weight
+    return weight.masked_fill(weight > cap, 0.0) if mask else weight.clamp_max(cap)
 
 
 def effective_sample_size(
@@ -218,6 +265,35 @@ def effective_sample_size(
     weight = (values - values.amax().clamp_min(-1e30)).exp()
     num_samples = mask.sum().clamp_min(1)
     return weight.sum().square() / (num_samples * weight.square().sum().clamp_min(1e-30))
+
+
+def kl_k1(log_ratio: torch.Tensor) -> torch.Tensor:
+    r"""Unbiased estimate :math:`-\log r` of high variance, which may be negative.
+
+    Its own gradient with respect to the sampling policy has a mean of zero: as a loss it would do
+    nothing. It is given that of :func:`kl_k2`, which in expectation is the divergence's.
+
+    Args:
+        log_ratio (torch.Tensor): ``log p(a) - log q(a)`` for ``a ~ q`` ``[*B]``.
+
+    Returns:
+        torch.Tensor: estimates ``[*B]``.
+
+    Examples:
+        >>> import torch
+        >>> log_ratio = torch.tensor([0.5, -2.0], requires_grad=True)
+        >>> estimate = kl_k1(log_ratio)
+        >>> estimate.sum().backward()
+        >>> estimate.tolist(), log_ratio.grad.tolist()
+        ([-0.5, 2.0], [0.5, -2.0])
+
+    Reference:
+        Schulman, "Approximating KL Divergence", 2020, http://joschu.net/blog/kl-approx.html;
+        Tang and Munos, "On a few pitfalls in KL divergence gradient estimation for RL", 2025,
+        https://arxiv.org/abs/2506.09477 (the gradients).
+    """
+    k2 = kl_k2(log_ratio)
+    return k2 - (k2 + log_ratio).detach()
 
 
 def kl_k2(log_ratio: torch.Tensor) -> torch.Tensor:

@@ -15,14 +15,13 @@ from tensordict.nn import TensorDictModuleBase, dispatch
 from torchrl.objectives import BCLoss
 
 from torchrl_dvla.data.schema import ACTION_CHUNK_KEY, ACTION_IS_PAD_KEY, ACTION_TOKENS_KEY
+from torchrl_dvla.objectives.distribution import log_prob_of, run_policy
 from torchrl_dvla.objectives.validation import (
     FINITE,
     ValueRange,
     check_ranges,
     executed_tokens,
     leaves_of,
-    log_prob_of,
-    run_policy,
 )
 from torchrl_dvla.validation import check
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,40 +15,44 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams, unravel_key_list
 from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import distributions as d
-from torch import nn
 from torchrl.objectives.common import LossModule
 
 from torchrl_dvla import functional as F
 from torchrl_dvla.data import schema
+from torchrl_dvla.objectives.distribution import (
+    entropy_of,
+    exact_kl,
+    fit_to,
+    log_prob_of,
+    of_single_actions,
+    run_policy,
+)
 from torchrl_dvla.objectives.validation import (
     FINITE,
-    INTEGERS,
     ValueRange,
     agreement_of,
     can_check,
     check_actor,
     check_ranges,
+    check_reference,
+    check_rows,
+    check_trust_region,
     depends_on_mode,
     executed_tokens,
-    fit_to,
     leaves_of,
-    log_prob_of,
-    of_single_actions,
-    run_policy,
 )
-from torchrl_dvla.validation import Range, check
+from torchrl_dvla.validation import check
 
 __all__ = ["GRPOLoss"]
 
 RatioLevel = Literal["token", "env_step", "sequence", "sequence_mean"]
 Importance = Literal["behavior", "decoupled"]
-KLEstimator = Literal["k2", "k3", "exact"]
+KLEstimator = Literal["k1", "k2", "k3", "exact"]
 
 #: Largest magnitude of advantages and weights. With log-ratios within their bound, losses and
 #: gradients are then finite in float32 and bfloat16.
 _LARGEST = 1e6
-#: Logits below it count as it, so that the product with a probability of zero is zero.
-_LEAST_LOGIT = -200.0
+_KL = {"k1": F.kl_k1, "k2": F.kl_k2, "k3": F.kl_k3}
 #: Dimensions of ``[*B, chunk, A]`` over which log-ratios are put together.
 _LEVEL_DIMS: dict[str, tuple[int, ...]] = {
     "token": (),
@@ -70,6 +73,9 @@ _WRITERS = {
         "or use importance='behavior'"
     ),
     "ref_log_prob": "Pass reference_network, or write the reference's log-probabilities beforehand",
+    "num_decisions": (
+        "Iterating a PooledReplayBuffer writes it; only reduction='trajectory_mean' needs it"
+    ),
     "weight": "It was asked for by set_keys(weight=...); set_keys(weight=None) turns it off",
 }
 
@@ -116,24 +122,31 @@ class GRPOLoss(LossModule):
         clip_epsilon (float or tuple of float): clip range, symmetric or ``(low, high)``. Defaults
             to ``(0.2, 0.28)``.
         dual_clip (float, optional): bound on the ratio of negative advantages, ``> 1 + high``.
+        trust_std (float, optional): standard deviation, in log-ratios, of a Gaussian trust weight
+            instead of the clip (:func:`~torchrl_dvla.functional.gaussian_surrogate`, GIPO). The
+            clip range then only says what ``clip_fraction`` counts.
         ratio_level (str): ``"token"`` (one ratio per token or action dimension), ``"env_step"``
             (one per env step: the product over its action dimensions), ``"sequence"`` (one per
             decision: the product over its executed env steps) or ``"sequence_mean"`` (the geometric
             mean of its recorded log-probabilities, GSPO). Defaults to ``"token"``.
         importance (str): centre of the clip range. ``"behavior"``: the policy that took the action.
             ``"decoupled"``: a recent proximal policy, the age of the data being corrected by a
-            truncated weight (:func:`~torchrl_dvla.functional.behavior_weight`); needs
+            bounded weight (:func:`~torchrl_dvla.functional.behavior_weight`); needs
             :meth:`write_proximal_log_prob`. Defaults to ``"behavior"``.
         behavior_weight_cap (float, optional): bound of that weight. Defaults to ``5.0``.
-        reduction (str): ``"token_mean"``, ``"sequence_mean"``, ``"fixed_length"``, ``"sum"`` or
-            ``"none"``. Defaults to ``"token_mean"``.
+        mask_behavior_weight (bool): what exceeds the bound is left out (but for the normaliser)
+            instead of truncated. Defaults to ``False``.
+        reduction (str): ``"token_mean"``, ``"sequence_mean"`` (each decision weighs the same),
+            ``"trajectory_mean"`` (each rollout does), ``"fixed_length"``, ``"sum"`` or ``"none"``.
+            Defaults to ``"token_mean"``.
         entropy_coeff (float): weight of the entropy bonus, from one reparametrised sample where the
             distribution has no entropy in closed form. Defaults to ``0.0``.
         kl_to_ref_coeff (float, optional): weight of the divergence from a reference policy;
             ``None`` writes no ``loss_kl``. Like *clip_epsilon*, *dual_clip* and *entropy_coeff* it
             is an attribute that may be set at any time.
-        kl_estimator (str): ``"k3"``, ``"k2"`` (from the sampled tokens) or ``"exact"`` (of the two
-            distributions; needs *reference_network*). Defaults to ``"k3"``.
+        kl_estimator (str): ``"k3"``, ``"k2"``, ``"k1"`` (from what was sampled; the gradient of
+            ``"k1"`` is that of ``"k2"``) or ``"exact"`` (of the two distributions; needs
+            *reference_network*). Defaults to ``"k3"``.
         reference_network (TensorDictModuleBase, optional): frozen reference policy. Without it,
             the reference's log-probabilities are read from the batch.
         check_finite (bool): refuse tokens outside of the vocabulary, log-probabilities that are not
@@ -144,9 +157,12 @@ class GRPOLoss(LossModule):
     The output holds ``loss_objective``, ``loss_entropy`` and ``loss_kl`` (if enabled) and,
     detached: ``kl_approx`` (k3 estimate of the divergence from the behaviour policy),
     ``log_prob_difference`` (mean magnitude of the log-ratio to it), ``clip_fraction`` (ratios
-    outside of the clip range), ``entropy`` (without a closed form: the mean negative
-    log-probability of what was sampled), ``ESS`` (share of effective samples), ``max_ratio``,
-    ``advantage_mean``, ``advantage_std``, ``kl_to_ref`` (if enabled) and ``behavior_weight`` (mean;
+    outside of the clip range), of it ``clip_fraction_low`` and ``clip_fraction_high`` (below,
+    above), ``clip_fraction_dual`` (ratios cut by the dual clip, if it is set), ``entropy`` (without
+    a closed form: the mean negative log-probability of what was sampled), ``ESS`` (share of
+    effective samples), ``ratio_p05``, ``ratio_p50``, ``ratio_p95`` (quantiles of the ratio to the
+    behaviour policy), ``max_ratio``, ``advantage_mean``, ``advantage_std``, ``kl_to_ref`` (if
+    enabled), ``behavior_weight`` and ``behavior_weight_bounded`` (mean, and share beyond the bound;
     decoupled only). Once ``loss.version`` is set to the learner's version and the batch carries
     ``policy_version``, also ``policy_lag_mean``, ``policy_lag_max``.
 
@@ -196,6 +212,8 @@ class GRPOLoss(LossModule):
             ref_log_prob (NestedKey): as *sample_log_prob*, read without *reference_network*.
             policy_version (NestedKey): optional ``[*B, 1]``, or ``[*B]``, as TorchRL's servers
                 stamp it.
+            num_decisions (NestedKey): decisions of the rollout, integers ``[*B, 1]``; read if each
+                rollout weighs the same.
             weight (NestedKey, optional): weight of each decision ``[*B, 1]``; off by default.
         """
 
@@ -206,6 +224,7 @@ class GRPOLoss(LossModule):
         proximal_log_prob: NestedKey = "proximal_log_prob"
         ref_log_prob: NestedKey = "ref_log_prob"
         policy_version: NestedKey = schema.POLICY_VERSION_KEY
+        num_decisions: NestedKey = schema.NUM_DECISIONS_KEY
         weight: NestedKey | None = None
 
     tensor_keys: _AcceptedKeys
@@ -230,9 +249,11 @@ class GRPOLoss(LossModule):
         *,
         clip_epsilon: float | tuple[float, float] = (0.2, 0.28),
         dual_clip: float | None = None,
+        trust_std: float | None = None,
         ratio_level: RatioLevel = "token",
         importance: Importance = "behavior",
         behavior_weight_cap: float | None = 5.0,
+        mask_behavior_weight: bool = False,
         reduction: F.Reduction = "token_mean",
         entropy_coeff: float = 0.0,
         kl_to_ref_coeff: float | None = None,
@@ -241,13 +262,19 @@ class GRPOLoss(LossModule):
         check_finite: bool = True,
     ) -> None:
         check_actor(actor_network)
-        clip_low, clip_high = check_clip(clip_epsilon, dual_clip, behavior_weight_cap)
+        clip_low, clip_high = check_trust_region(
+            clip_epsilon,
+            dual_clip=dual_clip,
+            trust_std=trust_std,
+            cap=behavior_weight_cap,
+            mask=mask_behavior_weight,
+        )
         check("ratio_level", ratio_level, RatioLevel)
         check("importance", importance, Importance)
         check("reduction", reduction, F.Reduction)
         check("kl_estimator", kl_estimator, KLEstimator)
         entropy_coeff = check("entropy_coeff", entropy_coeff, float)
-        _check_reference(actor_network, reference_network, kl_to_ref_coeff, kl_estimator)
+        check_reference(actor_network, reference_network, kl_to_ref_coeff, kl_estimator)
         super().__init__()
         self._in_keys: list[NestedKey] | None = None
         self._out_keys: list[NestedKey] | None = None
@@ -261,9 +288,11 @@ class GRPOLoss(LossModule):
             params = TensorDict.from_module(reference_network).data
             self.reference_network_params = TensorDictParams(params, no_convert=True)
         self.dual_clip = dual_clip
+        self.trust_std = trust_std
         self.ratio_level = ratio_level
         self.importance = importance
         self.behavior_weight_cap = behavior_weight_cap
+        self.mask_behavior_weight = mask_behavior_weight
         self.reduction = reduction
         self.kl_estimator = kl_estimator
         self.check_finite: bool = check("check_finite", check_finite, bool)
@@ -283,7 +312,8 @@ class GRPOLoss(LossModule):
 
     @clip_epsilon.setter
     def clip_epsilon(self, value: Any) -> None:
-        self.clip_epsilon_low, self.clip_epsilon_high = check_clip(value, self.dual_clip, None)
+        low_and_high = check_trust_region(value, dual_clip=self.dual_clip)
+        self.clip_epsilon_low, self.clip_epsilon_high = low_and_high
 
     def make_value_estimator(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: there is no critic whose value could be estimated."""
@@ -317,6 +347,8 @@ class GRPOLoss(LossModule):
             wanted.append(keys.proximal_log_prob)
         if self.kl_to_ref_coeff is not None and self.reference_network is None:
             wanted.append(keys.ref_log_prob)
+        if self.reduction == "trajectory_mean":
+            wanted.append(keys.num_decisions)
         if keys.weight is not None:
             wanted.append(keys.weight)
         return list(dict.fromkeys([*self.actor_network.in_keys, *wanted]))
@@ -332,8 +364,12 @@ class GRPOLoss(LossModule):
             return self._out_keys
         keys: list[NestedKey] = ["loss_objective", "loss_entropy"]
         keys += ["loss_kl", "kl_to_ref"] if self.kl_to_ref_coeff is not None else []
-        keys += ["behavior_weight"] if self.importance == "decoupled" else []
-        keys += ["kl_approx", "log_prob_difference", "clip_fraction", "entropy", "ESS", "max_ratio"]
+        if self.importance == "decoupled":
+            keys += ["behavior_weight", "behavior_weight_bounded"]
+        keys += ["kl_approx", "log_prob_difference", "entropy", "ESS"]
+        keys += ["clip_fraction", "clip_fraction_low", "clip_fraction_high"]
+        keys += ["clip_fraction_dual"] if self.dual_clip is not None else []
+        keys += ["ratio_p05", "ratio_p50", "ratio_p95", "max_ratio"]
         return [*keys, "advantage_mean", "advantage_std"]
 
     @out_keys.setter
@@ -369,7 +405,7 @@ class GRPOLoss(LossModule):
         version = tensordict.get(self.tensor_keys.policy_version, None)
         if version is not None and version.shape == behavior.shape[:-2]:
             version = version.unsqueeze(-1)  # as TorchRL's inference servers stamp it
-        _check_rows(behavior, advantage, version)
+        check_rows(behavior, advantage, version)
         mask = self._mask(tensordict, behavior)
         dist = self._dist(tensordict, self.actor_network, self.actor_network_params)
         log_prob, ranges = log_prob_of(action, dist, mask, check=self.check_finite)
@@ -385,16 +421,13 @@ class GRPOLoss(LossModule):
         log_ratio = F.log_ratio(log_prob, behavior)
         behavior_log_ratio = self._to_level(log_ratio, mask)
         level_mask = self._level_mask(mask)
-        row_weight = self._row_weight(tensordict)
+        row_weight, weight_ranges = self._row_weight(tensordict)
         total = self.normaliser(tensordict) if normaliser is None else normaliser
         total = torch.as_tensor(total, dtype=torch.get_default_dtype(), device=behavior.device)
         remedy = "Are the rewards finite, and the advantages normalised?"
         ranges.append(ValueRange("advantage", advantage, -_LARGEST, _LARGEST, remedy))
-        if row_weight is not None:
-            ranges.append(ValueRange("weight", row_weight, 0.0, _LARGEST, "Clamp or normalise it."))
-        ranges.append(
-            ValueRange("normaliser", total, 0.0, FINITE, "Take it from loss.normaliser().")
-        )
+        remedy = "Take it from loss.normaliser()."
+        ranges += [*weight_ranges, ValueRange("normaliser", total, 0.0, FINITE, remedy)]
         total = torch.where(total > 0, total, torch.ones_like(total))
 
         def reduce(values: torch.Tensor) -> torch.Tensor:
@@ -410,31 +443,26 @@ class GRPOLoss(LossModule):
             proximal = masked("proximal_log_prob", self._log_prob(tensordict, "proximal_log_prob"))
             trust_log_ratio = self._to_level(F.log_ratio(log_prob, proximal), mask)
             proximal_log_ratio = self._to_level(F.log_ratio(proximal, behavior), mask)
-            weight = F.behavior_weight(proximal_log_ratio, cap=self.behavior_weight_cap)
+            cap = self.behavior_weight_cap
+            weight = F.behavior_weight(proximal_log_ratio, cap=cap, mask=self.mask_behavior_weight)
             out["behavior_weight"] = F.masked_mean(weight, level_mask)
-        gain = F.clipped_surrogate(
-            trust_log_ratio,
-            advantage.unsqueeze(-1),
-            clip_low=self.clip_epsilon_low,
-            clip_high=self.clip_epsilon_high,
-            dual_clip=self.dual_clip,
-        )
+            bounded = proximal_log_ratio.exp() != weight
+            out["behavior_weight_bounded"] = F.masked_mean(bounded.to(weight.dtype), level_mask)
+        gain = self._gain(trust_log_ratio, advantage.unsqueeze(-1))
         out["loss_objective"] = -reduce(gain if weight is None else weight * gain)
 
         # A weight of zero needs no gradient; on an accelerator, to ask would be to wait.
         is_zero = self.entropy_coeff.device.type == "cpu" and can_check() and not self.entropy_coeff
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_zero):
-            entropy = _entropy(dist, log_prob, mask, is_wanted=not is_zero)
+            entropy = entropy_of(dist, log_prob, mask, is_wanted=not is_zero)
         out["entropy"] = F.masked_mean(entropy.detach(), mask)
         out["loss_entropy"] = -self.entropy_coeff * reduce(self._level_mean(entropy, mask))
         if self.kl_to_ref_coeff is not None:
             ref = self._reference(tensordict, action, mask)
             if isinstance(ref, d.Distribution):
-                kl = fit_to(_exact_kl(dist, ref), mask)
+                kl = fit_to(exact_kl(dist, ref), mask)
             else:  # the estimators want log p - log q of what is drawn from q, the learner's policy
-                ref_log_ratio = -F.log_ratio(log_prob, masked("ref_log_prob", ref))
-                estimate = F.kl_k2 if self.kl_estimator == "k2" else F.kl_k3
-                kl = estimate(ref_log_ratio)
+                kl = _KL[self.kl_estimator](-F.log_ratio(log_prob, masked("ref_log_prob", ref)))
             out["kl_to_ref"] = F.masked_mean(kl.detach(), mask)
             out["loss_kl"] = self.kl_to_ref_coeff * reduce(self._level_mean(kl, mask))
         if self.check_finite:
@@ -443,16 +471,11 @@ class GRPOLoss(LossModule):
             ranges += [ValueRange(key, value, -FINITE, FINITE, remedy) for key, value in losses]
             check_ranges(ranges, tensordict, advantage.numel())
             self._compare_log_probs(log_ratio.detach().abs(), mask, version)
-
         with torch.no_grad():
-            outside = F.outside_clip(
-                trust_log_ratio, clip_low=self.clip_epsilon_low, clip_high=self.clip_epsilon_high
-            )
-            out["clip_fraction"] = F.masked_mean(outside.to(log_prob.dtype), level_mask)
             out["kl_approx"] = F.masked_mean(F.kl_k3(log_ratio), mask)
             out["log_prob_difference"] = F.masked_mean(log_ratio.abs(), mask)
-            out["ESS"] = F.effective_sample_size(behavior_log_ratio, level_mask)
-            out["max_ratio"] = behavior_log_ratio.masked_fill(~level_mask, -torch.inf).amax().exp()
+            out |= self._trust_metrics(trust_log_ratio, advantage.unsqueeze(-1), level_mask)
+            out |= _ratio_metrics(behavior_log_ratio, level_mask)
             out["advantage_mean"] = advantage.mean()
             out["advantage_std"] = advantage.std(correction=0)
             if self.version is not None and version is not None:
@@ -475,8 +498,32 @@ class GRPOLoss(LossModule):
         """
         mask = self._mask(tensordict, self._sampled_action(tensordict)[1])
         return F.reduction_normaliser(
-            self._level_mask(mask), self.reduction, self._row_weight(tensordict)
+            self._level_mask(mask), self.reduction, self._row_weight(tensordict)[0]
         )
+
+    # -- the trust region ------------------------------------------------------------------------
+    def _gain(self, log_ratio: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
+        if self.trust_std is not None:
+            return F.gaussian_surrogate(log_ratio, advantage, std=self.trust_std)
+        return F.clipped_surrogate(
+            log_ratio,
+            advantage,
+            clip_low=self.clip_epsilon_low,
+            clip_high=self.clip_epsilon_high,
+            dual_clip=self.dual_clip,
+        )
+
+    def _trust_metrics(
+        self, log_ratio: torch.Tensor, advantage: torch.Tensor, mask: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Shares of the ratios that are clipped."""
+        low, high = self.clip_epsilon_low, self.clip_epsilon_high
+        outside = F.outside_clip(log_ratio, clip_low=low, clip_high=high)
+        found = {"": outside, "_low": outside & (log_ratio < 0), "_high": outside & (log_ratio > 0)}
+        if self.dual_clip is not None:
+            found["_dual"] = (log_ratio.exp() > self.dual_clip) & (advantage < 0)
+        shares = {key: value.to(log_ratio.dtype) for key, value in found.items()}
+        return {f"clip_fraction{key}": F.masked_mean(shares[key], mask) for key in shares}
 
     # -- one ratio per token, env step or decision -----------------------------------------------
     def _to_level(self, log_ratio: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -509,7 +556,7 @@ class GRPOLoss(LossModule):
                 f"the batch must hold {name} under {key!r}, got {leaves_of(tensordict)}. "
                 f"{_WRITERS[name]}."
             )
-        is_real = value.is_floating_point() or name == "action"
+        is_real = value.is_floating_point() or name in ("action", "num_decisions")
         if not is_real or (shape is not None and value.shape != shape):
             of_shape = "" if shape is None else f" of shape {list(shape)}"
             raise ValueError(
@@ -573,11 +620,21 @@ class GRPOLoss(LossModule):
             mask = mask & valid.reshape(*log_prob.shape[:-2], 1, 1)
         return mask
 
-    def _row_weight(self, tensordict: TensorDictBase) -> torch.Tensor | None:
-        if self.tensor_keys.weight is None:
-            return None
-        batch_shape = self._sampled_action(tensordict)[1].shape[:-2]
-        return self._get(tensordict, "weight", (*batch_shape, 1)).unsqueeze(-1)
+    def _row_weight(
+        self, tensordict: TensorDictBase
+    ) -> tuple[torch.Tensor | None, list[ValueRange]]:
+        """Weight of each decision ``[*B, 1, 1]``, if they differ, and ranges to check."""
+        shape = (*self._sampled_action(tensordict)[1].shape[:-2], 1)
+        weight, ranges = None, []
+        if self.tensor_keys.weight is not None:
+            weight = self._get(tensordict, "weight", shape).unsqueeze(-1)
+            ranges.append(ValueRange("weight", weight, 0.0, _LARGEST, "Clamp or normalise it."))
+        if self.reduction == "trajectory_mean":
+            counts = self._get(tensordict, "num_decisions", shape).unsqueeze(-1)
+            remedy = f"{_WRITERS['num_decisions']}."
+            ranges.append(ValueRange("num_decisions", counts, 1, FINITE, remedy))
+            weight = 1 / counts if weight is None else weight / counts
+        return weight, ranges
 
     def _compare_log_probs(
         self, difference: torch.Tensor, mask: torch.Tensor, stamped: torch.Tensor | None
@@ -647,114 +704,15 @@ class GRPOLoss(LossModule):
         return log_prob_of(action, dist, mask, check=self.check_finite)[0]
 
 
-def _entropy(
-    dist: d.Distribution, log_prob: torch.Tensor, mask: torch.Tensor, *, is_wanted: bool
-) -> torch.Tensor:
-    """Entropy as ``mask``, or an estimate where there is no closed form.
-
-    Raises:
-        ValueError: if its gradient is wanted, and the distribution can give none.
-    """
-    if isinstance(dist, d.Categorical):  # torch clamps at -3e38, which can overflow the gradient
-        return fit_to(-(dist.probs * dist.logits.clamp_min(_LEAST_LOGIT)).sum(-1), mask)
-    try:
-        return fit_to(dist.entropy(), mask)
-    except NotImplementedError:
-        if not is_wanted:
-            return -log_prob.detach()
-        if dist.has_rsample:
-            return fit_to(-dist.log_prob(dist.rsample()), mask)
-    raise ValueError(
-        f"entropy_coeff must be 0.0 for a {type(dist).__name__}, which has neither entropy() nor "
-        "rsample(). Set it, or add one of them."
-    )
-
-
-def _exact_kl(dist: d.Distribution, ref: d.Distribution) -> torch.Tensor:
-    """Divergence ``[*B, chunk, A]``, with clamped log-ratios: no category makes it infinite."""
-    if not isinstance(dist, d.Categorical) or not isinstance(ref, d.Categorical):
-        try:
-            return d.kl_divergence(dist, ref)
-        except NotImplementedError:
-            raise ValueError(
-                f"kl_estimator must be 'k2' or 'k3' for {type(dist).__name__} and "
-                f"{type(ref).__name__}, whose divergence torch does not know, got 'exact'."
-            ) from None
-    ours, theirs = (x.logits.clamp_min(_LEAST_LOGIT) for x in (dist, ref))
-    return (dist.probs * F.log_ratio(ours, theirs)).sum(-1)
-
-
-# -- refusals, so that a bad argument ends a run before it starts ----------------------------------
-def check_clip(
-    clip_epsilon: float | Sequence[float], dual_clip: float | None, cap: float | None
-) -> tuple[float, float]:
-    """Return ``(low, high)``, or refuse a clip range, dual clip or cap without meaning."""
-    pair = Range(remedy="Pass a number or (low, high), for instance (0.2, 0.28).")
-    clip = check("clip_epsilon", clip_epsilon, float | tuple[float, float], pair)
-    low, high = clip if isinstance(clip, tuple) else (clip, clip)
-    dual_clip = check("dual_clip", dual_clip, float | None)
-    cap = check("behavior_weight_cap", cap, float | None)
-    if not 0 <= low < 1 or not high >= 0:
-        raise ValueError(
-            f"clip_epsilon must satisfy 0 <= low < 1 and high >= 0, got ({low}, {high}). Ratios "
-            "are clipped to [1 - low, 1 + high] and are never negative."
-        )
-    if dual_clip is not None and not 1 + high < dual_clip < math.inf:
-        raise ValueError(
-            f"dual_clip must be greater than 1 + high = {1 + high}, got {dual_clip}. A bound "
-            "inside of the clip range would silence fresh samples; 3.0 is usual."
-        )
-    if cap is not None and not cap >= 1:
-        raise ValueError(
-            f"behavior_weight_cap must be at least 1, got {cap}. A lower cap would scale fresh "
-            "samples down; None removes it."
-        )
-    return low, high
-
-
-def _check_reference(
-    actor_network: nn.Module,
-    reference_network: nn.Module | None,
-    kl_to_ref_coeff: float | None,
-    kl_estimator: str,
-) -> None:
-    """Refuse a reference that is unused, missing, or the trained policy itself."""
-    remedy = "A negative weight would drive the policy away from its reference."
-    check("kl_to_ref_coeff", kl_to_ref_coeff, float | None, Range(0, remedy=remedy))
-    if reference_network is None:
-        if kl_estimator == "exact":
-            raise ValueError(
-                "kl_estimator must be 'k2' or 'k3' without a reference_network, got 'exact'. The "
-                "log-probabilities of the sampled tokens do not hold the whole distribution."
-            )
-        return
-    if kl_to_ref_coeff is None:
-        raise ValueError(
-            "reference_network must come with kl_to_ref_coeff, got None. Without a weight the "
-            "reference would be run for nothing; 0.0 keeps it for a schedule."
-        )
-    check_actor(reference_network)
-    trained = {p.data_ptr() for p in actor_network.parameters() if p.numel()}
-    if any(p.data_ptr() in trained for p in reference_network.parameters() if p.numel()):
-        raise ValueError(
-            "reference_network must not share parameters with actor_network, got shared storage. "
-            "It would follow the training and the divergence would stay zero: pass "
-            "copy.deepcopy(policy)."
-        )
-
-
-def _check_rows(
-    log_prob: torch.Tensor, advantage: torch.Tensor, version: torch.Tensor | None
-) -> None:
-    """Refuse advantages or versions that are not one a row of log-probs ``[*B, chunk, A]``."""
-    if advantage.shape != (*log_prob.shape[:-2], 1):
-        raise ValueError(
-            f"advantage must have shape {[*log_prob.shape[:-2], 1]}, one value per decision, got "
-            f"{list(advantage.shape)}. A missing last dimension would pair every decision with "
-            "every advantage: use advantage.unsqueeze(-1)."
-        )
-    if version is not None and (version.shape != advantage.shape or version.dtype not in INTEGERS):
-        raise ValueError(
-            f"policy_version must hold integers of shape {list(advantage.shape)}, got "
-            f"{version.dtype} {list(version.shape)}. The inference lane writes it."
-        )
+def _ratio_metrics(log_ratio: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How far ratios to the behaviour policy spread."""
+    ratio = log_ratio.exp()
+    shares = torch.linspace(0.05, 0.95, 3, dtype=ratio.dtype, device=ratio.device)
+    p05, p50, p95 = F.masked_quantile(ratio, mask, shares).unbind()
+    return {
+        "ESS": F.effective_sample_size(log_ratio, mask),
+        "ratio_p05": p05,
+        "ratio_p50": p50,
+        "ratio_p95": p95,
+        "max_ratio": ratio.masked_fill(~mask, 0.0).amax(),
+    }

@@ -2,31 +2,23 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""What losses read: a policy's distribution and log-probabilities, and a range for each entry."""
+"""Checks of losses: of their options, and of what they read, with a range for each entry."""
 
 from __future__ import annotations
 
-import contextlib
+import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from tensordict import NestedKey, TensorDictBase, TensorDictParams, unravel_key
-from tensordict.nn import CompositeDistribution, TensorDictModuleBase
-from torch import distributions as d
+from tensordict import NestedKey, TensorDictBase
 from torch import nn
 from torchrl.modules.vla import VLAWrapperBase
 from torchrl.objectives.utils import RANDOM_MODULE_LIST
 
-from torchrl_dvla.data.schema import (
-    ACTION_CHUNK_KEY,
-    ACTION_TOKENS_KEY,
-    GROUP_ID_KEY,
-    ROLLOUT_ID_KEY,
-    SAMPLE_LOG_PROB_KEY,
-    recorded_keys,
-)
+from torchrl_dvla.data.schema import GROUP_ID_KEY, ROLLOUT_ID_KEY
 from torchrl_dvla.functional import executed_mask
+from torchrl_dvla.validation import Positive, Range, check
 
 __all__ = [
     "FINITE",
@@ -36,13 +28,12 @@ __all__ = [
     "can_check",
     "check_actor",
     "check_ranges",
+    "check_reference",
+    "check_rows",
+    "check_trust_region",
     "depends_on_mode",
     "executed_tokens",
-    "fit_to",
     "leaves_of",
-    "log_prob_of",
-    "of_single_actions",
-    "run_policy",
 ]
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -118,142 +109,6 @@ def executed_tokens(
     return executed_mask(pad, values.shape[-1])
 
 
-def run_policy(
-    tensordict: TensorDictBase,
-    network: TensorDictModuleBase,
-    params: TensorDictParams | None,
-    key: NestedKey,
-) -> d.Distribution:
-    """The distribution of ``key`` that ``get_dist`` returns for what *network* reads and records.
-
-    Its own parameters serve where there are no *params*. TorchRL's sequences of modules put
-    distributions together, by the entry that each is of.
-
-    Raises:
-        KeyError: if the batch lacks what it reads.
-        ValueError: if the policy does not take it, or has no distribution of ``key``.
-    """
-    # Only what the policy declares to read, its token mask, and what it records beside the decision
-    # itself: the distribution of a path is conditional on it. Logits that were stored while
-    # collecting must not get through: get_dist would take them for its own, and the loss would
-    # have no gradient.
-    recorded = set(recorded_keys(getattr(network, "out_keys", ())))
-    optional = [*(recorded - {ACTION_TOKENS_KEY, ACTION_CHUNK_KEY, SAMPLE_LOG_PROB_KEY})]
-    optional.append(getattr(getattr(network, "tensor_keys", None), "action_mask", None))
-    found = [key for key in optional if key and tensordict.get(key, None) is not None]
-    try:
-        inputs = tensordict.select(*network.in_keys, *found)
-    except KeyError as error:
-        raise KeyError(
-            f"the batch must hold the policy's inputs {network.in_keys}, got "
-            f"{leaves_of(tensordict)}. Environment workers write observations; sampling the "
-            "buffer rebuilds the instruction from its id."
-        ) from error
-    layout = {key: value for key, value in inputs.items(True, True) if torch.is_tensor(value)}
-    if is_complex := [key for key, value in layout.items() if value.is_complex()]:
-        raise ValueError(
-            f"the policy's inputs must be real, got complex numbers under {is_complex}. A network "
-            "drops their imaginary part: store what it is to read."
-        )
-    try:
-        own: Any = contextlib.nullcontext()
-        with params.to_module(network, preserve_module_state=False) if params is not None else own:
-            dist = network.get_dist(inputs)
-    except (torch.OutOfMemoryError, torch.AcceleratorError):  # says nothing about the batch
-        raise
-    except (RuntimeError, IndexError, TypeError, ValueError) as error:
-        shapes = {key: (list(value.shape), value.dtype) for key, value in layout.items()}
-        raise ValueError(
-            f"the batch must hold inputs that the policy takes, got {shapes} and "
-            f"{type(error).__name__}: {error}. Compare them with those it was built for."
-        ) from error
-    if not isinstance(dist, CompositeDistribution):
-        return dist
-    if unravel_key(key) not in dist.dists:
-        raise ValueError(
-            f"get_dist must return the distribution of {key}, got those of {list(dist.dists)}. Let "
-            "the policy draw there what its log-probabilities are of."
-        )
-    return dist.dists[unravel_key(key)]
-
-
-def of_single_actions(dist: d.Distribution) -> d.Distribution:
-    """The distribution without sums over action dimensions, env steps or both."""
-    while isinstance(dist, d.Independent):
-        dist = dist.base_dist
-    return dist
-
-
-def fit_to(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Values of a distribution as ``mask``: ``[*B, chunk, A]``, or ``[*B, chunk, 1]`` of env steps.
-
-    Those of the action dimensions of an env step are summed for the latter.
-    """
-    if mask.shape[-1] == 1 and values.shape == mask.shape[:-1]:
-        return values.unsqueeze(-1)
-    if mask.shape[-1] == 1 and values.ndim == mask.ndim:
-        return values.sum(-1, keepdim=True)
-    return values
-
-
-def log_prob_of(
-    action: torch.Tensor, dist: d.Distribution, mask: torch.Tensor, *, check: bool
-) -> tuple[torch.Tensor, list[ValueRange]]:
-    """Log-probabilities as ``mask``, zero where masked, and ranges to check, theirs last.
-
-    Args:
-        action (torch.Tensor): tokens or chunk ``[*B, chunk, A]``, or a path.
-        dist (Distribution): of ``action``.
-        mask (torch.Tensor): boolean ``[*B, chunk, A]``, or ``[*B, chunk, 1]`` for one
-            log-probability an env step; ``True`` = executed.
-
-    Raises:
-        ValueError: if the distribution is of other actions, or of another dtype.
-    """
-    name = type(dist).__name__
-    is_path = action.shape[:-1] != mask.shape[:-1]
-    # Independent may be of this shape, but has one log-probability for several actions.
-    is_summed = isinstance(dist, d.Independent)
-    if is_summed or (not is_path and dist.batch_shape + dist.event_shape != action.shape):
-        raise ValueError(
-            "actor_network must give one distribution for each token, of shape "
-            f"{list(action.shape)}, got {list(dist.batch_shape)} of events "
-            f"{list(dist.event_shape)} by {name}; likewise for each action dimension. Build the "
-            "policy for the chunk size and action dimension of the batch, a token policy with "
-            'log_probs_mode="token".'
-        )
-    if (action.dtype in INTEGERS) != isinstance(dist, d.Categorical):
-        wanted = "integers" if isinstance(dist, d.Categorical) else "real numbers"
-        raise ValueError(
-            f"action must hold {wanted} for a {name} distribution, got {action.dtype}. The policy "
-            "must store what it has sampled, uncast: indices as tokens, samples of a Gaussian as "
-            "the chunk."
-        )
-    ranges: list[ValueRange] = []
-    highest = FINITE  # a density may exceed one
-    if isinstance(dist, d.Categorical):
-        highest = 1e-3  # of rounding
-        action = action.masked_fill(~mask, 0)
-        last = dist.param_shape[-1] - 1
-        remedy = "Does the tokenizer that made them have the policy's vocabulary?"
-        ranges.append(ValueRange("action tokens", action, 0, last, remedy))
-        if check and can_check():  # later: an index error ends the process's use of CUDA
-            action = action.clamp(0, last)
-    elif not is_path:  # zero may lie outside of the support: what was sampled stays
-        action = action.masked_fill(~mask & ~action.isfinite(), 0.0)
-    log_prob = fit_to(dist.log_prob(action), mask)
-    if log_prob.shape != mask.shape:
-        raise ValueError(
-            "actor_network must give log-probabilities of the shape of the recorded ones, "
-            f"{list(mask.shape)}, got {list(log_prob.shape)} by {name}. Record "
-            "get_dist(...).log_prob(...), with one distribution for collecting and learning."
-        )
-    log_prob = log_prob.masked_fill(~mask, 0.0)
-    remedy = "Does it forbid what was taken, or is an observation or weight not finite?"
-    ranges.append(ValueRange("log-probabilities of the policy", log_prob, -FINITE, highest, remedy))
-    return log_prob, ranges
-
-
 def depends_on_mode(module: nn.Module) -> bool:
     """Whether a module is in training mode and computes something else in it."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -284,4 +139,100 @@ def check_actor(actor_network: nn.Module) -> None:
             f"actor_network must have action_head='tokens', got {head!r}. Its head regresses one "
             "action and has no log-probabilities to form ratios of: override get_dist, or use "
             "another policy."
+        )
+
+
+def check_trust_region(
+    clip_epsilon: float | Sequence[float],
+    *,
+    dual_clip: float | None = None,
+    trust_std: float | None = None,
+    cap: float | None = None,
+    mask: bool = False,
+) -> tuple[float, float]:
+    """Return the clip range ``(low, high)``, or refuse what has no meaning or no effect.
+
+    Raises:
+        ValueError: for a range, dual clip, trust weight, or cap and mask of the behaviour weight
+            that is out of range, or that another one leaves without an effect.
+    """
+    pair = Range(remedy="Pass a number or (low, high), for instance (0.2, 0.28).")
+    clip = check("clip_epsilon", clip_epsilon, float | tuple[float, float], pair)
+    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    dual_clip = check("dual_clip", dual_clip, float | None)
+    trust_std = check("trust_std", trust_std, Positive | None)
+    cap = check("behavior_weight_cap", cap, float | None)
+    if not 0 <= low < 1 or not high >= 0:
+        raise ValueError(
+            f"clip_epsilon must satisfy 0 <= low < 1 and high >= 0, got ({low}, {high}). Ratios "
+            "are clipped to [1 - low, 1 + high] and are never negative."
+        )
+    if dual_clip is not None and not 1 + high < dual_clip < math.inf:
+        raise ValueError(
+            f"dual_clip must be greater than 1 + high = {1 + high}, got {dual_clip}. A bound "
+            "inside of the clip range would silence fresh samples; 3.0 is usual."
+        )
+    if dual_clip is not None and trust_std is not None:
+        raise ValueError(
+            f"dual_clip must be None with trust_std={trust_std}, got {dual_clip}. A Gaussian "
+            "weight bounds the gain of every ratio: leave one of the two out."
+        )
+    if check("mask_behavior_weight", mask, bool) and cap is None:
+        raise ValueError(
+            "behavior_weight_cap must be a number with mask_behavior_weight, got None. It is the "
+            "weight above which decisions are left out; 5.0 is the default."
+        )
+    if cap is not None and not cap >= 1:
+        raise ValueError(
+            f"behavior_weight_cap must be at least 1, got {cap}. A lower cap would scale fresh "
+            "samples down; None removes it."
+        )
+    return low, high
+
+
+def check_reference(
+    actor_network: nn.Module,
+    reference_network: nn.Module | None,
+    kl_to_ref_coeff: float | None,
+    kl_estimator: str,
+) -> None:
+    """Refuse a reference that is unused, missing, or the trained policy itself."""
+    remedy = "A negative weight would drive the policy away from its reference."
+    check("kl_to_ref_coeff", kl_to_ref_coeff, float | None, Range(0, remedy=remedy))
+    if reference_network is None:
+        if kl_estimator == "exact":
+            raise ValueError(
+                "kl_estimator must be 'k2' or 'k3' without a reference_network, got 'exact'. The "
+                "log-probabilities of the sampled tokens do not hold the whole distribution."
+            )
+        return
+    if kl_to_ref_coeff is None:
+        raise ValueError(
+            "reference_network must come with kl_to_ref_coeff, got None. Without a weight the "
+            "reference would be run for nothing; 0.0 keeps it for a schedule."
+        )
+    check_actor(reference_network)
+    trained = {p.data_ptr() for p in actor_network.parameters() if p.numel()}
+    if any(p.data_ptr() in trained for p in reference_network.parameters() if p.numel()):
+        raise ValueError(
+            "reference_network must not share parameters with actor_network, got shared storage. "
+            "It would follow the training and the divergence would stay zero: pass "
+            "copy.deepcopy(policy)."
+        )
+
+
+def check_rows(
+    log_prob: torch.Tensor, advantage: torch.Tensor, version: torch.Tensor | None
+) -> None:
+    """Refuse advantages or versions that are not one a row of log-probs ``[*B, chunk, A]``."""
+    if advantage.shape != (*log_prob.shape[:-2], 1):
+        raise ValueError(
+            f"advantage must have shape {[*log_prob.shape[:-2], 1]}, one value per decision, got "
+            f"{list(advantage.shape)}. A missing last dimension would pair every decision with "
+            "every advantage: use advantage.unsqueeze(-1)."
+        )
+    if version is not None and (version.shape != advantage.shape or version.dtype not in INTEGERS):
+        raise ValueError(
+            f"policy_version must hold integers of shape {list(advantage.shape)}, got "
+            f"{version.dtype} {list(version.shape)}. The inference lane writes it."
         )

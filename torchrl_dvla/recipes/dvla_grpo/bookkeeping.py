@@ -60,7 +60,7 @@ _MAY_CHANGE = re.compile(
     r"name|device|inference_device|policy\.checkpoint"
     r"|(train|eval|checkpoint|log|memory|inference|loss)\..+"
     r"|optim\.(?!minibatch_size).+|workers\.(?!max_decisions).+"
-    r"|group\.(return_bounds|normalise_std|max_no_signal_groups|on_no_signal)"
+    r"|group\.(return_bounds|advantage|max_no_signal_groups|on_no_signal)"
 )
 
 

@@ -28,7 +28,8 @@ from torchrl_dvla.envs import LIBERO_SUITES
 from torchrl_dvla.functional import Reduction
 from torchrl_dvla.memory import DualPool
 from torchrl_dvla.modules import TinyBackboneConfig
-from torchrl_dvla.objectives.grpo import KLEstimator, RatioLevel, check_clip
+from torchrl_dvla.objectives.grpo import KLEstimator, RatioLevel
+from torchrl_dvla.objectives.validation import check_trust_region
 from torchrl_dvla.recording import LogBackend
 from torchrl_dvla.validation import (
     Count,
@@ -206,6 +207,7 @@ class LossSettings(Section):
 
     clip_epsilon: float | tuple[float, float] = (0.2, 0.28)
     dual_clip: float | None = None
+    trust_std: float | None = None
     ratio_level: RatioLevel = "token"
     reduction: Reduction = "token_mean"
     entropy_coeff: float = 0.0
@@ -214,7 +216,7 @@ class LossSettings(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_clip(self.clip_epsilon, self.dual_clip, None)
+        check_trust_region(self.clip_epsilon, dual_clip=self.dual_clip, trust_std=self.trust_std)
         if self.reduction == "none":
             raise ValueError("reduction must not be 'none', got 'none'. A step needs one loss.")
 
@@ -429,6 +431,10 @@ def settings_from(cfg: DictConfig | Mapping[str, Any]) -> Settings:
     """
     is_config = OmegaConf.is_config(cfg)
     data: Any = OmegaConf.to_container(cfg, resolve=True) if is_config else copy.deepcopy(dict(cfg))
+    group = data.get("group")
+    if isinstance(group, dict) and "normalise_std" in group:  # of a run by an older version
+        is_divided = check("group.normalise_std", group.pop("normalise_std"), bool)
+        group.setdefault("advantage", "mean_std" if is_divided else "mean")
     # Which settings these sections have depends on what they make.
     for name in ("env", "policy"):
         section = data.get(name)
