@@ -24,6 +24,9 @@ from torchrl_dvla.validation import Count, Positive, Range, check
 
 __all__ = ["ToyChunkEnv"]
 
+#: Pixels between the middle of a square in the image and its side.
+_RADIUS = 2
+
 
 class ToyChunkEnv(ToyVLAEnv):
     """:class:`torchrl.envs.ToyVLAEnv` in tracking mode, where one step is one decision.
@@ -104,32 +107,32 @@ class ToyChunkEnv(ToyVLAEnv):
         if batch:
             seeds = Unbounded(shape=(*batch, 1), dtype=torch.int64, device=self.device)
             self.state_spec = Composite({SEED_KEY: seeds}, shape=batch)
+        colours = torch.tensor([(30, 30, 30), (220, 60, 60), (60, 200, 60)], dtype=torch.uint8)
+        self.register_buffer("_colours", colours.view(3, 3, 1, 1), persistent=False)
         # Wrapped once: a tensordict takes 40 us to wrap a bare string.
         self._text = NonTensorData(self.instruction, batch_size=batch)
         self._target: torch.Tensor
         self._streak: torch.Tensor
 
     def _obs(self, state: torch.Tensor) -> TensorDict:
-        image = self._render(state).movedim(-1, -3).contiguous()
-        observation = TensorDict({"image": image, "state": state}, self.batch_size)
+        observation = TensorDict({"image": self._draw(state), "state": state}, self.batch_size)
         return TensorDict(
             {"observation": observation, "language_instruction": self._text},
             self.batch_size,
             device=self.device,
         )
 
-    def _draw_marker(
-        self,
-        canvas: torch.Tensor,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        color: tuple[int, int, int],
-        radius: int = 2,
-    ) -> None:
-        side = torch.arange(canvas.shape[-2], device=canvas.device)
-        rows, columns = ((side - at.unsqueeze(-1)).abs() <= radius for at in (y, x))
-        is_inside = rows.unsqueeze(-1) & columns.unsqueeze(-2)
-        canvas[is_inside] = torch.tensor(color, dtype=torch.uint8, device=canvas.device)
+    def _draw(self, state: torch.Tensor) -> torch.Tensor:
+        """Squares at the last action, red, and at the target, green, ``[*B, 3, S, S]``."""
+        side = torch.arange(self.render_size, device=self.device)
+        points = state.unflatten(-1, (2, self.action_dim))[..., :2]
+        if self.action_dim == 1:
+            points = torch.nn.functional.pad(points, (0, 1), value=-1.0)
+        pixels = ((points.clamp(-1.0, 1.0) + 1.0) * 0.5 * (self.render_size - 1)).round()
+        x, y = ((side - pixels.unsqueeze(-1)).abs() <= _RADIUS).unbind(-2)
+        action, target = (y.unsqueeze(-1) & x.unsqueeze(-2)).unsqueeze(-3).unbind(-4)
+        ground, red, green = self._colours
+        return torch.where(target, green, torch.where(action, red, ground))
 
     def _seeded_target(self, is_reset: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
         target = self._target.clone()

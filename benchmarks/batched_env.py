@@ -1,0 +1,123 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""How many decisions per second does one batched environment make, beside single ones of its kind?
+
+    python benchmarks/batched_env.py [--quick] [--search]
+
+The default ``DVLACollector`` on ``ToyChunkEnv``, a camera image in every observation, with a tiny
+token policy. What it collects is drawn and given back without a gradient step. In each arrangement
+64 rollouts are under way:
+
+batched    one environment of batch size 64 in one worker: one step serves all.
+halves     two of 32 in one worker: one is stepped while the policy decides for the other.
+single     64 environments in two workers, the best of ``SEARCH`` on two cores.
+
+ratio_vs_single          decisions/s of ``batched`` over ``single``; the floor is 5.
+halves_vs_single         the same of ``halves``.
+
+The arrangements live side by side and take turns of some seconds; every other round goes backwards.
+``--search`` measures the alternatives to the settings of ``single``. The last line of stdout is one
+JSON object.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from _machine import arguments, paired_ratio, report, spread
+from _turns import in_turns
+from tensordict.nn import TensorDictModuleBase
+
+from torchrl_dvla import DVLACollector, GroupConfig, PooledReplayBuffer, WorkerConfig
+from torchrl_dvla.envs import ToyChunkEnv
+from torchrl_dvla.modules import tiny_token_policy
+
+#: Batch size of an environment, none for a single one; workers; environments of each.
+SETTINGS = {"batched": ((64,), 1, 1), "halves": ((32,), 1, 2), "single": ((), 2, 32)}
+SEARCH = {f"{w} x {64 // w}": ((), w, 64 // w) for w in (1, 2, 3, 4)}
+
+make_env = functools.partial(ToyChunkEnv, action_dim=2, chunk_size=4, image_size=32)
+
+
+def make_policy() -> TensorDictModuleBase:
+    """A policy whose lazy layers are there."""
+    torch.manual_seed(0)
+    policy = tiny_token_policy(2, 4, vocab_size=32, hidden_dim=32)
+    with torch.no_grad():
+        policy(make_env().reset().unsqueeze(0))
+    return policy
+
+
+@contextmanager
+def collecting(
+    batch_size: tuple[int, ...], num_workers: int, envs_per_worker: int
+) -> Iterator[Callable[[float], dict[str, float]]]:
+    """A collector that collects for some seconds at a time."""
+    torch.set_num_threads(1)
+    buffer = PooledReplayBuffer(batch_size=64)
+    with DVLACollector(
+        functools.partial(make_env, batch_size=batch_size),
+        make_policy(),
+        replay_buffer=buffer,
+        group=GroupConfig(
+            group_size=8, groups_per_update=8, max_policy_lag=2, max_no_signal_groups=10**9
+        ),
+        workers=WorkerConfig(
+            num_workers=num_workers,
+            envs_per_worker=envs_per_worker,
+            max_decisions=16,
+            step_timeout_s=600.0,  # they outlast the turns of the others
+            reset_timeout_s=600.0,
+        ),
+    ) as collector:
+
+        def collect(seconds: float) -> dict[str, float]:
+            before, start_s = collector.stats(), time.monotonic()
+            while time.monotonic() < start_s + seconds:
+                for _ in buffer:
+                    pass
+                collector.update_policy_weights_()
+            after, elapsed_s = collector.stats(), time.monotonic() - start_s
+            decisions = after["frames"] - before["frames"]
+            calls, calls_before = (
+                stats.get("collector/inference_batches", 0) for stats in (after, before)
+            )
+            return {
+                "decisions_per_s": round(decisions / elapsed_s, 1),
+                "rows_per_call": round(decisions / max(1, calls - calls_before), 1),
+            }
+
+        yield collect
+
+
+def main() -> None:
+    args = arguments(__doc__, "two rounds of short turns", search=False)
+    num_rounds, seconds = (2, 2.0) if args.quick else (5, 6.0)
+    settings: dict[str, Any] = SEARCH if args.search else SETTINGS
+    builders = {name: (collecting, *found) for name, found in settings.items()}
+    found = in_turns(builders, lambda number: (seconds,), num_rounds, num_warm_ups=1)
+    rates = {name: [turn["decisions_per_s"] for turn in turns] for name, turns in found.items()}
+    result: dict[str, Any] = {}
+    if not args.search:
+        ratios = {
+            f"{key}_vs_single": paired_ratio(rates[name], rates["single"])
+            for key, name in (("ratio", "batched"), ("halves", "halves"))
+        }
+        result = {name: ratio["median"] for name, ratio in ratios.items()} | {"spread": ratios}
+    result["decisions_per_s"] = {name: spread(values, 1) for name, values in rates.items()}
+    result["rows_per_call"] = {
+        name: spread((turn["rows_per_call"] for turn in turns), 1) for name, turns in found.items()
+    }
+    result["settings"] = {name: list(found) for name, found in settings.items()}
+    report("batched_env", result, args.quick, "tensordict")
+
+
+if __name__ == "__main__":
+    main()
