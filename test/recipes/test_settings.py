@@ -42,10 +42,10 @@ def replace(data, path, value):
 
 
 def paths(data, before=()):
-    """Every setting and every section."""
+    """Every setting and every section; what a factory is given is its own business."""
     for name, value in data.items():
         yield (*before, name)
-        if isinstance(value, dict) and name != "env_kwargs":
+        if isinstance(value, dict) and name != "env_kwargs" and "_target_" not in value:
             yield from paths(value, (*before, name))
 
 
