@@ -435,10 +435,10 @@ def test_whatever_is_in_range_gives_finite_losses_and_gradients(data):
     )
     loss = GRPOLoss(
         policy,
-        dual_clip=data.draw(st.sampled_from([None, 3.0])),
+        **data.draw(st.sampled_from([{}, {"dual_clip": 3.0}, {"trust_std": 0.5}])),
         ratio_level=data.draw(st.sampled_from(LEVELS)),
         reduction=data.draw(st.sampled_from([*REDUCTIONS, "sum"])),
-        kl_estimator=data.draw(st.sampled_from(["k2", "k3", "exact"])),
+        kl_estimator=data.draw(st.sampled_from(["k1", "k2", "k3", "exact"])),
         entropy_coeff=10.0,
         kl_to_ref_coeff=10.0,
         reference_network=reference,

@@ -17,7 +17,7 @@ from torch import distributions as d
 from torch import nn
 from torchrl.objectives.llm import GRPOLoss as LLMGRPOLoss
 
-from torchrl_dvla.objectives import GRPOLoss
+from torchrl_dvla.objectives import GRPOLoss, distribution
 
 TOKENS, LOG_PROBS = ("vla_action", "tokens"), ("vla_action", "log_probs")
 
@@ -82,6 +82,18 @@ def test_clip_fractions_and_quantiles_by_hand():
     assert out["max_ratio"].item() == pytest.approx(8.0, rel=1e-5)
     assert set(out.keys()) == set(GRPOLoss(policy, dual_clip=3.0).out_keys)
     assert "clip_fraction_dual" not in GRPOLoss(policy)(batch)
+
+
+def test_entropy_of_a_metric_is_that_of_the_bonus(monkeypatch):
+    policy, batch = make_decisions([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]], [0.0] * 3)
+    policy.logits.data[0, 0, 0] = torch.tensor([math.log(3.0), 0.0])  # 3/4 and 1/4
+    policy.logits.data[1, 0, 0, 1] = -torch.inf  # without a choice
+    entropy = (math.log(4) - 0.75 * math.log(3)) + 0 + 4 * math.log(2)
+    for size in (2**20, 4, 1):  # all logits in one block, two rows, one row
+        monkeypatch.setattr(distribution, "_BLOCK", size)
+        for coeff in (0.0, 0.1):
+            out = GRPOLoss(policy, entropy_coeff=coeff)(batch)
+            assert out["entropy"].item() == pytest.approx(entropy / 6, rel=1e-5)
 
 
 def test_masked_behavior_weight_by_hand():
