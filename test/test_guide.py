@@ -131,7 +131,7 @@ def test_commands_exist() -> None:
 #: What each example prints at the end.
 LAST_LINE = {
     "evaluate_while_training.py": r"after: \d+% under policy version 12",
-    "own_environment.py": r"after: ([89]\d|100)%",
+    "gym_env.py": r"update \d+: ([6-9]\d|100)% solved",
     "timeline.py": r"critical lane: \w+",
     "weights_for_torchrl_collectors.py": r"batch 3: published 3, "
     r"adopted \{'worker 0': 3, 'worker 1': 3\}",
@@ -142,8 +142,17 @@ def test_every_example_is_tested():
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(LAST_LINE)
 
 
+#: What makes a long one short: it is trained until it is clearly better, not until it is good.
+SHORTER = {"gym_env.py": ("success_rate < 0.9", "success_rate < 0.6")}
+
+
 @pytest.mark.parametrize("name", sorted(LAST_LINE))
-def test_example(name, run_python):
-    run = run_python(ROOT / "examples" / name)
+def test_example(name, run_python, tmp_path):
+    source = (ROOT / "examples" / name).read_text()
+    old, new = SHORTER.get(name, ("", ""))
+    assert old in source
+    file = tmp_path / name
+    file.write_text(source.replace(old, new) if old else source)
+    run = run_python(file)
     assert run.returncode == 0, run.stderr
     assert re.fullmatch(LAST_LINE[name], run.stdout.splitlines()[-1]), run.stdout

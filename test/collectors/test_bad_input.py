@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import sys
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torchrl_dvla import DVLACollector, InferenceConfig
 from torchrl_dvla.collectors import EpisodeSpec, GroupConfig, InitStateSchedule
 from torchrl_dvla.collectors.validation import check_episodes, check_same_start, match_policy
 from torchrl_dvla.data import Group, Rollout, decision_layout
+from torchrl_dvla.envs import ChunkEnv
 from torchrl_dvla.memory import DualPool, EnvironmentPool, RowLayout
 from torchrl_dvla.swimlane.env_worker import describe_env
 from torchrl_dvla.testing import Fault, FaultyEnvFactory
@@ -56,8 +58,6 @@ def no_process(monkeypatch):
 def test_no_policy_and_a_factory_of_lazy_policies_alone(no_process):
     with pytest.raises(ValueError, match="policy or policy_factory must be given, got neither"):
         DVLACollector(make_env)
-    with pytest.raises(TypeError, match=r"a function that .*, got 'Reacher-v5'. Of a gymnasium id"):
-        DVLACollector("Reacher-v5", make_policy())
     with pytest.raises(ValueError, match="policy_factory must build a policy whose .*lazy ones: "):
         DVLACollector(make_env, policy_factory=make_policy)
 
@@ -70,12 +70,48 @@ def test_a_factory_of_lazy_policies_in_the_lane(make_collector):
         next(iter(collector.replay_buffer))
 
 
-def test_an_environment_without_chunks_or_with_others_than_the_policys(refuse):
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (make_env(), TypeError, "must be a function that .*, got a CountingChunkEnv. Pass `lambda"),
+        ({"a": make_env, "b": 3}, TypeError, "got a int. Pass `lambda"),
+        ("Pendulun-v1", ValueError, "an id that gymnasium knows, got 'Pendulun-v1': .*`Pendulum`"),
+        ({"a": "Mine-v0"}, ValueError, "got 'Mine-v0'.* Import the module that registers it first"),
+    ],
+)
+def test_what_makes_no_environment(no_process, make, error, message):
+    with pytest.raises(error, match=message):
+        DVLACollector(make, make_policy())
+
+
+def test_an_id_without_gymnasium(no_process, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    with pytest.raises(ImportError, match="'Pendulum-v1' needs gymnasium: pip install gymnasium"):
+        DVLACollector("Pendulum-v1", make_policy())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (ToyVLAEnv, "success must give one flag .*ChunkEnv.*Its entries are .*'image'"),
+        (lambda: 3, "must be an environment of TorchRL or gymnasium, .* got 3"),
+        ("Pendulum-v1", r"success must give one flag .*ChunkEnv.*'observation' \[3\] float32"),
+    ],
+)
+def test_environments_that_need_more_than_the_defaults(refuse, make, message):
+    message = f"(?s)create_env_fn failed in dvla-env-0.*{message}"
+    refuse(message, error=RuntimeError, create_env_fn=make)
+
+
+def test_a_policy_that_reads_what_is_not_observed(refuse):
     refuse(
-        r"(?s)create_env_fn failed in dvla-env-0.*whose action is .*chunk.*ChunkEnv",
-        error=RuntimeError,
-        create_env_fn=ToyVLAEnv,
+        r"policy must read what .*'state'\)\] .* got in_keys with \[\('observation', 'image'\)\]."
+        r" .*ChunkEnv\(make_env\(\), image_key=.*render_mode='rgb_array'",
+        create_env_fn=lambda: ChunkEnv("Pendulum-v1", success="terminated"),
     )
+
+
+def test_chunks_of_another_length_than_the_policys(refuse):
     refuse(r"chunk_size=4, action_dim=2.*got \[5, 2\]", policy=make_policy(chunk_size=5))
 
 

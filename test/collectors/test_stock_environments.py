@@ -10,6 +10,8 @@ import functools
 import sys
 
 import cloudpickle
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from torchrl.data import Binary
@@ -51,6 +53,57 @@ def test_a_group_of_the_toy_task_is_learned(start_collector):
     assert torch.equal(*first[schema.STATE_KEY]), "a group shares its scene"
     assert set(rows[schema.INSTRUCTION_KEY]) == {make_toy().reset()[schema.INSTRUCTION_KEY]}
     assert (rows[schema.ADVANTAGE_KEY] == 0).all()
+
+
+class Line(gym.Env):
+    """A number that actions are added to; solved at the fifth env step, and cut at the seventh."""
+
+    observation_space = gym.spaces.Box(-99, 99, (4,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    metadata, render_mode = {"render_modes": ["rgb_array"]}, "rgb_array"
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.x = 0, self.np_random.uniform()
+        return np.full(4, self.x, np.float32), {}
+
+    def step(self, action):
+        self.t, self.x = self.t + 1, self.x + float(action[0])
+        info = {"success": self.t >= 5}
+        return np.full(4, self.x, np.float32), self.x, False, self.t == 7, info
+
+    def render(self):
+        return np.full((16, 16, 3), self.t, np.uint8)
+
+
+def test_gymnasiums_environments_by_id_and_by_factory(start_collector, monkeypatch):
+    spec = gym.envs.registration.EnvSpec("Line-v0", Line, max_episode_steps=6)
+    monkeypatch.setitem(gym.registry, "Line-v0", spec)  # in this process alone, as a script may
+    collector = start_collector(
+        {"id": "Line-v0", "factory": Line},
+        group=GroupConfig(2, groups_per_update=2),
+        workers={"envs_per_worker": 2},
+    )
+    rows = torch.cat([batch.clone() for batch in collector.replay_buffer])
+    # Two rollouts of two decisions each: 4 and 2 env steps with the id's time limit, else 4 and 3.
+    assert len(rows) == 8
+    ends = rows["next", "done"].flatten()
+    assert sorted(rows[ends]["action_is_pad"].sum(-1).tolist()) == [1, 1, 2, 2]
+    assert not rows[~ends]["action_is_pad"].any()
+    assert rows["next", "truncated"].equal(rows["next", "done"])
+    assert rows["next", "success"].equal(rows["next", "done"]), "the fifth step is in the second"
+    frames = rows["observation", "image"].flatten(1).unique(dim=1).flatten()
+    assert sorted(frames.tolist()) == [0] * 4 + [4] * 4
+    # Pages have the chunk size of the policy, which nothing else has told.
+    assert rows["vla_action", "chunk"].shape == (8, 4, 2)
+
+
+def test_a_success_function_that_raises_in_the_middle_ends_the_run_by_name(start_collector):
+    collector = start_collector(
+        lambda: ChunkEnv(Line(), success=lambda td: td["done"] and td["hand"])
+    )
+    with pytest.raises(RuntimeError, match="(?s)success must not raise, got KeyError.*Correct"):
+        next(iter(collector.replay_buffer))
 
 
 class MaskedEnv(CountingChunkEnv):

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import runpy
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import (
     EnvBase,
     GymWrapper,
+    MultiAction,
     ParallelEnv,
     RenameTransform,
     SerialEnv,
@@ -26,19 +28,23 @@ from torchrl.envs import (
 )
 
 from torchrl_dvla.envs import ChunkEnv
+from torchrl_dvla.envs.chunk_env import make_chunk_env
 from torchrl_dvla.swimlane.env_worker import describe_env
 
 from .batches import CHUNK, play_alike, reset_some
 
 ENDS, CUT = "terminated", "truncated"
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_environment.py"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "gym_env.py"
 Reach = runpy.run_path(str(EXAMPLE))["Reach"]
 
 
 class Clock(gym.Env):
     """The state counts env steps, each is rewarded with its number, and any may be the solution."""
 
-    def __init__(self, ends_at=99, solved_at=99, limit=99, image_shape=(4, 6, 3)):
+    def __init__(
+        self, ends_at=99, solved_at=99, limit=99, image_shape=(4, 6, 3), info="is_success"
+    ):
+        self.info = info
         self.ends_at, self.solved_at, self.limit = ends_at, solved_at, limit
         self.image = np.arange(72, dtype=np.uint8).reshape(image_shape)
         spaces = {
@@ -59,7 +65,7 @@ class Clock(gym.Env):
 
     def step(self, action):
         self.t += 1
-        info = {"is_success": self.t == self.solved_at}
+        info = {self.info: self.t == self.solved_at}
         return self._observe(), float(self.t), self.t >= self.ends_at, self.t >= self.limit, info
 
 
@@ -73,7 +79,7 @@ def vector_env():
     return gym.vector.SyncVectorEnv([Clock] * 2, autoreset_mode=mode)
 
 
-clock_env = functools.partial(ChunkEnv, chunk_size=4, state_key="state", success="is_success")
+clock_env = functools.partial(ChunkEnv, chunk_size=4, state_key="state")
 
 
 def decide(env, td, chunk=None):
@@ -128,7 +134,8 @@ def test_a_decision_is_the_sum_of_the_env_steps_that_were_executed(base, setting
 
 
 def test_returns_and_successes_are_those_of_the_single_steps():
-    env, single = clock_env(Reach(), chunk_size=3), Reach()
+    base, single = (gym.wrappers.TimeLimit(Reach(), 12) for _ in range(2))
+    env = ChunkEnv(base, chunk_size=3)
     generator = torch.Generator().manual_seed(0)
     num_inside = num_solved = 0
     for seed in range(200):
@@ -137,7 +144,7 @@ def test_returns_and_successes_are_those_of_the_single_steps():
         ours = theirs = 0.0
         over = False
         while not over:
-            assert td["observation", "state"].tolist() == observed["state"].tolist()
+            assert (td["observation", "image"].permute(1, 2, 0).numpy() == observed).all()
             chunk = torch.rand(3, 2, generator=generator) * 2 - 1
             for number, action in enumerate(chunk.numpy()):
                 observed, reward, solved, truncated, _ = single.step(action)
@@ -173,14 +180,128 @@ def test_cameras_and_state(image_shape):
     assert spec.space.low.tolist() == [[-1, -2]] * 2 and spec.space.high.tolist() == [[1, 2]] * 2
 
 
+class Renders(gym.Env):
+    """Observes numbers alone; the first pixel of its frames counts the calls of ``render()``."""
+
+    render_mode = "rgb_array"
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, frames=None):
+        self.num_frames, self.frames = 0, frames
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(3, np.float32), {"language_instruction": f"scene {seed}"}
+
+    def step(self, action):
+        return np.ones(3, np.float32), 0.0, False, False, {"success": np.float64(action[0])}
+
+    def render(self):
+        self.num_frames += 1
+        frame = np.full((4, 6, 3), self.num_frames, np.uint8)
+        return frame[::-1] if self.frames is None else self.frames  # as renderers do, upside down
+
+
+class Observes(Renders):
+    """Observes what it is given, by name."""
+
+    render_mode = None
+
+    def __init__(self, **observed):
+        super().__init__()
+        self.observed = {name: np.asarray(value) for name, value in observed.items()}
+        spaces = {
+            name: gym.spaces.Box(0, 255, value.shape, value.dtype)
+            for name, value in self.observed.items()
+        }
+        self.observation_space = gym.spaces.Dict(spaces)
+
+    def reset(self, *, seed=None, options=None):
+        return dict(self.observed), super().reset(seed=seed)[1]
+
+    def step(self, action):
+        return dict(self.observed), *super().step(action)[1:]
+
+
+FRAME = np.zeros((4, 6, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("make", "observed"),
+    [
+        (Clock, {"image": [3, 4, 6], "state": [7.0, 8.0, 0.0]}),
+        (Reach, {"image": [3, 16, 16]}),
+        (Renders, {"image": [3, 4, 6], "state": [0.0, 0.0, 0.0]}),
+        (lambda: gym.wrappers.AddRenderObservation(Renders()), {"image": [3, 4, 6]}),
+        (
+            lambda: Observes(image=FRAME, wrist_image=FRAME, is_success=np.float32([1])),
+            {"image": [3, 4, 6], "wrist_image": [3, 4, 6]},
+        ),
+        (lambda: Observes(joints=np.float64([[1, 2]]), lamp=np.int64([3])), {"state": [1.0, 2, 3]}),
+    ],
+)
+def test_what_is_observed_and_solved_by_default(make, observed):
+    env = ChunkEnv(make())
+    td = env.reset()["observation"]
+    assert set(td.keys()) == set(observed)
+    for name, expected in observed.items():
+        assert (td[name].tolist() if name == "state" else list(td[name].shape)) == expected
+    check_env_specs(env)
+
+
+def test_chunks_are_as_long_as_the_policys_unless_it_is_said():
+    env = ChunkEnv(Clock(ends_at=8))
+    specs = describe_env(env)
+    assert (specs.chunk_size, specs.action_dim) == (-1, 2)
+    td = env.reset()
+    for num_env_steps, is_pad in ((5, [False] * 5), (4, [False] * 3 + [True])):
+        td = decide(env, td, torch.zeros(num_env_steps, 2))
+        assert td["action_is_pad"].tolist() == is_pad
+    assert td["terminated"] and td["reward"] == 6 + 7 + 8
+    with pytest.raises(ValueError, match=r"shape \[-1, 2\], got \[4, 3\]"):
+        decide(env, env.reset(), torch.zeros(4, 3))
+
+
+def test_frames_are_rendered_once_a_decision():
+    base = Renders()
+    env = ChunkEnv(base, image_key={"top": "render"}, replan_interval=3)
+    num_before = base.num_frames
+    td = env.reset()
+    assert list(td["observation"].keys()) == ["top"]
+    assert td["observation", "top"].unique() == num_before + 1
+    td = decide(env, td, torch.zeros(5, 2))
+    assert td["observation", "top"].unique() == num_before + 2
+    assert td["action_is_pad"].tolist() == [False] * 3 + [True] * 2
+
+
+def test_words_and_success_of_the_info():
+    env = ChunkEnv(Renders())
+    for seed in (3, 4):
+        env.set_seed(seed)
+        td = env.reset()
+        assert td["language_instruction"] == f"scene {seed}"
+        for action in (0.0, 1.0):
+            td = decide(env, td, torch.full((2, 2), action))
+            assert td["language_instruction"] == f"scene {seed}" and td["success"] == action
+
+
+def test_environments_that_are_chunked_are_left_alone(monkeypatch):
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    env = ChunkEnv(Clock())
+    assert make_chunk_env(lambda: env) is env
+    assert os.environ["MUJOCO_GL"] in ("egl", "osmesa"), "a worker has no display"
+    assert isinstance(make_chunk_env(Clock), ChunkEnv)
+
+
 def test_the_scene_follows_from_the_seed():
-    first, second = clock_env(Reach()), clock_env(GymWrapper(Reach()))
+    first, second = ChunkEnv(Reach()), ChunkEnv(GymWrapper(Reach()))
     second.reset()
-    states = []
+    images = []
     for env in (first, second):
         env.set_seed(7)
-        states.append([env.reset()["observation", "state"].tolist() for _ in range(2)])
-    assert states[0] == states[1] and states[0][0] != states[0][1]
+        images.append([env.reset()["observation", "image"].tolist() for _ in range(2)])
+    assert images[0] == images[1] and images[0][0] != images[0][1]
 
 
 class TaskEnv(ToyVLAEnv):
@@ -218,12 +339,49 @@ def test_the_initial_state_reaches_the_base_environment():
         (vector_env, {}, r"size \[2\] must .* pass a SerialEnv"),
         (lambda: "CartPole-v1", {}, r"one action of real numbers \[A\], got 'action'"),
         (lambda: clock_env(Clock()), {}, "it is chunked already"),
-        (Clock, {"state_key": None}, r"got neither. Its entries are .*'camera' \[4, 6, 3\] uint8"),
+        (
+            Observes,
+            {"state_key": None},
+            r"what the policy observes, got neither. Its entries are .*'done' \[1\] bool",
+        ),
+        (
+            lambda: Observes(wrist=FRAME, top=FRAME, state=np.float32([1])),
+            {"state_key": None},
+            r"which camera is which, got frames by \['top', 'wrist'\]. Name them: ChunkEnv\(env, "
+            r"image_key={'image': 'top', 'wrist_image': 'wrist'}, state_key=\['observation'\]\)",
+        ),
+        (
+            lambda: Observes(grey=np.zeros((4, 6), np.uint8)),
+            {"state_key": None},
+            r"uint8 \[H, W, 3\] .* got 'grey' \[4, 6\] uint8. Convert them in the base",
+        ),
+        (
+            lambda: Observes(rgb=np.zeros((4, 6, 3), np.float32)),
+            {"state_key": None},
+            r"got 'rgb' \[4, 6, 3\] float32",
+        ),
+        (lambda: Renders([]), {"state_key": None}, "array from render.*, got list. Make .*_mode="),
+        (
+            lambda: TransformedEnv(GymWrapper(Clock()), MultiAction()),
+            {},
+            "Leave that transform out",
+        ),
         (Clock, {"image_key": "rgb"}, "image_key must name a tensor .* got 'rgb'"),
         (Clock, {"image_key": "goal"}, r"uint8 \[H, W, 3\] .* got 'goal' \[1, 2\] int64"),
         (Clock, {"image_key": ["camera"] * 3}, "image_key must be a mapping"),
-        (Clock, {}, r"got nothing by 'success'.* The info has \['is_success'\]"),
+        (
+            lambda: Clock(info="won"),
+            {},
+            r"got nothing by 'success'. Pass torchrl_dvla.envs.ChunkEnv.*of its info \['won'\]",
+        ),
         (Clock, {"success": "solved"}, "success must give one flag .*, got nothing by 'solved'"),
+        (
+            Clock,
+            {"success": lambda td: td["near"]},
+            "success must not raise, got KeyError: .*near.*Correct the function .* Its entries are",
+        ),
+        (Clock, {"instruction": lambda td: td["task"]}, "instruction must not raise, got KeyError"),
+        (Clock, {"instruction": ("task",)}, r"a string, got NoneType by \('task',\).* entries are"),
         (Clock, {"success": "goal"}, r"got \[1, 2\] by 'goal'"),
         (ToyVLAEnv, {"state_key": ("observation", "state")}, "'terminated' if .*entries .*'done'"),
         (Clock, {"instruction": 3}, "instruction must give a string, got int"),
@@ -314,6 +472,19 @@ def test_a_batch_takes_no_env_step_when_all_of_its_episodes_are_over():
     assert base.num_steps == before + 2
 
 
+class ReachState(Reach):
+    observation_space = gym.spaces.Dict(
+        {
+            "image": Reach.observation_space,
+            "state": gym.spaces.Box(-1, 1, (4,), np.float32),
+        }
+    )
+
+    def draw(self):
+        state = np.concatenate([self.position, self.goal]).astype(np.float32)
+        return {"image": super().draw(), "state": state}
+
+
 def words(td):
     return [f"reach from {float(x):.2f}" for x in td["observation"].reshape(-1, 4)[:, 0]]
 
@@ -321,15 +492,15 @@ def words(td):
 @pytest.mark.parametrize(
     ("make_base", "settings"),
     [
-        (lambda: GymWrapper(Reach()), {"success": "terminated", "image_key": "image"}),
-        (lambda: GymWrapper(Reach()), {"success": lambda td: td["reward"] > 0}),
+        (lambda: GymWrapper(ReachState()), {"success": "terminated", "image_key": "image"}),
+        (lambda: GymWrapper(ReachState()), {"success": lambda td: td["reward"] > 0}),
         (lambda: ToyVLAEnv(2, 4, success_steps=2, success_tol=0.5), {}),
     ],
     ids=["gymnasium", "callable", "torchrl"],
 )
 def test_a_batch_of_single_environments_plays_as_they_do(make_base, settings):
     if "success" in settings:
-        settings = {"state_key": "observation", **settings}
+        settings = {"state_key": "observation", "max_episode_steps": 12, **settings}
         several = {"instruction": words}
         one = {"instruction": lambda td: words(td)[0]}
     else:

@@ -18,7 +18,6 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl._utils import seed_generator
 from torchrl.collectors import BaseCollector
-from torchrl.envs import EnvBase
 from torchrl.weight_update import WeightSyncScheme
 
 from torchrl_dvla.collectors.configs import InferenceConfig, WorkerConfig
@@ -31,6 +30,7 @@ from torchrl_dvla.collectors.validation import (
     check_state,
     check_tasks,
     check_updater,
+    env_factories,
     match_policy,
     plan_memory,
 )
@@ -52,7 +52,7 @@ from torchrl_dvla.weight_update import AsyncWeightUpdater, WeightReader
 
 __all__ = ["DVLACollector"]
 
-EnvFactory = Callable[[], EnvBase]
+EnvFactory = Callable[[], Any] | str
 
 _log = logging.getLogger("torchrl_dvla")
 
@@ -74,9 +74,11 @@ class DVLACollector(BaseCollector):
     sampled again from the same initial state; so is an inference process that dies.
 
     Args:
-        create_env_fn (Callable or Mapping): environment factory, or factories by task name. The
-            environment speaks the decision-level schema: action ``("vla_action", "chunk")``
-            ``[chunk, A]``, observation under ``"observation"``.
+        create_env_fn (Callable or str or Mapping): environment factory, the id of an environment of
+            gymnasium, or several of both by task name. An environment of gymnasium or TorchRL that
+            takes single actions is wrapped in :class:`~torchrl_dvla.envs.ChunkEnv`, with its
+            defaults; one that speaks the decision-level schema (action ``("vla_action", "chunk")``
+            ``[chunk, A]``, observation under ``"observation"``) is taken as it is.
         policy (TensorDictModuleBase, optional): the learner's policy; it writes
             ``("vla_action", "tokens")``, ``("vla_action", "log_probs")`` (one a token) and
             ``("vla_action", "chunk")``. Defaults to one of ``policy_factory``, as :attr:`policy`.
@@ -144,8 +146,7 @@ class DVLACollector(BaseCollector):
         check("memory", memory, DualPool | None)
         rows_per_page = check("rows_per_page", rows_per_page, Count)
         seed = check("seed", seed, int)
-        tasks = create_env_fn if isinstance(create_env_fn, Mapping) else {"default": create_env_fn}
-        self._factories = dict(tasks)
+        self._factories = env_factories(create_env_fn)
         self.schedule = schedule or InitStateSchedule(tuple(self._factories), seed=seed)
         check_tasks(self.schedule, self._factories)
         if policy is None:

@@ -112,8 +112,10 @@ def require_observed(policy: TensorDictModuleBase, specs: EnvSpecs) -> None:
     if unknown := [key for key, path in zip(wanted, paths) if path not in known]:
         raise ValueError(
             f"policy must read what the environment observes, {sorted(observed)} and "
-            f"{INSTRUCTION_KEY!r}, got in_keys with {unknown}. Rename the policy's in_keys, or "
-            "what is observed: ChunkEnv(image_key=..., state_key=...)."
+            f"{INSTRUCTION_KEY!r}, got in_keys with {unknown}. Build it without them; or say where "
+            "they are: lambda: torchrl_dvla.envs.ChunkEnv(make_env(), image_key='pixels', "
+            "state_key='joints'), image_key='render' for the frames of gymnasium.make(..., "
+            "render_mode='rgb_array')."
         )
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from tensordict import NonTensorStack, TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch.nn.parameter import is_lazy
+from torchrl.envs import EnvBase
 from torchrl.weight_update import WeightSyncScheme
 
 from torchrl_dvla.collectors.configs import WorkerConfig
@@ -35,6 +37,7 @@ from torchrl_dvla.data.schema import (
     OBSERVATION_KEY,
     recorded_keys,
 )
+from torchrl_dvla.envs.chunk_env import make_chunk_env
 from torchrl_dvla.memory import DualPool, EnvironmentPool, Plan, RowLayout
 from torchrl_dvla.saved_state import OLDER_VERSION
 from torchrl_dvla.swimlane.messages import EnvSpecs
@@ -47,6 +50,7 @@ __all__ = [
     "check_state",
     "check_tasks",
     "check_updater",
+    "env_factories",
     "match_policy",
     "plan_memory",
 ]
@@ -56,19 +60,63 @@ __all__ = [
 _PIXEL_TOLERANCE, _STATE_TOLERANCE = 8, 1e-4
 
 
-def check_tasks(schedule: InitStateSchedule, tasks: Mapping[str, Any]) -> None:
+def env_factories(create_env_fn: Any) -> dict[str, Callable[[], EnvBase]]:
+    """Factories of chunked environments by task name, of whatever a collector was given.
+
+    An id is looked up here and sent to the workers as what gymnasium has registered, so one that a
+    script registers itself need not be registered there.
+
+    Args:
+        create_env_fn (Callable or str or Mapping): an environment factory, the id of an environment
+            of gymnasium, or several of both by task name.
+
+    Raises:
+        TypeError: for what is neither.
+        ValueError: for an id that gymnasium does not know.
+        ImportError: for an id without gymnasium.
+    """
+    tasks = create_env_fn if isinstance(create_env_fn, Mapping) else {"default": create_env_fn}
+    return {
+        task: functools.partial(
+            make_chunk_env, _registered(make) if isinstance(make, str) else _factory(make)
+        )
+        for task, make in tasks.items()
+    }
+
+
+def _factory(make: Any) -> Callable[[], Any]:
+    if not callable(make) or isinstance(make, EnvBase):  # an nn.Module, which is callable
+        raise TypeError(
+            "create_env_fn must be a function that makes an environment, or the id of one of "
+            f"gymnasium, got a {type(make).__name__}. Pass `lambda: ...`: each worker makes its "
+            "own."
+        )
+    return make
+
+
+def _registered(env_id: str) -> Callable[[], Any]:
+    try:
+        import gymnasium
+    except ImportError as error:
+        raise ImportError(
+            f"create_env_fn={env_id!r} needs gymnasium: pip install gymnasium"
+        ) from error
+    try:
+        return functools.partial(gymnasium.make, gymnasium.spec(env_id))
+    except gymnasium.error.Error as error:
+        raise ValueError(
+            f"create_env_fn must be an id that gymnasium knows, got {env_id!r}: "
+            f"{str(error).rstrip('.')}. Import the module that registers it first, or pass a "
+            "function that makes the environment."
+        ) from None
+
+
+def check_tasks(schedule: InitStateSchedule, tasks: Collection[str]) -> None:
     """Require an environment factory for every task of the schedule.
 
     Raises:
-        TypeError: for a factory that cannot be called.
         ValueError: naming the tasks that have none.
     """
-    for make in tasks.values():
-        if not callable(make):
-            raise TypeError(
-                f"create_env_fn must be a function that makes an environment, got {make!r:.80}. "
-                "Of a gymnasium id: lambda: torchrl_dvla.envs.ChunkEnv(gymnasium.make(id))."
-            )
     unknown = set(schedule.tasks) - set(tasks)
     if unknown:
         raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import (
     NestedKey,
@@ -19,8 +20,7 @@ from tensordict import (
     is_non_tensor,
 )
 from torchrl.data import Categorical, Composite, NonTensor, Unbounded
-from torchrl.envs import EnvBase, GymEnv, GymWrapper, SerialEnv, TransformedEnv
-from torchrl.envs.gym_like import BaseInfoDictReader
+from torchrl.envs import EnvBase, GymEnv, GymWrapper, MultiAction, SerialEnv, TransformedEnv
 
 from torchrl_dvla.data.schema import (
     ACTION_CHUNK_KEY,
@@ -31,11 +31,16 @@ from torchrl_dvla.data.schema import (
     SEED_KEY,
     VLA_ACTION_KEY,
 )
+from torchrl_dvla.envs.libero_setup import choose_gl_backend
 
-__all__ = ["ChunkEnv"]
+__all__ = ["ChunkEnv", "make_chunk_env"]
 
 #: Names of the cameras of a list.
 _CAMERA_NAMES = ("image", "wrist_image")
+#: The camera that gymnasium's ``render()`` is.
+_RENDER = "render"
+#: Names that success goes by in gymnasium's info.
+_SUCCESS_NAMES = ("success", "is_success")
 
 
 class ChunkEnv(EnvBase):
@@ -67,30 +72,37 @@ class ChunkEnv(EnvBase):
             begins each episode from it.
 
     Keyword Args:
-        chunk_size (int): env steps in an action chunk.
-        replan_interval (int, optional): env steps executed per decision. Defaults to
-            ``chunk_size``.
+        chunk_size (int, optional): env steps in an action chunk. Defaults to those of the chunk
+            that it is given, which is the policy's choice; the specs have -1 there.
+        replan_interval (int, optional): env steps executed per decision. Defaults to all of the
+            chunk's.
         image_key (NestedKey, list or Mapping, optional): entry of the base environment with uint8
             frames ``[H, W, 3]`` or ``[3, H, W]``, called ``"image"``; a list of two, the second
-            called ``"wrist_image"``; or entries by name. Defaults to ``None``, no camera.
+            called ``"wrist_image"``; or entries by name. ``"render"`` is what a gymnasium
+            environment's ``render()`` returns, called once a decision. Defaults to ``None``, no
+            camera.
         state_key (NestedKey or list, optional): entry with the state, of any shape; the entries of
-            a list are concatenated. Defaults to ``None``, no state. With neither key, cameras and
-            state are those under ``"observation"``, as TorchRL's VLA environments have them.
-        instruction (str, tuple or Callable, optional): the words; or the key of the entry that
-            holds them, as a tuple; or a function of the reset tensordict, of a batch a list of
-            ``N``. Defaults to the entry ``"language_instruction"`` if there is one, else to no
-            words.
+            a list are concatenated. Defaults to ``None``, no state.
+
+            With neither key the policy observes all there is: what lies under ``"observation"``, as
+            TorchRL's VLA environments have it; else the entry with frames, or ``"render"`` where
+            there is none and the environment was made with ``render_mode="rgb_array"``, and all
+            other numbers as the state, in the order of the observation spec.
+        instruction (str, tuple or Callable, optional): the words; or the key of the entry of the
+            observation, or of gymnasium's info, that holds them, as a tuple; or a function of the
+            reset tensordict, of a batch a list of ``N``. Defaults to the entry
+            ``"language_instruction"`` if there is one, else to no words.
         success (NestedKey or Callable, optional): whether the task is solved: an entry of the
             observation, or of gymnasium's info, after every env step; ``"terminated"`` where
             episodes terminate only when solved; or a function of an env step's tensordict. Defaults
-            to ``"success"``, which the base environment must have then.
+            to ``"success"`` or ``"is_success"``, which the base environment must have then.
         max_episode_steps (int, optional): env steps after which an episode is truncated, beside the
             base environment's own limit. Defaults to ``None``.
 
     Raises:
         TypeError: if ``base_env`` is no environment, or the instruction no string.
-        ValueError: if the base environment lacks an entry, or has something else there; the message
-            lists its entries.
+        ValueError: if the base environment lacks an entry, or has something else there, or if a
+            function of yours raises; the message lists the entries.
 
     Examples:
         >>> from torchrl.envs import SuccessReward, ToyVLAEnv, TransformedEnv
@@ -108,7 +120,7 @@ class ChunkEnv(EnvBase):
         self,
         base_env: Any,
         *,
-        chunk_size: int,
+        chunk_size: int | None = None,
         replan_interval: int | None = None,
         image_key: NestedKey | list[NestedKey] | Mapping[str, NestedKey] | None = None,
         state_key: NestedKey | list[NestedKey] | None = None,
@@ -124,7 +136,7 @@ class ChunkEnv(EnvBase):
         for name, value in limits.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}. Count env steps.")
-        if replan_interval is not None and replan_interval > chunk_size:
+        if chunk_size is not None and (replan_interval or 0) > chunk_size:
             raise ValueError(
                 f"replan_interval must be at most chunk_size={chunk_size}, got {replan_interval}. "
                 "A chunk has no more env steps."
@@ -136,7 +148,7 @@ class ChunkEnv(EnvBase):
         self.replan_interval = replan_interval or chunk_size
         self.max_episode_steps = max_episode_steps
         innermost = _innermost(base_env)
-        self._gym_env = innermost if isinstance(innermost, GymWrapper) else None
+        self._gym_env: Any = innermost if isinstance(innermost, GymWrapper) else None
         self._serial_env = innermost if isinstance(innermost, SerialEnv) else None
         if self.batch_size and self._serial_env is None and SEED_KEY not in base_env.state_spec:
             raise ValueError(
@@ -145,6 +157,10 @@ class ChunkEnv(EnvBase):
                 f"{[*self.batch_size, 1]}, and read it from the tensordict in _reset; or pass a "
                 "SerialEnv of single environments. Workers are processes already: no ParallelEnv."
             )
+        #: That of gymnasium's last reset or env step.
+        self._info: dict[str, Any] = {}
+        if self._gym_env is not None:
+            self._gym_env.set_info_dict_reader(self._keep_info)
         self._seed: int | None = None
         #: Env steps of the episode, of a batch ``[N, 1]``.
         self._elapsed: Any = 0
@@ -152,27 +168,29 @@ class ChunkEnv(EnvBase):
         #: What the next env step starts from.
         self._current = base_env.reset()
         if instruction is None:
-            instruction = (INSTRUCTION_KEY,) if INSTRUCTION_KEY in self._current else ""
+            has_words = INSTRUCTION_KEY in self._current or INSTRUCTION_KEY in self._info
+            instruction = (INSTRUCTION_KEY,) if has_words else ""
         self._instruction = instruction
         self._texts: list[str] = []
         self._words = self._read_instruction()
         self._find_observations(image_key, state_key)
-        self._success = key = "success" if success is None else success
-        if self._gym_env is not None and isinstance(key, str) and key not in self._current:
-            self._gym_env.set_info_dict_reader(_InfoFlag(key))
-            base_env.empty_cache()  # of the specs that transforms have made of the old ones
-        self._solved(self._env_step(action_spec.project(action_spec.zero())))
+        following = self._env_step(action_spec.project(action_spec.zero()))
+        if success is None:
+            found = [name for name in _SUCCESS_NAMES if name in following or name in self._info]
+            success = [*found, "success"][0]
+        self._success = success
+        self._solved(following)
         self._make_specs(action_spec)
+
+    def _keep_info(self, info: dict[str, Any], tensordict: TensorDictBase) -> None:
+        self._info = info
 
     # ------------------------------------------------------------------ construction
 
     def _find_observations(self, image_key: Any, state_key: Any) -> None:
         """Keys of the cameras, with whether channels come last, and of the parts of the state."""
-        canonical = self._current.get(OBSERVATION_KEY, None)
-        if image_key is None and state_key is None and isinstance(canonical, TensorDictBase):
-            names = set(canonical.keys())
-            image_key = {name: (OBSERVATION_KEY, name) for name in sorted(names - {"state"})}
-            state_key = (OBSERVATION_KEY, "state") if "state" in names else None
+        if image_key is None and state_key is None:
+            image_key, state_key = self._default_keys()
         if isinstance(image_key, list) and len(image_key) > len(_CAMERA_NAMES):
             raise ValueError(
                 f"image_key must be a mapping of names to keys for more than {len(_CAMERA_NAMES)} "
@@ -198,10 +216,47 @@ class ChunkEnv(EnvBase):
                 f"{self._listing()}"
             )
 
+    def _default_keys(self) -> tuple[dict[str, NestedKey], list[NestedKey]]:
+        """Keys of the cameras by name, and of the parts of the state, of all there is to observe.
+
+        Raises:
+            ValueError: if there are several cameras, and which is which does not show.
+        """
+        nested = self._current.get(OBSERVATION_KEY, None)
+        if isinstance(nested, TensorDictBase):
+            names = sorted(nested.keys())
+            keys = {name: (OBSERVATION_KEY, name) for name in names if name != "state"}
+            return keys, [(OBSERVATION_KEY, "state")] if "state" in names else []
+        cameras: list[NestedKey] = []
+        states: list[NestedKey] = []
+        for key in self.base_env.observation_spec.keys(True, True):
+            value = self._current.get(key, None)
+            if not isinstance(value, torch.Tensor) or value.dtype is torch.bool:
+                continue  # words, and flags
+            ndim = value.ndim - len(self.batch_size)
+            if ndim > 2 or (ndim == 2 and value.dtype is torch.uint8):
+                cameras.append(key)
+            elif key not in (*_SUCCESS_NAMES, INIT_STATE_ID_KEY):
+                states.append(key)
+        if not cameras and getattr(self._gym_env, "render_mode", None) == "rgb_array":
+            cameras = [_RENDER]
+        if _CAMERA_NAMES[0] in cameras:
+            return {key if isinstance(key, str) else key[-1]: key for key in cameras}, states
+        if len(cameras) > 1:
+            named = dict(zip(_CAMERA_NAMES, cameras))
+            raise ValueError(
+                f"image_key must say which camera is which, got frames by {cameras}. Name them: "
+                f"ChunkEnv(env, image_key={named}, state_key={states})."
+            )
+        return dict(zip(_CAMERA_NAMES, cameras)), states
+
     def _entry(self, setting: str, key: NestedKey) -> tuple[NestedKey, torch.Tensor]:
         """A key as TorchRL names it, and the tensor there."""
         if key == "state" and self._gym_env is not None and key not in self._current:
             key = "observation"  # TorchRL's name for a gymnasium environment's "state"
+        if key == _RENDER and self._gym_env is not None and key not in self._current:
+            choose_gl_backend()
+            return key, self._render()
         value = self._current.get(key, None)
         if not isinstance(value, torch.Tensor):
             raise ValueError(
@@ -213,7 +268,8 @@ class ChunkEnv(EnvBase):
     def _listing(self) -> str:
         entries = self._current.exclude("next", self._action_key, *self.base_env.reward_keys)
         found = [_describe(key, value) for key, value in entries.items(True, True)]
-        return f"Its entries are {', '.join(found)}."
+        info = f", those of its info {sorted(self._info)}" if self._info else ""
+        return f"Its entries are {', '.join(found)}{info}."
 
     def _make_specs(self, action_spec: Any) -> None:
         batch, device = self.batch_size, self.device
@@ -223,7 +279,8 @@ class ChunkEnv(EnvBase):
             name: Unbounded(value.shape, dtype=value.dtype, device=device)
             for name, value in observed[OBSERVATION_KEY].items()
         }
-        pad = Categorical(2, dtype=torch.bool, shape=(*batch, self.chunk_size), device=device)
+        size = self.chunk_size or -1
+        pad = Categorical(2, dtype=torch.bool, shape=(*batch, size), device=device)
         self.observation_spec = Composite(
             {
                 OBSERVATION_KEY: Composite(leaves, shape=batch, device=device),
@@ -240,7 +297,7 @@ class ChunkEnv(EnvBase):
         if INIT_STATE_ID_KEY in self.base_env.state_spec:
             states[INIT_STATE_ID_KEY] = self.base_env.state_spec[INIT_STATE_ID_KEY].clone()
         self.state_spec = Composite(states, shape=batch, device=device)
-        shape = (*batch, self.chunk_size, action_spec.shape[-1])
+        shape = (*batch, size, action_spec.shape[-1])
         chunk = Composite(
             chunk=action_spec.to(torch.float32).unsqueeze(-2).expand(shape), shape=batch
         )
@@ -270,7 +327,7 @@ class ChunkEnv(EnvBase):
         self._elapsed = 0
         self._words = self._read_instruction()
         no = torch.tensor([False], device=self.device)
-        return self._reset_output(no, self.chunk_size)
+        return self._reset_output(no)
 
     def _reset_batch(
         self, tensordict: TensorDictBase | None = None, **kwargs: Any
@@ -290,8 +347,7 @@ class ChunkEnv(EnvBase):
         self._elapsed = torch.where(is_reset.unsqueeze(-1), 0, self._elapsed)
         self._words = self._read_instruction(is_reset.tolist())
         no = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.device)
-        num_executed = torch.full_like(no, self.chunk_size, dtype=torch.int64)
-        return self._reset_output(no, num_executed).set(SEED_KEY, seeds.clone())
+        return self._reset_output(no).set(SEED_KEY, seeds.clone())
 
     def _seed_single_envs(
         self, is_reset: list[bool], seeds: list[list[int]]
@@ -307,12 +363,12 @@ class ChunkEnv(EnvBase):
                     env.set_seed(seeds[number][0], static_seed=True)
         return settings
 
-    def _reset_output(self, no: torch.Tensor, num_executed: int | torch.Tensor) -> TensorDict:
+    def _reset_output(self, no: torch.Tensor) -> TensorDict:
         out = self._observe(self._current)
         if INIT_STATE_ID_KEY in self.state_spec:
             out[INIT_STATE_ID_KEY] = self._current.get(INIT_STATE_ID_KEY).clone()
         out[INSTRUCTION_KEY] = self._words
-        out[ACTION_IS_PAD_KEY] = self._pad_after(num_executed)
+        out[ACTION_IS_PAD_KEY] = no.expand(*self.batch_size, self.chunk_size or 1).clone()
         for name in ("success", "terminated", "truncated", "done"):
             out[name] = no.clone()
         return out
@@ -320,7 +376,8 @@ class ChunkEnv(EnvBase):
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         chunk = tensordict.get(ACTION_CHUNK_KEY)
         shape = self.full_action_spec[ACTION_CHUNK_KEY].shape
-        if chunk.shape != shape:
+        size = self.chunk_size or chunk.shape[-2:-1].numel()
+        if chunk.shape != (*self.batch_size, size, shape[-1]):
             raise ValueError(
                 f"{ACTION_CHUNK_KEY} must have shape {list(shape)}, got {list(chunk.shape)}. Build "
                 "the policy and the environment with the same chunk_size and action dimension."
@@ -343,7 +400,7 @@ class ChunkEnv(EnvBase):
         values["truncated"] = truncated and not terminated
         outcome = {key: torch.tensor([value], device=self.device) for key, value in values.items()}
         outcome["reward"] = torch.tensor([reward], dtype=torch.float32, device=self.device)
-        return self._step_output(self._observe(self._current), num_executed, outcome)
+        return self._step_output(self._observe(self._current), num_executed, len(chunk), outcome)
 
     def _step_batch(self, chunk: torch.Tensor, mask: torch.Tensor | None) -> TensorDictBase:
         """The same for ``N`` episodes, or those of ``mask``, each with an end of its own."""
@@ -378,15 +435,20 @@ class ChunkEnv(EnvBase):
             observed = kept.where(is_kept.squeeze(-1), observed)
         outcome = {"success": success, "terminated": terminated, "truncated": truncated}
         outcome["reward"] = reward.to(torch.float32)
-        return self._step_output(observed, num_executed, outcome)
+        return self._step_output(observed, num_executed, chunk.shape[1], outcome)
 
     def _step_output(
-        self, out: TensorDict, num_executed: int | torch.Tensor, outcome: dict[str, torch.Tensor]
+        self,
+        out: TensorDict,
+        num_executed: int | torch.Tensor,
+        chunk_size: int,
+        outcome: dict[str, torch.Tensor],
     ) -> TensorDict:
-        if isinstance(self._instruction, tuple):
+        # One from gymnasium's info is that of the reset.
+        if isinstance(self._instruction, tuple) and self._instruction in self._current.keys(True):
             self._words = self._read_instruction()
         out[INSTRUCTION_KEY] = self._words
-        out[ACTION_IS_PAD_KEY] = self._pad_after(num_executed)
+        out[ACTION_IS_PAD_KEY] = self._pad_after(num_executed, chunk_size)
         outcome["done"] = outcome["terminated"] | outcome["truncated"]
         return out.update(outcome)
 
@@ -409,7 +471,7 @@ class ChunkEnv(EnvBase):
     def _observe(self, tensordict: TensorDictBase) -> TensorDict:
         observed = {}
         for name, (key, is_channels_last) in self._cameras.items():
-            image = tensordict.get(key)
+            image = self._render() if key == _RENDER else tensordict.get(key)
             image = image.movedim(-1, -3) if is_channels_last else image
             # A renderer may draw the next frame into the same buffer.
             observed[name] = image.clone(memory_format=torch.contiguous_format)
@@ -419,19 +481,29 @@ class ChunkEnv(EnvBase):
             observed["state"] = torch.cat([part.to(torch.float32) for part in parts], -1)
         return TensorDict({OBSERVATION_KEY: TensorDict(observed, batch)}, batch, device=self.device)
 
+    def _render(self) -> torch.Tensor:
+        frame = self._gym_env.render()
+        if not isinstance(frame, np.ndarray):
+            raise ValueError(
+                f"image_key='render' must get an array from render(), got {type(frame).__name__}. "
+                "Make the environment with render_mode='rgb_array'."
+            )
+        return torch.from_numpy(np.ascontiguousarray(frame))
+
     def _read_instruction(self, is_reset: list[bool] | None = None) -> Any:
         source, size = self._instruction, self.batch_size.numel()
-        text = source(self._current) if callable(source) else source
+        text = self._call("instruction", self._current) if callable(source) else source
         if isinstance(source, tuple):
-            text = self._current[source]
+            text = self._current.get(source, self._info.get(source[0]))
             text = text.tolist() if is_non_tensor(text) else text
         texts: list[Any] = [text] * size
         if self.batch_size and isinstance(text, list):
             texts = text
         if len(texts) != size or not all(isinstance(one, str) for one in texts):
             raise TypeError(
-                f"instruction must give a string, got {type(text).__name__}. Pass the words, a "
-                "tuple that is the key of a string, or a function of the reset tensordict."
+                f"instruction must give a string, got {type(text).__name__} by {source!r}. Pass "
+                "the words, a tuple that is the key of a string, or a function of the reset "
+                f"tensordict. {self._listing()}"
             )
         if callable(source) and is_reset is not None:  # called once an episode
             of_each = zip(is_reset, texts, self._texts, strict=True)
@@ -443,13 +515,32 @@ class ChunkEnv(EnvBase):
 
     def _solved(self, following: TensorDictBase) -> Any:
         source = self._success
-        value = source(following) if callable(source) else following.get(source, None)
+        if callable(source):
+            value = self._call("success", following)
+        else:
+            value = following.get(source, self._info.get(source))
         if value is None or torch.as_tensor(value).numel() != self.batch_size.numel():
-            raise ValueError(_success_error(source, value, self._listing()))
+            got = "nothing" if value is None else f"{list(torch.as_tensor(value).shape)}"
+            raise ValueError(
+                f"success must give one flag after every env step, got {got} by {source!r}. Pass "
+                "torchrl_dvla.envs.ChunkEnv(env, success=...) the key of a flag in the step's "
+                "observation or info, 'terminated' if episodes terminate only when solved, or a "
+                f"function of the step's tensordict, lambda td: td['reward'] > 0. {self._listing()}"
+            )
         return value.reshape(*self.batch_size, 1).bool() if self.batch_size else bool(value)
 
-    def _pad_after(self, num_executed: int | torch.Tensor) -> torch.Tensor:
-        return torch.arange(self.chunk_size, device=self.device) >= num_executed
+    def _call(self, setting: str, tensordict: TensorDictBase) -> Any:
+        """What a function of the user's returns."""
+        try:
+            return getattr(self, f"_{setting}")(tensordict)
+        except Exception as error:
+            raise ValueError(
+                f"{setting} must not raise, got {type(error).__name__}: {error}. Correct the "
+                f"function that ChunkEnv was given. {self._listing()}"
+            ) from error
+
+    def _pad_after(self, num_executed: int | torch.Tensor, chunk_size: int) -> torch.Tensor:
+        return torch.arange(chunk_size, device=self.device) >= num_executed
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Close the base environment too."""
@@ -458,42 +549,22 @@ class ChunkEnv(EnvBase):
         super().close(raise_if_closed=raise_if_closed)
 
 
-class _InfoFlag(BaseInfoDictReader):
-    """Entry of gymnasium's info as a flag ``[1]``; a reset need not have it.
+def make_chunk_env(make: Callable[[], Any]) -> EnvBase:
+    """Environment of a factory, chunked by :class:`ChunkEnv` unless it is already.
 
     Args:
-        key (str): the entry.
+        make (Callable): returns an environment of TorchRL or gymnasium.
     """
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-
-    def __call__(self, info_dict: dict[str, Any], tensordict: TensorDictBase) -> TensorDictBase:
-        is_reset = "reward" not in tensordict
-        if not is_reset and self.key not in info_dict:
-            found = f"The info has {sorted(info_dict)}."
-            raise ValueError(_success_error(self.key, None, found))
-        flag = torch.as_tensor(info_dict.get(self.key, False))
-        return tensordict.set(self.key, flag.reshape(-1).bool())
-
-    @property
-    def info_spec(self) -> Composite:
-        return Composite({self.key: Categorical(2, dtype=torch.bool, shape=(1,))})
+    choose_gl_backend()  # a worker has no display, and MuJoCo's renderer tries that first
+    env = make()
+    is_chunked = isinstance(env, EnvBase) and ACTION_CHUNK_KEY in env.action_keys
+    return env if is_chunked else ChunkEnv(env)
 
 
 def _innermost(env: EnvBase) -> EnvBase:
     while isinstance(env, TransformedEnv):
         env = env.base_env
     return env
-
-
-def _success_error(source: Any, value: Any, found: str) -> str:
-    got = "nothing" if value is None else f"{list(torch.as_tensor(value).shape)}"
-    return (
-        f"success must give one flag after every env step, got {got} by {source!r}. Pass success= "
-        "the key of a flag in the step's observation or info, 'terminated' if episodes terminate "
-        f"only when solved, or a function of the step's tensordict. {found}"
-    )
 
 
 def _as_torchrl(base_env: Any) -> EnvBase:
@@ -511,6 +582,11 @@ def _as_torchrl(base_env: Any) -> EnvBase:
         raise ValueError(
             f"base_env must have at most one batch dimension, got {list(base_env.batch_size)}. "
             "Flatten it to [N]."
+        )
+    if any(isinstance(part, MultiAction) for part in base_env.modules()):
+        raise ValueError(
+            "base_env must take single actions, got an environment with MultiAction: it is chunked "
+            "already. Leave that transform out."
         )
     if len(base_env.reward_keys) != 1 or base_env.reward_spec.shape.numel() != size:
         raise ValueError(

@@ -73,6 +73,11 @@ _SEND_AFTER_S = 1e-2
 #: Of what a row holds. An action spec without bounds has this one, or infinity.
 _LARGEST = float(np.finfo(np.float32).max)
 _CPU = torch.device("cpu")
+#: Remedy for an environment that is chunked by other means than ours.
+_SINGLE_STEPS = (
+    "Return the single-step environment, which the collector wraps in torchrl_dvla.envs.ChunkEnv, "
+    "without MultiAction."
+)
 
 EnvFactories = Mapping[str, Callable[[], EnvBase]]
 _Command = TypeVar("_Command", Step, Reset)
@@ -154,7 +159,7 @@ def describe_env(env: EnvBase) -> EnvSpecs:
     if not leaves:
         raise ValueError(
             "create_env_fn must return an environment with a group of tensors under "
-            f"{OBSERVATION_KEY!r}, got {sorted(roots)}. See torchrl.data.vla for the schema."
+            f"{OBSERVATION_KEY!r}, got {sorted(roots)}. {_SINGLE_STEPS}"
         )
     RowLayout({key: (shape, dtype) for key, shape, dtype in leaves})  # refuses what no row holds
     _check_chunking(env)
@@ -258,17 +263,16 @@ class _OpenRollout:
 
 def _check_chunking(env: EnvBase) -> None:
     """Require that env steps which were not executed are marked, and all others rewarded."""
-    remedy = "Wrap the single-step environment in torchrl_dvla.envs.ChunkEnv, without MultiAction."
     if ACTION_IS_PAD_KEY not in env.observation_spec:
         raise ValueError(
             f"create_env_fn must return an environment that observes {ACTION_IS_PAD_KEY!r} "
             "[chunk_size], True for env steps of the chunk that were not executed, got none: "
-            f"actions after the end of an episode would be learned from. {remedy}"
+            f"actions after the end of an episode would be learned from. {_SINGLE_STEPS}"
         )
     if any(isinstance(part, MultiAction) and not part.stack_rewards for part in env.modules()):
         raise ValueError(
             "stack_rewards of MultiAction must be True, got False: of a chunk it keeps the last "
-            f"env step's reward alone. {remedy}"
+            f"env step's reward alone. {_SINGLE_STEPS}"
         )
 
 

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tensordict.nn import TensorDictModuleBase
-from torchrl.envs import EnvBase
 
 from torchrl_dvla.collectors import DVLACollector
+from torchrl_dvla.collectors.dvla import EnvFactory
 from torchrl_dvla.topology.planning import Placement
 
 __all__ = ["TopologyAwareCollector"]
@@ -24,7 +24,7 @@ class TopologyAwareCollector(DVLACollector):
     It runs on one node and refuses a plan for more: loops on several nodes are not in this version.
 
     Args:
-        create_env_fn (Callable or Mapping): as for ``DVLACollector``.
+        create_env_fn (Callable or str or Mapping): as for ``DVLACollector``.
         policy (TensorDictModuleBase): as for ``DVLACollector``.
 
     Keyword Args:
@@ -46,7 +46,7 @@ class TopologyAwareCollector(DVLACollector):
 
     def __init__(
         self,
-        create_env_fn: Callable[[], EnvBase] | Mapping[str, Callable[[], EnvBase]],
+        create_env_fn: EnvFactory | Mapping[str, EnvFactory],
         policy: TensorDictModuleBase | None = None,
         *,
         placement: Placement,
