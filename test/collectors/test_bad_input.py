@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import re
 import sys
 
 import pytest
@@ -18,7 +19,12 @@ from torchrl.envs import ToyVLAEnv
 
 from torchrl_dvla import DVLACollector, InferenceConfig
 from torchrl_dvla.collectors import EpisodeSpec, GroupConfig, InitStateSchedule
-from torchrl_dvla.collectors.validation import check_episodes, check_same_start, match_policy
+from torchrl_dvla.collectors.validation import (
+    check_episodes,
+    check_same_start,
+    match_policy,
+    warn_of_misfits,
+)
 from torchrl_dvla.data import Group, Rollout, decision_layout
 from torchrl_dvla.envs import ChunkEnv
 from torchrl_dvla.memory import DualPool, EnvironmentPool, RowLayout
@@ -140,6 +146,19 @@ def test_an_environment_without_instructions_is_said_once(make_collector, caplog
 
     make_collector(make, workers={"num_workers": 2})
     assert caplog.text.count("have no 'language_instruction', which the policy reads") == 1
+
+
+@pytest.mark.parametrize(
+    ("bounds", "says"),
+    [
+        ((-1.0, 1.0), None),
+        (None, None),
+        ((-2.0, 2.0), r"lie in \[-1, 1\], .* in \[-2, 2\].*Rescale"),
+    ],
+)
+def test_actions_that_the_policy_never_takes_are_said(caplog, bounds, says):
+    warn_of_misfits(make_policy(), describe_env(make_env())._replace(action_bounds=bounds))
+    assert re.search(says or "^$", caplog.text)
 
 
 def test_specs_that_differ_between_workers(refuse):

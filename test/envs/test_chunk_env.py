@@ -253,7 +253,7 @@ def test_what_is_observed_and_solved_by_default(make, observed):
 def test_chunks_are_as_long_as_the_policys_unless_it_is_said():
     env = ChunkEnv(Clock(ends_at=8))
     specs = describe_env(env)
-    assert (specs.chunk_size, specs.action_dim) == (-1, 2)
+    assert (specs.chunk_size, specs.action_dim, specs.action_bounds) == (-1, 2, (-2.0, 2.0))
     td = env.reset()
     for num_env_steps, is_pad in ((5, [False] * 5), (4, [False] * 3 + [True])):
         td = decide(env, td, torch.zeros(num_env_steps, 2))

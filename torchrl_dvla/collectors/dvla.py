@@ -33,6 +33,7 @@ from torchrl_dvla.collectors.validation import (
     env_factories,
     match_policy,
     plan_memory,
+    warn_of_misfits,
 )
 from torchrl_dvla.data import (
     EpisodeSpec,
@@ -184,12 +185,7 @@ class DVLACollector(BaseCollector):
             )
             undo.callback(processes.stop, workers.stop_timeout_s)
             specs = processes.wait_ready(workers.start_timeout_s)
-            if not specs.has_instruction and INSTRUCTION_KEY in getattr(policy, "in_keys", ()):
-                _log.warning(
-                    "The environment's specs have no %r, which the policy reads: every decision is "
-                    "taken for an empty one. Return the task's description.",
-                    INSTRUCTION_KEY,
-                )
+            warn_of_misfits(policy, specs)
             #: The task whose environment has told its specs; those of others show in the workers.
             self._described = (processes.first_task, specs)
             ids = self.schedule.init_state_ids or ()

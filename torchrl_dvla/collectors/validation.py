@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import NonTensorStack, TensorDict
 from tensordict.nn import TensorDictModuleBase
@@ -53,7 +55,10 @@ __all__ = [
     "env_factories",
     "match_policy",
     "plan_memory",
+    "warn_of_misfits",
 ]
+
+_log = logging.getLogger("torchrl_dvla")
 
 #: Levels of 255 of a pixel and, relative to values above 1, floating-point numbers by which
 #: renderers and simulators may differ from process to process in the very same scene.
@@ -194,6 +199,27 @@ def match_policy(policy: TensorDictModuleBase, specs: EnvSpecs) -> RowLayout:
     return decision_layout(
         observation, chunk_size=chunk_size, action_dim=action_dim, recorded=recorded
     )
+
+
+def warn_of_misfits(policy: TensorDictModuleBase, specs: EnvSpecs) -> None:
+    """Log what a policy and an environment can do without, but are hardly meant to."""
+    if not specs.has_instruction and INSTRUCTION_KEY in getattr(policy, "in_keys", ()):
+        _log.warning(
+            "The environment's specs have no %r, which the policy reads: every decision is taken "
+            "for an empty one. Return the task's description.",
+            INSTRUCTION_KEY,
+        )
+    tokenizer: Any = getattr(policy, "action_tokenizer", None)
+    if specs.action_bounds is None or not hasattr(tokenizer, "low"):
+        return
+    span = float(tokenizer.low.min()), float(tokenizer.high.max())
+    if not np.allclose(span, specs.action_bounds):
+        _log.warning(
+            "The policy's actions lie in [%g, %g], those of the environment in [%g, %g]: some are "
+            "never tried, or clipped. Wrap the environment in gymnasium.wrappers.RescaleAction("
+            "env, %g, %g), or give the policy an action_tokenizer of the environment's bounds.",
+            *(*span, *specs.action_bounds, *span),
+        )
 
 
 def check_same_start(group: Group, pool: EnvironmentPool) -> None:

@@ -63,7 +63,8 @@ DASHBOARD: dict[str, dict[str, list[str]]] = {
     },
     "Loss": {
         "losses": [r"loss/loss_.+"],
-        "clip fraction": [r"loss/clip_fraction"],
+        "clip fraction": [r"loss/clip_fraction(_low|_high|_dual)?"],
+        "ratio to the behaviour policy": [r"loss/ratio_p(05|50|95)"],
         "divergence": [r"loss/kl_approx", r"loss/kl_to_ref"],
         "entropy": [r"loss/entropy"],
         "gradient norm": [r"optim/grad_norm"],

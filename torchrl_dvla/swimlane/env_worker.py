@@ -119,7 +119,7 @@ def describe_env(env: EnvBase) -> EnvSpecs:
             f"{ACTION_CHUNK_KEY} must be floating point [chunk_size, action_dim], got "
             f"{list(shape)} {spec.dtype}. Change the environment's action_spec."
         )
-    _action_bounds(env)
+    bounds = _action_bounds(env)
     # MultiAction leaves the length of the chunk open in its spec; only the policy knows it then.
     chunk_size, action_dim = (-1, *shape)[-2:]
     for name, spec in (("reward", env.full_reward_spec), ("done", env.full_done_spec)):
@@ -182,6 +182,7 @@ def describe_env(env: EnvBase) -> EnvSpecs:
         has_instruction=INSTRUCTION_KEY in roots,
         has_init_states=INIT_STATE_ID_KEY in states,
         num_rollouts=batch.numel(),
+        action_bounds=bounds and (float(bounds[0].min()), float(bounds[1].max())),
     )
 
 

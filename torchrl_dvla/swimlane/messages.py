@@ -49,6 +49,8 @@ class EnvSpecs(NamedTuple):
     has_init_states: bool = True
     #: Rollouts that one step of it serves: ``N`` of batch size ``[N]``, 1 without batch dimensions.
     num_rollouts: int = 1
+    #: The lowest and the highest action that it executes, over all dimensions; ``None``: any.
+    action_bounds: tuple[float, float] | None = None
 
 
 class UsePool(NamedTuple):
