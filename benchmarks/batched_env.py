@@ -6,16 +6,17 @@
 
     python benchmarks/batched_env.py [--quick] [--search]
 
-The default ``DVLACollector`` on ``ToyChunkEnv``, a camera image in every observation, with a tiny
-token policy. What it collects is drawn and given back without a gradient step. In each arrangement
-64 rollouts are under way:
+``DVLACollector`` on ``ToyChunkEnv``, with a camera image in every observation and a tiny token
+policy. What it collects is drawn and given back without a gradient step.
 
-batched    one environment of batch size 64 in one worker: one step serves all.
-halves     two of 32 in one worker: one is stepped while the policy decides for the other.
-single     64 environments in two workers, the best of ``SEARCH`` on two cores.
+batched    one environment of batch size 64 in one worker: one step serves 64 rollouts.
+default    the same environment with the default ``WorkerConfig``, two workers of one: one is
+           stepped while the policy decides for the other.
+halves     two of batch size 32 in one worker, for the same reason.
+single     64 single environments in two workers, the best of ``SEARCH`` on two cores.
 
-ratio_vs_single          decisions/s of ``batched`` over ``single``; the floor is 5.
-halves_vs_single         the same of ``halves``.
+ratio_vs_single                       decisions/s of ``batched`` over ``single``; the floor is 5.
+default_vs_single, halves_vs_single   the same of the others.
 
 The arrangements live side by side and take turns of some seconds; every other round goes backwards.
 ``--search`` measures the alternatives to the settings of ``single``. The last line of stdout is one
@@ -40,16 +41,24 @@ from torchrl_dvla.envs import ToyChunkEnv
 from torchrl_dvla.modules import tiny_token_policy
 
 #: Batch size of an environment, none for a single one; workers; environments of each.
-SETTINGS = {"batched": ((64,), 1, 1), "halves": ((32,), 1, 2), "single": ((), 2, 32)}
-SEARCH = {f"{w} x {64 // w}": ((), w, 64 // w) for w in (1, 2, 3, 4)}
+SETTINGS: dict[str, tuple[tuple[int, ...], int, int]] = {
+    "batched": ((64,), 1, 1),
+    "default": ((64,), WorkerConfig().num_workers, WorkerConfig().envs_per_worker),
+    "halves": ((32,), 1, 2),
+    "single": ((), 2, 32),
+}
+SEARCH: dict[str, tuple[tuple[int, ...], int, int]] = {
+    f"{workers} x {envs}": ((), workers, envs)
+    for workers, envs in ((1, 64), (2, 16), (2, 32), (2, 64), (3, 22), (4, 16))
+}
 
-make_env = functools.partial(ToyChunkEnv, action_dim=2, chunk_size=4, image_size=32)
+make_env = functools.partial(ToyChunkEnv, action_dim=2, chunk_size=4, image_size=16)
 
 
 def make_policy() -> TensorDictModuleBase:
     """A policy whose lazy layers are there."""
     torch.manual_seed(0)
-    policy = tiny_token_policy(2, 4, vocab_size=32, hidden_dim=32)
+    policy = tiny_token_policy(2, 4, vocab_size=8, hidden_dim=16)
     with torch.no_grad():
         policy(make_env().reset().unsqueeze(0))
     return policy
@@ -100,7 +109,7 @@ def collecting(
 def main() -> None:
     args = arguments(__doc__, "two rounds of short turns", search=False)
     num_rounds, seconds = (2, 2.0) if args.quick else (5, 6.0)
-    settings: dict[str, Any] = SEARCH if args.search else SETTINGS
+    settings = SEARCH if args.search else SETTINGS
     builders = {name: (collecting, *found) for name, found in settings.items()}
     found = in_turns(builders, lambda number: (seconds,), num_rounds, num_warm_ups=1)
     rates = {name: [turn["decisions_per_s"] for turn in turns] for name, turns in found.items()}
@@ -108,7 +117,7 @@ def main() -> None:
     if not args.search:
         ratios = {
             f"{key}_vs_single": paired_ratio(rates[name], rates["single"])
-            for key, name in (("ratio", "batched"), ("halves", "halves"))
+            for key, name in (("ratio", "batched"), ("default", "default"), ("halves", "halves"))
         }
         result = {name: ratio["median"] for name, ratio in ratios.items()} | {"spread": ratios}
     result["decisions_per_s"] = {name: spread(values, 1) for name, values in rates.items()}

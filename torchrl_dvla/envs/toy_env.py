@@ -135,10 +135,11 @@ class ToyChunkEnv(ToyVLAEnv):
         return torch.where(target, green, torch.where(action, red, ground))
 
     def _seeded_target(self, is_reset: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        indices = is_reset.flatten().nonzero().flatten()
+        generators = (self._rng.manual_seed(seed) for seed in seeds.flatten()[indices].tolist())
+        drawn = [torch.rand(self.action_dim, generator=generator) for generator in generators]
         target = self._target.clone()
-        for index in is_reset.flatten().nonzero().flatten().tolist():
-            self._rng.manual_seed(int(seeds[index]))
-            target[index] = torch.rand(self.action_dim, generator=self._rng) - 0.5
+        target[indices] = (torch.stack(drawn) - 0.5).to(self.device)
         return target
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
