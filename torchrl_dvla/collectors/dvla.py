@@ -80,6 +80,8 @@ class DVLACollector(BaseCollector):
             takes single actions is wrapped in :class:`~torchrl_dvla.envs.ChunkEnv`, with its
             defaults; one that speaks the decision-level schema (action ``("vla_action", "chunk")``
             ``[chunk, A]``, observation under ``"observation"``) is taken as it is.
+            One of batch size ``[N]`` plays ``N`` rollouts, each begun from its ``"seed"`` in the
+            tensordict of the reset.
         policy (TensorDictModuleBase, optional): the learner's policy; it writes
             ``("vla_action", "tokens")``, ``("vla_action", "log_probs")`` (one a token) and
             ``("vla_action", "chunk")``. Defaults to one of ``policy_factory``, as :attr:`policy`.
