@@ -32,7 +32,7 @@ def test_every_setting_is_one_that_the_code_reads():
         assert names <= set(inspect.signature(target.__init__).parameters)
 
 
-@pytest.mark.parametrize("name", ("toy", "libero", "libero_openvla_oft"))
+@pytest.mark.parametrize("name", ("toy", "libero", "maniskill", "libero_openvla_oft"))
 def test_a_configuration_says_only_what_is_its_own(name):
     own, shared = (yaml.safe_load((CONFIG / f"{each}.yaml").read_text()) for each in (name, SHARED))
     groups = {

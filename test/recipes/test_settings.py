@@ -30,7 +30,8 @@ MALFORMED = (
 
 
 def compose_plain(path, *overrides):
-    overrides = [*overrides, "++policy.checkpoint=x"] if "openvla" in path.stem else overrides
+    if path.parents[1].name == "dvla_grpo" and path.stem != "toy":
+        overrides = [*overrides, "++policy.checkpoint=x"]
     with initialize_config_dir(version_base="1.3", config_dir=str(path.parent)):
         return OmegaConf.to_container(compose(path.stem, list(overrides)))
 

@@ -21,8 +21,10 @@ from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from tqdm import tqdm
 
-from torchrl_dvla.envs import LiberoChunkEnv
+from torchrl_dvla.data.schema import ACTION_IS_PAD_KEY, INIT_STATE_ID_KEY
+from torchrl_dvla.envs import LiberoChunkEnv, ManiSkillChunkEnv
 from torchrl_dvla.envs.libero_expert import record_demonstration
+from torchrl_dvla.envs.maniskill_expert import record_pick_cube
 from torchrl_dvla.modules import TransformersVLA
 from torchrl_dvla.recipes.dvla_sft import utils
 from torchrl_dvla.recipes.dvla_sft.settings import Settings
@@ -32,7 +34,7 @@ from torchrl_dvla.streams import use_workers_output, workers_output
 PAUSE_S = 0.2 if sys.stderr.isatty() else 10.0
 
 # what a child process keeps between episodes: building a simulator takes seconds
-_env: LiberoChunkEnv
+_env: LiberoChunkEnv | ManiSkillChunkEnv
 _policy: TransformersVLA | None
 
 
@@ -41,7 +43,7 @@ class EpisodeResult:
     """Outcome of one evaluation episode."""
 
     task_id: int
-    init_state_id: int
+    number: int
     success: bool
     num_env_steps: int
 
@@ -70,12 +72,10 @@ def record_missing(cfg: Settings, folder: Path) -> None:
 
 
 def evaluate(cfg: Settings, checkpoint: Path, *, greedy: bool) -> list[EpisodeResult]:
-    """Play the benchmark's init states, which no demonstration starts from."""
+    """Play the benchmark's init states or held-out seeds: no demonstration starts from them."""
     results: list[EpisodeResult] = []
     for task_id in cfg.env.task_ids:
-        jobs = [
-            (cfg, init_state_id, greedy) for init_state_id in range(cfg.evaluation.num_episodes)
-        ]
+        jobs = [(cfg, task_id, number, greedy) for number in range(cfg.evaluation.num_episodes)]
         with _pool(cfg, task_id, checkpoint, cfg.evaluation.num_processes) as pool:
             name = f"{'greedy' if greedy else 'sampled'} evaluation of task {task_id}"
             bar = _finished(pool, _play, jobs, name)
@@ -128,23 +128,27 @@ def _start(
 
 
 def _record(cfg: Settings, seed: int, path: Path) -> bool:
-    demonstration = record_demonstration(_env, seed=seed, noise=cfg.demonstrations.noise)
+    noise = cfg.demonstrations.noise
+    if isinstance(_env, ManiSkillChunkEnv):
+        demonstration = record_pick_cube(_env, seed=seed, noise=noise)
+    else:
+        demonstration = record_demonstration(_env, seed=seed, noise=noise)
     demonstration.save(path)
     return demonstration.info.success
 
 
-def _play(cfg: Settings, init_state_id: int, greedy: bool) -> EpisodeResult:
+def _play(cfg: Settings, task_id: int, number: int, greedy: bool) -> EpisodeResult:
     assert _policy is not None
-    torch.manual_seed(cfg.evaluation.seed + init_state_id)
-    _env.set_seed(cfg.evaluation.seed + init_state_id)
+    torch.manual_seed(cfg.evaluation.seed + number)
+    _env.set_seed(cfg.evaluation.seed + number)
     exploration = ExplorationType.DETERMINISTIC if greedy else ExplorationType.RANDOM
-    tensordict = _env.reset(TensorDict({"init_state_id": torch.tensor([init_state_id])}, []))
-    done = False
+    # of LIBERO this decides the scene; of ManiSkill the seed does
+    tensordict = _env.reset(TensorDict({INIT_STATE_ID_KEY: torch.tensor([number])}, []))
+    num_env_steps, done = 0, False
     while not done:
         with torch.no_grad(), set_exploration_type(exploration):
             decision = _policy(tensordict.unsqueeze(0)).squeeze(0)
         tensordict = _env.step(decision)["next"]
+        num_env_steps += int((~tensordict[ACTION_IS_PAD_KEY]).sum())
         done = bool(tensordict["done"])
-    return EpisodeResult(
-        _env.task_id, init_state_id, bool(tensordict["success"]), _env.num_env_steps
-    )
+    return EpisodeResult(task_id, number, bool(tensordict["success"]), num_env_steps)

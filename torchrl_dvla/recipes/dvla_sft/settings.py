@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -28,23 +28,26 @@ from torchrl_dvla.validation import (
     Range,
     Section,
     Threads,
+    check,
     check_path,
     from_mapping,
 )
 
 ACTION_DIM = 7
 Seed = Annotated[int, Range(0, 2**31 - 1)]
+ImageSize = Annotated[int, Range(1, 4096)]
 
 
 @dataclass(frozen=True)
-class EnvSettings(Section):
+class LiberoSettings(Section):
     """Arguments of :class:`~torchrl_dvla.envs.LiberoChunkEnv`, one for each of ``task_ids``."""
 
+    backend: Literal["libero"]
     task_suite: Literal[LIBERO_SUITES]  # type: ignore[valid-type]
     task_ids: tuple[Natural, ...]
     chunk_size: Count
     max_episode_steps: Count
-    image_size: Annotated[int, Range(1, 4096)]
+    image_size: ImageSize
     shadows: bool = True
     msaa: bool = True
     env_kwargs: Mapping[str, Any] | None = None
@@ -56,6 +59,26 @@ class EnvSettings(Section):
                 "task_ids must name at least one task, and each once, got "
                 f"{list(self.task_ids)}. Use [0]."
             )
+
+
+@dataclass(frozen=True)
+class ManiSkillSettings(Section):
+    """Arguments of :class:`~torchrl_dvla.envs.ManiSkillChunkEnv`; the expert knows one task."""
+
+    backend: Literal["maniskill"]
+    task: Literal["PickCube-v1"]
+    chunk_size: Count
+    max_episode_steps: Count
+    image_size: ImageSize
+    env_kwargs: Mapping[str, Any] | None = None
+
+    #: As its demonstrations say: a suite of one.
+    task_ids: ClassVar[tuple[int, ...]] = (0,)
+
+    @property
+    def task_suite(self) -> str:
+        """The suite that its demonstrations name."""
+        return self.task
 
 
 @dataclass(frozen=True)
@@ -120,7 +143,7 @@ class TrainingSettings(Section):
 
 @dataclass(frozen=True)
 class EvaluationSettings(Section):
-    """Episodes on the benchmark's init states."""
+    """Episodes on the benchmark's init states; on seeds from ``seed`` on where there are none."""
 
     num_episodes: Count
     temperature: Positive = 1.0
@@ -133,7 +156,7 @@ class Settings(Section):
     """All settings of a run."""
 
     seed: Seed
-    env: EnvSettings
+    env: LiberoSettings | ManiSkillSettings
     demonstrations: DemonstrationSettings
     policy: PolicySettings
     training: TrainingSettings
@@ -152,6 +175,17 @@ class Settings(Section):
             raise ValueError(
                 f"policy.backbone.image_size must be env.image_size={self.env.image_size}, got "
                 f"{self.policy.backbone.image_size}. Leave it out."
+            )
+        first, seed = self.demonstrations.first_seed, self.evaluation.seed
+        recorded = range(first, first + self.demonstrations.num_per_task)
+        evaluated = range(seed, seed + self.evaluation.num_episodes)
+        if isinstance(self.env, ManiSkillSettings) and (
+            recorded.start < evaluated.stop and evaluated.start < recorded.stop
+        ):
+            raise ValueError(
+                f"evaluation.seed must be of scenes without a demonstration, got {seed}, and "
+                f"demonstrations from demonstrations.first_seed={first} on. Set "
+                f"evaluation.seed={recorded.stop}."
             )
         num_demonstrations = self.demonstrations.num_per_task * len(self.env.task_ids)
         if self.training.num_validation_demonstrations >= num_demonstrations:
@@ -176,4 +210,8 @@ def settings_from(cfg: DictConfig | Mapping[str, Any]) -> Settings:
     if isinstance(env, Mapping) and isinstance(backbone, Mapping):
         # The images are the environment's.
         policy["backbone"] = {"image_size": env.get("image_size"), **backbone}
+    if isinstance(env, Mapping):
+        backend = check("env.backend", env.get("backend"), Literal["libero", "maniskill"])
+        section = LiberoSettings if backend == "libero" else ManiSkillSettings
+        data["env"] = from_mapping(section, env, "env")
     return from_mapping(Settings, data)

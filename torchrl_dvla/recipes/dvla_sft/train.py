@@ -6,9 +6,10 @@
 
     python -m torchrl_dvla sft
     python -m torchrl_dvla sft training.num_steps=1200 env.task_ids=[0,3]
+    python -m torchrl_dvla sft --config-name maniskill
 
 Each stage takes up where it was interrupted: demonstrations that exist are not recorded again.
-Every setting is in ``config/libero_object.yaml``; README.md beside this file explains them.
+Every setting is in ``config/*.yaml``; README.md beside this file explains them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from torchrl_dvla.data.demonstrations import load_demonstrations
 from torchrl_dvla.recipes.dvla_sft import utils
 from torchrl_dvla.recipes.dvla_sft.episodes import PAUSE_S, evaluate, record_missing
-from torchrl_dvla.recipes.dvla_sft.settings import Settings, settings_from
+from torchrl_dvla.recipes.dvla_sft.settings import LiberoSettings, Settings, settings_from
 from torchrl_dvla.recipes.terminal import command, messages_only, override, shortened
 from torchrl_dvla.streams import share_terminal
 
@@ -106,8 +107,12 @@ def train(cfg: Settings) -> None:
     (run_folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     for row in rows:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
-    tasks = f"env.task_ids=[{','.join(map(str, cfg.env.task_ids))}]"
+    if isinstance(cfg.env, LiberoSettings):
+        tasks = f"env.task_ids=[{','.join(map(str, cfg.env.task_ids))}]"
+        env = [f"env.task_suite={cfg.env.task_suite}", tasks]
+    else:
+        env = ["--config-name", "maniskill"]
     start = override("policy.checkpoint", shortened(checkpoint))
     print(f"report:     {shortened(run_folder / 'report.json')}")
     print(f"checkpoint: {shortened(checkpoint)}")
-    print("train:      " + command("train", start, f"env.task_suite={cfg.env.task_suite}", tasks))
+    print("train:      " + command("train", *env, start))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -25,11 +26,16 @@ from torchrl_dvla.data.demonstrations import (
 )
 from torchrl_dvla.data.instructions import InstructionTable, InstructionTransform
 from torchrl_dvla.data.schema import ACTION_CHUNK_KEY, STATE_KEY
-from torchrl_dvla.envs import LiberoChunkEnv, validate_libero
+from torchrl_dvla.envs import (
+    LiberoChunkEnv,
+    ManiSkillChunkEnv,
+    validate_libero,
+    validate_maniskill,
+)
 from torchrl_dvla.envs.libero_setup import load_init_states
 from torchrl_dvla.modules import TransformersVLA
 from torchrl_dvla.objectives.bc import ActionTokenBCLoss
-from torchrl_dvla.recipes.dvla_sft.settings import Settings
+from torchrl_dvla.recipes.dvla_sft.settings import ManiSkillSettings, Settings
 
 _MIN_STATE_STD = 0.02
 
@@ -39,7 +45,13 @@ def check_tasks(cfg: Settings) -> None:
 
     Raises:
         ValueError: naming the setting.
+        FileNotFoundError: if assets are missing.
+        ImportError: if the simulator is not installed.
+        RuntimeError: if it cannot draw on this machine.
     """
+    if isinstance(cfg.env, ManiSkillSettings):
+        validate_maniskill(cfg.env.task)
+        return
     for task_id in cfg.env.task_ids:
         try:
             task = validate_libero(cfg.env.task_suite, task_id)
@@ -64,20 +76,20 @@ def make_demonstration_folder(cfg: Settings) -> Path:
     return folder
 
 
-def make_env(cfg: Settings, task_id: int, *, recording: bool) -> LiberoChunkEnv:
+def make_env(cfg: Settings, task_id: int, *, recording: bool) -> LiberoChunkEnv | ManiSkillChunkEnv:
     """One simulator, as for training; while recording it observes more often."""
-    return LiberoChunkEnv(
-        cfg.env.task_suite,
-        task_id,
-        chunk_size=cfg.env.chunk_size,
-        replan_interval=cfg.demonstrations.label_interval if recording else None,
-        camera_height=cfg.env.image_size,
-        camera_width=cfg.env.image_size,
-        max_episode_steps=cfg.env.max_episode_steps,
-        shadows=cfg.env.shadows,
-        msaa=cfg.env.msaa,
-        env_kwargs=None if cfg.env.env_kwargs is None else dict(cfg.env.env_kwargs),
-    )
+    kwargs: dict[str, Any] = {
+        "chunk_size": cfg.env.chunk_size,
+        "replan_interval": cfg.demonstrations.label_interval if recording else None,
+        "camera_height": cfg.env.image_size,
+        "camera_width": cfg.env.image_size,
+        "max_episode_steps": cfg.env.max_episode_steps,
+        "env_kwargs": None if cfg.env.env_kwargs is None else dict(cfg.env.env_kwargs),
+    }
+    if isinstance(cfg.env, ManiSkillSettings):
+        return ManiSkillChunkEnv(cfg.env.task, **kwargs)
+    shadows, msaa = cfg.env.shadows, cfg.env.msaa
+    return LiberoChunkEnv(cfg.env.task_suite, task_id, shadows=shadows, msaa=msaa, **kwargs)
 
 
 def make_demonstrations(cfg: Settings, found: list[Demonstration]) -> list[Demonstration]:
