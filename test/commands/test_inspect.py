@@ -63,7 +63,7 @@ def test_damaged_policies(call, policy):
     config = policy / "config.json"
     data = json.loads(config.read_text())
     config.write_text(json.dumps(data | {"architecture": "Other"}))
-    assert "must be of a TransformersVLA, got 'Other'" in call("inspect", policy)[2]
+    assert "must be of a TransformersVLA or a FlowVLA, got 'Other'" in call("inspect", policy)[2]
     config.write_text(json.dumps(data | {"weights": {}}))
     assert "config.json.weights.file' is missing" in call("inspect", policy)[2]
     del data["config"]["chunk_size"]
@@ -106,6 +106,21 @@ def test_a_manifest_of_another_program(call, tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
     code, _, err = call("inspect", tmp_path)
     assert code == 1 and err.startswith("error: ") and "manifest" in err.lower()
+
+
+def test_a_flow_policy(call, tmp_path):
+    flow = utils.make_policy(compose_settings("toy_flow", []))
+    flow.save_pretrained(tmp_path)
+    code, out, err = call("inspect", tmp_path, "--config-name", "toy")
+    assert code == 0, err
+    found = rows(out)
+    assert found["format"].startswith("FlowVLA") and found["chunk size"] == "4 env steps"
+    assert found["action head"] == (
+        "flow matching, 4 denoising steps; stochastic: random, by sde, noise 0.5"
+    )
+    assert found["base model"].startswith("pi0") and found["fits"].startswith("toy")
+    arguments = ("inspect", tmp_path, "--config-name", "toy", "policy.temperature=0.5")
+    assert "policy.temperature=1.0" in call(*arguments)[2]
 
 
 def test_two_cameras_and_operational_words_are_shown(call, tmp_path):

@@ -22,7 +22,9 @@ from safetensors import SafetensorError, safe_open
 
 from torchrl_dvla.commands.saved_policy import SavedPolicy, add_settings, read_json
 from torchrl_dvla.memory import format_bytes
-from torchrl_dvla.modules import TransformersVLAConfig
+from torchrl_dvla.modules import FlowVLAConfig, TransformersVLAConfig
+from torchrl_dvla.modules.config import PolicyConfig
+from torchrl_dvla.modules.load_policy import policy_class
 from torchrl_dvla.recipes.dvla_grpo.validation import check_policy, check_settings
 from torchrl_dvla.saved_state import COUNT, read_state, require_form
 
@@ -78,14 +80,15 @@ def _state_rows(folder: Path) -> Iterator[tuple[str, str]]:
 def _pretrained_rows(folder: Path) -> Iterator[tuple[str, str]]:
     """Of a folder that ``save_pretrained`` wrote."""
     data = read_json(folder / "config.json")
-    if data["architecture"] != "TransformersVLA":
+    kind = policy_class(folder)
+    if data["architecture"] != kind.__name__:
         raise ValueError(
-            f"{folder / 'config.json'} must be of a TransformersVLA, got {data['architecture']!r}. "
-            "It was written by another version of torchrl_dvla."
+            f"{folder / 'config.json'} must be of a TransformersVLA or a FlowVLA, got "
+            f"{data['architecture']!r}. It was written by another version of torchrl_dvla."
         )
     form = {"weights": {"file": str, "num_bytes": COUNT, "crc32": str}, "config": {str: object}}
     require_form(form, {key: data.get(key) for key in form}, str(folder / "config.json"))
-    config = TransformersVLAConfig.from_dict(data["config"])
+    config = kind.config_class.from_dict(data["config"])
     yield "format", f"{data['architecture']}, format version {data.get('format_version')}"
     weights = folder / data["weights"]["file"]
     if not weights.is_file() or weights.stat().st_size != data["weights"]["num_bytes"]:
@@ -111,37 +114,44 @@ def _pretrained_rows(folder: Path) -> Iterator[tuple[str, str]]:
         ),
     )
     yield "base model", _describe_backbone(config)
-    frozen = {"vision": config.freeze_vision, "language": config.freeze_language}
-    yield "frozen", ", ".join(name for name, is_frozen in frozen.items() if is_frozen) or "nothing"
-    tokenizer = config.action_tokenizer
-    yield (
-        "action head",
-        (
-            f"tokens, decoded in parallel: {tokenizer['num_bins']} bins "
-            f"({tokenizer['kind']}), {config.num_queries} queries"
-        ),
-    )
-    yield "chunk size", f"{config.chunk_size} env steps"
+    yield from _head_rows(config)
     yield "action dimension", str(config.action_dim)
     height, width = config.image_size
     cameras = ["image", "wrist_image"][: config.num_cameras]
     yield "cameras", f"{config.num_cameras} of {height} x {width}: {', '.join(cameras)}"
     yield "state", f"{config.state_dim} entries" if config.state_dim else "not read"
-    bounds = [name for name in ("low", "high", "norm_low", "norm_high") if name in tokenizer]
-    yield (
-        "statistics",
-        "actions: "
-        + ", ".join(f"{name} {_short(tokenizer[name])}" for name in bounds)
-        + ("; state: mean and standard deviation" if config.state_dim else ""),
-    )
     prompt = config.prompt_style
     yield "prompt", ", ".join(f"{key} {value!r}" for key, value in vars(prompt).items() if value)
     words = read_json(folder / "tokenizer" / "tokenizer.json").get("model", {}).get("vocab", ())
-    kind = read_json(folder / "tokenizer" / "tokenizer_config.json").get("tokenizer_class")
-    yield "tokenizer", f"{kind}, {len(words)} words"
+    tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json").get("tokenizer_class")
+    yield "tokenizer", f"{tokenizer}, {len(words)} words"
 
 
-def _describe_backbone(config: TransformersVLAConfig) -> str:
+def _head_rows(config: PolicyConfig) -> Iterator[tuple[str, str]]:
+    """What kinds of policies differ in."""
+    if isinstance(config, FlowVLAConfig):
+        yield "frozen", "images and instruction" if config.freeze_prefix else "nothing"
+        noise = "a learned deviation" if config.sampler == "noise" else f"{config.noise_level:g}"
+        head = f"flow matching, {config.num_steps} denoising steps; stochastic: "
+        head += f"{config.stochastic_step}, by {config.sampler}, noise {noise}"
+        yield "action head", head
+        yield "chunk size", f"{config.backbone['chunk_size']} env steps"
+        yield "statistics", "actions and state: mean and standard deviation"
+    elif isinstance(config, TransformersVLAConfig):
+        frozen = {"vision": config.freeze_vision, "language": config.freeze_language}
+        names = [name for name, is_frozen in frozen.items() if is_frozen]
+        yield "frozen", ", ".join(names) or "nothing"
+        tokenizer = config.action_tokenizer
+        head = f"tokens, decoded in parallel: {tokenizer['num_bins']} bins ({tokenizer['kind']})"
+        yield "action head", f"{head}, {config.num_queries} queries"
+        yield "chunk size", f"{config.chunk_size} env steps"
+        bounds = [name for name in ("low", "high", "norm_low", "norm_high") if name in tokenizer]
+        statistics = ", ".join(f"{name} {_short(tokenizer[name])}" for name in bounds)
+        state = "; state: mean and standard deviation" if config.state_dim else ""
+        yield "statistics", f"actions: {statistics}{state}"
+
+
+def _describe_backbone(config: PolicyConfig) -> str:
     parts = [config.backbone["model_type"]]
     for tower in ("vision", "text"):
         sizes = config.backbone.get(f"{tower}_config") or {}

@@ -6,6 +6,7 @@
 
 from torchrl_dvla.modules.config import FlowVLAConfig, TransformersVLAConfig
 from torchrl_dvla.modules.flow_vla import FlowVLA
+from torchrl_dvla.modules.load_policy import load_policy
 from torchrl_dvla.modules.prompt import word_tokenizer
 from torchrl_dvla.modules.tiny import TinyBackboneConfig, TinyFlowConfig, tiny_token_policy
 from torchrl_dvla.modules.transformers_vla import TransformersVLA
@@ -17,6 +18,7 @@ __all__ = [
     "TinyFlowConfig",
     "TransformersVLA",
     "TransformersVLAConfig",
+    "load_policy",
     "tiny_token_policy",
     "word_tokenizer",
 ]

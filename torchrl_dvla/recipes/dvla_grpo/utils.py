@@ -29,7 +29,8 @@ from torchrl_dvla import (
 )
 from torchrl_dvla.envs import LiberoChunkEnv, ToyChunkEnv, libero_tasks
 from torchrl_dvla.memory import DualPool
-from torchrl_dvla.modules import TransformersVLA, tiny_token_policy
+from torchrl_dvla.modules import FlowVLA, TransformersVLA, load_policy, tiny_token_policy
+from torchrl_dvla.modules.load_policy import policy_class
 from torchrl_dvla.recipes.dvla_grpo.settings import FactorySettings, LiberoSettings, Settings
 from torchrl_dvla.recording import RunCheckpoints, check_writable, find_latest_checkpoint
 
@@ -120,13 +121,20 @@ def make_policy(cfg: Settings, device: str | None = None) -> TensorDictModuleBas
         return policy.to(device or cfg.device)
     if settings.kind == "checkpoint":
         assert settings.checkpoint is not None
-        policy = TransformersVLA.from_pretrained(
-            find_policy(settings.checkpoint),
-            freeze_vision=settings.freeze_vision,
-            freeze_language=settings.freeze_language,
-            dtype=settings.dtype,
-            temperature=settings.temperature,
-        )
+        folder = find_policy(settings.checkpoint)
+        of_tokens = {
+            "freeze_vision": settings.freeze_vision,
+            "freeze_language": settings.freeze_language,
+            "temperature": settings.temperature,
+        }
+        if policy_class(folder) is FlowVLA:
+            if of_tokens != {"freeze_vision": None, "freeze_language": None, "temperature": 1.0}:
+                raise ValueError(
+                    f"policy must leave out {', '.join(of_tokens)} for a flow policy, got "
+                    f"{of_tokens}. Set policy.temperature=1.0 and the others to null."
+                )
+            of_tokens = {}
+        policy = load_policy(folder, dtype=settings.dtype, **of_tokens)
     elif isinstance(cfg.env, FactorySettings):
         raise AssertionError("Settings refuses what is built for an environment that it can read")
     elif settings.kind == "tiny":
