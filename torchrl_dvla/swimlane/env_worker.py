@@ -466,7 +466,7 @@ class EnvWorker:
         rollouts = [self._rollout(command) for command in commands]
         specs = rollouts[0].built.specs
         if specs.has_init_states:
-            played = tensordict.get(INIT_STATE_ID_KEY).flatten().tolist()
+            played = tensordict[INIT_STATE_ID_KEY].flatten().tolist()
             for command, at in zip(commands, index or [0], strict=True):
                 _require_init_state(played[at], command.init_state_id)
         rows = _rows(((command.row, command.generation) for command in commands), index)
