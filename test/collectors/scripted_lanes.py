@@ -110,7 +110,8 @@ class ScriptedWorkers:
                 event: Any = ResetDone(command.env_index, command.task)
             else:
                 self._left[key] -= 1
-                self._reward *= 2.0
+                # Sums of few of them differ.
+                self._reward = 2.0 * self._reward if self._reward < 1e9 else 1.0
                 done = self._left[key] == 0
                 # No two rollouts return the same: every group is kept.
                 event = StepDone(

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, pvariance
@@ -39,6 +38,8 @@ _SEVERAL = Range(
     2, remedy="A group compares rollouts of one initial state: one rollout has no advantage."
 )
 
+#: Deviations of a group are squared in float32.
+_LARGEST_RETURN = 1e18
 #: Returns that differ by at most this, relative to the largest of them or to 1, count as equal.
 _RETURN_TOLERANCE = 1e-5
 
@@ -459,7 +460,7 @@ def judge(group: Group, config: GroupConfig, *, keep_all: bool = False) -> str |
         config (GroupConfig): the settings.
 
     Keyword Args:
-        keep_all (bool): keep it whatever its returns, as long as they are finite.
+        keep_all (bool): keep it whatever its returns, as long as they are finite, and their squares in float32.
 
     Returns:
         str or None: the reason to drop it, in words that do not vary from case to case.
@@ -467,7 +468,7 @@ def judge(group: Group, config: GroupConfig, *, keep_all: bool = False) -> str |
     # By id, not by who finished first: short episodes finish first, and succeed more often.
     group.candidates = sorted(group.rollouts, key=lambda rollout: rollout.rollout_id)
     returns = [rollout.episode_return for rollout in group.candidates]
-    if not all(map(math.isfinite, returns)):
+    if not all(abs(value) <= _LARGEST_RETURN for value in returns):  # nor is NaN
         return "a return is not finite"
     differ = bool(
         has_contrast(torch.tensor(returns, dtype=torch.float64), tolerance=_RETURN_TOLERANCE)
