@@ -58,15 +58,16 @@ def test_the_guide_calls_commands_that_exist_with_arguments_that_they_take() -> 
     for name, arguments in commands():
         overrides = [text for text in arguments if "=" in text and not text.startswith("-")]
         if name in ("train", "sft"):
-            flags = set(arguments) - {*overrides, "--config-dir", "conf", "--config-name", "reach"}
-            assert flags <= {"--quick", "-m"}, arguments
+            configs = {"--config-dir", "conf", "--config-name", "reach", "maniskill"}
+            assert set(arguments) - {*overrides, *configs} <= {"--quick", "-m"}, arguments
         else:
             command = importlib.import_module(f"torchrl_dvla.commands.{name}")
             parser = argparse.ArgumentParser(exit_on_error=False)
             command.add_arguments(parser)
             parser.parse_intermixed_args(arguments)
         if name != "sft" and "-m" not in arguments:
-            compose_settings("toy" if "--quick" in arguments else "libero", overrides)
+            config = "maniskill" if "maniskill" in arguments else "libero"
+            compose_settings("toy" if "--quick" in arguments else config, overrides)
 
 
 def test_the_configuration_of_the_guide_composes(tmp_path: Path) -> None:

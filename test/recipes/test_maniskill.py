@@ -83,6 +83,7 @@ def test_what_is_refused(override, message):
 
 
 @pytest.mark.maniskill
+@pytest.mark.timeout(2 * DEADLINE_S)
 def test_from_demonstrations_to_an_update(tmp_path):
     def run(command, *arguments):
         environ = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
@@ -105,11 +106,13 @@ def test_from_demonstrations_to_an_update(tmp_path):
         "sft",
         "checkpoint=policy",
         "demonstrations.num_per_task=4",
+        "demonstrations.num_processes=1",
         "env.image_size=32",
         "training.num_steps=2",
         "training.batch_size=4",
         "training.num_validation_demonstrations=1",
         "evaluation.num_episodes=2",
+        "evaluation.num_processes=1",
         "hydra.run.dir=sft",
         *sizes,
     )
@@ -122,6 +125,7 @@ def test_from_demonstrations_to_an_update(tmp_path):
         "policy.checkpoint=policy",
         "env.camera_height=32",
         "env.camera_width=32",
+        "workers.num_workers=1",
         "group.group_size=2",
         "group.groups_per_update=1",
         "group.max_no_signal_groups=1",

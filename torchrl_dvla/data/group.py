@@ -460,7 +460,7 @@ def judge(group: Group, config: GroupConfig, *, keep_all: bool = False) -> str |
         config (GroupConfig): the settings.
 
     Keyword Args:
-        keep_all (bool): keep it whatever its returns, as long as they are finite, and their squares in float32.
+        keep_all (bool): keep it whatever its returns, as long as they and their squares are finite.
 
     Returns:
         str or None: the reason to drop it, in words that do not vary from case to case.
