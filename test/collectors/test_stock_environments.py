@@ -20,6 +20,7 @@ from torchrl.envs import RenameTransform, SuccessReward, ToyVLAEnv, TransformedE
 from torchrl_dvla.collectors import GroupConfig
 from torchrl_dvla.data import schema
 from torchrl_dvla.envs import ChunkEnv
+from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.objectives import GRPOLoss
 from torchrl_dvla.testing import CountingChunkEnv
 
@@ -96,6 +97,16 @@ def test_gymnasiums_environments_by_id_and_by_factory(start_collector, monkeypat
     assert sorted(frames.tolist()) == [0] * 4 + [4] * 4
     # Pages have the chunk size of the policy, which nothing else has told.
     assert rows["vla_action", "chunk"].shape == (8, 4, 2)
+
+
+def test_an_environment_without_a_camera_is_learned(start_collector):
+    policy = tiny_token_policy(2, 3, use_image=False)
+    collector = start_collector(lambda: ChunkEnv(Line(), state_key="state"), policy=policy)
+    loss = GRPOLoss(policy)
+    for batch in collector.replay_buffer:
+        assert list(batch["observation"].keys()) == ["state"]
+        loss(batch)["loss_objective"].backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in policy.head.parameters())
 
 
 def test_a_success_function_that_raises_in_the_middle_ends_the_run_by_name(start_collector):

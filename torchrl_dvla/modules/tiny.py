@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from tensordict import TensorDictBase
 from torch import nn
 from torchrl.data.vla import UniformActionTokenizer
 from torchrl.modules.vla import TinyVLA
@@ -23,8 +24,32 @@ if TYPE_CHECKING:
 __all__ = ["TinyBackboneConfig", "TinyFlowConfig", "initialize_tiny_", "tiny_token_policy"]
 
 
+class _TinyStateVLA(TinyVLA):
+    """TinyVLA of the state and the words, without a camera."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        del self.image_encoder  # its lazy layers would never be made
+
+    def _update_keys(self) -> None:
+        super()._update_keys()
+        self.in_keys.remove(self._tensor_keys.image)
+
+    def _features(self, tensordict: TensorDictBase) -> torch.Tensor:
+        state = self._get_state(tensordict).float()
+        words = self._instruction_strings(tensordict, len(state))
+        text = self.text_embedding(self._hash_text(words, state.device))
+        features: torch.Tensor = self.trunk(torch.cat([self.state_encoder(state), text], -1))
+        return features
+
+
 def tiny_token_policy(
-    action_dim: int, chunk_size: int, *, vocab_size: int = 16, **kwargs: Any
+    action_dim: int,
+    chunk_size: int,
+    *,
+    vocab_size: int = 16,
+    use_image: bool = True,
+    **kwargs: Any,
 ) -> TinyVLA:
     """TorchRL's :class:`~torchrl.modules.vla.TinyVLA` as an action-token policy for GRPO.
 
@@ -38,10 +63,15 @@ def tiny_token_policy(
 
     Keyword Args:
         vocab_size (int): action tokens per dimension. Defaults to ``16``.
-        **kwargs: further arguments of ``TinyVLA``, e.g. ``hidden_dim``.
+        use_image (bool): read ``("observation", "image")``, by a small CNN. Defaults to ``True``.
+        **kwargs: further arguments of ``TinyVLA``, e.g. ``hidden_dim``; ``use_state=False`` for an
+            environment without a state.
 
     Returns:
         The policy.
+
+    Raises:
+        ValueError: if it would read neither image nor state.
 
     Examples:
         >>> from tensordict import NonTensorStack, TensorDict
@@ -61,6 +91,10 @@ def tiny_token_policy(
         >>> action["tokens"].shape, action["log_probs"].shape, action["chunk"].shape
         (torch.Size([3, 4, 2]), torch.Size([3, 4, 2]), torch.Size([3, 4, 2]))
     """
+    if not use_image and not kwargs.get("use_state", True):
+        raise ValueError(
+            "use_image or use_state must be True, got neither. A policy has to observe something."
+        )
     settings: dict[str, Any] = {
         "action_head": "tokens",
         "action_tokenizer": UniformActionTokenizer(vocab_size, low=-1.0, high=1.0),
@@ -68,7 +102,7 @@ def tiny_token_policy(
         "log_probs_mode": "token",
         "return_vla_action_container": False,
     }
-    return TinyVLA(
+    return (TinyVLA if use_image else _TinyStateVLA)(
         action_dim=action_dim, chunk_size=chunk_size, vocab_size=vocab_size, **settings | kwargs
     )
 
