@@ -60,7 +60,14 @@ from torchrl_dvla.modules import TinyBackboneConfig, tiny_token_policy
 from torchrl_dvla.objectives import ActionTokenBCLoss
 from torchrl_dvla.recording import RunCheckpoints
 from torchrl_dvla.swimlane.env_worker import EnvWorker, describe_env
-from torchrl_dvla.swimlane.messages import Reset, Step
+from torchrl_dvla.swimlane.messages import (
+    Refused,
+    RefusedError,
+    Reset,
+    ResetDone,
+    Step,
+    StepDone,
+)
 from torchrl_dvla.testing import CountingChunkEnv
 from torchrl_dvla.weight_update import WeightStore
 
@@ -362,10 +369,14 @@ def play(env: Any, chunk: float = 0.5) -> None:
         pool.rows["vla_action", "chunk"].fill_(chunk)
         worker = EnvWorker({"task": lambda: env}, num_envs=1)
         worker.use_pool(pool.worker_view())
-        worker.reset(Reset(0, "task", 3, 1, 0, 0))
+        [event] = worker.reset([Reset(0, "task", 3, 1, 0, 0)])
         for row in range(3):
-            if worker.step(Step(0, row, 0, row + 1, 0)).done:
+            if isinstance(event, StepDone) and event.done:
                 break
+            if isinstance(event, ResetDone | StepDone):
+                [event] = worker.step([Step(0, row, 0, row + 1, 0)])
+        if isinstance(event, Refused):
+            raise RefusedError(event.reason)
 
 
 def toy_collector(make: Any) -> dvla.DVLACollector:

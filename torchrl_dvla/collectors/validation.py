@@ -266,7 +266,7 @@ def plan_memory(
     *,
     group: GroupConfig,
     workers: WorkerConfig,
-    rollouts_per_env: int,
+    rollouts_per_env: int = 1,
     replay_buffer: PooledReplayBuffer,
     weight_bytes: int,
     rows_per_page: int,
