@@ -63,8 +63,8 @@ DASHBOARD: dict[str, dict[str, list[str]]] = {
     },
     "Loss": {
         "losses": [r"loss/loss_.+"],
-        "clip fraction": [r"loss/clip_fraction(_low|_high|_dual)?"],
-        "ratio to the behaviour policy": [r"loss/ratio_p(05|50|95)"],
+        "clip fraction": [r"loss/clip_fraction", r"loss/clip_fraction_(low|high|dual)"],
+        "ratio to the behaviour policy": [f"loss/ratio_p{share}" for share in ("05", "50", "95")],
         "divergence": [r"loss/kl_approx", r"loss/kl_to_ref"],
         "entropy": [r"loss/entropy"],
         "gradient norm": [r"optim/grad_norm"],
