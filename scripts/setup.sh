@@ -67,7 +67,8 @@ fi
 # The package is installed as a link to its folder. Installing it anew would have the environment of
 # another checkout run this one's code.
 if [ -x "$VENV/bin/python" ]; then
-  owner="$("$VENV/bin/python" - <<'PY' 2>/dev/null || true
+  # Isolated: this folder has metadata of the package too.
+  owner="$("$VENV/bin/python" -I - <<'PY' 2>/dev/null || true
 import json
 from importlib.metadata import distribution
 from urllib.parse import unquote, urlsplit
