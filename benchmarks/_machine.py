@@ -85,6 +85,21 @@ def paired_ratio(ours: Iterable[float], theirs: Iterable[float]) -> dict[str, fl
     return spread(a / b for a, b in zip(ours, theirs, strict=True))
 
 
+def env_steps_per_s(runs: list[dict[str, Any]]) -> list[float]:
+    """Rate of each run of a simulator."""
+    return [run["env_steps"] / run["total_s"] for run in runs]
+
+
+def env_step_summary(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Rates of the runs of a simulator, and the median seconds of a reset."""
+    found = spread(env_steps_per_s(runs))
+    return {
+        "env_steps_per_s": found.pop("median"),
+        **found,
+        "reset_s": round(statistics.median(run["reset_s"] for run in runs), 3),
+    }
+
+
 def memory_bytes(field: str, mapping: str = "") -> int:
     """A field of this process's memory map, summed over the mappings of that name."""
     total, is_wanted = 0, False

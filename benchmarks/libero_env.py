@@ -27,13 +27,12 @@ import contextlib
 import functools
 import hashlib
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from _machine import arguments, paired_ratio, report, spread
+from _machine import arguments, env_step_summary, env_steps_per_s, paired_ratio, report
 from _turns import in_turns
 from tensordict import TensorDict
 from torchrl.envs import LiberoEnv, MultiAction, TransformedEnv
@@ -113,19 +112,6 @@ def build(name: str) -> Iterator[Callable[..., dict[str, Any]]]:
         env.close()
 
 
-def rates(runs: list[dict[str, Any]]) -> list[float]:
-    return [run["env_steps"] / run["total_s"] for run in runs]
-
-
-def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
-    found = spread(rates(runs))
-    return {
-        "env_steps_per_s": found.pop("median"),
-        **found,
-        "reset_s": round(statistics.median(run["reset_s"] for run in runs), 3),
-    }
-
-
 def main() -> None:
     args = arguments(__doc__, "two short episodes")
     decisions, num_repeats = (4, 2) if args.quick else (16, 5)
@@ -141,7 +127,9 @@ def main() -> None:
         num_warm_ups=1,
     )
     ratios = {
-        f"{name}_vs_{rival}": paired_ratio(rates(runs[name]), rates(runs[rival]))
+        f"{name}_vs_{rival}": paired_ratio(
+            env_steps_per_s(runs[name]), env_steps_per_s(runs[rival])
+        )
         for name in OURS
         for rival in RIVALS
     }
@@ -157,7 +145,7 @@ def main() -> None:
         "ratio_fast_vs_tuned": ratios["fast_vs_stock_tuned"]["median"],
         "frames_equal": all(frames_equal),
         "ratios": ratios,
-        "environments": {name: summary(runs[name]) for name in NAMES},
+        "environments": {name: env_step_summary(runs[name]) for name in NAMES},
         "workload": {"gl": os.environ.get("MUJOCO_GL"), "decisions_per_episode": decisions},
     }
     report("libero_env", result, args.quick, "mujoco", "robosuite")

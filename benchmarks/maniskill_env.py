@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from _machine import arguments, in_process, paired_ratio, report, spread
+from _machine import arguments, env_step_summary, env_steps_per_s, in_process, paired_ratio, report
 from _turns import in_turns
 
 from torchrl_dvla.envs import ManiSkillChunkEnv, choose_vulkan_driver, validate_maniskill
@@ -158,19 +158,6 @@ def play_expert(num_seeds: int) -> dict[str, float]:
     }
 
 
-def rates(runs: list[dict[str, Any]]) -> list[float]:
-    return [run["env_steps"] / run["total_s"] for run in runs]
-
-
-def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
-    found = spread(rates(runs))
-    return {
-        "env_steps_per_s": found.pop("median"),
-        **found,
-        "reset_s": round(statistics.median(run["reset_s"] for run in runs), 3),
-    }
-
-
 def main() -> None:
     args = arguments(__doc__, "two repeats of one episode, the expert on five seeds")
     num_episodes, num_repeats, num_seeds = (1, 2, 5) if args.quick else (4, 5, 50)
@@ -183,13 +170,13 @@ def main() -> None:
         num_repeats,
         num_warm_ups=1,
     )
-    ratio = paired_ratio(rates(runs["ours"]), rates(runs["stock"]))
+    ratio = paired_ratio(env_steps_per_s(runs["ours"]), env_steps_per_s(runs["stock"]))
     pairs = zip(runs["ours"], runs["stock"], strict=True)
     result = {
         "ratio_vs_stock": ratio["median"],
         "frames_equal": all(ours["digest"] == theirs["digest"] for ours, theirs in pairs),
         "ratio": ratio,
-        "environments": {name: summary(found) for name, found in runs.items()},
+        "environments": {name: env_step_summary(found) for name, found in runs.items()},
         "expert": in_process(play_expert, num_seeds),
         "workload": {"render_backend": choose_vulkan_driver(), "episodes_per_turn": num_episodes},
     }

@@ -173,7 +173,7 @@ def test_the_other_steps_follow_the_ode():
     td = decide(policy, 6)
     prefix, _ = policy._observe(td)
     for row, first in enumerate(td[STEP][:, 0].tolist()):
-        x = td[PATH][:, :, 1].clone()  # of the whole batch, of which one row is looked at
+        x = td[PATH][:, :, 1].clone()  # of the whole batch, of which one row is compared
         for i in range(first + 1, 3):
             time = torch.full((6,), 1 - i / 3)
             velocity, _ = policy.network.velocity(prefix, x, time)

@@ -10,7 +10,6 @@ RUN is the folder that a run of `train` names at its beginning: runs/<name>/<tim
 from __future__ import annotations
 
 import argparse
-import fcntl
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +23,7 @@ from torchrl_dvla.recipes.terminal import (
     shortened,
     watch_command,
 )
-from torchrl_dvla.recording import SuccessRate
+from torchrl_dvla.recording import RunLock, SuccessRate
 from torchrl_dvla.saved_state import read_state
 
 
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         )
     folder = folder.absolute()
     checkpoints = sorted((folder / "checkpoints").glob("update-*/manifest.json"))
-    owner = _owner(folder)
+    owner = RunLock.owner_of(folder)
     rows = [("run", str(folder)), ("now", f"running: {owner}" if owner else "not running")]
     rows += _progress(folder, checkpoints, is_running=bool(owner))
     rows += [("checkpoint", _describe_checkpoint(path)) for path in checkpoints]
@@ -73,18 +72,6 @@ def _starts(folder: Path) -> list[str]:
     path = folder / SETTINGS_FILE
     lines = path.read_text().splitlines() if path.is_file() else []
     return [line.removeprefix("# ") for line in lines if line.startswith("# ")]
-
-
-def _owner(folder: Path) -> str:
-    """Who works in the folder; empty if nobody does. The run's lock is left as it is."""
-    with (folder / "owner").open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return file.read().strip() or "another process"
-        except OSError:  # a file system without locks
-            return ""
-    return ""
 
 
 def _progress(

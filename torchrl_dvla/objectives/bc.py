@@ -28,7 +28,35 @@ from torchrl_dvla.validation import check
 __all__ = ["ActionTokenBCLoss", "FlowMatchingLoss"]
 
 
-class ActionTokenBCLoss(BCLoss):
+class _ExpertLoss(BCLoss):
+    """What losses of an expert's decisions share: their mask, and the check of their values."""
+
+    def __init__(
+        self,
+        actor_network: TensorDictModuleBase,
+        *,
+        reduction: Literal["mean", "sum", "none"] | None = None,
+        check_finite: bool = True,
+    ) -> None:
+        super().__init__(actor_network, reduction=reduction)
+        self.check_finite: bool = check("check_finite", check_finite, bool)
+
+    def _read_expert(
+        self, tensordict: TensorDictBase, what: str, remedy: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The expert's entry ``[*B, chunk, A]``, and as a bool which of it is not padded."""
+        values = tensordict.get(self.tensor_keys.action, None)
+        if values is None:
+            raise KeyError(
+                f"the batch must hold the expert's {what} under {self.tensor_keys.action!r}, got "
+                f"{leaves_of(tensordict)}. {remedy}"
+            )
+        pad_key = self.tensor_keys.pad_mask
+        pad = None if pad_key is None else tensordict.get(pad_key, None)
+        return values, executed_tokens(pad, values, pad_key)
+
+
+class ActionTokenBCLoss(_ExpertLoss):
     """Negative log-likelihood of an expert's action tokens.
 
     :class:`~torchrl.objectives.BCLoss` compares what the actor *writes* at the action key with the
@@ -93,16 +121,6 @@ class ActionTokenBCLoss(BCLoss):
     default_keys = _AcceptedKeys
     out_keys = ["loss_bc", "accuracy"]
 
-    def __init__(
-        self,
-        actor_network: TensorDictModuleBase,
-        *,
-        reduction: Literal["mean", "sum", "none"] | None = None,
-        check_finite: bool = True,
-    ) -> None:
-        super().__init__(actor_network, reduction=reduction)
-        self.check_finite: bool = check("check_finite", check_finite, bool)
-
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Compute the loss of a batch of expert decisions.
@@ -118,17 +136,9 @@ class ActionTokenBCLoss(BCLoss):
             ValueError: if the policy's log-probabilities are not token-level, shapes or dtypes do
                 not fit together, or values are out of range (see *check_finite*).
         """
-        tokens = tensordict.get(self.tensor_keys.action, None)
-        if tokens is None:
-            raise KeyError(
-                f"the batch must hold the expert's tokens under {self.tensor_keys.action!r}, "
-                f"got {leaves_of(tensordict)}. An action tokenizer writes them."
-            )
+        tokens, valid = self._read_expert(tensordict, "tokens", "An action tokenizer writes them.")
         key = self.tensor_keys.action
         dist = run_policy(tensordict, self.actor_network, self.actor_network_params, key)
-        pad_key = self.tensor_keys.pad_mask
-        pad = None if pad_key is None else tensordict.get(pad_key, None)
-        valid = executed_tokens(pad, tokens, pad_key)
         log_prob, ranges = log_prob_of(tokens, dist, valid, check=self.check_finite)
         if self.check_finite:
             check_ranges(ranges, tensordict, tokens.shape[:-2].numel())
@@ -143,7 +153,7 @@ class ActionTokenBCLoss(BCLoss):
         return out
 
 
-class FlowMatchingLoss(BCLoss):
+class FlowMatchingLoss(_ExpertLoss):
     """Conditional flow matching: mean squared error of the velocity towards an expert's chunk.
 
     Each chunk is seen at one random noise and time a call
@@ -216,8 +226,7 @@ class FlowMatchingLoss(BCLoss):
                 f"{type(actor_network).__name__}. A policy of tokens is cloned by "
                 "ActionTokenBCLoss."
             )
-        super().__init__(actor_network, reduction=reduction)
-        self.check_finite: bool = check("check_finite", check_finite, bool)
+        super().__init__(actor_network, reduction=reduction, check_finite=check_finite)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -234,15 +243,7 @@ class FlowMatchingLoss(BCLoss):
             ValueError: if shapes do not fit together, or values are not finite (see
                 *check_finite*).
         """
-        chunk = tensordict.get(self.tensor_keys.action, None)
-        if chunk is None:
-            raise KeyError(
-                f"the batch must hold the expert's chunk under {self.tensor_keys.action!r}, got "
-                f"{leaves_of(tensordict)}. Demonstrations have it."
-            )
-        pad_key = self.tensor_keys.pad_mask
-        pad = None if pad_key is None else tensordict.get(pad_key, None)
-        valid = executed_tokens(pad, chunk, pad_key)
+        chunk, valid = self._read_expert(tensordict, "chunk", "Demonstrations have it.")
         # The network reads all env steps of a chunk: what is no number in one spoils the others.
         chunk = chunk.masked_fill(~valid & ~torch.isfinite(chunk), 0.0)
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):

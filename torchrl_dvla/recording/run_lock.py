@@ -20,6 +20,10 @@ __all__ = ["RunLock"]
 
 _log = logging.getLogger("torchrl_dvla")
 
+#: The file that is locked, and says by whom.
+_OWNER = "owner"
+_SOMEBODY = "another process"
+
 
 class RunLock:
     """Exclusive use of a run's folder, until :meth:`release` or the end of the process.
@@ -44,9 +48,27 @@ class RunLock:
         >>> lock.release()
     """
 
+    @staticmethod
+    def owner_of(folder: str | os.PathLike[str]) -> str:
+        """Who has a run's folder, whose lock is left as it is; empty if nobody has.
+
+        On a file system without locks nobody seems to.
+
+        Raises:
+            FileNotFoundError: if it never was the folder of a run.
+        """
+        with (Path(folder) / _OWNER).open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or _SOMEBODY
+            except OSError:
+                pass
+        return ""
+
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder: Path = check_writable(folder)
-        descriptor = os.open(self.folder / "owner", os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(self.folder / _OWNER, os.O_RDWR | os.O_CREAT, 0o666)
         #: Let the folder go.
         self.release = weakref.finalize(self, os.close, descriptor)
         try:
@@ -56,7 +78,7 @@ class RunLock:
             self.release()
             raise ValueError(
                 f"The run folder must be free, got {str(self.folder)!r}, in use by "
-                f"{owner or 'another process'}. Wait for its end or end it, or start a new run."
+                f"{owner or _SOMEBODY}. Wait for its end or end it, or start a new run."
             ) from None
         except OSError as error:
             _log.warning("%s cannot be locked (%s): start no second run there.", folder, error)

@@ -24,12 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from torchrl_dvla import GroupConfig, InferenceConfig, WorkerConfig
-from torchrl_dvla.envs import LIBERO_SUITES
 from torchrl_dvla.functional import Reduction
 from torchrl_dvla.memory import DualPool
 from torchrl_dvla.modules import TinyBackboneConfig
 from torchrl_dvla.objectives.grpo import KLEstimator, RatioLevel
 from torchrl_dvla.objectives.validation import check_trust_region
+from torchrl_dvla.recipes.libero_tasks import LiberoTasks
 from torchrl_dvla.recording import LogBackend
 from torchrl_dvla.validation import (
     Count,
@@ -76,14 +76,9 @@ class ToySettings(Section):
 
 
 @dataclass(frozen=True)
-class LiberoSettings(Section):
+class LiberoSettings(LiberoTasks):
     """Arguments of :class:`~torchrl_dvla.envs.LiberoChunkEnv`, one for each of ``task_ids``."""
 
-    backend: Literal["libero"]
-    task_suite: Literal[LIBERO_SUITES]  # type: ignore[valid-type]
-    task_ids: tuple[Natural, ...]
-    chunk_size: Count
-    max_episode_steps: Count
     replan_interval: Count | None = None
     camera_height: Size = 128
     camera_width: Size = 128
@@ -100,11 +95,6 @@ class LiberoSettings(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.task_ids or len(set(self.task_ids)) < len(self.task_ids):
-            raise ValueError(
-                "task_ids must name at least one task, and each once, got "
-                f"{list(self.task_ids)}. Use [0]."
-            )
         if self.env_steps_per_decision > self.chunk_size:
             raise ValueError(
                 f"replan_interval must be from 1 to chunk_size={self.chunk_size}, got "

@@ -16,9 +16,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-from torchrl_dvla.envs import LIBERO_SUITES
 from torchrl_dvla.envs.libero_expert import ActionNoise
 from torchrl_dvla.modules import TinyBackboneConfig
+from torchrl_dvla.recipes.libero_tasks import LiberoTasks
 from torchrl_dvla.validation import (
     Count,
     Limit,
@@ -39,26 +39,13 @@ ImageSize = Annotated[int, Range(1, 4096)]
 
 
 @dataclass(frozen=True)
-class LiberoSettings(Section):
+class LiberoSettings(LiberoTasks):
     """Arguments of :class:`~torchrl_dvla.envs.LiberoChunkEnv`, one for each of ``task_ids``."""
 
-    backend: Literal["libero"]
-    task_suite: Literal[LIBERO_SUITES]  # type: ignore[valid-type]
-    task_ids: tuple[Natural, ...]
-    chunk_size: Count
-    max_episode_steps: Count
     image_size: ImageSize
     shadows: bool = True
     msaa: bool = True
     env_kwargs: Mapping[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.task_ids or len(set(self.task_ids)) < len(self.task_ids):
-            raise ValueError(
-                "task_ids must name at least one task, and each once, got "
-                f"{list(self.task_ids)}. Use [0]."
-            )
 
 
 @dataclass(frozen=True)
