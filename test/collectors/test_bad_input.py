@@ -82,7 +82,8 @@ def test_a_factory_of_lazy_policies_in_the_lane(make_collector):
         (make_env(), TypeError, "must be a function that .*, got a CountingChunkEnv. Pass `lambda"),
         ({"a": make_env, "b": 3}, TypeError, "got a int. Pass `lambda"),
         ("Pendulun-v1", ValueError, "an id that gymnasium knows, got 'Pendulun-v1': .*`Pendulum`"),
-        ({"a": "Mine-v0"}, ValueError, "got 'Mine-v0'.* Import the module that registers it first"),
+        ({"a": "Mine-v0"}, ValueError, "got 'Mine-v0'.* another package registers .*'package:Id'"),
+        ("no_package:Mine-v0", ValueError, "got 'no_package:Mine-v0': No module named 'no_pack"),
     ],
 )
 def test_what_makes_no_environment(no_process, make, error, message):

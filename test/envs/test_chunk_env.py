@@ -27,6 +27,7 @@ from torchrl.envs import (
     check_env_specs,
 )
 
+from torchrl_dvla.collectors.validation import env_factories
 from torchrl_dvla.envs import ChunkEnv
 from torchrl_dvla.envs.chunk_env import make_chunk_env
 from torchrl_dvla.swimlane.env_worker import describe_env
@@ -515,3 +516,20 @@ def test_a_batch_of_single_environments_plays_as_they_do(make_base, settings):
     assert num_over >= 5
     for env in (batched, *singles):
         env.close()
+
+
+def test_an_id_of_another_package(tmp_path, monkeypatch):
+    (tmp_path / "reaching.py").write_text(
+        "import gymnasium\n"
+        "gymnasium.register('Reaching-v0', entry_point='test.envs.test_chunk_env:Clock')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        ValueError, match="base_env must be an id .*, got 'Reaching-v0'.*'package:Id'"
+    ):
+        ChunkEnv("Reaching-v0")
+    for env in (
+        ChunkEnv("reaching:Reaching-v0"),
+        env_factories("reaching:Reaching-v0")["default"](),
+    ):
+        assert sorted(env.reset()["observation"].keys()) == ["image", "state"]

@@ -36,6 +36,7 @@ def test_the_policy_reads_what_it_is_told_to(settings, reads):
     torch.testing.assert_close(log_probs, action["log_probs"])
     log_probs.sum().backward()
     assert all(parameter.grad is not None for parameter in policy.parameters())
+    torch.testing.assert_close(policy.get_dist(td[0]).logits, distribution.logits[0])  # no batch
     # The words, and each of the inputs, change what it does.
     logits = distribution.logits
     assert torch.equal(logits[0], logits[2]) and not torch.equal(logits[0], logits[1])

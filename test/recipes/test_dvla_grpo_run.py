@@ -19,6 +19,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensordict import TensorDict
 
 from torchrl_dvla.collectors import EpisodeSpec, Evaluation
 from torchrl_dvla.recipes.dvla_grpo import bookkeeping, train, utils, validation
@@ -380,7 +381,7 @@ def test_an_evaluation_that_fails_does_not_end_the_training(capsys):
     good, bad = EpisodeSpec("good", 0), EpisodeSpec("bad", 0)
     for episodes in ([good, bad], [bad]):
         train.begin_evaluation(collector, episodes)
-    collector.evaluate.assert_called_once_with([good])
+    collector.evaluate.assert_called_once_with([good], num_frames_episodes=0)
     assert "not evaluated: 1 episodes, for bad is quarantined" in capsys.readouterr().out
     evaluation = Evaluation([good], greedy=True, num_frames_episodes=0)
     with pytest.raises(TimeoutError, match=r"more than timeout_s=0.01 s: 0 of 1 episodes"):
@@ -388,6 +389,17 @@ def test_an_evaluation_that_fails_does_not_end_the_training(capsys):
     evaluation.fail(RuntimeError("It crashed."))
     assert train.result_of(evaluation) is None
     assert "training goes on. It crashed." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("observed", "num_kept"), [("image", 2), ("state", 0)])
+def test_an_environment_without_a_camera_has_no_videos(observed, num_kept):
+    collector = MagicMock()
+    collector.replay_buffer.groups.quarantined = set()
+    rows = TensorDict({"observation": {observed: torch.zeros(3)}}, [])
+    collector.memory.environment.rows = rows
+    episodes = [EpisodeSpec("task", 0)]
+    train.begin_evaluation(collector, episodes, num_videos=2)
+    collector.evaluate.assert_called_once_with(episodes, num_frames_episodes=num_kept)
 
 
 def test_an_error_while_saving_does_not_hide_the_first(capsys):

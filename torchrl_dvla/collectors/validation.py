@@ -39,7 +39,7 @@ from torchrl_dvla.data.schema import (
     OBSERVATION_KEY,
     recorded_keys,
 )
-from torchrl_dvla.envs.chunk_env import make_chunk_env
+from torchrl_dvla.envs.chunk_env import make_chunk_env, registered_env
 from torchrl_dvla.memory import DualPool, EnvironmentPool, Plan, RowLayout
 from torchrl_dvla.saved_state import OLDER_VERSION
 from torchrl_dvla.swimlane.messages import EnvSpecs
@@ -100,20 +100,10 @@ def _factory(make: Any) -> Callable[[], Any]:
 
 
 def _registered(env_id: str) -> Callable[[], Any]:
-    try:
-        import gymnasium
-    except ImportError as error:
-        raise ImportError(
-            f"create_env_fn={env_id!r} needs gymnasium: pip install gymnasium"
-        ) from error
-    try:
-        return functools.partial(gymnasium.make, gymnasium.spec(env_id))
-    except gymnasium.error.Error as error:
-        raise ValueError(
-            f"create_env_fn must be an id that gymnasium knows, got {env_id!r}: "
-            f"{str(error).rstrip('.')}. Import the module that registers it first, or pass a "
-            "function that makes the environment."
-        ) from None
+    spec = registered_env(env_id, "create_env_fn")
+    import gymnasium
+
+    return functools.partial(gymnasium.make, spec)
 
 
 def check_tasks(schedule: InitStateSchedule, tasks: Collection[str]) -> None:

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
             with stop.interruptible():
                 collector = utils.make_collector(cfg, policy, utils.make_replay_buffer(cfg))
                 stack.push(collector)  # shuts it down; it samples nothing for training
-                evaluation = begin_evaluation(collector, episodes, num_frames_episodes=videos)
+                evaluation = begin_evaluation(collector, episodes, num_videos=videos)
                 assert evaluation is not None  # no task is quarantined yet
                 result = _wait(evaluation, cfg.eval.timeout_s)
         except StopRequested:

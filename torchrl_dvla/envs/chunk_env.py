@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ from torchrl_dvla.data.schema import (
 )
 from torchrl_dvla.envs.libero_setup import choose_gl_backend
 
-__all__ = ["ChunkEnv", "make_chunk_env"]
+__all__ = ["ChunkEnv", "make_chunk_env", "registered_env"]
 
 #: Names of the cameras of a list.
 _CAMERA_NAMES = ("image", "wrist_image")
@@ -561,6 +562,41 @@ def make_chunk_env(make: Callable[[], Any]) -> EnvBase:
     return env if is_chunked else ChunkEnv(env)
 
 
+def registered_env(env_id: str, argument: str) -> Any:
+    """What gymnasium has registered under an id; ``"package:Id"`` imports the package first.
+
+    Args:
+        env_id (str): the id.
+        argument (str): where it was given, for the error.
+
+    Raises:
+        ValueError: for an id that gymnasium does not know.
+        ImportError: without gymnasium.
+
+    Examples:
+        >>> registered_env("Pendulum-v1", "base_env").id
+        'Pendulum-v1'
+    """
+    try:
+        import gymnasium
+    except ImportError as error:
+        raise ImportError(
+            f"{argument}={env_id!r} needs gymnasium: pip install gymnasium"
+        ) from error
+    package, _, name = env_id.rpartition(":")
+    try:
+        if package:
+            importlib.import_module(package)
+        return gymnasium.spec(name)
+    except (ImportError, gymnasium.error.Error) as error:
+        raise ValueError(
+            f"{argument} must be an id that gymnasium knows, got {env_id!r}: "
+            f"{str(error).rstrip('.')}. One that another package registers is written "
+            "'package:Id', as 'gymnasium_robotics:FetchReach-v4'; or pass a function that makes "
+            "the environment."
+        ) from None
+
+
 def _innermost(env: EnvBase) -> EnvBase:
     while isinstance(env, TransformedEnv):
         env = env.base_env
@@ -569,6 +605,7 @@ def _innermost(env: EnvBase) -> EnvBase:
 
 def _as_torchrl(base_env: Any) -> EnvBase:
     if isinstance(base_env, str):
+        registered_env(base_env, "base_env")
         base_env = GymEnv(base_env)
     elif not isinstance(base_env, EnvBase) and hasattr(base_env, "action_space"):
         base_env = GymWrapper(base_env)

@@ -37,8 +37,9 @@ class _TinyStateVLA(TinyVLA):
 
     def _features(self, tensordict: TensorDictBase) -> torch.Tensor:
         state = self._get_state(tensordict).float()
-        words = self._instruction_strings(tensordict, len(state))
-        text = self.text_embedding(self._hash_text(words, state.device))
+        batch_shape = state.shape[:-1]
+        words = self._instruction_strings(tensordict, batch_shape.numel())
+        text = self.text_embedding(self._hash_text(words, state.device)).view(*batch_shape, -1)
         features: torch.Tensor = self.trunk(torch.cat([self.state_encoder(state), text], -1))
         return features
 

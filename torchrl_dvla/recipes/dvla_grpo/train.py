@@ -33,6 +33,7 @@ from torchrl.checkpoint import GlobalRNGState
 
 from torchrl_dvla import DVLACollector, EpisodeSpec, GRPOLoss
 from torchrl_dvla.collectors import Evaluation, EvaluationResult
+from torchrl_dvla.data.schema import IMAGE_KEY
 from torchrl_dvla.recipes.dvla_grpo import utils
 from torchrl_dvla.recipes.dvla_grpo.bookkeeping import (
     Meter,
@@ -160,8 +161,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
         def evaluate_all() -> list[bool]:
             with stop.interruptible():
                 log(f"evaluating: {len(held_out)} held-out episodes")
-                num_videos = cfg.eval.num_videos
-                evaluation = begin_evaluation(collector, held_out, num_frames_episodes=num_videos)
+                evaluation = begin_evaluation(collector, held_out, num_videos=cfg.eval.num_videos)
                 if evaluation is None:
                     return []
                 result = evaluation.result(cfg.eval.timeout_s)
@@ -287,9 +287,14 @@ def learn(
 
 
 def begin_evaluation(
-    collector: DVLACollector, episodes: Sequence[EpisodeSpec], **kwargs: Any
+    collector: DVLACollector, episodes: Sequence[EpisodeSpec], *, num_videos: int = 0
 ) -> Evaluation | None:
-    """Play episodes greedily, but for quarantined tasks; ``None`` if there are no others."""
+    """Play episodes greedily, but for quarantined tasks; ``None`` if there are no others.
+
+    The frames of ``num_videos`` of them are kept, if the environment observes any.
+    """
+    if IMAGE_KEY not in collector.memory.environment.rows.keys(include_nested=True):
+        num_videos = 0
     groups = groups_of(collector)
     with groups.lock:  # no task is quarantined meanwhile
         played = [spec for spec in episodes if spec.task not in groups.quarantined]
@@ -298,7 +303,7 @@ def begin_evaluation(
             log(
                 f"not evaluated: {len(episodes) - len(played)} episodes, for {tasks} is quarantined"
             )
-        return collector.evaluate(played, **kwargs) if played else None
+        return collector.evaluate(played, num_frames_episodes=num_videos) if played else None
 
 
 def result_of(evaluation: Evaluation) -> EvaluationResult | None:
