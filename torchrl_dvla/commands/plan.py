@@ -18,6 +18,7 @@ on a cluster (`topology` prints one), what bounds it, and what one more node or 
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 from torch.nn import Module
@@ -55,14 +56,15 @@ def run(args: argparse.Namespace) -> int:
     print(f"{cfg.name}: fits.\n\n{plan}\n")
     print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
     if speed is not None:
-        print(f"\n{speed}")
+        best, configured = speed
+        print(f"\n{configured}\n\nThe fastest plan:\n\n{best}")
         if args.picture:
-            Path(args.picture).write_text(draw_plan(speed), encoding="utf-8")
+            Path(args.picture).write_text(draw_plan(best), encoding="utf-8")
     return 0
 
 
-def _plan_speed(args: argparse.Namespace, cfg: Settings) -> RunPlan | None:
-    """The fastest plan for a configuration, if its costs are known."""
+def _plan_speed(args: argparse.Namespace, cfg: Settings) -> tuple[RunPlan, str] | None:
+    """The fastest plan for a configuration and how fast it is as it stands, if costs are known."""
     given = [n for n in ("cluster", "picture", "learner_gpus") if getattr(args, n) is not None]
     if args.costs is None:
         if given:
@@ -75,7 +77,8 @@ def _plan_speed(args: argparse.Namespace, cfg: Settings) -> RunPlan | None:
     costs = LaneCosts.load(args.costs)
     costs.check_settings(cost_settings(cfg))
     cluster = ClusterSpec.from_yaml(args.cluster) if args.cluster else ClusterSpec.local()
-    return plan_run(
+    plan = functools.partial(
+        plan_run,
         cluster,
         costs,
         workers=cfg.workers,
@@ -83,6 +86,13 @@ def _plan_speed(args: argparse.Namespace, cfg: Settings) -> RunPlan | None:
         group=cfg.group,
         num_learner_gpus=args.learner_gpus,
     )
+    best, workers, lag = plan(), cfg.workers.num_workers, cfg.group.max_policy_lag
+    try:
+        found = plan(num_workers=workers, max_policy_lag=lag)
+        rate = f"{found.decisions_per_s:.4g} decisions/s, bounded by {found.bounded_by.what}"
+    except ValueError as error:  # a configuration of a larger machine
+        rate = f"does not fit: {error}"
+    return best, f"as configured  {rate} ({workers} workers a node, max_policy_lag={lag})"
 
 
 def _learner_rows(cfg: Settings, policy: Module) -> list[tuple[str, str]]:

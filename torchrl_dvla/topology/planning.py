@@ -276,8 +276,8 @@ def plan_run(
 
     A resource that a decision keeps busy for :math:`D` seconds, and of which there are :math:`m`,
     lets at most :math:`m / D` decisions a second through; :math:`N` rollouts, each of which takes
-    turns with its policy call, at most :math:`N / \sum D`. A run is as fast as the least of these: a
-    step costs the maximum over the lanes. Bounds are optimistic where several are nearly equal.
+    turns with its policy call, at most :math:`N / \sum D`. A run is as fast as the least of these:
+    a step costs the maximum over the lanes. Bounds are optimistic where several are nearly equal.
 
     - sampling lane: the workers of a node; inference lane: one process, or one a GPU, in batches of
       half of the rollouts, so that the other half is simulated meanwhile;
