@@ -66,7 +66,7 @@ def test_what_is_printed_is_read_again(declare):
         ("nodes: [{host: a, memory_bytes: 1GB}]", r"nodes\[0\].num_cores must be given"),
         (
             "nodes: [{host: a, num_cores: 1, memory_bytes: 1, cpus: 3}]",
-            r"nodes\[0\].cpus must be a setting.*There are host",
+            r"nodes\[0\].cpus must be a setting.*Did you mean nodes\[0\].gpus",
         ),
         ("nodes: [{host: a, num_cores: 0, memory_bytes: 1}]", "num_cores must be at least 1"),
         ("nodes: [{host: a, num_cores: 1, memory_bytes: 1XB}]", r"nodes\[0\].memory_bytes must be"),

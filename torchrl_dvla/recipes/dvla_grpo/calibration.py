@@ -56,8 +56,9 @@ def calibrate(cfg: Settings, *, num_updates: int = 3) -> LaneCosts:
     """Lane costs of a configuration, of the synchronous loop with one worker.
 
     In lockstep (``max_policy_lag=0``) no two lanes are busy at once, so each lane's time on the
-    timeline is its own, whatever it would share cores with later. Policy calls of one and of
-    several rows tell what a row adds.
+    timeline is its own, whatever it would share cores with later. What other programs take of it is
+    left out: the kernel says how long a thread that could run waited for a core. Policy calls of
+    one and of several rows tell what a row adds.
 
     Args:
         cfg (Settings): of a run; its learner, environments and policy are used as they are.
@@ -96,7 +97,7 @@ def calibrate(cfg: Settings, *, num_updates: int = 3) -> LaneCosts:
             start_s = time.monotonic()
             if number == num_updates:
                 total = _Totals.of(collector).since(before)
-                call_row_s = _row_seconds(cfg, policy, buffer.sample(_NUM_ROWS))
+                call_row_s = _row_seconds(cfg, policy, buffer.sample()[:_NUM_ROWS])
                 env_bytes = _worker_bytes() // cfg.workers.envs_per_worker
                 break
             collector.update_policy_weights_()
@@ -134,14 +135,20 @@ def calibrate(cfg: Settings, *, num_updates: int = 3) -> LaneCosts:
 
 
 class _Totals:
-    """Busy seconds and counts of a collector until now; one made by itself is all zeros."""
+    """Seconds and counts of a collector until now; one made by itself is all zeros.
+
+    Of each lane there are the seconds of its spans, those that its thread ran, and those that it
+    could have run but had to wait for a core, which are somebody else's.
+    """
 
     step_s = reset_s = infer_s = learn_s = loop_s = 0.0
+    sampling_ran_s = sampling_waited_s = inference_ran_s = inference_waited_s = 0.0
+    gradient_ran_s = gradient_waited_s = 0.0
     num_decisions = num_env_steps = num_rollouts = num_calls = 0
 
     @classmethod
     def of(cls, collector: DVLACollector) -> _Totals:
-        """Those of a collector whose learner is at work: the other lanes are idle."""
+        """Those of a collector whose learner, this thread, is at work: the other lanes are idle."""
         totals, stats = cls(), collector.stats()
         names = {"step": "step_s", "reset": "reset_s", "infer": "infer_s"}
         names |= {"gather": "learn_s", "learn": "learn_s"}
@@ -150,6 +157,15 @@ class _Totals:
                 setattr(totals, name, getattr(totals, name) + span.end_s - span.start_s)
         (thread,) = [t for t in threading.enumerate() if t.name == "dvla-collector"]
         totals.loop_s = time.clock_gettime(time.pthread_getcpuclockid(thread.ident or 0))
+        tasks = {
+            "sampling": str(_process("dvla-env").pid),
+            "inference": str(_process("dvla-inference").pid),
+            "gradient": f"self/task/{threading.get_native_id()}",
+        }
+        for lane, task in tasks.items():
+            ran_ns, waited_ns, _ = map(int, Path(f"/proc/{task}/schedstat").read_text().split())
+            setattr(totals, f"{lane}_ran_s", 1e-9 * ran_ns)
+            setattr(totals, f"{lane}_waited_s", 1e-9 * waited_ns)
         totals.num_decisions = int(stats["frames"])
         totals.num_env_steps = int(stats["collector/env_steps"])
         totals.num_rollouts = int(stats["collector/episodes"])
@@ -157,10 +173,18 @@ class _Totals:
         return totals
 
     def since(self, earlier: _Totals) -> _Totals:
-        """What came after *earlier*."""
+        """What came after *earlier*, each span without what others took of it."""
         totals = _Totals()
         for name in (name for name in dir(self) if name.endswith("_s") or name.startswith("num_")):
             setattr(totals, name, getattr(self, name) - getattr(earlier, name))
+        spans = {"sampling": ("step_s", "reset_s"), "inference": ("infer_s",)}
+        for lane, names in {**spans, "gradient": ("learn_s",)}.items():
+            busy_s = sum(getattr(totals, name) for name in names)
+            own_s = busy_s - getattr(totals, f"{lane}_waited_s")
+            # A thread may also have waited before a span, and worked on messages around it.
+            own_s = max(own_s, getattr(totals, f"{lane}_ran_s"))
+            for name in names:
+                setattr(totals, name, getattr(totals, name) * own_s / busy_s)
         return totals
 
 
@@ -185,12 +209,16 @@ def _row_seconds(cfg: Settings, policy: TensorDictModuleBase, rows: TensorDictBa
             pairs = [(seconds(1), seconds(len(rows))) for _ in range(_NUM_CALLS)]
     finally:
         torch.set_num_threads(num_threads)
-    one, all_of_them = (statistics.median(times) for times in zip(*pairs))
+    one, all_of_them = (min(times) for times in zip(*pairs))  # the least disturbed of each
     return max(1e-9, (all_of_them - one) / (len(rows) - 1))
 
 
 def _worker_bytes() -> int:
     """Memory of the environment worker, its share of what it shares with others included."""
-    (worker,) = [p for p in multiprocessing.active_children() if p.name.startswith("dvla-env")]
-    lines = Path(f"/proc/{worker.pid}/smaps_rollup").read_text().splitlines()
+    lines = Path(f"/proc/{_process('dvla-env').pid}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def _process(name: str) -> multiprocessing.process.BaseProcess:
+    (process,) = [p for p in multiprocessing.active_children() if p.name.startswith(name)]
+    return process
