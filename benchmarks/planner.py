@@ -13,8 +13,9 @@ rate is so small that episodes stay as they are. Nothing is emulated.
 
 error_<case>        predicted over measured decisions/s, minus one; the median over repeats.
 core_error_<case>   the same of decisions a core second: the cores that the run's processes kept
-                    busy, whatever else the machine did meanwhile. ``others`` is how many cores
-                    other programs took, and ``load`` the load average at the end.
+                    busy, whatever else the machine did meanwhile
+left_error_<case>   the same as ``error`` for a plan on the cores that other programs left:
+                    ``others`` is how many they took, ``load`` the load average at the end.
 
 The last line of stdout is one JSON object.
 """
@@ -39,8 +40,9 @@ from torchrl_dvla.recording import GracefulStop
 from torchrl_dvla.topology import ClusterSpec, LaneCosts, RunPlan, plan_run
 
 #: Workers and environments of each, by configuration; seconds of a measurement.
-CASES = {"toy": [(1, 1), (1, 8), (2, 1), (2, 8)], "libero": [(1, 1), (2, 1)]}
-SECONDS = {"toy": 8.0, "libero": 60.0}
+CASES = {"toy": [(1, 1), (1, 8), (2, 8)], "libero": [(1, 1), (2, 1)]}
+SECONDS = {"toy": 6.0, "libero": 60.0}
+KEYS = ("core_error", "left_error", "sampling", "inference", "gradient")
 
 
 def settings(name: str) -> Settings:
@@ -64,8 +66,17 @@ def predict(cfg: Settings, costs: LaneCosts) -> RunPlan:
     )
 
 
-def plan_cores() -> int:
-    return ClusterSpec.local().nodes[0].num_cores
+def errors(plan: RunPlan, run: dict[str, float]) -> dict[str, float]:
+    """Predicted over measured, minus one."""
+    num_cores, rate = ClusterSpec.local().nodes[0].num_cores, plan.decisions_per_s
+    shares = {load.what: load.share for load in plan.loads}
+    core_s = shares.pop("cores") * num_cores / rate  # of a decision
+    left = min((num_cores - run["others"]) / core_s, rate / max(shares.values()))
+    return {
+        "error": rate / run["decisions_per_s"] - 1,
+        "core_error": 1e-3 * run["core_ms"] / core_s - 1,
+        "left_error": left / run["decisions_per_s"] - 1,
+    }
 
 
 def measured_costs(cfg: Settings, num_updates: int) -> LaneCosts:
@@ -142,22 +153,19 @@ def main() -> None:
             plan = predict(with_workers(cfg, *case), costs[-1])
             run = in_process(measured_rate, with_workers(cfg, *case), SECONDS[args.config_name])
             run["predicted"] = plan.decisions_per_s
-            run["error"] = plan.decisions_per_s / run["decisions_per_s"] - 1
-            cores = [load.share for load in plan.loads if load.what == "cores"]
-            planned_s = cores[0] * plan_cores() / plan.decisions_per_s
-            run["core_error"] = 1e-3 * run["core_ms"] / planned_s - 1
+            run |= errors(plan, run)
             run["bound"] = f"{plan.bounded_by.what}"
             log(f"{names[case]}: {run}")
             found[names[case]].append(run)
     result: dict[str, Any] = {"config": cfg.name, "cases": {}}
     for name, runs in found.items():
-        for error in ("error", "core_error"):
+        for error in ("error", "core_error", "left_error"):
             result[f"{error}_{name}"] = spread(run[error] for run in runs)["median"]
         result["cases"][name] = {
             "bounded_by": sorted({run["bound"] for run in runs}),
             **{
                 key: spread((run[key] for run in runs), 3)
-                for key in ("decisions_per_s", "predicted", "error", "core_error", "others", "load")
+                for key in ("decisions_per_s", "predicted", "others", "load")
             },
             **{key: spread(run[key] for run in runs) for key in ("sampling", "inference")},
             "gradient": spread(run["gradient"] for run in runs),

@@ -237,19 +237,15 @@ class RunPlan:
 
     def __str__(self) -> str:
         head = ("node", "workers", "rollouts", "batch", "GPUs sampling", "learning", "decisions/s")
-        table = [head] + [
-            (
-                node.host,
-                *map(str, (node.num_workers, node.rollouts, node.batch_size)),
-                *map(str, (node.rollout_gpus, node.learner_gpus)),
-                f"{node.decisions_per_s:.4g}",
-            )
-            for node in self.nodes
-        ]
-        loads = [("lane or device", "where", "busy")]
+        table: list[tuple[str, ...]] = [head]
+        for node in self.nodes:
+            counts = [node.num_workers, node.rollouts, node.batch_size]
+            counts += [node.rollout_gpus, node.learner_gpus]
+            table.append((node.host, *map(str, counts), f"{node.decisions_per_s:.4g}"))
+        loads: list[tuple[str, ...]] = [("lane or device", "where", "busy")]
         loads += [(load.what, load.where, f"{load.share:.0%}") for load in self.loads]
         bound = self.bounded_by
-        facts = [
+        facts: list[tuple[str, ...]] = [
             ("decisions/s", f"{self.decisions_per_s:.4g}"),
             ("bounded by", f"{bound.what}, {bound.where}"),
             ("learner", f"{self.num_ranks} ranks, efficiency {self.learner_efficiency:.0%}"),

@@ -33,9 +33,18 @@ from torchrl_dvla.topology import LaneCosts
 __all__ = ["calibrate", "cost_settings"]
 
 #: Settings that lane costs depend on: whole sections, and single ones.
-_COUNT = ("env.", "policy.", "optim.minibatch_size", "optim.micro_batch_size", "optim.num_epochs")
-_COUNT += ("optim.num_threads", "workers.num_threads", "workers.max_decisions")
-_COUNT += ("inference.num_threads", "device", "inference_device")
+_COUNT = (
+    "device",
+    "env.",
+    "inference.num_threads",
+    "inference_device",
+    "optim.micro_batch_size",
+    "optim.minibatch_size",
+    "optim.num_",
+    "policy.",
+    "workers.max_decisions",
+    "workers.num_threads",
+)
 #: Rows of the larger of the two policy calls that are compared, and repeats of each.
 _NUM_ROWS, _NUM_CALLS = 8, 9
 
