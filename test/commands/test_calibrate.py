@@ -37,7 +37,8 @@ def test_measured_costs(costs_file):
     assert 1.0 <= costs.env_steps_per_decision <= 4.0  # chunk_size
     # the row of test_plan.py: 136 pages of 4 rows are 1.7 MiB
     assert costs.row_bytes == pytest.approx(1.7 * 2**20 / 136 / 4, rel=0.05)
-    assert costs.version_bytes == costs.trained_bytes == pytest.approx(458.4 * 1024, rel=0.01)
+    assert costs.trained_bytes == 4 * 117_344  # test_plan.py
+    assert costs.version_bytes >= costs.trained_bytes  # and a few whole numbers
     assert costs.optimizer_steps_per_row == 2 / 64
     assert 0.0 < costs.learned_share <= 1.0
     # None of these takes as long as a second, or no time, on whatever machine.

@@ -169,6 +169,8 @@ def test_the_nodes_of_a_ray_cluster():
     try:
         cluster.add_node(num_cpus=2, num_gpus=2, **options)
         cluster.wait_for_nodes()
+        with pytest.raises(TimeoutError, match="within 0.1 s, got nothing from"):
+            ClusterSpec.from_ray(cluster.address, timeout_s=0.1)  # a worker takes longer to start
         first, second = ClusterSpec.from_ray(cluster.address).nodes
     finally:
         cluster.shutdown()

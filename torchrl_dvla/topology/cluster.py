@@ -222,16 +222,19 @@ class ClusterSpec:
         was_connected = ray.is_initialized()
         if not was_connected:
             try:
+                host, _, port = address.rpartition(":")
+                if port.isdigit() and "/" not in host:  # Ray itself would try for minutes
+                    socket.create_connection((host, int(port)), timeout_s).close()
                 ray.init(address=address, log_to_driver=False)
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 raise ConnectionError(
-                    f"A Ray cluster must answer at {address!r}, got {error} Start one with `ray "
+                    f"A Ray cluster must answer at {address!r}, got: {error}. Start one with `ray "
                     "start --head`, or declare the cluster in a YAML file."
                 ) from error
         try:
             here = ray.get_runtime_context().get_node_id()
             alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-            probe = ray.remote(num_cpus=0, max_retries=0)(NodeSpec.local)
+            probe = ray.remote(num_cpus=0, max_retries=0)(_probe)
             asked = {
                 node_id: probe.options(
                     scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
@@ -268,6 +271,11 @@ class ClusterSpec:
                 )
             )
         return cls(tuple(nodes))
+
+
+def _probe() -> NodeSpec:
+    """Task that runs on a node of Ray's."""
+    return NodeSpec.local()
 
 
 def _known(values: Mapping[str, Any]) -> dict[str, Any]:
