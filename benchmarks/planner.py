@@ -40,9 +40,11 @@ from torchrl_dvla.recording import GracefulStop
 from torchrl_dvla.topology import ClusterSpec, LaneCosts, RunPlan, plan_run
 
 #: Workers and environments of each, by configuration; seconds of a measurement.
-CASES = {"toy": [(1, 1), (1, 8), (2, 8)], "libero": [(1, 1), (2, 1)]}
+CASES = {"toy": [(1, 1), (1, 8), (2, 8)], "libero": [(2, 1)]}
 SECONDS = {"toy": 6.0, "libero": 60.0}
-KEYS = ("core_error", "left_error", "sampling", "inference", "gradient")
+#: Updates before a measurement, and of a calibration.
+UPDATES = {"toy": (3, 3), "libero": (1, 1)}
+KEYS = ("error", "core_error", "left_error", "core_ms", "sampling", "inference", "gradient")
 
 
 def settings(name: str) -> Settings:
@@ -85,7 +87,7 @@ def measured_costs(cfg: Settings, num_updates: int) -> LaneCosts:
     return calibrate(cfg, num_updates=num_updates)
 
 
-def measured_rate(cfg: Settings, seconds: float) -> dict[str, float]:
+def measured_rate(cfg: Settings, seconds: float, num_warm_ups: int) -> dict[str, float]:
     """Decisions per second and the busy share of each lane, in a process of its own."""
     warnings.filterwarnings("ignore")
     utils.make_deterministic(cfg)
@@ -99,7 +101,7 @@ def measured_rate(cfg: Settings, seconds: float) -> dict[str, float]:
             learn(cfg, loss, optimizer, scheduler, collector, stop)
             collector.update_policy_weights_()
 
-        for _ in range(3):
+        for _ in range(num_warm_ups):
             update()
         start_s, usage = time.monotonic(), collector.timeline.usage()
         decisions, cores, machine_s = (
@@ -143,15 +145,17 @@ def main() -> None:
     args = arguments(__doc__, "one repeat", config_name="toy")
     cfg, cases = settings(args.config_name), CASES[args.config_name]
     num_repeats = 1 if args.quick else 5 if args.config_name == "toy" else 3
+    num_warm_ups, num_updates = UPDATES[cfg.name]
     names = {case: f"{case[0]}x{case[1]}" for case in cases}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names.values()}
     costs: list[LaneCosts] = []
     for repeat in range(num_repeats):
-        costs.append(in_process(measured_costs, cfg, 3))
+        costs.append(in_process(measured_costs, cfg, num_updates))
         log(costs[-1])
         for case in cases[:: 1 if repeat % 2 == 0 else -1]:
             plan = predict(with_workers(cfg, *case), costs[-1])
-            run = in_process(measured_rate, with_workers(cfg, *case), SECONDS[args.config_name])
+            changed = with_workers(cfg, *case)
+            run = in_process(measured_rate, changed, SECONDS[cfg.name], num_warm_ups)
             run["predicted"] = plan.decisions_per_s
             run |= errors(plan, run)
             run["bound"] = f"{plan.bounded_by.what}"
@@ -167,8 +171,7 @@ def main() -> None:
                 key: spread((run[key] for run in runs), 3)
                 for key in ("decisions_per_s", "predicted", "others", "load")
             },
-            **{key: spread(run[key] for run in runs) for key in ("sampling", "inference")},
-            "gradient": spread(run["gradient"] for run in runs),
+            **{key: spread(run[key] for run in runs) for key in KEYS},
         }
     names_of_costs = ("env_step_s", "reset_s", "call_s", "call_row_s", "learn_row_s", "loop_s")
     result["costs"] = {
