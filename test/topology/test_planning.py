@@ -218,6 +218,8 @@ def test_ranks_gather_weights_and_reduce_gradients():
 def test_as_few_workers_as_are_as_fast():
     plan = plan_run(cluster(), costs(loop_s=0.05), workers=WorkerConfig(envs_per_worker=4))
     assert plan.nodes[0].num_workers == 2  # the collector's thread bounds at 20
+    plan = plan_run(cluster(), costs(learn_row_s=0.2), workers=WorkerConfig(envs_per_worker=4))
+    assert plan.nodes[0].num_workers == 1  # the learner at 5
     plan = plan_run(cluster(), costs(env_bytes=8 * GIB))
     assert plan.nodes[0].num_workers == 4  # in half of 64 GiB
 

@@ -319,13 +319,17 @@ def plan_run(
         >>> round(plan.decisions_per_s, 3), plan.bounded_by.what  # 2 workers, 110 ms a turn
         (18.182, 'rollouts')
     """
-    options = (workers, inference, num_workers, memory_share)
+    options = (workers, inference, memory_share)
 
     def best(cluster: ClusterSpec) -> _Model:
-        splits = _splits(cluster, costs, num_learner_gpus)
-        models = [_Model(cluster, costs, group, split, *options) for split in splits]
-        fastest = max(model.rate(max_policy_lag) for model in models)
-        return next(m for m in models if m.rate(max_policy_lag) >= _GOOD_ENOUGH * fastest)
+        models = [
+            _Model(cluster, costs, group, split, count, *options)
+            for split in _splits(cluster, costs, num_learner_gpus)
+            for count in _worker_counts(cluster, costs, num_workers, workers, memory_share)
+        ]
+        rates = [model.rate(max_policy_lag) for model in models]
+        good = (model for model, rate in zip(models, rates) if rate >= _GOOD_ENOUGH * max(rates))
+        return next(good)
 
     plan = best(cluster).plan(max_policy_lag)
     last = cluster.nodes[-1]
@@ -354,6 +358,27 @@ def _splits(cluster: ClusterSpec, costs: LaneCosts, wanted: int | None) -> list[
             "GPUs of the cluster one at least has to sample. Lower it."
         )
     return splits if wanted is None else [wanted]
+
+
+def _worker_counts(
+    cluster: ClusterSpec,
+    costs: LaneCosts,
+    wanted: int | None,
+    workers: WorkerConfig,
+    memory_share: float,
+) -> list[int]:
+    """Numbers of workers that a node may have, as far as it carries them."""
+    most = [_most_workers(node, costs.env_bytes, workers, memory_share) for node in cluster.nodes]
+    if wanted is None:
+        return list(range(1, max(most) + 1))
+    for node, number in zip(cluster.nodes, most, strict=True):
+        if not 1 <= wanted <= number:
+            raise ValueError(
+                f"num_workers must be from 1 to {number} on {node.host}, which has "
+                f"{node.num_cores} cores and {format_bytes(node.memory_bytes)} of memory, got "
+                f"{wanted}. Lower it, or envs_per_worker."
+            )
+    return [wanted]
 
 
 class _Loop:
@@ -397,7 +422,10 @@ class _Loop:
 
 
 class _Model:
-    """The bounds of a cluster with so many GPUs that learn; the learner is on the first nodes."""
+    """The bounds of a cluster with so many GPUs that learn, on the first nodes, and workers a node.
+
+    A node gets fewer workers than that if it carries no more.
+    """
 
     def __init__(
         self,
@@ -405,9 +433,9 @@ class _Model:
         costs: LaneCosts,
         group: GroupConfig,
         num_learner_gpus: int,
+        num_workers: int,
         workers: WorkerConfig,
         inference: InferenceConfig,
-        num_workers: int | None,
         memory_share: float,
     ) -> None:
         self.cluster, self.costs = cluster, costs
@@ -429,16 +457,8 @@ class _Model:
                 self.loops.append(None)
                 continue
             most = _most_workers(node, costs.env_bytes, workers, memory_share)
-            if num_workers is not None and not 1 <= num_workers <= most:
-                raise ValueError(
-                    f"num_workers must be from 1 to {most} on {node.host}, which has "
-                    f"{node.num_cores} cores and {format_bytes(node.memory_bytes)} of memory, got "
-                    f"{num_workers}. Lower it, or envs_per_worker."
-                )
-            counts = range(1, most + 1) if num_workers is None else [num_workers]
-            loops = [_Loop(node, costs, n, num_gpus, workers, inference) for n in counts]
-            best = max(loop.most for loop in loops)
-            self.loops.append(next(loop for loop in loops if loop.most >= _GOOD_ENOUGH * best))
+            count = min(num_workers, most)
+            self.loops.append(_Loop(node, costs, count, num_gpus, workers, inference))
         learned_s = costs.learned_share * costs.learn_row_s / self.num_ranks
         others_s = costs.learned_share * costs.optimizer_steps_per_row * self._reduce_seconds()
         #: Seconds of the learner behind a decision, and how much of them is work.
