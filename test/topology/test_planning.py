@@ -146,8 +146,8 @@ def test_admission_bounds_and_the_lag_that_does_not():
     options = {"group": SMALL, **TWO_BY_FOUR}
     plan = plan_run(cluster(), slow, **options)
     assert plan.decisions_per_s == pytest.approx(1 / 0.11)  # the policy, in batches of four
-    # Eight rollouts of ten decisions are four updates; 20 rows are learned in 0.4 s and published
-    # in 0.1, while an update takes 20 * 0.11 s: five updates are under way.
+    # Eight rollouts of ten decisions are four updates of 20, each 2.2 s long; learned in 0.4 s and
+    # published in 0.1: five updates are under way.
     assert plan.max_policy_lag == 4
     assert plan_run(cluster(), slow, max_policy_lag=4, **options).bounded_by.what != "admission"
     # Of lag 1, two: ten turns of 0.54 s, learning and publishing.
@@ -157,8 +157,22 @@ def test_admission_bounds_and_the_lag_that_does_not():
 
 
 def test_without_lag_the_lanes_take_turns():
-    plan = plan_run(cluster(), costs(publish_s=0.2), group=SMALL, max_policy_lag=0, **TWO_BY_FOUR)
-    assert plan.decisions_per_s == pytest.approx(1 / (1 / 20 + 0.02 + 0.2 / 20))
+    lockstep = {"max_policy_lag": 0, **TWO_BY_FOUR}
+    # Two rollouts of ten turns of 0.14 s; 20 rows are learned in 0.4 s and published in 0.2.
+    plan = plan_run(cluster(), costs(publish_s=0.2), group=SMALL, **lockstep)
+    assert plan.decisions_per_s == pytest.approx(20 / (1.4 + 0.4 + 0.2))
+    # Of twenty rollouts the workers make 20 decisions a second.
+    group = GroupConfig(group_size=20, groups_per_update=1)
+    plan = plan_run(cluster(), costs(publish_s=0.2), group=group, **lockstep)
+    assert plan.decisions_per_s == pytest.approx(200 / (10 + 4 + 0.2))
+
+
+def test_one_version_of_lag_hides_what_is_shorter_than_sampling():
+    group = GroupConfig(group_size=20, groups_per_update=1)
+    # A cohort of 200 is sampled in 10 s, learned in 4, and sent within the other 6, or not.
+    for publish_s, lag in ((5.9, 1), (6.1, 2)):
+        plan = plan_run(cluster(), costs(publish_s=publish_s), group=group, **TWO_BY_FOUR)
+        assert (plan.update_s, plan.max_policy_lag) == (pytest.approx(10), lag)
 
 
 ON_GPU = {"policy_device": "cuda", "env_device": "cuda", "env_step_s": 0.03}
@@ -259,10 +273,10 @@ def test_a_placement_with_costs_takes_the_planners_workers():
 def test_the_table_and_the_picture_name_the_bound():
     plan = plan_run(cluster(), costs(), **TWO_BY_FOUR)
     text = str(plan)
-    assert "decisions/s     20\n" in text and "bounded by      sampling lane, a" in text
+    assert "decisions/s     20\n" in text and "bounded by      sampling lane of a" in text
     assert "one more node   x 2.00" in text
     svg = draw_plan(plan)
-    assert "20 decisions/s, bounded by: sampling lane, a" in svg
+    assert "20 decisions/s, bounded by: sampling lane of a" in svg
     assert svg.count("<title>sampling lane: 100.0%</title>") == 1
     ten = [node(f"n{k}") for k in range(10)]
     assert "and 2 more nodes" in draw_plan(plan_run(cluster(*ten), costs(), **TWO_BY_FOUR))

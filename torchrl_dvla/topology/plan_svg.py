@@ -41,15 +41,15 @@ def draw_plan(plan: RunPlan) -> str:
     bound, y = plan.bounded_by, float(_TOP)
     lag = f"lag {plan.max_policy_lag} hides a transfer of {plan.transfer_s:.2g} s"
     gains = [f"one more {name}: x {gain:.2f}" for name, gain in plan.gains.items()]
-    title = f"{plan.decisions_per_s:.4g} decisions/s, bounded by: {bound.what}, {bound.where}"
+    title = f"{plan.decisions_per_s:.4g} decisions/s, bounded by: {bound}"
     body = [
         svg_text(8, 24, title, weight="bold"),
         svg_text(8, 48, "; ".join([lag, *gains]), size=14),
     ]
     groups = [(node.host, _carries(node)) for node in plan.nodes[:_MAX_NODES]]
-    groups.append(("learner", f"{plan.num_ranks} ranks, efficiency {plan.learner_efficiency:.0%}"))
+    groups.append(("", f"{plan.num_ranks} ranks, efficiency {plan.learner_efficiency:.0%}"))
     for where, carries in groups:
-        body.append(svg_text(8, y + 18, where, weight="bold"))
+        body.append(svg_text(8, y + 18, where or "learner and network", weight="bold"))
         body.append(svg_text(_LEFT, y + 18, carries, size=14))
         y += _LABEL
         for load in (load for load in plan.loads if load.where == where):

@@ -138,13 +138,16 @@ class Load:
 
     Args:
         what (str): the lane or device.
-        where (str): its node, or ``"learner"``.
+        where (str): its node; empty for what the run has one of.
         share (float): busy share at the planned rate; 1 bounds it.
     """
 
     what: str
     where: str
     share: float
+
+    def __str__(self) -> str:
+        return f"{self.what} of {self.where}" if self.where else self.what
 
 
 @dataclass(frozen=True)
@@ -243,11 +246,11 @@ class RunPlan:
             counts += [node.rollout_gpus, node.learner_gpus]
             table.append((node.host, *map(str, counts), f"{node.decisions_per_s:.4g}"))
         loads: list[tuple[str, ...]] = [("lane or device", "where", "busy")]
-        loads += [(load.what, load.where, f"{load.share:.0%}") for load in self.loads]
+        loads += [(load.what, load.where or "-", f"{load.share:.0%}") for load in self.loads]
         bound = self.bounded_by
         facts: list[tuple[str, ...]] = [
             ("decisions/s", f"{self.decisions_per_s:.4g}"),
-            ("bounded by", f"{bound.what}, {bound.where}"),
+            ("bounded by", str(bound)),
             ("learner", f"{self.num_ranks} ranks, efficiency {self.learner_efficiency:.0%}"),
             ("a version", f"every {self.update_s:.3g} s, on its way {self.transfer_s:.3g} s"),
             ("max_policy_lag", f"{self.max_policy_lag} hides that, and the length of rollouts"),
@@ -281,8 +284,9 @@ def plan_run(
     - gradient lane: the ranks, which gather weights twice and reduce gradients once an optimizer
       step, over the GPUs' links on one node and over the network on several, not overlapped;
     - network: rows to the learner's node, a version from it to each other node;
-    - admission: by Little's law, cohorts between their first decision and their publication, of
-      which ``max_policy_lag + 1`` may be under way.
+    - admission: cohorts between their first decision and their publication, of which
+      ``max_policy_lag + 1`` may be under way, so that by Little's law each may take that many times
+      as long as an update.
 
     Learners fill the first node, then the next: their traffic is the densest. One GPU alone is
     shared by all lanes.
@@ -518,11 +522,10 @@ class _Model:
     def _admission_s(self, max_policy_lag: int) -> float:
         """Seconds behind a decision, where so few cohorts may be under way."""
         update = self.update_decisions
-        learn_s = update * self.learn_s + self.transfer_s
-        if max_policy_lag == 0:
-            return 1 / sum(loop.most for loop in self.loops if loop) + learn_s / update
         turn_s = max(loop.turn_s for loop in self.loops if loop)
-        cohort_s = self.costs.decisions_per_rollout * turn_s + learn_s
+        most = sum(loop.most for loop in self.loops if loop)
+        sample_s = max(self.costs.decisions_per_rollout * turn_s, update / most)
+        cohort_s = sample_s + update * self.learn_s + self.transfer_s
         return cohort_s / ((max_policy_lag + 1) * update)
 
     def rate(self, max_policy_lag: int | None) -> float:
@@ -551,22 +554,22 @@ class _Model:
                 busy = rate * (self._gpu_seconds(loop) + self.learn_s)
                 loads.append(Load("the GPU", node.host, busy))
         for name, seconds in self._learner_demands().items():
-            loads.append(Load(name, "learner", rate * seconds))
+            loads.append(Load(name, "", rate * seconds))
         if max_policy_lag is not None:
-            loads.append(Load("admission", "learner", rate * self._admission_s(max_policy_lag)))
-        update_s = self.update_decisions / rate
-        after_s = self.update_decisions * self.learn_s + self.transfer_s
-        cohorts = self.rollouts * costs.decisions_per_rollout / self.update_decisions
-        cohorts += after_s / update_s
+            loads.append(Load("admission", "", rate * self._admission_s(max_policy_lag)))
+        update = self.update_decisions
+        # A cohort is sampled at the full rate, or as long as its rollouts take, then learned.
+        sampled = max(update, self.rollouts * costs.decisions_per_rollout) / self.free_rate
+        cohort_s = sampled + update * self.learn_s + self.transfer_s
         return RunPlan(
             tuple(nodes),
             rate,
             tuple(loads),
             self.num_ranks,
             self.efficiency,
-            update_s,
+            update / rate,
             self.transfer_s,
-            max(1, math.ceil(cohorts - 1e-9) - 1),
+            max(1, math.ceil(cohort_s * rate / update - 1e-9) - 1),
         )
 
 
