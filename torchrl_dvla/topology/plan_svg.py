@@ -47,7 +47,7 @@ def draw_plan(plan: RunPlan) -> str:
         svg_text(8, 48, "; ".join([lag, *gains]), size=14),
     ]
     groups = [(node.host, _carries(node)) for node in plan.nodes[:_MAX_NODES]]
-    groups.append(("", f"{plan.num_ranks} ranks, efficiency {plan.learner_efficiency:.0%}"))
+    groups.append(("", f"ranks {plan.num_ranks}, efficiency {plan.learner_efficiency:.0%}"))
     for where, carries in groups:
         body.append(svg_text(8, y + 18, where or "learner and network", weight="bold"))
         body.append(svg_text(_LEFT, y + 18, carries, size=14))
@@ -76,7 +76,7 @@ def draw_plan(plan: RunPlan) -> str:
 
 
 def _carries(node: NodePlan) -> str:
-    parts = [f"{node.num_workers} workers, {node.rollouts} rollouts, batches of {node.batch_size}"]
+    parts = [f"workers {node.num_workers}, rollouts {node.rollouts}, batch {node.batch_size}"]
     if node.rollout_gpus or node.learner_gpus:
-        parts.append(f"{node.rollout_gpus} GPUs sample, {node.learner_gpus} learn")
+        parts.append(f"GPUs sampling {node.rollout_gpus}, learning {node.learner_gpus}")
     return "; ".join([*parts, f"{node.decisions_per_s:.4g} decisions/s"])

@@ -251,7 +251,7 @@ class RunPlan:
         facts: list[tuple[str, ...]] = [
             ("decisions/s", f"{self.decisions_per_s:.4g}"),
             ("bounded by", str(bound)),
-            ("learner", f"{self.num_ranks} ranks, efficiency {self.learner_efficiency:.0%}"),
+            ("learner ranks", f"{self.num_ranks}, efficiency {self.learner_efficiency:.0%}"),
             ("a version", f"every {self.update_s:.3g} s, on its way {self.transfer_s:.3g} s"),
             ("max_policy_lag", f"{self.max_policy_lag} hides that, and the length of rollouts"),
             *((f"one more {name}", f"x {gain:.2f}") for name, gain in self.gains.items()),
