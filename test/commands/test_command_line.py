@@ -34,7 +34,8 @@ def test_every_command_has_help(name, capsys, monkeypatch):
     assert stop.value.code in (0, None)
     said = capsys.readouterr().out
     assert said.startswith(f"usage: torchrl-dvla {name} ")
-    assert ("KEY=VALUE" in said) == (name in (*RECIPES, "evaluate", "inspect", "plan"))
+    with_settings = {*RECIPES, "evaluate", "inspect", "calibrate", "plan"}
+    assert ("KEY=VALUE" in said) == (name in with_settings)
 
 
 def test_an_unknown_command_is_a_usage_error(capsys):

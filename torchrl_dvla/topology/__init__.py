@@ -4,20 +4,32 @@
 # LICENSE file in the root directory of this source tree.
 """Plan of the machines of a run, and the collector that takes it; one node in this version."""
 
+from torchrl_dvla.topology.cluster import ClusterSpec, GPUSpec, NodeSpec
+from torchrl_dvla.topology.cost_model import LaneCosts
+from torchrl_dvla.topology.plan_svg import draw_plan
 from torchrl_dvla.topology.planning import (
-    ClusterSpec,
+    Load,
     NodePlacement,
-    NodeSpec,
+    NodePlan,
     Placement,
+    RunPlan,
     plan_placement,
+    plan_run,
 )
 from torchrl_dvla.topology.topology_aware import TopologyAwareCollector
 
 __all__ = [
     "ClusterSpec",
+    "GPUSpec",
+    "LaneCosts",
+    "Load",
     "NodePlacement",
+    "NodePlan",
     "NodeSpec",
     "Placement",
+    "RunPlan",
     "TopologyAwareCollector",
+    "draw_plan",
     "plan_placement",
+    "plan_run",
 ]
