@@ -23,6 +23,7 @@ COMMANDS = {
     "sft": "record demonstrations and clone them; settings follow",
     "evaluate": "play held-out episodes with a policy, a run or a checkpoint",
     "inspect": "say what a checkpoint is, and whether it fits an environment",
+    "export": "write a trained policy in the format of the checkpoint that it came from",
     "plan": "the memory and processes of a configuration, before anything is started",
     "info": "say what the folder of a run holds, and how to go on",
     "timeline": "draw a stretch of a run's timeline.json as an SVG picture",

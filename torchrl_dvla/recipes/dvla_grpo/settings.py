@@ -27,6 +27,7 @@ from torchrl_dvla import GroupConfig, InferenceConfig, WorkerConfig
 from torchrl_dvla.functional import Reduction
 from torchrl_dvla.memory import DualPool
 from torchrl_dvla.modules import TinyBackboneConfig
+from torchrl_dvla.modules.formats import Stated
 from torchrl_dvla.objectives.grpo import KLEstimator, RatioLevel
 from torchrl_dvla.objectives.validation import check_trust_region
 from torchrl_dvla.recipes.libero_tasks import LiberoTasks
@@ -84,14 +85,13 @@ class LiberoSettings(LiberoTasks):
     camera_width: Size = 128
     cameras: tuple[str, ...] = ("agentview",)
     settle_steps: Natural = 10
+    orientation: Literal["quaternion", "axis_angle"] = "quaternion"
     shadows: bool = True
     msaa: bool = True
     max_mesh_faces: Count | None = None
     env_kwargs: Mapping[str, Any] | None = None
 
     action_dim: ClassVar[int] = 7
-    #: Position and orientation of the gripper, and its two fingers.
-    state_dim: ClassVar[int] = 9
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,6 +105,11 @@ class LiberoSettings(LiberoTasks):
                 f"cameras must be one or two different names, got {list(self.cameras)}. Use "
                 "[agentview] or [agentview,robot0_eye_in_hand]."
             )
+
+    @property
+    def state_dim(self) -> int:
+        """Entries of the state: position and orientation of the gripper, and its two fingers."""
+        return 3 + (4 if self.orientation == "quaternion" else 3) + 2
 
     @property
     def env_steps_per_decision(self) -> int:
@@ -156,6 +161,12 @@ class PolicySettings(Section):
     freeze_vision: bool | None = None
     freeze_language: bool | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    freeze_prefix: bool | None = None
+    num_steps: Count | None = None
+    sampler: Literal["sde", "cps", "noise"] | None = None
+    noise_level: Positive | None = None
+    stochastic_step: Literal["random", "all"] | Natural | None = None
+    stated: Stated = field(default_factory=Stated)
     action_dim: Size = 2
     state_dim: Natural = 0
     state_std: tuple[Positive, ...] | None = None
@@ -168,8 +179,8 @@ class PolicySettings(Section):
         check_path("checkpoint", self.checkpoint)
         if self.kind == "checkpoint" and self.checkpoint is None:
             raise ValueError(
-                "checkpoint must be given, got nothing. Make one with the dvla_sft recipe "
-                "and pass policy.checkpoint=<its folder>."
+                "checkpoint must be given, got nothing. Pass policy.checkpoint=<folder> of one "
+                "that you have, or make one with the dvla_sft recipe."
             )
         if self.state_std is not None and len(self.state_std) != self.state_dim:
             raise ValueError(
