@@ -174,7 +174,7 @@ def describe_other(path: Path) -> str:
     if any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in names):
         return (
             f"weights without a config.json: {', '.join(names[:8])}. Copy the checkpoint again, "
-            "with all its files: an openpi folder has statistics in assets/, LeRobot's has processors."
+            "with all its files: openpi's folders have statistics in assets/, LeRobot's processors."
         )
     if any((path / name / "checkpoints").is_dir() for name in names):
         return f"a folder of runs. Pass one of them: {', '.join(names[-4:])}."

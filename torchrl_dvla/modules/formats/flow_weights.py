@@ -312,8 +312,8 @@ def _shapes_of(file: TensorFile, table: NameTable) -> Any:
         if name not in table.own:
             raise ValueError(
                 f"{file.path} must hold {table.name_in_file(name)!r}, got {len(file.shapes)} "
-                f"tensors without it: {', '.join(sorted(file.shapes)[:3])} etc. It is another model's, or "
-                "only a part: copy the checkpoint again."
+                f"tensors without it: {', '.join(sorted(file.shapes)[:3])} etc. It is another "
+                "model's, or only a part: copy the checkpoint again."
             )
         return file.shapes[table.own[name]]
 

@@ -62,7 +62,8 @@ def read_openpi(folder: Path, stated: Stated) -> FlowFolder:
 
     Reference:
         https://github.com/Physical-Intelligence/openpi:
-        ``src/openpi/models_pytorch/pi0_pytorch.py``, ``src/openpi/policies/policy_config.py``, ``src/openpi/transforms.py`` (normalisation),
+        ``src/openpi/models_pytorch/pi0_pytorch.py``,
+        ``src/openpi/policies/policy_config.py``, ``src/openpi/transforms.py`` (normalisation),
         ``src/openpi/models/tokenizer.py`` (prompt), ``examples/convert_jax_model_to_pytorch.py``.
     """
     file = TensorFile(folder / "model.safetensors")
@@ -139,7 +140,7 @@ def _stats(path: Path) -> dict[str, dict[str, torch.Tensor]]:
         keys = sorted(found) if isinstance(found, dict) else "no mapping"
         raise ValueError(
             f"norm_stats in {path} must hold 'state' and 'actions', got {keys}. Without them "
-            "values would be left as they are: compute them by openpi's scripts/compute_norm_stats.py."
+            "values would be left as they are: compute them, scripts/compute_norm_stats.py."
         )
     return {
         entry: {
