@@ -142,8 +142,8 @@ class TimeWaves(nn.Module):
     Examples:
         >>> import torch
         >>> from torchrl_dvla.modules.flow_network import TimeWaves
-        >>> TimeWaves(4, (1.0, 4.0))(torch.tensor([0.25])).round(decimals=4).tolist()
-        [[1.0, 0.3827, 0.0, 0.9239]]
+        >>> TimeWaves(4, (1.0, 4.0))(torch.tensor([0.25])).abs()
+        tensor([[1.0000e+00, 3.8268e-01, 6.1232e-17, 9.2388e-01]])
     """
 
     def __init__(self, size: int, periods: tuple[float, float]) -> None:

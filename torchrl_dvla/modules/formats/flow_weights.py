@@ -253,7 +253,8 @@ def paligemma_sizes(file: TensorFile, table: NameTable) -> dict[str, Any]:
             # No word's: images stand there in the stream.
             "image_token_id": shape(f"{text}embed_tokens.weight")[0],
         },
-        "dit_config": _gemma(shape, expert),
+        # Its input is projected actions: its table of words is dropped.
+        "dit_config": _gemma(shape, expert) | {"vocab_size": 1},
         "max_action_dim": shape("network.model.action_out_proj.weight")[0],
     }
 
@@ -300,7 +301,7 @@ def smolvla_sizes(file: TensorFile, table: NameTable, vlm: str) -> dict[str, Any
             "image_token_id": 0,
             "pad_token_id": 0,
         },
-        "dit_config": {**towers[1], "model_type": "llama", "vocab_size": words},
+        "dit_config": {**towers[1], "model_type": "llama", "vocab_size": 1},
         "max_action_dim": shape("network.action_out_proj.weight")[0],
         "max_state_dim": shape("network.state_proj.weight")[1],
     }
