@@ -100,7 +100,6 @@ def test_what_is_loaded_can_be_trained_and_saved(folders, tmp_path):
     assert torch.equal(denoise(load_policy(tmp_path), td, noise), expected)
 
 
-# -- what is refused -------------------------------------------------------------------------------
 @pytest.fixture
 def copy(folders, tmp_path):
     """A copy of a folder, whose files may be changed."""
@@ -120,6 +119,15 @@ def change(folder, name, **changes):
     path.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
 
 
+def test_settings_of_published_policies(copy):
+    """lerobot/smolvla_base and HuggingFaceVLA/smolvla_libero, by LeRobot's issue 2294."""
+    folder = copy("smolvla")
+    change(folder, "config.json", prefix_length=0, num_expert_layers=0, num_vlm_layers=0,
+           vlm_model_name="HuggingFaceTB/SmolVLM2-500M-Instruct")  # fmt: skip
+    assert read_lerobot(folder, Stated()).config.backbone["dit_config"]["num_hidden_layers"] == 2
+
+
+# -- what is refused -------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
@@ -137,7 +145,7 @@ def change(folder, name, **changes):
         ("smolvla", {"num_expert_layers": 1}, "num_expert_layers in .* must be 2"),
         ("smolvla", {"add_image_special_tokens": True}, "add_image_special_tokens in"),
         ("smolvla", {"adapt_to_pi_aloha": True}, "adapt_to_pi_aloha in"),
-        ("smolvla", {"prefix_length": 300}, "prefix_length in .* must be -1"),
+        ("smolvla", {"prefix_length": 300}, "prefix_length in .* must be 0"),
         ("smolvla", {"vlm_model_name": "other/model"}, "vlm_model_name must be one of SmolVLM2"),
         ("smolvla", {"resize_imgs_with_padding": None}, r"must be \[32, 32\], got None"),
     ],

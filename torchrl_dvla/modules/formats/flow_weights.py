@@ -74,6 +74,7 @@ _SIGLIP_HEAD = 72
 _SMOLVLM_HEADS = {
     "SmolVLM2-256M-Video-Instruct": (64, 64),
     "SmolVLM2-500M-Video-Instruct": (64, 64),
+    "SmolVLM2-500M-Instruct": (64, 64),
     "SmolVLM2-2.2B-Instruct": (64, 72),
 }
 #: Entries of a checkpoint of LeRobot before 0.4, which kept its statistics there.

@@ -69,7 +69,6 @@ _FIXED_SMOLVLA = _FIXED | {
     "use_delta_joint_actions_aloha": False,
     "add_image_special_tokens": False,
     "attention_mode": "cross_attn",
-    "prefix_length": -1,
     "self_attn_every_n_layers": 2,
 }
 #: Checked against the weights themselves.
@@ -78,7 +77,9 @@ _FIELDS = {
     "pi0": (_READ_PI, _FIXED_PI),
     "pi05": (_READ_PI, _FIXED_PI),
     "smolvla": (
-        _READ | _SHAPES_SMOLVLA | {"num_steps", "resize_imgs_with_padding", "vlm_model_name"},
+        _READ
+        | _SHAPES_SMOLVLA
+        | {"num_steps", "prefix_length", "resize_imgs_with_padding", "vlm_model_name"},
         _FIXED_SMOLVLA,
     ),
 }
@@ -157,6 +158,9 @@ def read_lerobot(folder: Path, stated: Stated) -> FlowFolder:
     if kind == "smolvla":
         table = smolvla_names(file)
         sizes = smolvla_sizes(file, table, str(data["vlm_model_name"]))
+        for name in ("num_expert_layers", "num_vlm_layers"):
+            if data[name] > 0:  # else all
+                _require(path, name, data[name], sizes["dit_config"]["num_hidden_layers"])
         tower = sizes["vlm_config"]["vision_config"]["image_size"]
         _require(path, "resize_imgs_with_padding", data["resize_imgs_with_padding"], [tower] * 2)
     else:
@@ -242,10 +246,8 @@ def _check_fields(data: Mapping[str, Any], path: Path, kind: str) -> None:
     for name, wanted in fixed.items():
         if name in data:
             _require(path, name, data[name], wanted)
-    if kind == "smolvla":
-        layers = data["num_expert_layers"]
-        if layers > 0 and layers != data["num_vlm_layers"]:
-            _require(path, "num_expert_layers", layers, data["num_vlm_layers"])
+    if kind == "smolvla" and data["prefix_length"] > 0:  # else nothing is padded
+        _require(path, "prefix_length", data["prefix_length"], 0)
 
 
 def _require(path: Path, name: str, found: Any, wanted: Any) -> None:
