@@ -117,6 +117,7 @@ def test_a_flow_policy(call, tmp_path):
     assert code == 0, err
     found = rows(out)
     assert found["format"].startswith("FlowVLA") and found["chunk size"] == "4 env steps"
+    assert found["fingerprint"] == "compared when it is loaded"
     assert found["action head"] == (
         "flow matching, 4 denoising steps; stochastic: random, by sde, noise 0.5"
     )

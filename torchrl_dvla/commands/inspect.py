@@ -119,6 +119,8 @@ def _pretrained_rows(folder: Path) -> Iterator[tuple[str, str]]:
         raise ValueError(f"{weights} must be a safetensors file, got an error: {error}.") from error
     yield from _size_rows({dtype: sum(each) for dtype, each in counts.items()})
     yield from _config_rows(config)
+    has_fingerprint = data.get("fingerprint") is not None
+    yield "fingerprint", "compared when it is loaded" if has_fingerprint else "none"
     words = read_json(folder / "tokenizer" / "tokenizer.json").get("model", {}).get("vocab", ())
     tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json").get("tokenizer_class")
     yield "tokenizer", f"{tokenizer}, {len(words)} words"

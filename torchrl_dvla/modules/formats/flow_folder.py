@@ -165,7 +165,7 @@ class FlowFolder:
         prompt = dataclasses.replace(self.config, prompt_style=policy.config.prompt_style)
         if path.is_file() and policy.config == prompt:
             check_fingerprint(policy, read_json(path), repr(str(self.folder)))
-        return policy.eval()
+        return policy
 
     def _weights(self, policy: FlowVLA) -> dict[str, torch.Tensor]:
         """State dict of the policy."""
