@@ -34,7 +34,7 @@ def folders(foreign, tmp_path_factory):
 
 def overrides(folder, *others):
     return (
-        f"policy.checkpoint={folder}", f"policy.stated.tokenizer={folder / 'tokenizer'}",
+        f"policy.path={folder}", f"policy.stated.tokenizer={folder / 'tokenizer'}",
         "device=cpu", *others,
     )  # fmt: skip
 
@@ -75,7 +75,7 @@ def test_settings_of_the_other_kind_of_policy(settings, folders, tmp_path):
     with pytest.raises(ValueError, match="policy must leave out freeze_vision"):
         utils.make_policy(cfg)
     utils.make_policy(settings("toy")).save_pretrained(tmp_path)
-    cfg = settings("toy", "policy=flow_checkpoint", f"policy.checkpoint={tmp_path}")
+    cfg = settings("toy", "policy=flow_checkpoint", f"policy.path={tmp_path}")
     with pytest.raises(ValueError, match="policy must leave out freeze_prefix, num_steps"):
         utils.make_policy(cfg)
 

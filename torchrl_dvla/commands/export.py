@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Writes it."""
     saved = SavedPolicy.find(args.path)
     settings = saved.manifest.get("metadata", {}).get("config", {}).get("policy", {})
-    given = args.base or settings.get("checkpoint")
+    given = args.base or settings.get("path")
     if given is None:
         raise ValueError(
             f"--base must be given for {args.path!r}, which does not say what it came from, got "

@@ -116,12 +116,12 @@ class SavedPolicy:
         source: str | Mapping[str, Any] = args.config_name or "libero"
         if self.manifest and not (args.config_name or args.config_dir):
             source = self.manifest["metadata"]["config"]
-        given: dict[str, Any] = {"kind": "checkpoint", "checkpoint": str(self.folder)}
+        given: dict[str, Any] = {"kind": "checkpoint", "path": str(self.folder)}
         if self.manifest:  # what is saved there holds all that was stated about its beginning
             given["stated"] = Stated()
         overrides = args.overrides
         if self.is_pretrained:  # whatever else the configuration is for
-            overrides = ["++policy.kind=checkpoint", "++policy.checkpoint=given", *overrides]
+            overrides = ["++policy.kind=checkpoint", "++policy.path=given", *overrides]
         cfg = compose_settings(source, overrides, config_dir=args.config_dir)
         if not self.is_pretrained:
             return cfg

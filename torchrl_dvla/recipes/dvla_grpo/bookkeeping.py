@@ -57,7 +57,7 @@ def log(text: str) -> None:
 #: Settings that may differ from those of the checkpoint that a run goes on from. They are applied,
 #: and named; any other is refused: what is in the checkpoint depends on it.
 _MAY_CHANGE = re.compile(
-    r"name|device|inference_device|policy\.checkpoint"
+    r"name|device|inference_device|policy\.(path|stated\..+)"
     r"|(train|eval|checkpoint|log|memory|inference|loss)\..+"
     r"|optim\.(?!minibatch_size).+|workers\.(?!max_decisions).+"
     r"|group\.(return_bounds|advantage|max_no_signal_groups|on_no_signal)"

@@ -156,7 +156,7 @@ class PolicySettings(Section):
     """The policy; which of the settings count depends on ``kind``."""
 
     kind: Literal["checkpoint", "tiny", "tiny_vla"]
-    checkpoint: str | None = None
+    path: str | None = None
     temperature: Positive = 1.0
     freeze_vision: bool | None = None
     freeze_language: bool | None = None
@@ -176,11 +176,11 @@ class PolicySettings(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_path("checkpoint", self.checkpoint)
-        if self.kind == "checkpoint" and self.checkpoint is None:
+        check_path("path", self.path)
+        if self.kind == "checkpoint" and self.path is None:
             raise ValueError(
-                "checkpoint must be given, got nothing. Pass policy.checkpoint=<folder> of one "
-                "that you have, or make one with the dvla_sft recipe."
+                "path must be given, got nothing. Pass policy.path=<folder> of a checkpoint that "
+                "you have, or make one with the dvla_sft recipe."
             )
         if self.state_std is not None and len(self.state_std) != self.state_dim:
             raise ValueError(
@@ -436,6 +436,9 @@ def settings_from(cfg: DictConfig | Mapping[str, Any]) -> Settings:
     if isinstance(group, dict) and "normalise_std" in group:  # of a run by an older version
         is_divided = check("group.normalise_std", group.pop("normalise_std"), bool)
         group.setdefault("advantage", "mean_std" if is_divided else "mean")
+    policy = data.get("policy")
+    if isinstance(policy, dict) and "checkpoint" in policy and "_target_" not in policy:
+        policy.setdefault("path", policy.pop("checkpoint"))  # as above
     # Which settings these sections have depends on what they make.
     for name in ("env", "policy"):
         section = data.get(name)

@@ -125,8 +125,8 @@ def make_policy(cfg: Settings, device: str | None = None) -> TensorDictModuleBas
             )
         return policy.to(device or cfg.device)
     if settings.kind == "checkpoint":
-        assert settings.checkpoint is not None
-        folder = find_policy(settings.checkpoint)
+        assert settings.path is not None
+        folder = find_policy(settings.path)
         is_flow = policy_class(folder) is FlowVLA
         given = {name: getattr(settings, name) for name in (_OF_FLOWS if is_flow else _OF_TOKENS)}
         _refuse_others(settings, is_flow)
@@ -273,7 +273,7 @@ def find_resumed_checkpoint(cfg: Settings) -> Path | None:
             f"checkpoint.resume must be the folder of a training checkpoint, got {str(given)!r} "
             "without a complete one. Pass a run or a folder update-* of one, 'auto' for the newest "
             "run of this seed, or null to start anew; a folder with nothing but a policy belongs "
-            "into policy.checkpoint."
+            "into policy.path."
         )
     return path
 
