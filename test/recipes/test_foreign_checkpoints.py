@@ -54,6 +54,20 @@ def test_a_configuration_starts_from_a_checkpoint(settings, folders, name):
     assert 0 < trained < 0.6 * sum(p.numel() for p in policy.parameters())
 
 
+def test_a_pi05_of_openpi_as_its_configuration_says(foreign, settings, tmp_path):
+    dims = {"state_dim": 8, "action_dim": 7}
+    folder = foreign.write_openpi(tmp_path / "pi05", "pi05", converted=False, **dims)
+    stated = ("chunk_size=10", "state_in_prompt=false", "image_size=[256,256]")
+    given = ["env.chunk_size=10", *(f"policy.stated.{each}" for each in stated)]
+    cfg = settings("libero_pi05", *overrides(folder, *given))
+    policy = utils.make_policy(cfg)
+    check_policy(cfg, policy)
+    assert policy.config.state_dim == 0 and policy.chunk_size == 10
+    cfg = settings("libero_pi05", *overrides(folder, *given[:-1]))
+    with pytest.raises(ValueError, match=r"image_shape must be \(3, 28, 28\) as the policy's"):
+        check_policy(cfg, utils.make_policy(cfg))
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -259,12 +259,12 @@ def write_lerobot(folder: Path, kind: str, **sizes) -> Path:
 
 
 # -- openpi ----------------------------------------------------------------------------------------
-def write_openpi(folder: Path, kind: str, *, converted: bool = True) -> Path:
+def write_openpi(folder: Path, kind: str, *, converted: bool = True, **dims) -> Path:
     """A folder as openpi's converter leaves it, or without it as its training does."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = make_weights(pi_shapes(kind))
     save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    stats = make_statistics()
+    stats = make_statistics(**dims)
     norm_stats = {
         name: {kind: stats[f"{key}.{kind}"].tolist() for kind in ("mean", "std", "q01", "q99")}
         for name, key in (("state", "observation.state"), ("actions", "action"))
