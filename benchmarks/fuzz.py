@@ -155,7 +155,7 @@ UNFIT = {
     "loss.dual_clip=1.1 loss.clip_epsilon=[-0.5,0.1] loss.reduction=none name=../../escaped "
     "env.backend=libero",
     "libero": f"{GRPO} env.max_episode_steps=512 env.replan_interval=9 policy.kind=tiny_vla "
-    "policy.checkpoint=null",
+    "policy.path=null",
     "libero_openvla_oft": GRPO,
     "libero_object": "seed env demonstrations.folder training.lr training.num_steps policy.num_bins"
     " demonstrations.label_interval=9 training.decay_steps=599 policy.tokens_per_step=2 "
@@ -184,7 +184,7 @@ def recipe(config: str) -> tuple[Callable[[Any], Any], dict[str, Any]]:
     """What checks a recipe's settings, and those of one of its files."""
     (file,) = Path(recipes.__file__).parent.glob(f"*/config/{config}.yaml")
     module = importlib.import_module(f"{recipes.__name__}.{file.parents[1].name}.settings")
-    overrides = ["policy.checkpoint=x"] if "openvla" in config else []
+    overrides = ["policy.path=x"] if "openvla" in config else []
     with initialize_config_dir(str(file.parent), version_base="1.3"):
         plain: Any = OmegaConf.to_container(compose(config, overrides))
     return module.settings_from, plain

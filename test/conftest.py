@@ -111,3 +111,14 @@ def nothing_left_in_shared_memory() -> Iterator[None]:
     after = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
     own = {name for name in after - before if "dvla" in name}
     assert not own, f"left in /dev/shm: {sorted(own)}"
+
+
+@pytest.fixture(scope="session")
+def foreign() -> Any:
+    """The writer of tiny checkpoints in the formats of other projects."""
+    path = ROOT / "test" / "modules" / "formats" / "foreign.py"
+    spec = importlib.util.spec_from_file_location("foreign", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

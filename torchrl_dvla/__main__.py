@@ -23,6 +23,7 @@ COMMANDS = {
     "sft": "record demonstrations and clone them; settings follow",
     "evaluate": "play held-out episodes with a policy, a run or a checkpoint",
     "inspect": "say what a checkpoint is, and whether it fits an environment",
+    "export": "write a trained policy in the format of the checkpoint that it came from",
     "topology": "print what a cluster consists of: this machine, Ray's nodes, or a file's",
     "calibrate": "measure the lane costs of a configuration on this machine",
     "plan": "memory, processes and speed of a configuration, before anything is started",

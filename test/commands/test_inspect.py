@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -73,12 +74,13 @@ def test_damaged_policies(call, policy):
 
 #: Files of a folder, and what it is said to be.
 OTHERS = {
-    "LeRobot": ({"config.json": {"type": "pi0", "input_features": {}}}, "a LeRobot policy of type"),
+    "LeRobot": ({"config.json": {"type": "pi0", "input_features": {}}}, "the settings of a pi0 by"),
+    "another of LeRobot": ({"config.json": {"type": "act", "input_features": {}}}, "got 'act'"),
     "LeRobot data": ({"meta/info.json": {}}, "a LeRobot data set"),
     "PEFT": ({"adapter_config.json": {"base_model_name_or_path": "x"}}, "a PEFT adapter of 'x'"),
-    "OpenVLA": ({"config.json": {"model_type": "openvla"}}, "an OpenVLA checkpoint"),
+    "OpenVLA": ({"config.json": {"model_type": "openvla"}}, "got model_type 'openvla'"),
     "transformers": ({"config.json": {"model_type": "qwen"}}, "TransformersVLA.from_backbone"),
-    "openpi": ({"assets/x/norm_stats.json": {}, "model.safetensors": {}}, "openpi checkpoint (PyT"),
+    "openpi": ({"assets/x/norm_stats.json": {}, "model.safetensors": {}}, "a safetensors file"),
     "openpi JAX": ({"params/_METADATA": {}}, "openpi checkpoint (JAX)"),
     "weights": ({"model.safetensors": {}}, "weights without a config.json: model.safetensors"),
     "damaged": ({"config.json": None}, "a folder with config.json in it"),
@@ -115,12 +117,44 @@ def test_a_flow_policy(call, tmp_path):
     assert code == 0, err
     found = rows(out)
     assert found["format"].startswith("FlowVLA") and found["chunk size"] == "4 env steps"
+    assert found["fingerprint"] == "compared when it is loaded"
     assert found["action head"] == (
         "flow matching, 4 denoising steps; stochastic: random, by sde, noise 0.5"
     )
     assert found["base model"].startswith("pi0") and found["fits"].startswith("toy")
     arguments = ("inspect", tmp_path, "--config-name", "toy", "policy.temperature=0.5")
     assert "policy.temperature=1.0" in call(*arguments)[2]
+
+
+def test_a_policy_of_lerobot(call, foreign, tmp_path):
+    sizes = {"state_dim": 8, "action_dim": 7, "size": (256, 256)}
+    folder = foreign.write_lerobot(tmp_path / "pi0", "pi0", **sizes)
+    code, out, err = call("inspect", folder)
+    assert code == 0, err
+    found = rows(out)
+    assert found["format"] == "LeRobot pi0"
+    num = sum(math.prod(shape) for shape in foreign.pi_shapes("pi0").values())
+    unread = 320 * 32  # the expert's head over words
+    assert found["parameters"] == f"{num - unread:,}, with buffers"
+    assert found["not read"].startswith(f"{unread:,} parameters of heads over words: model.")
+    assert found["base model"] == (
+        "pi0, vision 144 wide and 2 layers, text 64 wide and 2 layers, "
+        "expert 32 wide and 2 layers, float32"
+    )
+    assert found["camera names"] == "image is 'image', wrist_image is 'image2'"
+    assert found["replan interval"] == "3 env steps"
+    assert found["gripper"] == "the last dimension is executed as it is"
+    assert found["on LIBERO"] == (
+        "env.chunk_size=6 env.replan_interval=3 env.camera_height=256 env.camera_width=256 "
+        "env.cameras=[agentview,robot0_eye_in_hand] env.orientation=axis_angle"
+    )
+    command = ["inspect", folder, "--config-name", "libero_pi0", "device=cpu"]
+    tokenizer = f"policy.stated.tokenizer={folder / 'tokenizer'}"
+    code, out, err = call(*command, tokenizer, "env.chunk_size=6")
+    assert code == 0, err
+    assert rows(out)["fits"] == "libero_pi0: a collector would take them together"
+    code, _, err = call(*command, tokenizer)
+    assert code == 1 and "got [6, 7]" in err
 
 
 def test_two_cameras_and_operational_words_are_shown(call, tmp_path):

@@ -257,3 +257,21 @@ def test_bad_arguments_end_before_the_simulator_starts(arguments, message, monke
     monkeypatch.setattr(LiberoChunkEnv, "_build_env", None)  # a TypeError if it were called
     with pytest.raises(ValueError, match=message):
         LiberoChunkEnv(**{"task_suite": SUITE, "task_id": TASK, **arguments})
+
+
+def test_orientation_as_axis_and_angle(env):
+    """Eight numbers of state: a rotation vector in place of a quaternion."""
+    full = reset(env, 0, 0)["observation", "state"].double()
+    other = LiberoChunkEnv(SUITE, TASK, chunk_size=4, orientation="axis_angle", **FAST)
+    short = reset(other, 0, 0)["observation", "state"].double()
+    assert other.observation_spec["observation", "state"].shape == short.shape
+    other.close()
+    assert (len(full), len(short)) == (9, 8)
+    assert torch.equal(full[:3], short[:3]) and torch.equal(full[7:], short[6:])
+    angle = short[3:6].norm()
+    torch.testing.assert_close(torch.cos(angle / 2), full[6], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        short[3:6] / angle * torch.sin(angle / 2), full[3:6], atol=1e-6, rtol=0
+    )
+    with pytest.raises(ValueError, match="orientation must be one of"):
+        LiberoChunkEnv(SUITE, TASK, orientation="euler")

@@ -112,7 +112,7 @@ def test_state_in_words():
 @torch.no_grad()
 def test_the_prompt_has_the_state():
     policy = make_flow_policy("pi05")
-    policy.state_statistics.set_quantiles(torch.zeros(6), torch.full((6,), 2.0))
+    policy.state_statistics.set_range(torch.zeros(6), torch.full((6,), 2.0))
     td = make_observation(1, instructions=["lift_it\n"])
     td["observation", "state"] = torch.tensor([[0.0, 1.0, 2.0, 0.5, 1.5, -1.0]])
     seen = []

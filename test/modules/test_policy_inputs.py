@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from torchrl_dvla.modules import TinyBackboneConfig, TinyFlowConfig, word_tokenizer
 from torchrl_dvla.modules.action_head import inverse_cdf_sample
 from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle
-from torchrl_dvla.modules.policy_inputs import PixelNormalizer, StateProjector
+from torchrl_dvla.modules.policy_inputs import PixelNormalizer, RangeScaler, StateProjector
 from torchrl_dvla.modules.prompt import PromptBuilder
 from torchrl_dvla.modules.tiny import _sine_table
 
@@ -58,12 +59,44 @@ def test_pads_instead_of_distorting(height, width):
     pixels = PixelNormalizer(PixelStyle(padding="top_left"), image_size=(4, 4))(image)[0, 0]
     lines = (pixels if height < width else pixels.T).unique(dim=1).flatten()
     assert lines.tolist() == [-1.0, -1.0, 1.0, 1.0]
-    # Two thirds of the height of a 6 x 9 image that becomes 4 x 4 are its own.
+    # A 6 x 9 image becomes 2 x 4: 6 / (9 / 4) = 2.67, and LeRobot and openpi round down.
     image = torch.full((1, 3, 6, 9), 255, dtype=torch.uint8)
     style = PixelStyle(padding="center", interpolation="bilinear")
-    assert PixelNormalizer(style, image_size=(4, 4))(image).mean().item() == pytest.approx(
-        1 / 3, abs=0.05
-    )
+    pixels = PixelNormalizer(style, image_size=(4, 4))(image)[0, 0, :, 0]
+    assert pixels.tolist() == [-1.0, 1.0, 1.0, -1.0]
+
+
+def test_smoothing_is_a_choice():
+    # Of four columns, two are sampled between their neighbours: 0.5 and 2.5.
+    image = torch.tensor([0, 60, 120, 240], dtype=torch.uint8).expand(1, 3, 4, 4)
+    style = PixelStyle(mean=(0.0,) * 3, std=(1 / 255,) * 3, interpolation="bilinear")
+    plain = PixelNormalizer(dataclasses.replace(style, antialias=False), image_size=(2, 2))
+    torch.testing.assert_close(plain(image)[0, 0, 0], torch.tensor([30.0, 180.0]))
+    # A filter of twice the width takes in the next columns too.
+    smooth = PixelNormalizer(style, image_size=(2, 2))(image)[0, 0, 0]
+    weights = torch.tensor([0.75, 0.75, 0.25])
+    expected = (weights * torch.tensor([0.0, 60.0, 120.0])).sum() / weights.sum()
+    torch.testing.assert_close(smooth[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [([0.0, 1.0], [1.0, 1.0]), ([0.0, 0.0], [1.0, math.nan]), ([0.0], [1.0])]
+)
+def test_ranges_that_are_none(low, high):
+    scaler = RangeScaler(2)
+    with pytest.raises(ValueError, match="^low and high must have shape .2,. and be finite, and"):
+        scaler.set_range(torch.tensor(low), torch.tensor(high))
+    saved = {"0.low": torch.tensor(low), "0.high": torch.tensor(high)}
+    with pytest.raises(ValueError, match="^0.low and 0.high must have"):
+        torch.nn.Sequential(scaler).load_state_dict(saved)
+
+
+def test_the_end_of_a_range_is_exact():
+    """Or it would fall into another bin of the prompt."""
+    scaler = RangeScaler(3)
+    low = torch.tensor([0.1, -1234.567, 1e-3])
+    scaler.set_range(low, low + torch.tensor([0.7, 3.3, 1e-3]))
+    assert scaler.standardize(low).tolist() == [-1.0, -1.0, -1.0]
 
 
 def test_standardises():

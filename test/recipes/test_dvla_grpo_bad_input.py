@@ -243,7 +243,7 @@ def test_what_may_be_resumed(settings, training_checkpoint, tmp_path, capsys, pa
 
 
 def test_a_policy_checkpoint_that_is_not_there(settings, ends_early):
-    cfg = settings("libero", "policy.checkpoint=nowhere/at/all")
+    cfg = settings("libero", "policy.path=nowhere/at/all")
     ends_early(cfg, (FileNotFoundError, ImportError), "nowhere/at/all|LIBERO is not installed")
 
 
@@ -259,7 +259,7 @@ def test_a_policy_checkpoint_that_is_not_there(settings, ends_early):
     ],
 )
 def test_libero_settings_that_cannot_work(settings, ends_early, libero_policy, overrides, message):
-    cfg = settings("libero", f"policy.checkpoint={libero_policy}", *overrides)
+    cfg = settings("libero", f"policy.path={libero_policy}", *overrides)
     ends_early(cfg, ValueError, message)
 
 
@@ -277,5 +277,5 @@ def test_a_truncated_policy_checkpoint(settings, ends_early, libero_policy, tmp_
     folder = shutil.copytree(libero_policy, tmp_path / "copy")
     (weights,) = folder.glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-100])
-    cfg = settings("libero", f"policy.checkpoint={folder}")
+    cfg = settings("libero", f"policy.path={folder}")
     ends_early(cfg, ValueError, "The file is truncated")

@@ -49,7 +49,7 @@ def test_a_configuration_says_only_what_is_its_own(name):
 def test_the_gpu_configuration_builds_its_policy_in_miniature(settings, tmp_path):
     kwargs = {"action_dim": 7, "chunk_size": 8, "state_dim": 9}
     TransformersVLA.tiny(["open the drawer"], **kwargs).save_pretrained(tmp_path / "sft")
-    cfg = settings("libero_openvla_oft", f"policy.checkpoint={tmp_path / 'sft'}", "device=cpu")
+    cfg = settings("libero_openvla_oft", f"policy.path={tmp_path / 'sft'}", "device=cpu")
     policy = utils.make_policy(cfg)
     assert policy.temperature == 1.6
     assert not any(p.requires_grad for p in policy.backbone.model.vision_model.parameters())

@@ -31,7 +31,7 @@ def sft_settings(*overrides, name="maniskill"):
 
 
 def test_both_recipes_play_the_same_environment(settings):
-    cfg, env = settings("maniskill", "policy.checkpoint=x"), sft_settings().env
+    cfg, env = settings("maniskill", "policy.path=x"), sft_settings().env
     assert isinstance(env, ManiSkillSettings)
     assert cfg.env.target == "torchrl_dvla.envs.ManiSkillChunkEnv"
     assert cfg.env.arguments == {
@@ -47,7 +47,7 @@ def test_both_recipes_play_the_same_environment(settings):
 
 
 def test_scenes_of_training_are_never_evaluated(settings):
-    cfg = settings("maniskill", "policy.checkpoint=x", "eval.num_episodes=3")
+    cfg = settings("maniskill", "policy.path=x", "eval.num_episodes=3")
     episodes, _ = grpo.make_evaluation_episodes(cfg)
     assert [episode.seed for episode in episodes] == [2**31 - 1, 2**31 - 2, 2**31 - 3]
     assert {(episode.task, episode.init_state_id) for episode in episodes} == {
@@ -116,13 +116,13 @@ def test_from_demonstrations_to_an_update(tmp_path):
         "hydra.run.dir=sft",
         *sizes,
     )
-    assert "train --config-name maniskill policy.checkpoint=policy" in output
+    assert "train --config-name maniskill policy.path=policy" in output
     report = json.loads((tmp_path / "sft/report.json").read_text())
     assert [row["num_episodes"] for row in report["evaluation"]] == [2, 2]
     # A policy that never succeeds gives groups without contrast: one is learned from all the same.
     run(
         "train",
-        "policy.checkpoint=policy",
+        "policy.path=policy",
         "env.camera_height=32",
         "env.camera_width=32",
         "workers.num_workers=1",

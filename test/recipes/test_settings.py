@@ -31,7 +31,7 @@ MALFORMED = (
 
 def compose_plain(path, *overrides):
     if path.parents[1].name == "dvla_grpo" and path.stem != "toy":
-        overrides = [*overrides, "++policy.checkpoint=x"]
+        overrides = [*overrides, "++policy.path=x"]
     with initialize_config_dir(version_base="1.3", config_dir=str(path.parent)):
         return OmegaConf.to_container(compose(path.stem, list(overrides)))
 
@@ -98,7 +98,7 @@ REFUSED = [
     ("toy", "optim.betas=[0.9,1]", r"optim.betas must be below 1, got \[0.9, 1\]"),
     ("toy", "policy.temperature=inf", "policy.temperature must be a finite number, got inf"),
     ("toy", "policy.backbone.text_layers=0", "policy.backbone.text_layers must be at least 1"),
-    ("toy", "policy.kind=checkpoint", "policy.checkpoint must be given, got nothing"),
+    ("toy", "policy.kind=checkpoint", "policy.path must be given, got nothing"),
     ("toy", "policy.action_dim=3", "policy.action_dim must be 2, as in env, got 3"),
     ("toy", "policy.state_std=[1]", "policy.state_std must have state_dim=4 entries"),
     ("toy", "eval.num_episodes=-1", "eval.num_episodes must be at least 0, got -1. 0 evaluates"),
@@ -124,7 +124,7 @@ REFUSED = [
     ("libero", "env.task_ids=[3,3]", "env.task_ids must name at least one task, and each once"),
     ("libero", "env.cameras=agentview", "env.cameras must be a list of a text, got 'agentview'"),
     ("libero", "policy.kind=tiny_vla", "policy.kind=tiny_vla must be used with env.backend=toy"),
-    ("libero_openvla_oft", "seed=0", "policy.checkpoint must be given, got nothing"),
+    ("libero_openvla_oft", "seed=0", "policy.path must be given, got nothing"),
 ]
 
 
@@ -205,3 +205,9 @@ def test_settings_of_older_runs_say_how_advantages_were_normalised(divided, adva
     plain["group"]["normalise_std"] = "yes"
     with pytest.raises(ValueError, match=r"group.normalise_std must be true or false, got 'yes'"):
         settings_.settings_from(plain)
+
+
+def test_settings_of_older_runs_call_the_path_of_a_policy_its_checkpoint():
+    plain = compose_plain(next(path for path in CONFIGS if path.stem == "libero"))
+    plain["policy"]["checkpoint"] = plain["policy"].pop("path")
+    assert settings_.settings_from(plain).policy.path == "x"

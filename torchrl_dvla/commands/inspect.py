@@ -2,19 +2,20 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Say what a checkpoint is: sizes, action head, cameras, prompt, tokenizer, base model.
+"""Say what a checkpoint is: format, sizes, action head, cameras, prompt, and what it needs.
 
-PATH is a folder that save_pretrained wrote, a run of `train`, or one of its checkpoints (update-*).
-Of something else it says what that looks like. Weights are not loaded, unless --config-name or
-settings ask whether the policy fits an environment: then as a run's collector would check it.
+PATH is a folder that save_pretrained wrote, a pi0, pi0.5 or SmolVLA of LeRobot or openpi, a run of
+`train`, or one of its checkpoints (update-*). Of something else it says what that looks like.
+Weights are not loaded, unless --config-name or settings ask whether the policy fits an environment:
+then as a run's collector would check it.
 
-  torchrl-dvla inspect my/policy --config-name libero env.cameras=[agentview,robot0_eye_in_hand]
+  torchrl-dvla inspect my/pi0 --config-name libero_pi0
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 
@@ -24,7 +25,9 @@ from torchrl_dvla.commands.saved_policy import SavedPolicy, add_settings, read_j
 from torchrl_dvla.memory import format_bytes
 from torchrl_dvla.modules import FlowVLAConfig, TransformersVLAConfig
 from torchrl_dvla.modules.config import PolicyConfig
+from torchrl_dvla.modules.formats import FlowFolder, read_foreign
 from torchrl_dvla.modules.load_policy import policy_class
+from torchrl_dvla.recipes.dvla_grpo.settings import PolicySettings
 from torchrl_dvla.recipes.dvla_grpo.validation import check_policy, check_settings
 from torchrl_dvla.saved_state import COUNT, read_state, require_form
 
@@ -32,6 +35,8 @@ from torchrl_dvla.saved_state import COUNT, read_state, require_form
 _ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4}
 _ITEM_BYTES |= {"I64": 8, "F64": 8}
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "I64": "int64"}
+#: Bytes of a parameter, in the dtypes that policies compute in.
+_NEEDED = {"float32": 4, "bfloat16": 2}
 #: A backbone's sizes, as transformers names them.
 _SIZES = {"hidden_size": "wide", "num_hidden_layers": "layers"}
 
@@ -52,12 +57,19 @@ def run(args: argparse.Namespace) -> int:
         rows.append(("written by", f"torchrl_dvla {metadata['torchrl_dvla']}"))
         config = metadata["config"]
         rows.append(("run", f"{config.get('name')}, seed {config.get('seed')}"))
-    rows += _pretrained_rows(saved.folder) if saved.is_pretrained else _state_rows(saved.folder)
+    is_asked = args.config_name or args.config_dir or args.overrides
+    cfg = saved.settings(args) if is_asked else None
+    if saved.is_foreign:
+        stated = cfg.policy.stated if cfg and isinstance(cfg.policy, PolicySettings) else None
+        rows += _foreign_rows(read_foreign(saved.folder, stated))
+    elif saved.is_pretrained:
+        rows += _pretrained_rows(saved.folder)
+    else:
+        rows += _state_rows(saved.folder)
     width = max(len(label) for label, _ in rows)
     for label, value in rows:
         print(f"{label:<{width}}  {value}")
-    if args.config_name or args.config_dir or args.overrides:
-        cfg = saved.settings(args)
+    if cfg is not None:
         check_settings(cfg)
         check_policy(cfg, saved.load(cfg))
         print(f"{'fits':<{width}}  {cfg.name}: a collector would take them together")
@@ -105,26 +117,82 @@ def _pretrained_rows(folder: Path) -> Iterator[tuple[str, str]]:
                 counts.setdefault(entry.get_dtype(), []).append(prod(entry.get_shape()))
     except SafetensorError as error:
         raise ValueError(f"{weights} must be a safetensors file, got an error: {error}.") from error
-    yield "parameters", f"{sum(map(sum, counts.values())):,}, with buffers"
-    yield (
-        "bytes",
-        ", ".join(
-            f"{format_bytes(_ITEM_BYTES.get(dtype, 0) * sum(each))} {_DTYPES.get(dtype, dtype)}"
-            for dtype, each in counts.items()
-        ),
-    )
-    yield "base model", _describe_backbone(config)
-    yield from _head_rows(config)
-    yield "action dimension", str(config.action_dim)
-    height, width = config.image_size
-    cameras = ["image", "wrist_image"][: config.num_cameras]
-    yield "cameras", f"{config.num_cameras} of {height} x {width}: {', '.join(cameras)}"
-    yield "state", f"{config.state_dim} entries" if config.state_dim else "not read"
-    prompt = config.prompt_style
-    yield "prompt", ", ".join(f"{key} {value!r}" for key, value in vars(prompt).items() if value)
+    yield from _size_rows({dtype: sum(each) for dtype, each in counts.items()})
+    yield from _config_rows(config)
+    has_fingerprint = data.get("fingerprint") is not None
+    yield "fingerprint", "compared when it is loaded" if has_fingerprint else "none"
     words = read_json(folder / "tokenizer" / "tokenizer.json").get("model", {}).get("vocab", ())
     tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json").get("tokenizer_class")
     yield "tokenizer", f"{tokenizer}, {len(words)} words"
+
+
+def _foreign_rows(found: FlowFolder) -> Iterator[tuple[str, str]]:
+    """Of a folder that another project wrote."""
+    config, table = found.config, found.table
+    yield "format", found.format
+    yield from _size_rows(found.file.count(table.own.values()))
+    if table.unread:
+        left = sum(found.file.count(table.unread).values())
+        yield "not read", f"{left:,} parameters of heads over words: {', '.join(table.unread)}"
+    yield from _config_rows(config)
+    yield "tokenizer", found.tokenizer
+    names = zip(("image", "wrist_image"), found.cameras)
+    yield "camera names", ", ".join(f"{name} is {theirs!r}" for name, theirs in names)
+    chunk_size = config.backbone["chunk_size"]
+    executed = found.replan_interval
+    yield "replan interval", f"{executed} env steps" if executed else "not said"
+    height, width = config.image_size
+    cameras = ("agentview", "robot0_eye_in_hand")[: config.num_cameras]
+    yield (
+        "on LIBERO",
+        f"env.chunk_size={chunk_size} env.replan_interval={executed or '...'} "
+        f"env.camera_height={height} env.camera_width={width} env.cameras=[{','.join(cameras)}] "
+        "env.orientation=axis_angle",
+    )
+
+
+def _size_rows(counts: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """Number and bytes of tensors, by safetensors' names of dtypes."""
+    total = sum(counts.values())
+    yield "parameters", f"{total:,}, with buffers"
+    parts = (
+        f"{format_bytes(_ITEM_BYTES.get(dtype, 0) * count)} {_DTYPES.get(dtype, dtype)}"
+        for dtype, count in counts.items()
+    )
+    yield "bytes", ", ".join(parts)
+    needed = (f"{format_bytes(size * total)} in {dtype}" for dtype, size in _NEEDED.items())
+    yield "needs", f"{', '.join(needed)} on each device that it is on, for the weights"
+
+
+def _config_rows(config: PolicyConfig) -> Iterator[tuple[str, str]]:
+    """What is the same in all formats."""
+    yield "base model", _describe_backbone(config)
+    yield from _head_rows(config)
+    yield "action dimension", str(config.action_dim)
+    yield "gripper", _gripper(config)
+    height, width = config.image_size
+    cameras = ["image", "wrist_image"][: config.num_cameras]
+    yield "cameras", f"{config.num_cameras} of {height} x {width}: {', '.join(cameras)}"
+    style = config.pixel_style
+    smoothing = "smoothed" if style.antialias else "not smoothed"
+    yield "resizing", f"{style.interpolation}, {smoothing}, padding {style.padding}"
+    yield "state", f"{config.state_dim} entries" if config.state_dim else "not read"
+    prompt = config.prompt_style
+    yield "prompt", ", ".join(f"{key} {value!r}" for key, value in vars(prompt).items() if value)
+
+
+def _gripper(config: PolicyConfig) -> str:
+    """What is done to the last action dimension."""
+    tokenizer = getattr(config, "action_tokenizer", {})
+    rules = [
+        word
+        for key, word in (
+            ("gripper_binarize", "rounded to -1 or 1"),
+            ("gripper_invert", "inverted"),
+        )
+        if tokenizer.get(key)
+    ]
+    return f"the last dimension is {' and '.join(rules) or 'executed as it is'}"
 
 
 def _head_rows(config: PolicyConfig) -> Iterator[tuple[str, str]]:
@@ -136,7 +204,9 @@ def _head_rows(config: PolicyConfig) -> Iterator[tuple[str, str]]:
         head += f"{config.stochastic_step}, by {config.sampler}, noise {noise}"
         yield "action head", head
         yield "chunk size", f"{config.backbone['chunk_size']} env steps"
-        yield "statistics", "actions and state: mean and standard deviation"
+        words = {"standard": "mean and standard deviation", "range": "a range"}
+        state = f"; state: {words[config.state_scaling]}" if config.state_dim else ""
+        yield "statistics", f"actions: {words[config.action_scaling]}{state}"
     elif isinstance(config, TransformersVLAConfig):
         frozen = {"vision": config.freeze_vision, "language": config.freeze_language}
         names = [name for name, is_frozen in frozen.items() if is_frozen]
@@ -153,8 +223,10 @@ def _head_rows(config: PolicyConfig) -> Iterator[tuple[str, str]]:
 
 def _describe_backbone(config: PolicyConfig) -> str:
     parts = [config.backbone["model_type"]]
-    for tower in ("vision", "text"):
-        sizes = config.backbone.get(f"{tower}_config") or {}
+    backbone = {**config.backbone, **config.backbone.get("vlm_config", {})}
+    backbone["expert_config"] = config.backbone.get("dit_config")
+    for tower in ("vision", "text", "expert"):
+        sizes = backbone.get(f"{tower}_config") or {}
         found = [f"{sizes[key]} {word}" for key, word in _SIZES.items() if key in sizes]
         if found:
             parts.append(f"{tower} {' and '.join(found)}")

@@ -17,6 +17,7 @@ from typing import Any
 from tensordict.nn import TensorDictModuleBase
 from torchrl.checkpoint import Checkpoint, CheckpointError
 
+from torchrl_dvla.modules.formats import Stated, is_foreign
 from torchrl_dvla.recipes.dvla_grpo import utils
 from torchrl_dvla.recipes.dvla_grpo.settings import (
     PolicySettings,
@@ -57,8 +58,13 @@ class SavedPolicy:
 
     @property
     def is_pretrained(self) -> bool:
-        """Whether ``save_pretrained`` wrote it, not ``torch.save``."""
-        return (self.folder / "config.json").is_file()
+        """Whether ``save_pretrained`` wrote it, or another project; not ``torch.save``."""
+        return (self.folder / "config.json").is_file() or self.is_foreign
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another project wrote it."""
+        return is_foreign(self.folder)
 
     @classmethod
     def find(cls, path: str) -> SavedPolicy:
@@ -98,11 +104,11 @@ class SavedPolicy:
                     f"{sorted(manifest.get('components', {}))}. It was written by another program."
                 )
             return cls(checkpoint / record["path"], checkpoint, manifest)
-        if "architecture" in read_json(given / "config.json"):
+        if "architecture" in read_json(given / "config.json") or is_foreign(given):
             return cls(given, None, {})
         raise ValueError(
-            f"The path must be that of a policy that save_pretrained wrote, of a run or of one of "
-            f"its checkpoints, got {str(given)!r}: {describe_other(given)}"
+            f"The path must be that of a policy, of a run or of one of its checkpoints, got "
+            f"{str(given)!r}: {describe_other(given)}"
         )
 
     def settings(self, args: argparse.Namespace) -> Settings:
@@ -110,10 +116,12 @@ class SavedPolicy:
         source: str | Mapping[str, Any] = args.config_name or "libero"
         if self.manifest and not (args.config_name or args.config_dir):
             source = self.manifest["metadata"]["config"]
-        given: dict[str, Any] = {"kind": "checkpoint", "checkpoint": str(self.folder)}
+        given: dict[str, Any] = {"kind": "checkpoint", "path": str(self.folder)}
+        if self.manifest:  # what is saved there holds all that was stated about its beginning
+            given["stated"] = Stated()
         overrides = args.overrides
         if self.is_pretrained:  # whatever else the configuration is for
-            overrides = ["++policy.kind=checkpoint", "++policy.checkpoint=given", *overrides]
+            overrides = ["++policy.kind=checkpoint", "++policy.path=given", *overrides]
         cfg = compose_settings(source, overrides, config_dir=args.config_dir)
         if not self.is_pretrained:
             return cfg
@@ -144,30 +152,30 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def describe_other(path: Path) -> str:
     """What a file or folder looks like that is no policy of this package, in a sentence or two."""
-    not_yet = "It cannot be loaded yet."
     if path.is_file():
         return f"a file ({path.suffix or 'without a suffix'}). Pass the folder that it is in."
     names = sorted(entry.name for entry in path.iterdir())
     config = read_json(path / "config.json")
-    if "input_features" in config or "policy_preprocessor.json" in names:
-        return f"a LeRobot policy of type {config.get('type', 'unknown')!r}. {not_yet}"
     if (path / "meta" / "info.json").is_file():
         return "a LeRobot data set, not a policy."
     if "adapter_config.json" in names:
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
-        return f"a PEFT adapter of {base!r}. Merge it into its base model. {not_yet}"
-    if config.get("model_type") == "openvla":
-        return f"an OpenVLA checkpoint of Hugging Face. {not_yet}"
+        return f"a PEFT adapter of {base!r}. Merge it into its base model, and pass that."
     if "model_type" in config:
         return (
             f"a Hugging Face model of type {config['model_type']!r}, without an action head. If "
             "its family is supported, TransformersVLA.from_backbone makes a policy of it."
         )
-    if any(path.glob("**/norm_stats.json")) or {"params", "_METADATA"} & set(names):
-        kind = "PyTorch" if "model.safetensors" in names else "JAX"
-        return f"an openpi checkpoint ({kind}). {not_yet}"
+    if {"params", "_METADATA"} & set(names):
+        return (
+            "an openpi checkpoint (JAX). Convert it by openpi's "
+            "examples/convert_jax_model_to_pytorch.py, and copy its assets/."
+        )
     if any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in names):
-        return f"weights without a config.json: {', '.join(names[:8])}. {not_yet}"
+        return (
+            f"weights without a config.json: {', '.join(names[:8])}. Copy the checkpoint again, "
+            "with all its files: openpi's folders have statistics in assets/, LeRobot's processors."
+        )
     if any((path / name / "checkpoints").is_dir() for name in names):
         return f"a folder of runs. Pass one of them: {', '.join(names[-4:])}."
     return f"a folder with {', '.join(names[:8]) or 'nothing'} in it."

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -88,6 +89,9 @@ class LiberoChunkEnv(LiberoEnv):
             few pixels of a 128 px frame and cuts the time of a fast one to a third. Defaults to
             ``None``, all faces.
         settle_steps (int): env steps without motion at the start. Defaults to 10.
+        orientation (str): of the gripper in the state: ``"quaternion"``, four numbers, or
+            ``"axis_angle"``, three, with which pi0, pi0.5, SmolVLA and OpenVLA-OFT were trained.
+            Defaults to ``"quaternion"``.
         env_kwargs (dict, optional): further arguments of LIBERO's ``ControlEnv``.
 
     Attributes:
@@ -127,6 +131,7 @@ class LiberoChunkEnv(LiberoEnv):
         msaa: bool = True,
         max_mesh_faces: int | None = None,
         settle_steps: int = 10,
+        orientation: Literal["quaternion", "axis_angle"] = "quaternion",
         env_kwargs: dict[str, Any] | None = None,
     ) -> None:
         task = validate_libero(
@@ -147,11 +152,13 @@ class LiberoChunkEnv(LiberoEnv):
         check("settle_steps", settle_steps, Natural)
         check("shadows", shadows, bool)
         check("msaa", msaa, bool)
+        check("orientation", orientation, Literal["quaternion", "axis_angle"])
         choose_gl_backend()
         self._task = task
         self.chunk_size = chunk_size
         self.replan_interval = chunk_size if replan_interval is None else replan_interval
         self._camera_names = tuple(cameras)
+        self._orientation = orientation
         self._render_kwargs: dict[str, Any] = {
             "height": camera_height,
             "width": camera_width,
@@ -342,6 +349,11 @@ class LiberoChunkEnv(LiberoEnv):
         for key in self.proprio_keys:
             self._observed[key] = cache[key] = np.array(observables[key]._sensor(cache))
 
+    def _read_state(self, obs: dict[str, Any]) -> torch.Tensor:
+        if self._orientation == "axis_angle":
+            obs = {**obs, "robot0_eef_quat": _axis_angle(obs["robot0_eef_quat"])}
+        return super()._read_state(obs)
+
     def _observation(self, *, success: bool, pad: torch.Tensor) -> TensorDict:
         assert self._renderer is not None
         frames = self._renderer.draw()
@@ -361,3 +373,20 @@ class LiberoChunkEnv(LiberoEnv):
         # two gigabytes hang on these
         for name in ("_renderer", "_physics", "_scene", "robosuite_env"):
             self.__dict__.pop(name, None)
+
+
+def _axis_angle(quaternion: np.ndarray) -> np.ndarray:
+    """Axis times angle in [0, 2 pi] of a rotation ``(x, y, z, w)``; robosuite's convention.
+
+    Examples:
+        >>> import numpy as np
+        >>> _axis_angle(np.array([1.0, 0.0, 0.0, 0.0])).round(4).tolist()
+        [3.1416, 0.0, 0.0]
+        >>> _axis_angle(np.array([0.0, 0.0, 0.0, 1.0])).tolist()
+        [0.0, 0.0, 0.0]
+    """
+    w = float(np.clip(quaternion[3], -1.0, 1.0))
+    length = math.sqrt(1.0 - w * w)
+    if math.isclose(length, 0.0):
+        return np.zeros(3)
+    return quaternion[:3] * (2.0 * math.acos(w) / length)

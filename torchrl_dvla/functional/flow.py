@@ -47,7 +47,8 @@ def flow_time(step: torch.Tensor, num_steps: int) -> torch.Tensor:
         >>> flow_time(torch.arange(5), 4)
         tensor([1.0000, 0.7500, 0.5000, 0.2500, 0.0000])
     """
-    return 1 - step / num_steps
+    # One rounding: the networks read the time in periods of 1 / 250.
+    return (num_steps - step) / num_steps
 
 
 def flow_matching_pair(

@@ -65,6 +65,8 @@ class PixelStyle:
         mean (tuple of float): per-channel mean of pixels in [0, 1].
         std (tuple of float): per-channel standard deviation of pixels in [0, 1].
         interpolation (str): ``"bilinear"`` or ``"bicubic"``, for cameras of another size.
+        antialias (bool): whether a larger image is smoothed before it is sampled, as PIL does and
+            ``torch.nn.functional.interpolate`` alone does not.
         padding (str): where images of another aspect ratio get black borders instead of being
             distorted: ``"center"`` (half on each side), ``"top_left"``, or ``"none"`` for neither.
     """
@@ -72,6 +74,7 @@ class PixelStyle:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    antialias: bool = True
     padding: Literal["none", "center", "top_left"] = "none"
 
     def __post_init__(self) -> None:

@@ -190,6 +190,11 @@ class FlowVLAConfig(PolicyConfig):
             follow the ODE: its number from 0, or ``"random"``, drawn for each decision. One
             stochastic step is learned from with one pass of the expert, ``K`` with ``K``.
         freeze_prefix (bool): whether what reads images and instruction is left out of training.
+        state_scaling (str): ``"standard"``, by mean and standard deviation, or ``"range"``, from a
+            range to [-1, 1].
+        action_scaling (str): the same of the actions.
+        prompt_state_dim (int): size that a state in the prompt is padded to with zeros; 0: none.
+        max_prompt_tokens (int, optional): of instruction and state, as the network was trained.
 
     Raises:
         ValueError: if a number is out of range, or the sampler has no stochastic step.
@@ -208,6 +213,10 @@ class FlowVLAConfig(PolicyConfig):
     noise_level: Positive = 0.5
     stochastic_step: Literal["random", "all"] | Natural = "random"
     freeze_prefix: bool = False
+    state_scaling: Literal["standard", "range"] = "standard"
+    action_scaling: Literal["standard", "range"] = "standard"
+    prompt_state_dim: Natural = 0
+    max_prompt_tokens: Count | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

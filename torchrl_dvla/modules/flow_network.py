@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from transformers import DynamicCache
 
-__all__ = ["FlowNetwork", "Prefix", "pad_text"]
+__all__ = ["FlowNetwork", "Prefix", "TimeWaves", "pad_text"]
 
 
 class Prefix(NamedTuple):
@@ -50,6 +51,8 @@ class FlowNetwork(nn.Module):
     #: Prompt after the images, and after a ``<bos>`` where the tokenizer knows one.
     template: ClassVar[str] = "{instruction}\n"
     pixel_style: ClassVar[PixelStyle] = PixelStyle(interpolation="bilinear", padding="center")
+    #: How states and actions are scaled, see :class:`FlowVLAConfig`.
+    scaling: ClassVar[Literal["standard", "range"]] = "standard"
 
     @classmethod
     @abstractmethod
@@ -124,6 +127,37 @@ class FlowNetwork(nn.Module):
             Velocities ``[B, H, max_action_dim]`` and the expert's last hidden states ``[B, H, W]``,
             float32.
         """
+
+
+class TimeWaves(nn.Module):
+    """Sines and cosines of a time, with periods that grow geometrically.
+
+    They are computed in float64 as openpi and LeRobot do: the shortest period is 1 / 250 of the
+    range, whose phase float32 knows to four digits only.
+
+    Args:
+        size (int): number ``W`` of sines and cosines together.
+        periods (tuple of float): the shortest and the longest.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_dvla.modules.flow_network import TimeWaves
+        >>> TimeWaves(4, (1.0, 4.0))(torch.tensor([0.25])).abs()
+        tensor([[1.0000e+00, 3.8268e-01, 6.1232e-17, 9.2388e-01]])
+    """
+
+    def __init__(self, size: int, periods: tuple[float, float]) -> None:
+        super().__init__()
+        self.size, self.periods = size, periods
+
+    def forward(self, time: torch.Tensor) -> torch.Tensor:
+        """Waves ``[B, W]`` of times ``[B]``, float32."""
+        dtype = torch.float32 if time.device.type == "mps" else torch.float64
+        shortest, longest = self.periods
+        shares = torch.linspace(0.0, 1.0, self.size // 2, dtype=dtype, device=time.device)
+        periods = shortest * (longest / shortest) ** shares
+        phases = time[:, None].to(dtype) * (2 * math.pi / periods)
+        return torch.cat([phases.sin(), phases.cos()], -1).float()
 
 
 def pad_text(

@@ -28,6 +28,7 @@ from torchrl_dvla.modules.pi0 import Pi0
 from torchrl_dvla.modules.pi05 import Pi05, state_words
 from torchrl_dvla.modules.policy_inputs import (
     PixelNormalizer,
+    RangeScaler,
     Standardizer,
     read_images,
     read_instructions,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["DenoisingPath", "FlowVLA"]
 
 _NETWORKS: dict[str, type[FlowNetwork]] = {"pi0": Pi0, "pi05": Pi05, "smolvla": SmolVLA}
+_SCALERS: dict[str, Any] = {"standard": Standardizer, "range": RangeScaler}
 
 
 class FlowVLA(PretrainedMixin, VLAWrapperBase):
@@ -167,8 +169,8 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
         self._check_sizes()
         self.prompt = InstructionEncoder(tokenizer, config.prompt_style.instruction)
         self.normalize = PixelNormalizer(config.pixel_style, image_size=self.network.image_size)
-        self.state_statistics = Standardizer(config.state_dim)
-        self.action_statistics = Standardizer(config.action_dim)
+        self.state_statistics = _SCALERS[config.state_scaling](config.state_dim)
+        self.action_statistics = _SCALERS[config.action_scaling](config.action_dim)
         if config.sampler == "noise":
             self.noise_head = _noise_head(self.network.hidden_size, self._max_action_dim)
         if config.freeze_prefix:
@@ -235,6 +237,8 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
             num_cameras=num_cameras,
             prompt_style=PromptStyle(instruction=template),
             pixel_style=family.pixel_style,
+            state_scaling=family.scaling,
+            action_scaling=family.scaling,
             **changes,
         )
         with torch.random.fork_rng(devices=[]):
@@ -415,11 +419,18 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
             state = self.state_statistics.standardize(proprio.reshape(num_rows, -1))
         instructions = read_instructions(tensordict, keys.instruction, num_rows)
         has_state = "{state}" in config.prompt_style.instruction
-        words = state_words(state) if has_state else [""] * num_rows
+        in_words = pad(state, (0, max(0, config.prompt_state_dim - config.state_dim)))
+        words = state_words(in_words) if has_state else [""] * num_rows
         text_ids = [
             self.prompt.instruction_ids(text.strip().replace("_", " ").replace("\n", " "), word)
             for text, word in zip(instructions, words, strict=True)
         ]
+        longest = max(map(len, text_ids))
+        if longest > (config.max_prompt_tokens or longest):
+            raise ValueError(
+                f"language_instruction must have at most {config.max_prompt_tokens} tokens with "
+                f"the state, got {longest}. The network was trained with no more: shorten it."
+            )
         state = pad(state, (0, self.network.config.max_state_dim - config.state_dim))
         return self.network.prefix(pixels, text_ids, state), batch_shape
 

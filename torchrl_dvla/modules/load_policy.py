@@ -12,38 +12,49 @@ from pathlib import Path
 from typing import Any
 
 from torchrl_dvla.modules.flow_vla import FlowVLA
+from torchrl_dvla.modules.formats import Stated, is_foreign, read_foreign
 from torchrl_dvla.modules.transformers_vla import TransformersVLA
 
 __all__ = ["load_policy", "policy_class"]
 
 
 def policy_class(folder: str | os.PathLike[str]) -> type[TransformersVLA] | type[FlowVLA]:
-    """Class of the policy in a folder that ``save_pretrained`` wrote.
+    """Class of the policy in a folder, of this project or another.
 
     Args:
         folder (path): the folder. What is none is left to ``TransformersVLA.from_pretrained``,
             which says what is wrong with it.
     """
+    folder = Path(folder)
     try:
-        data = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = data["architecture"]
     except (OSError, ValueError, KeyError, TypeError):
-        name = None
+        name = FlowVLA.__name__ if is_foreign(folder) else None
     return FlowVLA if name == FlowVLA.__name__ else TransformersVLA
 
 
-def load_policy(folder: str | os.PathLike[str], **kwargs: Any) -> TransformersVLA | FlowVLA:
-    """Policy of action tokens or of flow matching from a folder that ``save_pretrained`` wrote.
+def load_policy(
+    folder: str | os.PathLike[str], *, stated: Stated | None = None, **kwargs: Any
+) -> TransformersVLA | FlowVLA:
+    """Policy of action tokens or of flow matching from a folder, of this project or another.
+
+    Of this project is what ``save_pretrained`` wrote; of others are pi0, pi0.5 and SmolVLA as
+    LeRobot saves them, and pi0 and pi0.5 of openpi's PyTorch code. Settings, prompt, statistics,
+    cameras and the preparation of images are read from the files. What is missing, not known here
+    or would be left out is refused by name.
 
     Args:
         folder (path): the folder.
 
     Keyword Args:
+        stated (Stated, optional): what the files of another project do not say.
         **kwargs: as for ``from_pretrained`` of the policy's class, e.g. ``dtype``, ``device``.
 
     Raises:
         FileNotFoundError: if the folder or one of its files is missing.
-        ValueError: if a file is truncated or corrupt, or holds another architecture.
+        ValueError: if a file is truncated or corrupt, or holds another architecture, or something
+            that would not be read.
 
     Examples:
         >>> import tempfile
@@ -54,4 +65,11 @@ def load_policy(folder: str | os.PathLike[str], **kwargs: Any) -> TransformersVL
         ...     type(load_policy(folder)).__name__
         'FlowVLA'
     """
+    if is_foreign(Path(folder)):
+        return read_foreign(Path(folder), stated).load(**kwargs)
+    if stated is not None and stated != Stated():
+        raise ValueError(
+            f"stated must be None for {str(folder)!r}, which holds all that is needed, got "
+            f"{stated}. It is for checkpoints of other projects."
+        )
     return policy_class(folder).from_pretrained(folder, **kwargs)

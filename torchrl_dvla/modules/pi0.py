@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from torchrl_dvla.modules.flow_network import FlowNetwork, Prefix, pad_text
+from torchrl_dvla.modules.flow_network import FlowNetwork, Prefix, TimeWaves, pad_text
 
 if TYPE_CHECKING:
     from typing import Self
@@ -39,6 +39,10 @@ class Pi0(FlowNetwork):
         self.model = model
         # Its input is projected actions, never token ids: 263 million parameters of the real one.
         model.model.dit.embed_tokens = None
+        config = model.config
+        model.embed_action_time.sinusoid_embeds = TimeWaves(
+            config.dit_config.hidden_size, (config.min_period, config.max_period)
+        )
         # Of the prefix, keys and values are read: the rest of the last layer gets no gradient.
         language_model = model.model.vlm.language_model
         last = language_model.layers[-1]

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -38,6 +38,7 @@ class Pi05(Pi0):
     """
 
     template: ClassVar[str] = "Task: {instruction}, State: {state};\nAction: "
+    scaling: ClassVar[Literal["standard", "range"]] = "range"
 
     def __init__(self, model: PI0ForConditionalGeneration) -> None:
         super().__init__(model)

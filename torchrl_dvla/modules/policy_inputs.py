@@ -19,6 +19,7 @@ from torchrl_dvla.modules.backbones import PixelStyle
 
 __all__ = [
     "PixelNormalizer",
+    "RangeScaler",
     "Standardizer",
     "StateProjector",
     "read_images",
@@ -139,6 +140,7 @@ class PixelNormalizer(nn.Module):
         super().__init__()
         self._image_size = image_size
         self._interpolation = style.interpolation
+        self._antialias = style.antialias
         self._padding = style.padding
         mean = torch.tensor(style.mean).view(3, 1, 1)
         std = torch.tensor(style.std).view(3, 1, 1)
@@ -161,25 +163,32 @@ class PixelNormalizer(nn.Module):
         pixels = images.to(torch.float32, copy=True)
         if images.dtype != torch.uint8:
             pixels.mul_(255.0)
+        size = self._image_size
         if self._padding != "none":
-            pixels = _pad_to_aspect(pixels, self._image_size, self._padding)
-        if pixels.shape[-2:] != self._image_size:
+            size = _largest_inside(pixels.shape[-2:], size)
+        if pixels.shape[-2:] != size:
             pixels = F.interpolate(
                 pixels,
-                size=self._image_size,
+                size=size,
                 mode=self._interpolation,
                 align_corners=False,
-                antialias=True,
+                antialias=self._antialias,
             ).clamp_(0.0, 255.0)
+        if size != self._image_size:
+            pixels = _pad(pixels, self._image_size, self._padding)
         # The product is a new tensor: in an ensemble the buffers have one dimension more.
         return (pixels * self.scale).add_(self.shift).to(dtype)
 
 
-def _pad_to_aspect(images: torch.Tensor, size: tuple[int, int], where: str) -> torch.Tensor:
-    """Images with black borders, so that a resize to ``size`` distorts none."""
-    height, width = images.shape[-2:]
-    missing_width = max(0, round(height * size[1] / size[0]) - width)
-    missing_height = max(0, round(width * size[0] / size[1]) - height)
+def _largest_inside(shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of an image of ``shape``, shrunk or enlarged until it just fits ``size``."""
+    ratio = max(shape[1] / size[1], shape[0] / size[0])
+    return int(shape[0] / ratio), int(shape[1] / ratio)
+
+
+def _pad(images: torch.Tensor, size: tuple[int, int], where: str) -> torch.Tensor:
+    """Images with black borders, of ``size``."""
+    missing_height, missing_width = (size[i] - images.shape[i - 2] for i in (0, 1))
     parts = 1 if where == "top_left" else 2
     left, top = missing_width // parts, missing_height // parts
     return F.pad(images, (left, missing_width - left, top, missing_height - top))
@@ -225,19 +234,6 @@ class Standardizer(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_(std)
 
-    def set_quantiles(self, low: torch.Tensor, high: torch.Tensor) -> None:
-        """Map the range between two quantiles to [-1, 1], as pi0.5 does.
-
-        Args:
-            low (torch.Tensor): quantile of 1 % ``[S]``.
-            high (torch.Tensor): quantile of 99 % ``[S]``, larger.
-
-        Raises:
-            ValueError: as :meth:`set_statistics`.
-        """
-        half = (high - low) / 2
-        self.set_statistics(low + half, half)
-
     def standardize(self, values: torch.Tensor) -> torch.Tensor:
         """Values ``[*B, S]`` in standard deviations from the mean."""
         return (values.to(self.mean.dtype) - self.mean) / self.std
@@ -252,6 +248,67 @@ class Standardizer(nn.Module):
         mean, std = (state_dict.get(prefix + name) for name in ("mean", "std"))
         if mean is not None and std is not None:
             _check_statistics(mean, std, self.mean.shape, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class RangeScaler(nn.Module):
+    """Scaling of vectors from a range to [-1, 1], and back; its ends travel with the weights.
+
+    pi0.5 takes the quantiles of 1 % and 99 % for them. Values beyond are not clipped.
+
+    Args:
+        size (int): size ``S`` of the vectors.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_dvla.modules.policy_inputs import RangeScaler
+        >>> scaler = RangeScaler(2)
+        >>> scaler.set_range(torch.tensor([0.0, -1.0]), torch.tensor([4.0, 1.0]))
+        >>> scaler.standardize(torch.tensor([1.0, 1.0]))
+        tensor([-0.5000,  1.0000])
+        >>> scaler.restore(torch.tensor([-0.5, 1.0]))
+        tensor([1., 1.])
+    """
+
+    low: torch.Tensor
+    high: torch.Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("low", -torch.ones(size))
+        self.register_buffer("high", torch.ones(size))
+
+    @torch.no_grad()
+    def set_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Set the ends of the range.
+
+        Args:
+            low (torch.Tensor): what becomes -1, ``[S]``.
+            high (torch.Tensor): what becomes 1, ``[S]``, larger.
+
+        Raises:
+            ValueError: if a shape is wrong, an entry is not finite, or a range is empty.
+        """
+        _check_range(low, high, self.low.shape)
+        self.low.copy_(low)
+        self.high.copy_(high)
+
+    # The formulas of openpi and LeRobot, operation by operation: a state at an end of its range
+    # must come out as exactly -1, or it falls into another bin of the prompt.
+    def standardize(self, values: torch.Tensor) -> torch.Tensor:
+        """Values ``[*B, S]`` in [-1, 1], where they are inside the range."""
+        return 2.0 * (values.to(self.low.dtype) - self.low) / (self.high - self.low) - 1.0
+
+    def restore(self, values: torch.Tensor) -> torch.Tensor:
+        """Inverse of :meth:`standardize`."""
+        return (values + 1.0) * (self.high - self.low) / 2.0 + self.low
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        low, high = (state_dict.get(prefix + name) for name in ("low", "high"))
+        if low is not None and high is not None:
+            _check_range(low, high, self.low.shape, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -291,4 +348,16 @@ def _check_statistics(
             f"{prefix}mean and {prefix}std must have shape {tuple(shape)} and be finite, and std "
             f"must be positive, got {mean.tolist()} and {std.tolist()}. Clamp the std of entries "
             "that never change."
+        )
+
+
+def _check_range(
+    low: torch.Tensor, high: torch.Tensor, shape: torch.Size, prefix: str = ""
+) -> None:
+    is_right = low.shape == high.shape == shape
+    if not is_right or not (low.isfinite() & high.isfinite() & (low < high)).all():
+        raise ValueError(
+            f"{prefix}low and {prefix}high must have shape {tuple(shape)} and be finite, and high "
+            f"must be above low, got {low.tolist()} and {high.tolist()}. Widen the range of "
+            "entries that never change."
         )

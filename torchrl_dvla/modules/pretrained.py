@@ -6,7 +6,7 @@
 
 The folder of a policy holds::
 
-    config.json                 architecture; name, size and checksum of the weights
+    config.json                 architecture; name, size and checksum of the weights; fingerprint
     weights-<crc32>.safetensors parameters and buffers
     tokenizer/                  the instruction tokenizer's own files
 
@@ -36,6 +36,7 @@ from torch import nn
 from torchrl_dvla.differences import differences, join_some
 from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle, backbone_class
 from torchrl_dvla.modules.config import PolicyConfig
+from torchrl_dvla.modules.fingerprint import check_fingerprint, take_fingerprint
 from torchrl_dvla.modules.prompt import word_tokenizer
 from torchrl_dvla.saved_state import COUNT, require_form
 
@@ -106,6 +107,7 @@ class PretrainedMixin(nn.Module):
             "format_version": _FORMAT_VERSION,
             "config": self.config.to_dict(),
             "weights": {"file": weights, "num_bytes": draft.stat().st_size, "crc32": checksum},
+            "fingerprint": take_fingerprint(self),
         }
         (scratch / _CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save_pretrained(str(scratch / _TOKENIZER))
@@ -139,12 +141,13 @@ class PretrainedMixin(nn.Module):
 
         Raises:
             FileNotFoundError: if the folder or one of its files is missing.
-            ValueError: if a file is truncated or corrupt, or holds another architecture.
+            ValueError: if a file is truncated or corrupt, or holds another architecture, or the
+                policy does not do what its fingerprint says.
         """
         from transformers import AutoTokenizer
         from transformers.initialization import no_init_weights
 
-        config, weights = _read_folder(Path(folder), cls)
+        config, weights, fingerprint = _read_folder(Path(folder), cls)
         given = {name: kwargs.pop(name, None) for name in cls.config_class.changeable}
         given = {name: value for name, value in given.items() if value is not None}
         _require_file(folder, f"{_TOKENIZER}/tokenizer_config.json")
@@ -156,6 +159,9 @@ class PretrainedMixin(nn.Module):
             with torch.random.fork_rng(devices=[]), no_init_weights():
                 policy = cls(dataclasses.replace(config, **given), tokenizer=tokenizer, **kwargs)
         policy.load_state_dict(policy._checked(weights, source=folder))
+        # Of another dtype or sampler it is another policy.
+        if fingerprint is not None and policy.config == config:
+            check_fingerprint(policy, fingerprint, repr(str(folder)))
         return policy
 
     def read_weights(self, folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -168,7 +174,7 @@ class PretrainedMixin(nn.Module):
             FileNotFoundError: if the folder or one of its files is missing.
             ValueError: if a file is damaged or the architecture differs; names what differs.
         """
-        config, weights = _read_folder(Path(folder), type(self))
+        config, weights, _ = _read_folder(Path(folder), type(self))
         problems = self.config.differences(config)
         if problems:
             raise ValueError(
@@ -202,8 +208,8 @@ class PretrainedMixin(nn.Module):
 
 def _read_folder(
     folder: Path, policy_class: type[PretrainedMixin]
-) -> tuple[PolicyConfig, dict[str, torch.Tensor]]:
-    """Config, and weights by name after comparing them with their checksum."""
+) -> tuple[PolicyConfig, dict[str, torch.Tensor], dict[str, Any] | None]:
+    """Config, weights by name after comparing them with their checksum, and fingerprint."""
     data = _read_config(folder, policy_class.__name__)
     entry = data["weights"]
     path = _require_file(folder, entry["file"])
@@ -227,7 +233,8 @@ def _read_folder(
             f"{_COPY_AGAIN}."
         ) from error
     with _refuse_damage(folder):
-        return policy_class.config_class.from_dict(data["config"]), weights
+        config = policy_class.config_class.from_dict(data["config"])
+    return config, weights, data.get("fingerprint")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchrl_dvla.modules.backbones import PixelStyle, SmolVLMBackbone
-from torchrl_dvla.modules.flow_network import FlowNetwork, Prefix, pad_text
+from torchrl_dvla.modules.flow_network import FlowNetwork, Prefix, TimeWaves, pad_text
 
 if TYPE_CHECKING:
     from typing import Self
@@ -50,7 +50,6 @@ class SmolVLA(FlowNetwork):
 
     def __init__(self, config: PI0Config, *, dtype: torch.dtype) -> None:
         from transformers import AutoModel
-        from transformers.models.pi0.modeling_pi0 import PI0TimestepEmbeddings
 
         super().__init__()
         self._config = config
@@ -69,7 +68,7 @@ class SmolVLA(FlowNetwork):
         self.state_proj = nn.Linear(config.max_state_dim, self.vlm.hidden_size)
         self.action_in_proj = nn.Linear(action_dim, width)
         self.action_out_proj = nn.Linear(width, action_dim)
-        self.time_waves = PI0TimestepEmbeddings(config)
+        self.time_waves = TimeWaves(width, (config.min_period, config.max_period))
         self.action_time_mlp_in = nn.Linear(2 * width, width)
         self.action_time_mlp_out = nn.Linear(width, width)
         # Of the prefix, keys and values are read: the rest of the last layer gets no gradient.

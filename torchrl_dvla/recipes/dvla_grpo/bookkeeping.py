@@ -43,7 +43,8 @@ _LOGGED = re.compile(
 
 #: Settings that runs are compared by.
 _COMPARED = re.compile(
-    r"seed|env\.(task_suite|chunk_size|replan_interval)|policy\.(kind|checkpoint|temperature)"
+    r"seed|env\.(task_suite|chunk_size|replan_interval)"
+    r"|policy\.(kind|path|temperature|num_steps|sampler|noise_level)"
     r"|(group|loss|optim)\.\w+|workers\.(num_workers|envs_per_worker)"
 )
 
@@ -57,7 +58,7 @@ def log(text: str) -> None:
 #: Settings that may differ from those of the checkpoint that a run goes on from. They are applied,
 #: and named; any other is refused: what is in the checkpoint depends on it.
 _MAY_CHANGE = re.compile(
-    r"name|device|inference_device|policy\.checkpoint"
+    r"name|device|inference_device|policy\.(path|stated\..+)"
     r"|(train|eval|checkpoint|log|memory|inference|loss)\..+"
     r"|optim\.(?!minibatch_size).+|workers\.(?!max_decisions).+"
     r"|group\.(return_bounds|advantage|max_no_signal_groups|on_no_signal)"

@@ -27,6 +27,7 @@ from torchrl_dvla import GroupConfig, InferenceConfig, WorkerConfig
 from torchrl_dvla.functional import Reduction
 from torchrl_dvla.memory import DualPool
 from torchrl_dvla.modules import TinyBackboneConfig
+from torchrl_dvla.modules.formats import Stated
 from torchrl_dvla.objectives.grpo import KLEstimator, RatioLevel
 from torchrl_dvla.objectives.validation import check_trust_region
 from torchrl_dvla.recipes.libero_tasks import LiberoTasks
@@ -84,14 +85,13 @@ class LiberoSettings(LiberoTasks):
     camera_width: Size = 128
     cameras: tuple[str, ...] = ("agentview",)
     settle_steps: Natural = 10
+    orientation: Literal["quaternion", "axis_angle"] = "quaternion"
     shadows: bool = True
     msaa: bool = True
     max_mesh_faces: Count | None = None
     env_kwargs: Mapping[str, Any] | None = None
 
     action_dim: ClassVar[int] = 7
-    #: Position and orientation of the gripper, and its two fingers.
-    state_dim: ClassVar[int] = 9
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,6 +105,11 @@ class LiberoSettings(LiberoTasks):
                 f"cameras must be one or two different names, got {list(self.cameras)}. Use "
                 "[agentview] or [agentview,robot0_eye_in_hand]."
             )
+
+    @property
+    def state_dim(self) -> int:
+        """Entries of the state: position and orientation of the gripper, and its two fingers."""
+        return 3 + (4 if self.orientation == "quaternion" else 3) + 2
 
     @property
     def env_steps_per_decision(self) -> int:
@@ -151,11 +156,17 @@ class PolicySettings(Section):
     """The policy; which of the settings count depends on ``kind``."""
 
     kind: Literal["checkpoint", "tiny", "tiny_vla"]
-    checkpoint: str | None = None
+    path: str | None = None
     temperature: Positive = 1.0
     freeze_vision: bool | None = None
     freeze_language: bool | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    freeze_prefix: bool | None = None
+    num_steps: Count | None = None
+    sampler: Literal["sde", "cps", "noise"] | None = None
+    noise_level: Positive | None = None
+    stochastic_step: Literal["random", "all"] | Natural | None = None
+    stated: Stated = field(default_factory=Stated)
     action_dim: Size = 2
     state_dim: Natural = 0
     state_std: tuple[Positive, ...] | None = None
@@ -165,11 +176,11 @@ class PolicySettings(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_path("checkpoint", self.checkpoint)
-        if self.kind == "checkpoint" and self.checkpoint is None:
+        check_path("path", self.path)
+        if self.kind == "checkpoint" and self.path is None:
             raise ValueError(
-                "checkpoint must be given, got nothing. Make one with the dvla_sft recipe "
-                "and pass policy.checkpoint=<its folder>."
+                "path must be given, got nothing. Pass policy.path=<folder> of a checkpoint that "
+                "you have, or make one with the dvla_sft recipe."
             )
         if self.state_std is not None and len(self.state_std) != self.state_dim:
             raise ValueError(
@@ -425,6 +436,9 @@ def settings_from(cfg: DictConfig | Mapping[str, Any]) -> Settings:
     if isinstance(group, dict) and "normalise_std" in group:  # of a run by an older version
         is_divided = check("group.normalise_std", group.pop("normalise_std"), bool)
         group.setdefault("advantage", "mean_std" if is_divided else "mean")
+    policy = data.get("policy")
+    if isinstance(policy, dict) and "checkpoint" in policy and "_target_" not in policy:
+        policy.setdefault("path", policy.pop("checkpoint"))  # as above
     # Which settings these sections have depends on what they make.
     for name in ("env", "policy"):
         section = data.get(name)

@@ -31,7 +31,12 @@ from torchrl_dvla.envs import LiberoChunkEnv, ToyChunkEnv, libero_tasks
 from torchrl_dvla.memory import DualPool
 from torchrl_dvla.modules import FlowVLA, TransformersVLA, load_policy, tiny_token_policy
 from torchrl_dvla.modules.load_policy import policy_class
-from torchrl_dvla.recipes.dvla_grpo.settings import FactorySettings, LiberoSettings, Settings
+from torchrl_dvla.recipes.dvla_grpo.settings import (
+    FactorySettings,
+    LiberoSettings,
+    PolicySettings,
+    Settings,
+)
 from torchrl_dvla.recording import RunCheckpoints, check_writable, find_latest_checkpoint
 
 RECIPES = Path(__file__).resolve().parents[1]
@@ -120,21 +125,12 @@ def make_policy(cfg: Settings, device: str | None = None) -> TensorDictModuleBas
             )
         return policy.to(device or cfg.device)
     if settings.kind == "checkpoint":
-        assert settings.checkpoint is not None
-        folder = find_policy(settings.checkpoint)
-        of_tokens = {
-            "freeze_vision": settings.freeze_vision,
-            "freeze_language": settings.freeze_language,
-            "temperature": settings.temperature,
-        }
-        if policy_class(folder) is FlowVLA:
-            if of_tokens != {"freeze_vision": None, "freeze_language": None, "temperature": 1.0}:
-                raise ValueError(
-                    f"policy must leave out {', '.join(of_tokens)} for a flow policy, got "
-                    f"{of_tokens}. Set policy.temperature=1.0 and the others to null."
-                )
-            of_tokens = {}
-        policy = load_policy(folder, dtype=settings.dtype, **of_tokens)
+        assert settings.path is not None
+        folder = find_policy(settings.path)
+        is_flow = policy_class(folder) is FlowVLA
+        given = {name: getattr(settings, name) for name in (_OF_FLOWS if is_flow else _OF_TOKENS)}
+        _refuse_others(settings, is_flow)
+        policy = load_policy(folder, dtype=settings.dtype, stated=settings.stated, **given)
     elif isinstance(cfg.env, FactorySettings):
         raise AssertionError("Settings refuses what is built for an environment that it can read")
     elif settings.kind == "tiny":
@@ -159,6 +155,27 @@ def make_policy(cfg: Settings, device: str | None = None) -> TensorDictModuleBas
             hidden_dim=settings.hidden_dim,
         )
     return policy.to(device or cfg.device)
+
+
+#: Settings of a checkpoint that one kind of policy has, with what leaves it as it is.
+_OF_TOKENS = {"freeze_vision": None, "freeze_language": None, "temperature": 1.0}
+_OF_FLOWS = dict.fromkeys(
+    ("freeze_prefix", "num_steps", "sampler", "noise_level", "stochastic_step")
+)
+
+
+def _refuse_others(settings: PolicySettings, is_flow: bool) -> None:
+    """Refuse settings of the other kind of policy."""
+    others = _OF_TOKENS if is_flow else _OF_FLOWS
+    found = {name: getattr(settings, name) for name in others}
+    if found != others:
+        kind = "flow policy" if is_flow else "policy of action tokens"
+        remedy = " ".join(
+            f"policy.{name}={'null' if value is None else value}" for name, value in others.items()
+        )
+        raise ValueError(
+            f"policy must leave out {', '.join(others)} for a {kind}, got {found}. Set {remedy}."
+        )
 
 
 def make_loss(cfg: Settings, policy: TensorDictModuleBase) -> GRPOLoss:
@@ -256,7 +273,7 @@ def find_resumed_checkpoint(cfg: Settings) -> Path | None:
             f"checkpoint.resume must be the folder of a training checkpoint, got {str(given)!r} "
             "without a complete one. Pass a run or a folder update-* of one, 'auto' for the newest "
             "run of this seed, or null to start anew; a folder with nothing but a policy belongs "
-            "into policy.checkpoint."
+            "into policy.path."
         )
     return path
 

@@ -163,7 +163,7 @@ def check_policy(cfg: Settings, policy: TensorDictModuleBase) -> Plan:
         sizes["image_shape"] = (found.get(IMAGE_KEY), (3, *config.image_size), wrong_images)
         if config.state_dim:
             state_dim = math.prod(found.get(STATE_KEY, (0,)))
-            remedy = "Choose a policy.checkpoint for this environment."
+            remedy = "Choose a policy.path for this environment."
             sizes["state_dim"] = (state_dim, config.state_dim, remedy)
         sizes["number of cameras"] = (num_cameras, config.num_cameras, wrong_cameras)
     problems = [

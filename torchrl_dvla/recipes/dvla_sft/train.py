@@ -112,7 +112,7 @@ def train(cfg: Settings) -> None:
         env = [f"env.task_suite={cfg.env.task_suite}", tasks]
     else:
         env = ["--config-name", "maniskill"]
-    start = override("policy.checkpoint", shortened(checkpoint))
+    start = override("policy.path", shortened(checkpoint))
     print(f"report:     {shortened(run_folder / 'report.json')}")
     print(f"checkpoint: {shortened(checkpoint)}")
     print("train:      " + command("train", *env, start))

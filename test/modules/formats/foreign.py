@@ -1,0 +1,321 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Tiny random checkpoints in the formats of LeRobot and openpi, name by name and field by field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tensordict import NonTensorStack, TensorDict
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+INSTRUCTIONS = ["lift the cup", "open the drawer"]
+STATE_DIM, ACTION_DIM, CHUNK_SIZE, MAX_DIM = 5, 4, 6, 8
+#: Of the cameras: no multiple of the tower's, and of another aspect ratio.
+HEIGHT, WIDTH = 48, 60
+WORDS = 320
+KINDS = ("pi0", "pi05", "smolvla")
+
+
+# -- weights ---------------------------------------------------------------------------------------
+def _linear(name, size_out, size_in, bias=True):
+    shapes = {f"{name}.weight": (size_out, size_in)}
+    return shapes | ({f"{name}.bias": (size_out,)} if bias else {})
+
+
+def _norm(name, size, bias=False):
+    return {f"{name}.weight": (size,)} | ({f"{name}.bias": (size,)} if bias else {})
+
+
+def _siglip(name, width, mlp, layers, patch, num_patches):
+    shapes = {
+        f"{name}.embeddings.patch_embedding.weight": (width, 3, patch, patch),
+        f"{name}.embeddings.patch_embedding.bias": (width,),
+        f"{name}.embeddings.position_embedding.weight": (num_patches, width),
+        **_norm(f"{name}.post_layernorm", width, bias=True),
+    }
+    for i in range(layers):
+        layer = f"{name}.encoder.layers.{i}"
+        for each in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= _linear(f"{layer}.self_attn.{each}", width, width)
+        shapes |= _norm(f"{layer}.layer_norm1", width, bias=True)
+        shapes |= _norm(f"{layer}.layer_norm2", width, bias=True)
+        shapes |= _linear(f"{layer}.mlp.fc1", mlp, width) | _linear(f"{layer}.mlp.fc2", width, mlp)
+    return shapes
+
+
+def _decoder(name, width, mlp, layers, heads, kv_heads, head, *, adaptive=False, cross=None):
+    def norm(name):
+        return _linear(f"{name}.dense", 3 * width, width) if adaptive else _norm(name, width)
+
+    shapes = norm(f"{name}.norm")
+    for i in range(layers):
+        layer = f"{name}.layers.{i}"
+        key_in = cross if cross and i % 2 else width
+        shapes |= {
+            f"{layer}.self_attn.q_proj.weight": (heads * head, width),
+            f"{layer}.self_attn.k_proj.weight": (kv_heads * head, key_in),
+            f"{layer}.self_attn.v_proj.weight": (kv_heads * head, key_in),
+            f"{layer}.self_attn.o_proj.weight": (width, heads * head),
+            f"{layer}.mlp.gate_proj.weight": (mlp, width),
+            f"{layer}.mlp.up_proj.weight": (mlp, width),
+            f"{layer}.mlp.down_proj.weight": (width, mlp),
+        }
+        shapes |= norm(f"{layer}.input_layernorm") | norm(f"{layer}.post_attention_layernorm")
+    return shapes
+
+
+def pi_shapes(kind, *, image=28):
+    """openpi's names; LeRobot's begin with ``model.``."""
+    whole = "paligemma_with_expert"
+    vlm, adaptive = f"{whole}.paligemma.model", kind == "pi05"
+    shapes = {
+        **_siglip(f"{vlm}.vision_tower.vision_model", 144, 96, 2, 14, (image // 14) ** 2),
+        **_linear(f"{vlm}.multi_modal_projector.linear", 64, 144),
+        f"{whole}.paligemma.lm_head.weight": (WORDS, 64),
+        **_decoder(f"{vlm}.language_model", 64, 96, 2, 4, 1, 16),
+        **_decoder(f"{whole}.gemma_expert.model", 32, 48, 2, 4, 1, 16, adaptive=adaptive),
+        f"{whole}.gemma_expert.lm_head.weight": (WORDS, 32),
+        **_linear("action_in_proj", 32, MAX_DIM),
+        **_linear("action_out_proj", MAX_DIM, 32),
+    }
+    if adaptive:
+        return shapes | _linear("time_mlp_in", 32, 32) | _linear("time_mlp_out", 32, 32)
+    shapes |= _linear("state_proj", 32, MAX_DIM)
+    return shapes | _linear("action_time_mlp_in", 32, 64) | _linear("action_time_mlp_out", 32, 32)
+
+
+def smolvla_shapes():
+    whole = "vlm_with_expert"
+    vlm = f"{whole}.vlm.model"
+    return {
+        **_siglip(f"{vlm}.vision_model", 128, 96, 2, 8, 16),
+        f"{vlm}.connector.modality_projection.proj.weight": (128, 128 * 4),
+        f"{vlm}.text_model.embed_tokens.weight": (WORDS, 128),
+        **_decoder(f"{vlm}.text_model", 128, 160, 2, 2, 1, 64),
+        f"{whole}.vlm.lm_head.weight": (WORDS, 128),
+        **_decoder(f"{whole}.lm_expert", 96, 256, 2, 2, 1, 64, cross=64),
+        **_linear("state_proj", 128, MAX_DIM),
+        **_linear("action_in_proj", 96, MAX_DIM),
+        **_linear("action_out_proj", MAX_DIM, 96),
+        **_linear("action_time_mlp_in", 96, 192),
+        **_linear("action_time_mlp_out", 96, 96),
+    }
+
+
+def make_weights(shapes, prefix=""):
+    """Random tensors: a linear layer keeps the scale of its input, a norm nearly so."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, shape in shapes.items():
+        values = torch.randn(shape, generator=generator)
+        if len(shape) == 1:
+            values = 0.1 * values
+            is_gemma = "language_model" in name or "gemma_expert" in name  # its is 1 + weight
+            if "norm" in name and name.endswith("weight") and not is_gemma:
+                values = 1.0 + values
+        elif "embed_tokens" in name or "lm_head" in name:
+            values = 0.1 * values
+        elif "position" not in name:
+            values = values * values[0].numel() ** -0.5
+        weights[prefix + name] = values.contiguous()
+    return weights
+
+
+# -- LeRobot ---------------------------------------------------------------------------------------
+_ALL = {
+    "n_obs_steps": 1, "device": "cpu", "use_amp": False, "use_peft": False, "push_to_hub": True,
+    "repo_id": None, "private": None, "tags": None, "license": None, "pretrained_path": None,
+    "pretrained_revision": None, "chunk_size": CHUNK_SIZE, "n_action_steps": 3,
+    "max_state_dim": MAX_DIM, "max_action_dim": MAX_DIM, "empty_cameras": 1, "rtc_config": None,
+    "min_period": 0.004, "max_period": 4.0, "compile_model": False, "compile_mode": "max-autotune",
+    "optimizer_lr": 2.5e-05, "optimizer_betas": [0.9, 0.95], "optimizer_eps": 1e-08,
+    "optimizer_weight_decay": 0.01, "optimizer_grad_clip_norm": 1.0, "scheduler_warmup_steps": 1000,
+    "scheduler_decay_steps": 30000, "scheduler_decay_lr": 2.5e-06, "freeze_vision_encoder": False,
+    "train_expert_only": False,
+}  # fmt: skip
+_PI = {
+    "paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m", "dtype": "float32",
+    "num_inference_steps": 3, "time_sampling_beta_alpha": 1.5, "time_sampling_beta_beta": 1.0,
+    "time_sampling_scale": 0.999, "time_sampling_offset": 0.001, "use_relative_actions": False,
+    "relative_exclude_joints": ["gripper"], "action_feature_names": None,
+    "image_resolution": [28, 28], "gradient_checkpointing": False,
+}  # fmt: skip
+_SMOLVLA = {
+    "resize_imgs_with_padding": [32, 32], "adapt_to_pi_aloha": False,
+    "use_delta_joint_actions_aloha": False, "tokenizer_max_length": 48, "num_steps": 3,
+    "use_cache": True, "train_state_proj": True,
+    "vlm_model_name": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "load_vlm_weights": False,
+    "add_image_special_tokens": False, "attention_mode": "cross_attn", "prefix_length": -1,
+    "pad_language_to": "longest", "num_expert_layers": -1, "num_vlm_layers": 2,
+    "self_attn_every_n_layers": 2, "expert_width_multiplier": 0.75,
+}  # fmt: skip
+
+
+def lerobot_config(
+    kind, *, state_dim=STATE_DIM, action_dim=ACTION_DIM, size=(HEIGHT, WIDTH),
+    cameras=("image", "image2"), chunk_size=CHUNK_SIZE,
+):  # fmt: skip
+    """``config.json`` as LeRobot 0.6.1 writes it."""
+    mode = "QUANTILES" if kind == "pi05" else "MEAN_STD"
+    own = {"tokenizer_max_length": 200 if kind == "pi05" else 48, **_PI}
+    return {
+        "type": kind,
+        "input_features": {
+            **{
+                f"observation.images.{name}": {"type": "VISUAL", "shape": [3, *size]}
+                for name in cameras
+            },
+            "observation.state": {"type": "STATE", "shape": [state_dim]},
+            "observation.images.empty_camera_0": {"type": "VISUAL", "shape": [3, 480, 640]},
+        },
+        "output_features": {"action": {"type": "ACTION", "shape": [action_dim]}},
+        "normalization_mapping": {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode},
+        **_ALL,
+        **(_SMOLVLA if kind == "smolvla" else own),
+        "chunk_size": chunk_size,
+    }
+
+
+def make_statistics(state_dim=STATE_DIM, action_dim=ACTION_DIM):
+    """Of state and action, by LeRobot's names."""
+    generator = torch.Generator().manual_seed(1)
+    stats = {}
+    for key, size in (("observation.state", state_dim), ("action", action_dim)):
+        low = torch.randn(size, generator=generator) - 2.0
+        stats |= {
+            f"{key}.mean": torch.randn(size, generator=generator),
+            f"{key}.std": torch.rand(size, generator=generator) + 0.5,
+            f"{key}.q01": low,
+            f"{key}.q99": low + 3.0 + torch.rand(size, generator=generator),
+            f"{key}.min": low - 1.0,
+            f"{key}.max": low + 5.0,
+        }
+    return stats
+
+
+def lerobot_steps(kind, **sizes):
+    """Steps of both processors as LeRobot 0.6.1 writes them."""
+    config = lerobot_config(kind, **sizes)
+    normalize = {
+        "eps": 1e-08,
+        "features": {**config["input_features"], **config["output_features"]},
+        "norm_map": config["normalization_mapping"],
+    }
+    name = "paligemma-3b-pt-224" if kind != "smolvla" else "SmolVLM2-500M-Video-Instruct"
+    tokenize = ("tokenizer_processor", {
+        "max_length": config["tokenizer_max_length"], "task_key": "task", "padding_side": "right",
+        "padding": "longest" if kind == "smolvla" else "max_length", "truncation": True,
+        "tokenizer_name": f"nowhere/{name}",
+    })  # fmt: skip
+    relative = ("relative_actions_processor", {
+        "enabled": False, "exclude_joints": ["gripper"], "action_names": None,
+    })  # fmt: skip
+    device = ("device_processor", {"device": "cpu", "float_dtype": None})
+    first = [("rename_observations_processor", {"rename_map": {}}), ("to_batch_processor", {})]
+    normalizer = ("normalizer_processor", normalize)
+    steps = {
+        "pi0": [*first, ("pi0_new_line_processor", {}), tokenize, device, relative, normalizer],
+        "pi05": [*first, relative, normalizer,
+                 ("pi05_prepare_state_tokenizer_processor_step", {}), tokenize, device],
+        "smolvla": [*first, ("smolvla_new_line_processor", {}), tokenize, device, normalizer],
+    }[kind]  # fmt: skip
+    unnormalize = {**normalize, "features": config["output_features"]}
+    last = [
+        ("unnormalizer_processor", unnormalize),
+        ("absolute_actions_processor", {"enabled": False}),
+    ]
+    if kind == "smolvla":
+        last = last[:1]
+    return steps, [*last, ("device_processor", {"device": "cpu", "float_dtype": None})]
+
+
+def write_lerobot(folder: Path, kind: str, **sizes) -> Path:
+    """A folder as LeRobot saves a policy of this kind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = smolvla_shapes() if kind == "smolvla" else pi_shapes(kind)
+    weights = make_weights(shapes, "model.")
+    save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(lerobot_config(kind, **sizes), indent=4))
+    for which, steps in zip(("pre", "post"), lerobot_steps(kind, **sizes)):
+        name = f"policy_{which}processor"
+        entries = []
+        for i, (step, settings) in enumerate(steps):
+            entry = {"registry_name": step, "config": settings}
+            if step.endswith("normalizer_processor"):
+                entry["state_file"] = f"{name}_step_{i}_{step}.safetensors"
+                dims = {k: v for k, v in sizes.items() if k.endswith("_dim")}
+                save_file(make_statistics(**dims), str(folder / entry["state_file"]))
+            entries.append(entry)
+        (folder / f"{name}.json").write_text(json.dumps({"name": name, "steps": entries}, indent=2))
+    write_tokenizer(folder / "tokenizer")
+    return folder
+
+
+# -- openpi ----------------------------------------------------------------------------------------
+def write_openpi(folder: Path, kind: str, *, converted: bool = True, **dims) -> Path:
+    """A folder as openpi's converter leaves it, or without it as its training does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = make_weights(pi_shapes(kind))
+    save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    stats = make_statistics(**dims)
+    norm_stats = {
+        name: {kind: stats[f"{key}.{kind}"].tolist() for kind in ("mean", "std", "q01", "q99")}
+        for name, key in (("state", "observation.state"), ("actions", "action"))
+    }
+    path = folder / "assets" / "physical-intelligence" / "libero" / "norm_stats.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"norm_stats": norm_stats}))
+    if converted:
+        config = {
+            "action_dim": MAX_DIM, "action_horizon": CHUNK_SIZE, "paligemma_variant": "gemma_2b",
+            "action_expert_variant": "gemma_300m", "precision": "float32",
+        }  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+    write_tokenizer(folder / "tokenizer")
+    return folder
+
+
+# -- what they are called with ---------------------------------------------------------------------
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of bytes that puts ``<bos>`` first, as PaliGemma's does."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {word: i for i, word in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *letters])}
+    model = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    model.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", words["<bos>"])]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+        unk_token="<unk>",
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def make_observation(num_rows=2):
+    """Observations, and noise, the same as scripts/compare_with_lerobot.py makes."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_rows, 3, HEIGHT, WIDTH)
+    images = [torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8) for _ in "ab"]
+    state = torch.randn(num_rows, STATE_DIM, generator=generator)
+    noise = torch.randn(num_rows, CHUNK_SIZE, MAX_DIM, generator=generator)
+    observation = {"image": images[0], "wrist_image": images[1], "state": state}
+    td = {"observation": observation, "language_instruction": NonTensorStack(*INSTRUCTIONS)}
+    return TensorDict(td, [num_rows]), noise
+
+
+@torch.no_grad()
+def denoise(policy, td, x):
+    """Actions from noise, by the ODE."""
+    prefix, _ = policy._observe(td)
+    for k in range(policy.config.num_steps):
+        step = torch.full((len(x),), k)
+        x, _ = policy._transition(prefix, x, step, torch.zeros_like(step, dtype=torch.bool))
+    return policy.action_statistics.restore(x[..., : policy.action_dim])

@@ -1,0 +1,126 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Export: bit for bit what came in, but for what was trained."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from torchrl_dvla.modules import FlowVLA, load_policy
+from torchrl_dvla.modules.formats import (
+    Stated,
+    export_policy,
+    read_foreign,
+    write_fingerprint,
+)
+
+from .foreign import denoise, make_observation, write_lerobot, write_openpi
+
+FORMATS = [
+    (write_lerobot, "pi0"), (write_lerobot, "pi05"), (write_lerobot, "smolvla"),
+    (write_openpi, "pi0"), (write_openpi, "pi05"),
+]  # fmt: skip
+
+
+def stated(folder):
+    kwargs = {}
+    if (folder / "assets").exists():
+        kwargs = {"image_size": (48, 60)}
+        if folder.name == "pi05":
+            kwargs["state_in_prompt"] = True
+    return Stated(tokenizer=str(folder / "tokenizer"), **kwargs)
+
+
+@pytest.mark.parametrize(("write", "kind"), FORMATS)
+def test_round_trip_is_exact(write, kind, tmp_path):
+    folder = write(tmp_path / kind, kind)
+    # As LeRobot's SmolVLA is: two dtypes in one file.
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    half = {k: v.bfloat16() if "vision" in k else v for k, v in tensors.items()}
+    save_file(half, path, metadata={"format": "pt"})
+    base = read_foreign(folder, stated(folder))
+    policy = base.load()
+    policy.save_pretrained(tmp_path / "own")  # as a run does
+    again = FlowVLA.from_pretrained(tmp_path / "own")
+    export_policy(again, base, tmp_path / "out" / kind)
+    assert (tmp_path / "out" / kind / path.name).read_bytes() == path.read_bytes()
+    compared = filecmp.dircmp(folder, tmp_path / "out" / kind)
+    assert not compared.left_only and not compared.right_only and not compared.diff_files
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_was_trained_is_what_differs(dtype, tmp_path):
+    folder = write_lerobot(tmp_path / "pi0", "pi0")
+    base = read_foreign(folder, stated(folder))
+    policy = base.load(dtype=dtype, sampler="noise")
+    policy.network.model.action_out_proj.bias.add_(1.0)
+    policy.network.words.weight.mul_(2.0)
+    out = tmp_path / "out"
+    export_policy(policy, base, out)
+    before, after = (load_file(each / "model.safetensors") for each in (folder, out))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {
+        "model.action_out_proj.bias",
+        "model.paligemma_with_expert.paligemma.lm_head.weight",
+    }
+    assert {name: t.dtype for name, t in before.items()} == {n: t.dtype for n, t in after.items()}
+    again = load_policy(out, stated=stated(folder))
+    found = again.state_dict()
+    for name, tensor in policy.state_dict().items():
+        if not name.startswith("noise_head"):
+            torch.testing.assert_close(found[name].to(tensor.dtype), tensor, rtol=0, atol=0)
+
+
+def test_copies_of_the_words_stay_equal(tmp_path):
+    folder = write_lerobot(tmp_path / "pi0", "pi0")
+    whole = "model.paligemma_with_expert.paligemma"
+    words, head = f"{whole}.model.language_model.embed_tokens.weight", f"{whole}.lm_head.weight"
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {words: tensors[head].clone()}, folder / "model.safetensors")
+    base = read_foreign(folder, stated(folder))
+    policy = base.load()
+    policy.network.words.weight.data.mul_(2.0)
+    export_policy(policy, base, tmp_path / "out")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(after[words], after[head]) and torch.equal(after[head], 2 * tensors[head])
+
+
+def test_the_fingerprint_is_compared(tmp_path):
+    folder = write_lerobot(tmp_path / "smolvla", "smolvla")
+    base = read_foreign(folder, stated(folder))
+    policy, out = base.load(), tmp_path / "out"
+    export_policy(policy, base, out)
+    write_fingerprint(load_policy(out, stated=stated(out)), out)
+    td, noise = make_observation()
+    again = load_policy(out, stated=stated(out))
+    assert torch.equal(denoise(again, td, noise), denoise(policy, td, noise))
+    path = out / "torchrl_dvla_fingerprint.json"
+    data = json.loads(path.read_text())
+    data["actions"][1] += 1.0
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="must do what it did when it was saved.*actions differ"):
+        load_policy(out, stated=stated(out))
+    load_policy(out, stated=stated(out), num_steps=2)  # is another policy
+
+
+def test_what_did_not_come_from_there(tmp_path):
+    folder = write_lerobot(tmp_path / "pi0", "pi0")
+    base = read_foreign(folder, stated(folder))
+    policy = base.load()
+    with pytest.raises(ValueError, match="must be empty or not there"):
+        export_policy(policy, base, folder)
+    policy.action_statistics.mean.add_(1.0)
+    with pytest.raises(ValueError, match="'action_statistics.mean' differs"):
+        export_policy(policy, base, tmp_path / "out")
+    other = FlowVLA.tiny(["lift the cup"], action_dim=2, chunk_size=4)
+    with pytest.raises(ValueError, match="must be one that came from .*'action_dim' is 4"):
+        export_policy(other, base, tmp_path / "out")
