@@ -33,6 +33,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from torchrl_dvla.memory import SharedArena
@@ -494,6 +495,12 @@ class WeightSegment:
     def pin(self) -> None:
         """Page-lock the memory in this process, for copies from and to CUDA."""
         self._arena.pin()
+
+    def raw(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
+        """Memory of ``slot`` and of the frozen weights as bytes, uint8."""
+        size, frozen = self.layout.slot_bytes, self.layout.frozen_bytes
+        live = self._arena.tensor(self._slots_offset + slot * size, (size,), torch.uint8)
+        return live.numpy(), self._arena.tensor(self._frozen_offset, (frozen,), torch.uint8).numpy()
 
     def views(self, slot: int) -> SlotViews:
         """The tensors of ``slot``."""

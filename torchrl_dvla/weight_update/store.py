@@ -275,23 +275,13 @@ class WeightStore:
         check_options(trainable_only=trainable_only, lora_only=lora_only, check_finite=check_finite)
         check_options(transport_dtype=transport_dtype)
         self._source = source
-        self._pid = os.getpid()
-        self._is_closed = False
-        self._last_stats: dict[str, AdoptionStats] = {}
-        self._last_version = -1
-        self.layout = WeightLayout(
+        layout = WeightLayout(
             source,
             trainable_only=trainable_only,
             lora_only=lora_only,
             transport_dtype=transport_dtype,
         )
-        self._segment = WeightSegment(
-            self.layout, num_slots=num_slots, max_readers=max_readers, model_pool=model_pool
-        )
-        self._writer = SlotWriter(self._segment, check_finite=check_finite)
-        self._ledger = self._segment.ledger()
-        self._registry = ReaderRegistry(self._ledger, self._writer.locks, max_readers)
-        self._frozen: dict[str, torch.Tensor] = {}
+        self._open(layout, num_slots, max_readers, check_finite=check_finite, model_pool=model_pool)
         try:
             tensors = self.layout.tensors_of(source)
             self._writer.write_frozen(tensors)
@@ -305,6 +295,29 @@ class WeightStore:
         except BaseException:
             self.close()
             raise
+
+    def _open(
+        self,
+        layout: WeightLayout,
+        num_slots: int,
+        max_readers: int,
+        *,
+        check_finite: bool,
+        model_pool: ModelPool | None = None,
+    ) -> None:
+        """Make the memory of a store without a version."""
+        self._pid = os.getpid()
+        self._is_closed = False
+        self._last_stats: dict[str, AdoptionStats] = {}
+        self._last_version = -1
+        self.layout = layout
+        self._segment = WeightSegment(
+            layout, num_slots=num_slots, max_readers=max_readers, model_pool=model_pool
+        )
+        self._writer = SlotWriter(self._segment, check_finite=check_finite)
+        self._ledger = self._segment.ledger()
+        self._registry = ReaderRegistry(self._ledger, self._writer.locks, max_readers)
+        self._frozen: dict[str, torch.Tensor] = {}
 
     @staticmethod
     def bytes_for(
