@@ -21,6 +21,7 @@ from torchrl_dvla import PooledReplayBuffer, TopologyAwareCollector
 from torchrl_dvla.collectors import EpisodeSpec, GroupConfig, InferenceConfig, WorkerConfig
 from torchrl_dvla.topology import NodePlacement, Placement
 from torchrl_dvla.topology.cluster_loop import NodeState
+from torchrl_dvla.topology.ray_runtime import LOOPBACK, stay_private
 
 from . import counting_nodes
 from .counting_nodes import fail_to_build, make_env, make_policy
@@ -59,9 +60,10 @@ def cluster():
     """The learner's node, and two that sample."""
     from ray.cluster_utils import Cluster
 
+    stay_private()
     checks = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 200}
     checks |= {"health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
-    common = {"object_store_memory": 100 << 20, "node_ip_address": "127.0.0.1"}
+    common = {"object_store_memory": 100 << 20, "node_ip_address": LOOPBACK}
     head = {"num_cpus": 0, "include_dashboard": False, "_system_config": checks, **common}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.common = common

@@ -28,11 +28,11 @@ import numpy as np
 from torchrl_dvla.collectors import InferenceConfig, WorkerConfig
 from torchrl_dvla.topology.cluster_loop import Machine, NodeLostError
 
-__all__ = ["RayNode", "RayRuntime", "import_ray"]
+__all__ = ["LOOPBACK", "RayNode", "RayRuntime", "import_ray", "stay_private"]
 
 _log = logging.getLogger("torchrl_dvla")
 
-_LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 #: Seconds for Ray to end an actor, and for a cluster to answer.
 _KILL_S, _CONNECT_S = 5.0, 30.0
 #: Calls that a node serves at once: a report that waits, a version on its way, grants.
@@ -53,6 +53,24 @@ def import_ray() -> Any:
             'A placement of several nodes needs Ray: pip install "torchrl-dvla[ray]"'
         ) from error
     return ray
+
+
+def stay_private() -> None:
+    """Have a cluster that this process starts listen on loopback alone, and ask for a token.
+
+    Processes of Ray's read the token when they start: others on this machine cannot join.
+    """
+    from ray._private import ray_constants
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    # Else the driver takes the address of the machine for its own.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ["RAY_AUTH_MODE"] == "token":
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    Config.initialize("")  # this process has read its environment when Ray was imported
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 class _Sent:
@@ -207,7 +225,7 @@ class RayRuntime:
     def _start_here(
         self, hosts: Sequence[str], num_cores: Sequence[int], object_store_bytes: int
     ) -> None:
-        here = {"localhost", _LOOPBACK, socket.gethostname()}
+        here = {"localhost", LOOPBACK, socket.gethostname()}
         if elsewhere := sorted(set(hosts) - here):
             raise ValueError(
                 f"placement must have nodes of this machine only without an address, got "
@@ -215,12 +233,8 @@ class RayRuntime:
             )
         from ray.cluster_utils import Cluster
 
-        # Processes of Ray's read these when they start: others on this machine cannot join.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        if os.environ["RAY_AUTH_MODE"] == "token":
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        common = {"node_ip_address": _LOOPBACK, "object_store_memory": object_store_bytes}
+        stay_private()
+        common = {"node_ip_address": LOOPBACK, "object_store_memory": object_store_bytes}
         checks = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000}
         checks |= {"health_check_timeout_ms": 2000, "health_check_failure_threshold": 3}
         self._cluster = Cluster(
