@@ -14,7 +14,9 @@ from tensordict.nn import InteractionType, TensorDictModuleBase
 from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.testing import CountingChunkEnv
 
-make_env = functools.partial(CountingChunkEnv, action_dim=2, chunk_size=4, max_env_steps=12)
+make_env = functools.partial(
+    CountingChunkEnv, action_dim=2, chunk_size=4, max_env_steps=12, required_fraction=0.5
+)
 
 
 def make_policy() -> TensorDictModuleBase:

@@ -45,7 +45,7 @@ def placement_of(num_nodes, num_workers=1):
 
 def make_collector(num_nodes, **kwargs):
     arguments = {
-        "replay_buffer": PooledReplayBuffer(batch_size=16, timeout_s=120.0),
+        "replay_buffer": PooledReplayBuffer(batch_size=16, timeout_s=60.0),
         "group": GroupConfig(group_size=3, groups_per_update=2),
         "heartbeat_timeout_s": 3.0,
         "address": "auto",
@@ -98,6 +98,11 @@ def train_until(collector, condition, learned, timeout_s=90.0):
     while not condition():
         assert time.monotonic() < deadline_s, collector.cluster.history
         assert update(collector, learned) <= 1
+
+
+def lost_another(collector):
+    before = collector.cluster.totals["nodes_lost"]
+    return lambda: collector.cluster.totals["nodes_lost"] == before + 1
 
 
 def both_healthy(collector):
@@ -159,16 +164,21 @@ def test_two_nodes_train_within_the_bound(collector):
 
 
 def test_a_killed_process_of_a_node_is_started_again(collector):
+    collector.start()
+    train_until(collector, both_healthy(collector), LEARNED)
+    lost = lost_another(collector)
     os.kill(collector.cluster.nodes[1].facts.pid, signal.SIGKILL)
-    train_until(collector, lambda: collector.cluster.totals["nodes_lost"] == 1, LEARNED)
+    train_until(collector, lost, LEARNED)
     train_until(collector, both_healthy(collector), LEARNED)
     nothing_lost(collector, LEARNED)
 
 
 def test_a_stopped_process_of_a_node_is_ended_and_started_again(collector):
-    stopped = collector.cluster.nodes[0].facts.pid
+    collector.start()
+    train_until(collector, both_healthy(collector), LEARNED)
+    lost, stopped = lost_another(collector), collector.cluster.nodes[0].facts.pid
     os.kill(stopped, signal.SIGSTOP)
-    train_until(collector, lambda: collector.cluster.totals["nodes_lost"] == 2, LEARNED)
+    train_until(collector, lost, LEARNED)
     train_until(collector, both_healthy(collector), LEARNED)
     nothing_lost(collector, LEARNED)
     assert stopped not in pids(collector)
@@ -176,10 +186,12 @@ def test_a_stopped_process_of_a_node_is_ended_and_started_again(collector):
 
 
 def test_a_killed_node_is_replaced_by_one_that_joins(cluster, collector):
-    machine = collector.cluster.nodes[1].machine_id
+    collector.start()
+    train_until(collector, both_healthy(collector), LEARNED)
+    lost, machine = lost_another(collector), collector.cluster.nodes[1].machine_id
     killed = next(node for node in cluster.list_all_nodes() if node.node_id == machine)
     cluster.remove_node(killed, allow_graceful=False)
-    train_until(collector, lambda: collector.cluster.totals["nodes_lost"] == 3, LEARNED)
+    train_until(collector, lost, LEARNED)
     assert collector.cluster.nodes[1].state is NodeState.DEAD
     for _ in range(3):
         assert update(collector, LEARNED) <= 1  # by the other one

@@ -340,9 +340,9 @@ class ClusterLoop:
         Raises:
             RuntimeError: if nodes were lost too often without a complete group between.
         """
-        self._set_state(node, NodeState.DEAD)
-        self.totals["nodes_lost"] += 1
+        self.totals["nodes_lost"] += node.state is not NodeState.RESTARTING  # else it was none yet
         self.totals["groups_resampled"] += len(node.granted)
+        self._set_state(node, NodeState.DEAD)
         _log.warning(
             "Node %s is lost, and its %d groups are sampled again: %s",
             node.name,
@@ -353,6 +353,7 @@ class ClusterLoop:
         for lane, name in node.tracks:
             self._timeline.track(lane, name).waiting("node_lost")
         await self._end(node)
+        self._machines = await asyncio.to_thread(self.runtime.machines)
         self._on_change()
         node.num_losses += 1
         self._num_losses += 1

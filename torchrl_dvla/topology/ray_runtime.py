@@ -69,6 +69,8 @@ def stay_private() -> None:
     if os.environ["RAY_AUTH_MODE"] == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # When this process is killed, Ray's helpers look for the head so long, and then end.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     Config.initialize("")  # this process has read its environment when Ray was imported
     AuthenticationTokenLoader.instance().reset_cache()
 
