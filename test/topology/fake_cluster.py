@@ -146,7 +146,7 @@ class FakeNode:
             events.append(self._events.get_nowait())
         counters = CollectionCounters()
         counters.add("collector/decisions", len(events))
-        return NodeReport(events, counters, [Span("sampling", "worker 0", "step", 1.0, 2.0)])
+        return NodeReport(events, [], counters, [Span("sampling", "worker 0", "step", 1.0, 2.0)])
 
     async def stop(self, grace_s: float) -> None:
         pass

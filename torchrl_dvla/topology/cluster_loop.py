@@ -410,6 +410,8 @@ class ClusterLoop:
             )
 
     def _take(self, node: Node, report: NodeReport) -> None:
+        for level, text in report.logs:
+            _log.log(level, "%s: %s", node.name, text)
         self._counters.merge(report.counters)
         for lane, track, name, start_s, end_s, blocked_on in report.spans:
             key = lane, f"{node.name} {track}"

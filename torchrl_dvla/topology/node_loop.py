@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import logging
 import os
 import platform
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -43,6 +45,8 @@ from torchrl_dvla.weight_update import WeightReader, WeightReplica
 
 __all__ = ["NodeLoop", "installed_versions", "policy_payload"]
 
+_log = logging.getLogger("torchrl_dvla")
+
 #: Packages that change what is sampled, or what is sent.
 _PACKAGES = (
     "torchrl-dvla", "torch", "torchrl", "tensordict", "transformers", "numpy",
@@ -59,6 +63,21 @@ def installed_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "none"
     return found
+
+
+class _LogBuffer(logging.Handler):
+    """Log records until they are reported."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self._kept: deque[tuple[int, str]] = deque(maxlen=100)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._kept.append((record.levelno, record.getMessage()))
+
+    def take(self) -> list[tuple[int, str]]:
+        """Level and text of each since the last call, of the last hundred."""
+        return [self._kept.popleft() for _ in range(len(self._kept))]
 
 
 class NodeLoop:
@@ -100,6 +119,8 @@ class NodeLoop:
         self._instructions = InstructionTable()
         self._events: list[Any] = []
         self._changed = threading.Condition()
+        self._logs = _LogBuffer(logging.WARNING)
+        _log.addHandler(self._logs)
         self._loop: CollectionLoop | None = None
         self._reader: WeightReader | None = None
         self._processes = EnvProcesses(
@@ -236,10 +257,11 @@ class NodeLoop:
             events, self._events = self._events, []
         counters = self._counters.since(self._reported)
         self._reported.merge(counters)
-        return NodeReport(events, counters, self._timeline.take())
+        return NodeReport(events, self._logs.take(), counters, self._timeline.take())
 
     def stop(self, grace_s: float) -> None:
         """End all lanes and free all memory."""
+        _log.removeHandler(self._logs)
         if self._loop is not None:
             self._loop.stop(grace_s)
             self._store.close()

@@ -119,6 +119,8 @@ class NodeReport(NamedTuple):
     """What a node has done since its last report; also its heartbeat."""
 
     events: list[Any]
+    #: What was logged: level and text.
+    logs: list[tuple[int, str]]
     counters: CollectionCounters
     spans: list[Span]
 

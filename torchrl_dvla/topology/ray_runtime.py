@@ -20,7 +20,8 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,18 @@ def import_ray() -> Any:
     return ray
 
 
+@contextlib.contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Keep the program's signal handlers: Ray sets its own, in the main thread, at every start."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
 def stay_private() -> None:
     """Have a cluster that this process starts listen on loopback alone, and ask for a token.
 
@@ -69,8 +82,6 @@ def stay_private() -> None:
     if os.environ["RAY_AUTH_MODE"] == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # When this process is killed, Ray's helpers look for the head so long, and then end.
-    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     Config.initialize("")  # this process has read its environment when Ray was imported
     AuthenticationTokenLoader.instance().reset_cache()
 
@@ -221,8 +232,8 @@ class RayRuntime:
                     f"answer within {_CONNECT_S:g} s: {error}. Start it with `ray start --head`, "
                     "and see that this machine may reach it."
                 ) from error
-        self._ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
-        self._is_ours = True
+        with handlers_kept():
+            self._init(address)
 
     def _start_here(
         self, hosts: Sequence[str], num_cores: Sequence[int], object_store_bytes: int
@@ -239,19 +250,19 @@ class RayRuntime:
         common = {"node_ip_address": LOOPBACK, "object_store_memory": object_store_bytes}
         checks = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000}
         checks |= {"health_check_timeout_ms": 2000, "health_check_failure_threshold": 3}
-        self._cluster = Cluster(
-            initialize_head=True,
-            head_node_args={
-                "num_cpus": num_cores[0], "include_dashboard": False,
-                "_system_config": checks, **common,
-            },
-        )  # fmt: skip
-        self._others = [
-            functools.partial(self._cluster.add_node, num_cpus=cores, **common)
-            for cores in num_cores[1:]
-        ]
-        self._started = [add() for add in self._others]
-        self._ray.init(address=self._cluster.address, logging_level=logging.WARNING)
+        head = {"num_cpus": num_cores[0], "include_dashboard": False, "_system_config": checks}
+        with handlers_kept():
+            self._cluster = Cluster(initialize_head=True, head_node_args=head | common)
+            self._others = [
+                functools.partial(self._cluster.add_node, num_cpus=cores, **common)
+                for cores in num_cores[1:]
+            ]
+            self._started = [add() for add in self._others]
+            self._init(self._cluster.address)
+
+    def _init(self, address: str) -> None:
+        # Nodes report what they log; what Ray logs is in its own files.
+        self._ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         self._is_ours = True
 
     def use(
@@ -303,7 +314,7 @@ class RayRuntime:
         self._cluster.remove_node(self._started.pop(), allow_graceful=False)
 
         def add_again() -> None:
-            if self._is_ours:
+            with handlers_kept():
                 self._started.append(self._others[-1]())
 
         return add_again

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from torchrl_dvla import DVLACollector, TopologyAwareCollector
 from torchrl_dvla.data import Group
@@ -17,7 +17,7 @@ from torchrl_dvla.recipes.dvla_grpo.settings import Settings
 __all__ = ["ClusterRecord"]
 
 #: Seconds until a killed node comes back.
-_RETURN_S = 10.0
+_RETURN_S = 5.0
 
 
 class ClusterRecord:
@@ -36,19 +36,23 @@ class ClusterRecord:
         self._loop = collector.cluster if is_cluster else None
         self._lost_before = self._num_unaccounted()  # by a run that this one resumes
         self._learned: list[int] = []
-        self._timer: threading.Timer | None = None
+        #: When a killed node comes back, and what brings it.
+        self._return: tuple[float, Callable[[], None]] | None = None
+        self._has_killed = False
 
     def after_update(self, cohort: Sequence[Group]) -> None:
-        """Count an update; half-way, kill a node if that was asked for."""
+        """Count an update; half-way, kill a node and have it come back, if that was asked for."""
         self._learned += [group.group_id for group in cohort]
-        is_due = self._cfg.demo.kill_node and self._state.progress(self._cfg) >= 0.4
-        if self._loop is None or self._timer is not None or not is_due:
+        if self._loop is None or not self._cfg.demo.kill_node:
             return
-        log("demo.kill_node: a node is killed")
-        add_again = self._loop.runtime.kill_machine()
-        self._timer = threading.Timer(_RETURN_S, add_again)
-        self._timer.daemon = True
-        self._timer.start()
+        if not self._has_killed and self._state.progress(self._cfg) >= 0.35:
+            log("demo.kill_node: a node is killed")
+            self._has_killed = True
+            self._return = time.monotonic() + _RETURN_S, self._loop.runtime.kill_machine()
+        elif self._return is not None and time.monotonic() >= self._return[0]:
+            log("demo.kill_node: it comes back")
+            self._return[1]()
+            self._return = None
 
     def _num_unaccounted(self) -> int:
         """Groups that were admitted and are nowhere."""
@@ -56,12 +60,6 @@ class ClusterRecord:
             stats = self._groups.stats()
         places = ("learned", "dropped", "in_flight", "stored")
         return int(stats["groups_admitted"] - sum(stats[f"groups_{place}"] for place in places))
-
-    def close(self) -> None:
-        """Leave a killed node where it is."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer.join()
 
     def to_text(self) -> str:
         """States over time, and what became of every group; "" on one machine."""

@@ -139,7 +139,6 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
             checkpoints.load(resumed, ["collector"])
             loss.compared_version = collector.policy_version  # may have been stepped in it already
         nodes = ClusterRecord(cfg, state, collector)
-        stack.callback(nodes.close)
         # A learner that waits for groups sees neither a signal nor that all succeed: this wakes it.
         stop.on_request(buffer.shutdown)
         if cfg.group.on_no_signal == "warn":
