@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import importlib
 import logging
 import os
 import secrets
@@ -74,7 +75,6 @@ def stay_private() -> None:
     Processes of Ray's read the token when they start: others on this machine cannot join.
     """
     from ray._private import ray_constants
-    from ray._raylet import AuthenticationTokenLoader, Config
 
     # Else the driver takes the address of the machine for its own.
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -82,8 +82,10 @@ def stay_private() -> None:
     if os.environ["RAY_AUTH_MODE"] == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    Config.initialize("")  # this process has read its environment when Ray was imported
-    AuthenticationTokenLoader.instance().reset_cache()
+    # This process has read its environment when Ray was imported.
+    compiled: Any = importlib.import_module("ray._raylet")
+    compiled.Config.initialize("")
+    compiled.AuthenticationTokenLoader.instance().reset_cache()
 
 
 class _Sent:

@@ -258,6 +258,9 @@ class WeightStore:
         >>> store.close()
     """
 
+    #: Frozen parameters of the source, which must stay what they are.
+    _frozen: dict[str, torch.Tensor]
+
     def __init__(
         self,
         source: WeightSource,
@@ -317,7 +320,7 @@ class WeightStore:
         self._writer = SlotWriter(self._segment, check_finite=check_finite)
         self._ledger = self._segment.ledger()
         self._registry = ReaderRegistry(self._ledger, self._writer.locks, max_readers)
-        self._frozen: dict[str, torch.Tensor] = {}
+        self._frozen = {}
 
     @staticmethod
     def bytes_for(
