@@ -34,9 +34,11 @@ from __future__ import annotations
 
 import functools
 import statistics
+import sys
 import time
 from typing import Any
 
+import cloudpickle
 import torch
 from _machine import arguments, in_process, log, paired_ratio, report, spread
 from tensordict.nn import InteractionType, TensorDictModuleBase
@@ -47,6 +49,7 @@ from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.testing import CountingChunkEnv, emulate_latency
 from torchrl_dvla.topology import NodePlacement, Placement
 from torchrl_dvla.topology.cluster_loop import NodeState
+from torchrl_dvla.topology.ray_runtime import RayRuntime
 
 STEP_S, INFER_S = 0.04, 0.01
 ENVS_PER_NODE, GROUP_SIZE, DECISIONS = 4, 4, 6
@@ -78,6 +81,8 @@ def make_learner_policy() -> TensorDictModuleBase:
 
 def make_collector(num_nodes: int) -> DVLACollector:
     """A collector of so many nodes; of 0, on this machine without Ray."""
+    # In a process of its own the script is no __main__, and nodes cannot import it.
+    cloudpickle.register_pickle_by_value(sys.modules[make_policy.__module__])
     common: dict[str, Any] = {
         "policy_factory": make_policy,
         "replay_buffer": PooledReplayBuffer(batch_size=96, timeout_s=120.0),
@@ -95,8 +100,15 @@ def make_collector(num_nodes: int) -> DVLACollector:
         NodePlacement("localhost", WORKERS, InferenceConfig(), learner=index == 0)
         for index in range(num_nodes)
     ]
+    if num_nodes == 1:  # without an address it would not go by way of Ray
+        RayRuntime(["localhost"], [1], object_store_bytes=128 << 20)
     return TopologyAwareCollector(
-        make_env, policy, placement=Placement(tuple(nodes)), heartbeat_timeout_s=5.0, **common
+        make_env,
+        policy,
+        placement=Placement(tuple(nodes)),
+        address="auto" if num_nodes == 1 else None,
+        heartbeat_timeout_s=5.0,
+        **common,
     )
 
 
