@@ -16,8 +16,8 @@ scaling_efficiency
 ratio_one_node_vs_local
     one node by way of Ray over ``DVLACollector``. The goal is 0.97.
 ratio_vs_ray_collector
-    decisions a second on 2 nodes, with a publication after every update, over those of TorchRL's
-    ``RayCollector`` with as many environments and as many publications a decision.
+    decisions a second on 2 nodes, *without* emulated latencies, with a publication after every
+    update, over those of TorchRL's ``RayCollector`` with as many environments and publications.
 data_bytes_ratio, weight_bytes_ratio
     bytes of groups that came over those of their rows; of versions that went over one a node. Both
     are counted where they are sent; the goal is 1 within 5 %.
@@ -49,7 +49,7 @@ from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.testing import CountingChunkEnv, emulate_latency
 from torchrl_dvla.topology import NodePlacement, Placement
 from torchrl_dvla.topology.cluster_loop import NodeState
-from torchrl_dvla.topology.ray_runtime import RayRuntime
+from torchrl_dvla.topology.ray_runtime import RayRuntime, stay_private
 
 STEP_S, INFER_S = 0.04, 0.01
 ENVS_PER_NODE, GROUP_SIZE, DECISIONS = 4, 4, 6
@@ -74,17 +74,16 @@ def make_policy(infer_s: float = INFER_S) -> TensorDictModuleBase:
     return emulate_latency(policy, infer_s)
 
 
-def make_learner_policy() -> TensorDictModuleBase:
-    """The learner only publishes: its own calls do not matter."""
-    return make_policy(0.0)
+make_fast_env = functools.partial(make_env, step_latency_s=0.0)
+make_fast_policy = functools.partial(make_policy, 0.0)
 
 
-def make_collector(num_nodes: int) -> DVLACollector:
+def make_collector(num_nodes: int, emulated: bool = True) -> DVLACollector:
     """A collector of so many nodes; of 0, on this machine without Ray."""
     # In a process of its own the script is no __main__, and nodes cannot import it.
     cloudpickle.register_pickle_by_value(sys.modules[make_policy.__module__])
     common: dict[str, Any] = {
-        "policy_factory": make_policy,
+        "policy_factory": make_policy if emulated else make_fast_policy,
         "replay_buffer": PooledReplayBuffer(batch_size=96, timeout_s=120.0),
         "group": GroupConfig(
             group_size=GROUP_SIZE,
@@ -93,9 +92,10 @@ def make_collector(num_nodes: int) -> DVLACollector:
             max_no_signal_groups=1,
         ),
     }
-    policy = make_learner_policy()
+    policy = make_fast_policy()  # the learner only publishes: its own calls do not matter
+    env = make_env if emulated else make_fast_env
     if not num_nodes:
-        return DVLACollector(make_env, policy, workers=WORKERS, **common)
+        return DVLACollector(env, policy, workers=WORKERS, **common)
     nodes = [
         NodePlacement("localhost", WORKERS, InferenceConfig(), learner=index == 0)
         for index in range(num_nodes)
@@ -103,7 +103,7 @@ def make_collector(num_nodes: int) -> DVLACollector:
     if num_nodes == 1:  # without an address it would not go by way of Ray
         RayRuntime(["localhost"], [1], object_store_bytes=128 << 20)
     return TopologyAwareCollector(
-        make_env,
+        env,
         policy,
         placement=Placement(tuple(nodes)),
         address="auto" if num_nodes == 1 else None,
@@ -150,9 +150,9 @@ class Learner:
         return int(stats["rows_kept"])
 
 
-def measure(num_nodes: int, seconds: float) -> dict[str, float]:
+def measure(num_nodes: int, seconds: float, emulated: bool = True) -> dict[str, float]:
     """One arrangement, in a process of its own."""
-    with make_collector(num_nodes) as collector:
+    with make_collector(num_nodes, emulated) as collector:
         learner = Learner(collector)
         learner.run(2.0)
         wait_healthy(collector, learner)
@@ -223,15 +223,15 @@ def measure_rival(num_nodes: int, seconds: float) -> dict[str, float]:
     from torchrl.collectors.distributed import RayCollector
     from torchrl.envs import ParallelEnv
 
+    stay_private()
     ray.init(num_cpus=num_nodes, include_dashboard=False, log_to_driver=False)
-    policy = make_policy()
     frames = GROUP_SIZE * DECISIONS
     collector = RayCollector(
-        [functools.partial(ParallelEnv, ENVS_PER_NODE, make_env)] * num_nodes,
-        policy,
+        [functools.partial(ParallelEnv, ENVS_PER_NODE, make_fast_env)] * num_nodes,
+        make_fast_policy(),
         collector_kwargs={"max_frames_per_traj": DECISIONS},
         frames_per_batch=frames,
-        total_frames=-1,
+        total_frames=10**9,
         num_collectors=num_nodes,
         sync=False,
         remote_configs={"num_cpus": 1, "num_gpus": 0, "memory": 2**28},
@@ -261,9 +261,10 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {}
     for repeat in range(repeats):
         jobs = [("local", measure, 0), *((f"nodes_{n}", measure, n) for n in counts)]
-        jobs.append(("ray_collector", measure_rival, 2))
-        for name, function, number in jobs if repeat % 2 == 0 else jobs[::-1]:
-            found = in_process(function, number, seconds)
+        jobs = [(*job, True) for job in jobs]
+        jobs += [("toy_nodes_2", measure, 2, False), ("ray_collector", measure_rival, 2)]
+        for name, function, *args in jobs if repeat % 2 == 0 else jobs[::-1]:
+            found = in_process(function, args[0], seconds, *args[1:])
             runs.setdefault(name, []).append(found)
             log(f"{name}: {found}")
         killed = in_process(measure_killed, seconds, 6.0 if options.quick else 12.0)
@@ -280,7 +281,7 @@ def main() -> None:
             for n in counts[1:]
         },
         "ratio_one_node_vs_local": paired_ratio(rates["nodes_1"], rates["local"]),
-        "ratio_vs_ray_collector": paired_ratio(rates["nodes_2"], rates["ray_collector"]),
+        "ratio_vs_ray_collector": paired_ratio(rates["toy_nodes_2"], rates["ray_collector"]),
         "learner_stall_ratio": paired_ratio(stalls[4], stalls[1]),
         "data_bytes_ratio": spread(run["data_bytes_ratio"] for run in runs["nodes_4"]),
         "weight_bytes_ratio": spread(run["weight_bytes_ratio"] for run in runs["nodes_4"]),

@@ -129,6 +129,7 @@ class RayNode:
     def __init__(self, actor: Any, machine_id: str) -> None:
         self._actor, self._machine_id = actor, machine_id
         self._pid: int | None = None
+        self._hangs = False
 
     async def call(self, method: str, *args: Any, timeout_s: float) -> Any:
         """Call a method of the node's loop; raises NodeLostError."""
@@ -138,6 +139,7 @@ class RayNode:
             async with asyncio.timeout(timeout_s):
                 result = await self._actor.call.remote(method, *wrapped)
         except TimeoutError:
+            self._hangs = True
             raise NodeLostError(f"{method} took more than {timeout_s:g} s.") from None
         except ray.exceptions.RayError as error:
             raise NodeLostError(_reason(error)) from error
@@ -150,7 +152,7 @@ class RayNode:
         ray = import_ray()
         with contextlib.suppress(Exception):  # whatever is left of a cluster that breaks down
             ray.kill(self._actor)
-        if self._pid is None:
+        if self._pid is None or not self._hangs:
             return
         # A process that is stopped does not obey Ray.
         with contextlib.suppress(Exception):
