@@ -141,8 +141,10 @@ class Learner:
 
     def rate(self, start_s: float, end_s: float) -> float:
         """Decisions a second that arrived between two moments."""
-        inside = [n for t, n in zip(self.times_s, self.decisions) if start_s <= t <= end_s]
-        return (inside[-1] - inside[0]) / (end_s - start_s) if len(inside) > 1 else 0.0
+        updates = list(zip(self.times_s, self.decisions))
+        before = [entry for entry in updates if entry[0] <= start_s][-1]
+        after = next(entry for entry in updates if entry[0] >= end_s)
+        return (after[1] - before[1]) / (after[0] - before[0])
 
     def _count(self) -> int:
         # Of whole groups: those that a lost node had begun do not count.

@@ -85,7 +85,8 @@ class GrantedGroups:
     def grant(self, grants: Sequence[Grant]) -> None:
         """Add groups that the learner has admitted."""
         with self._lock:
-            self._granted.extend(grants)
+            # The oldest first: one that comes late was another node's, and is waited for.
+            self._granted = deque(sorted((*self._granted, *grants)))
         self.notify()
 
     def notify(self) -> None:
