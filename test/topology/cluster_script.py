@@ -4,13 +4,14 @@
 # LICENSE file in the root directory of this source tree.
 """A learner over two nodes that it starts itself; it prints the ids of all its processes.
 
-python cluster_script.py
+python cluster_script.py wait|leave      and waits to be killed, or leaves without shutdown()
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def descendants() -> list[int]:
     return sorted(found - {os.getpid()})
 
 
-def main() -> None:
+def main(way: str) -> None:
     # Here, for pytest looks for doctests in this file, without a script's path.
     from counting_nodes import make_env, make_policy
 
@@ -43,20 +44,22 @@ def main() -> None:
     nodes = [
         NodePlacement("localhost", workers, InferenceConfig(), learner=k == 0) for k in range(2)
     ]
-    with TopologyAwareCollector(
+    collector = TopologyAwareCollector(
         make_env,
         make_policy(),
         placement=Placement(tuple(nodes)),
         replay_buffer=PooledReplayBuffer(batch_size=16, timeout_s=120.0),
         group=GroupConfig(group_size=3, groups_per_update=2),
-    ) as collector:
-        for _ in range(2):
-            for _ in collector.replay_buffer:
-                pass
-            collector.update_policy_weights_()
-        print(json.dumps(descendants()), flush=True)
+    )
+    collector.start()
+    for _ in range(2):
+        for _ in collector.replay_buffer:
+            pass
+        collector.update_policy_weights_()
+    print(json.dumps(descendants()), flush=True)
+    if way == "wait":
         time.sleep(600)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -201,21 +201,30 @@ def test_a_killed_node_is_replaced_by_one_that_joins(cluster, collector):
     nothing_lost(collector, LEARNED)
 
 
-def test_nothing_outlives_a_learner_that_is_killed():
+@pytest.mark.parametrize("way", ["wait", "leave"])
+def test_nothing_outlives_a_learner_that_is_killed_or_leaves(way):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
     environment.pop("RAY_ADDRESS", None)
     process = subprocess.Popen(
-        [sys.executable, SCRIPT], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, SCRIPT, way],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     try:
         line = process.stdout.readline()
-        assert line, "it has ended"
+        assert line, process.stderr.read()
         family = json.loads(line)
-        # Two raylets, two nodes, and of each worker, inference and their fork server.
-        assert sum("Agent" not in command_of(pid)[1] for pid in family) > 9
+        if way == "wait":
+            # Two raylets, two nodes, and of each worker, inference and their fork server.
+            assert sum("Agent" not in command_of(pid)[1] for pid in family) > 9
+        else:
+            error = process.communicate(timeout=90.0)[1]
+            assert process.returncode == 0 and "Traceback" not in error, error
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
     deadline_s = time.monotonic() + 60.0
     # Ray's two agents of each node look for the head for a minute before they end by themselves.
     ours = [pid for pid in family if "Agent" not in command_of(pid)[1]]

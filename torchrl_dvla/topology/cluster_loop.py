@@ -19,10 +19,10 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -56,6 +56,8 @@ __all__ = [
 ]
 
 _log = logging.getLogger("torchrl_dvla")
+
+T = TypeVar("T")
 
 #: A report comes at least so often, with or without news.
 _REPORT_S = 1.0
@@ -353,7 +355,7 @@ class ClusterLoop:
         for lane, name in node.tracks:
             self._timeline.track(lane, name).waiting("node_lost")
         await self._end(node)
-        self._machines = await asyncio.to_thread(self.runtime.machines)
+        self._machines = await asyncio.wrap_future(apart(self.runtime.machines))
         self._on_change()
         node.num_losses += 1
         self._num_losses += 1
@@ -370,7 +372,7 @@ class ClusterLoop:
         node.granted, node.unsent, node.version, node.seed = {}, [], -1, None
         node.failing = sorted(self._groups.quarantined)
         if handle is not None:
-            await asyncio.to_thread(handle.kill)
+            await asyncio.wrap_future(apart(handle.kill))
 
     def _set_state(self, node: Node, state: NodeState) -> None:
         node.state = state
@@ -490,7 +492,7 @@ class ClusterLoop:
         while True:
             await self._until(lambda: self._store.visible_version > self._version.number)
             start_s = time.monotonic()
-            self._version = await asyncio.to_thread(self._put_version)
+            self._version = await asyncio.wrap_future(apart(self._put_version))
             end_s = time.monotonic()
             self._distribution.add(start_s, end_s, f"put {self._version.number}", "no_version")
             self._on_change()
@@ -595,7 +597,7 @@ class ClusterLoop:
     async def _watch(self, tasks: asyncio.TaskGroup) -> None:
         """See who joins and who is about to leave."""
         while True:
-            self._machines = await asyncio.to_thread(self.runtime.machines)
+            self._machines = await asyncio.wrap_future(apart(self.runtime.machines))
             for node in self.nodes:
                 machine = self._machines.get(node.machine_id or "")
                 node.is_leaving = machine is not None and machine.is_leaving
@@ -695,7 +697,7 @@ class ClusterLoop:
         self._loop = asyncio.get_running_loop()
         if self._stopping:  # before there was anything to cancel
             return
-        self._machines = await asyncio.to_thread(self.runtime.machines)
+        self._machines = await asyncio.wrap_future(apart(self.runtime.machines))
         self._known = set(self._machines)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._distribute())
@@ -773,17 +775,26 @@ def stop_nodes(nodes: Sequence[Node], grace_s: float) -> None:
     async def stop(handle: NodeHandle) -> None:
         with contextlib.suppress(NodeLostError):
             await handle.call("stop", grace_s, timeout_s=grace_s + 5.0)
-        await asyncio.to_thread(handle.kill)
+        await asyncio.wrap_future(apart(handle.kill))
 
     async def stop_all() -> None:
         await asyncio.gather(*[stop(node.handle) for node in nodes if node.handle is not None])
 
-    run_apart(stop_all())
+    apart(asyncio.run, stop_all()).result()
     for node in nodes:
         node.handle = None
 
 
-def run_apart(coroutine: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine to its end from any thread, one with an event loop included."""
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(asyncio.run, coroutine).result()
+def apart(function: Callable[..., T], *args: Any) -> Future[T]:
+    """Call a function in a thread of its own; executors refuse work while a script is ending."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(function(*args))
+            except BaseException as error:
+                future.set_exception(error)
+
+    threading.Thread(target=run, name="dvla-apart", daemon=True).start()
+    return future

@@ -26,8 +26,8 @@ from torchrl_dvla.topology.cluster_loop import (
     Node,
     NodeLostError,
     NodeRuntime,
+    apart,
     difference,
-    run_apart,
     start_node,
     stop_nodes,
 )
@@ -158,7 +158,7 @@ class TopologyAwareCollector(DVLACollector):
             await asyncio.gather(*[start_node(node, runtime) for node in nodes])
 
         try:
-            run_apart(start_all())
+            apart(asyncio.run, start_all()).result()
         except NodeLostError as error:
             raise RuntimeError(f"A node could not be started: {error}") from error
         here, first = installed_versions(), nodes[0]
