@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -53,6 +55,16 @@ def make_collector(num_nodes, **kwargs):
     }
     policy = arguments.pop("policy", None) or make_policy()
     return TopologyAwareCollector(make_env, policy, placement=placement_of(num_nodes), **arguments)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_files_left():
+    """Ray's logs and sockets go to a folder of their own; the paths of sockets must be short."""
+    folder = tempfile.mkdtemp(prefix="ray-")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

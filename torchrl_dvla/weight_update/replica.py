@@ -27,7 +27,7 @@ def weight_digest(data: np.ndarray) -> str:
         >>> weight_digest(np.zeros(64, np.uint8))[:8]
         'f5a5fd42'
     """
-    return hashlib.sha256(memoryview(data)).hexdigest()
+    return hashlib.sha256(data.data).hexdigest()
 
 
 class WeightReplica(WeightStore):
