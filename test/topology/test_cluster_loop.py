@@ -246,6 +246,9 @@ async def test_a_machine_that_leaves_finishes_what_it_has(cluster):
     await cluster.until(lambda: cluster.nodes[0].state is NodeState.DEAD)
     assert leaving.is_killed and cluster.loop.totals["nodes_lost"] == 0
     assert len(cluster.groups.stored) == 2
+    cluster.runtime.members["new"] = Machine("there", 4.0)
+    await cluster.until(lambda: cluster.nodes[0].state is NodeState.HEALTHY)
+    assert cluster.node(0).machine_id == "new" and len(cluster.nodes) == 2
 
 
 @on_a_cluster(num_nodes=1)

@@ -261,16 +261,17 @@ class ClusterLoop:
     # -- one node -------------------------------------------------------------------------------
 
     async def run_node(self, node: Node) -> None:
-        """Start, serve and lose a node, again and again."""
+        """Start, serve and lose a node, or let it leave, again and again."""
         while True:
+            reason = ""
             try:
                 if node.handle is None:
                     await self._start(node)
                 await self._serve(node)
-                return  # it has left
             except* NodeLostError as lost:
                 reason = str(lost.exceptions[0])
-            await self._lose(node, reason)
+            if reason:
+                await self._lose(node, reason)
 
     async def _start(self, node: Node) -> None:
         """Start the node where there is a machine for it, and see that it is like the others."""
@@ -294,7 +295,7 @@ class ClusterLoop:
         return False
 
     async def _serve(self, node: Node) -> None:
-        """Work with a node that is started, until it is lost or has left."""
+        """Work with a node that is started, until it is lost or has left with nothing to do."""
         assert node.handle is not None
         self._set_state(node, NodeState.STALE)
         await self._until(lambda: self._constants)
@@ -370,6 +371,7 @@ class ClusterLoop:
     async def _end(self, node: Node) -> None:
         handle, node.handle, node.machine_id = node.handle, None, None
         node.granted, node.unsent, node.version, node.seed = {}, [], -1, None
+        node.is_leaving = False
         node.failing = sorted(self._groups.quarantined)
         if handle is not None:
             await asyncio.wrap_future(apart(handle.kill))
