@@ -13,7 +13,7 @@ EXTRAS ?=
 export VENV PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor train quick test test-gpu lint format docs bench bench-gpu pins clean distclean
+.PHONY: help setup doctor train quick cluster test test-gpu lint format docs bench bench-gpu pins clean distclean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1|/' | awk -F '|' '{printf "%-20s%s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ train: setup ## asynchronous GRPO on LIBERO from the shipped checkpoint, at most
 
 quick: setup ## the same loop on a toy environment, under two minutes
 	$(PY) -m torchrl_dvla train --quick $(ARGS)
+
+cluster: setup ## the toy task over two nodes of Ray's on this machine; ARGS=demo.kill_node=true kills one
+	$(PY) -m torchrl_dvla train --config-name toy_cluster $(ARGS)
 
 test: setup ## the test suite and the documentation's examples
 	$(PY) -m pytest $(ARGS)

@@ -59,6 +59,7 @@ def test_the_guide_calls_commands_that_exist_with_arguments_that_they_take() -> 
         overrides = [text for text in arguments if "=" in text and not text.startswith("-")]
         if name in ("train", "sft"):
             configs = {"--config-dir", "conf", "--config-name", "reach", "maniskill", "libero_pi0"}
+            configs.add("libero_cluster")
             assert set(arguments) - {*overrides, *configs} <= {"--quick", "-m"}, arguments
         else:
             command = importlib.import_module(f"torchrl_dvla.commands.{name}")
@@ -66,7 +67,8 @@ def test_the_guide_calls_commands_that_exist_with_arguments_that_they_take() -> 
             command.add_arguments(parser)
             parser.parse_intermixed_args(arguments)
         if name != "sft" and "-m" not in arguments:
-            config = "maniskill" if "maniskill" in arguments else "libero"
+            others = [other for other in ("maniskill", "libero_cluster") if other in arguments]
+            config = others[0] if others else "libero"
             compose_settings("toy" if "--quick" in arguments else config, overrides)
 
 

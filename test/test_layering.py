@@ -135,8 +135,18 @@ def test_hydra_is_imported_by_recipes_only() -> None:
             assert name.partition(".")[0] not in {"hydra", "omegaconf"}, f"{path}:{line}"
 
 
+def test_ray_is_imported_by_the_cluster_only() -> None:
+    """All else works without it, and what needs it says so."""
+    for path in (path for path in FILES if "topology" not in path.parts):
+        for line, name in imported_names(path.read_text(), ""):
+            assert name.partition(".")[0] != "ray", f"{path}:{line}"
+
+
 def test_no_module_opens_a_port() -> None:
-    """Rows and weights travel in shared memory, messages in pipes: nobody can join from outside."""
+    """Rows and weights travel in shared memory, messages in pipes: nobody can join from outside.
+
+    Between machines Ray carries both. Who may connect is its business: those who have the token.
+    """
     opens = {"listen", "create_server", "start_server", "Listener", "socketserver"}
     opens |= {"TCPStore", "ProcessGroupGloo", "init_process_group"}
     for path in FILES:

@@ -7,8 +7,8 @@
 Five components, each with TorchRL's own contract: :class:`DVLACollector` overlaps simulation,
 inference, learning and weight distribution; :class:`PooledReplayBuffer` hands out whole groups from
 shared memory; :class:`AsyncWeightUpdater` publishes versioned weights without waiting;
-:class:`GRPOLoss` learns from action tokens; :class:`TopologyAwareCollector` takes its settings from
-a plan for one node. Beside them stand the settings that every script names. Everything else is
+:class:`GRPOLoss` learns from action tokens; :class:`TopologyAwareCollector` samples on
+the nodes of a cluster. Beside them stand the settings that every script names. Everything else is
 imported from its package, such as :mod:`torchrl_dvla.envs`.
 """
 

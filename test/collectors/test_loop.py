@@ -173,6 +173,7 @@ async def test_evaluations_are_played_one_after_the_other_before_new_groups(benc
     second = bench.evaluate(EpisodeSpec("task", 73))
     bench.processes.release()
     await bench.until(lambda: second.done() and not bench.inference.has_snapshot)
+    await bench.until(lambda: len(bench.resets()) >= 5)
     # The first rollout had begun: the evaluations come next, then the other one of its group.
     assert bench.resets()[:5] == [0, 71, 72, 73, 0]
     assert first.result().num_env_steps == [4, 4]

@@ -125,6 +125,8 @@ REFUSED = [
     ("libero", "env.cameras=agentview", "env.cameras must be a list of a text, got 'agentview'"),
     ("libero", "policy.kind=tiny_vla", "policy.kind=tiny_vla must be used with env.backend=toy"),
     ("libero_openvla_oft", "seed=0", "policy.path must be given, got nothing"),
+    ("toy", "demo.kill_node=true", "demo.kill_node must be false but for several nodes"),
+    ("toy_cluster", "cluster.hosts=[]", "cluster.hosts must name at least one node"),
 ]
 
 

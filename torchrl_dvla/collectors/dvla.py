@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from tensordict import TensorDictBase
@@ -48,14 +48,44 @@ from torchrl_dvla.memory import DualPool, Plan
 from torchrl_dvla.saved_state import form_of, require_form
 from torchrl_dvla.swimlane import EnvProcesses, InferenceProcess, Timeline
 from torchrl_dvla.swimlane.env_worker import require_init_states
+from torchrl_dvla.swimlane.messages import EnvSpecs
 from torchrl_dvla.validation import Count, check
 from torchrl_dvla.weight_update import AsyncWeightUpdater, WeightReader
 
-__all__ = ["DVLACollector"]
+__all__ = ["DVLACollector", "Loop", "SamplingLanes"]
 
 EnvFactory = Callable[[], Any] | str
 
 _log = logging.getLogger("torchrl_dvla")
+
+
+class SamplingLanes(Protocol):
+    """Environments that a collector has started: here, or on the nodes of a cluster."""
+
+    #: What all of them agree on.
+    specs: EnvSpecs
+    #: The task whose environment has told them.
+    first_task: str
+
+
+class Loop(Protocol):
+    """What a collector needs of its loop: :class:`CollectionLoop`, or one over several nodes."""
+
+    seed: int
+    error: BaseException | None
+
+    @property
+    def num_batches(self) -> list[int]:
+        """Counts that the seeds of sampled tokens follow from; a resumed run sets them."""
+
+    def start(self) -> None:
+        """Begin, in a thread of its own."""
+
+    def stop(self, grace_s: float | None = None) -> None:
+        """End it and all that it runs on."""
+
+    def add_evaluation(self, evaluation: Evaluation) -> None:
+        """Queue an evaluation, from any thread."""
 
 
 class DVLACollector(BaseCollector):
@@ -177,21 +207,13 @@ class DVLACollector(BaseCollector):
         self._instructions = InstructionTable()
         self._reader: WeightReader | None = None
         with contextlib.ExitStack() as undo:
-            processes = EnvProcesses(
-                self._factories,
-                workers.num_workers,
-                envs_per_worker=workers.envs_per_worker,
-                num_threads=workers.num_threads,
-                env_vars=workers.env_vars,
-                start_method=workers.start_method,
-            )
-            undo.callback(processes.stop, workers.stop_timeout_s)
-            specs = processes.wait_ready(workers.start_timeout_s)
+            lanes = self._start_lanes(undo)
+            specs = lanes.specs
             warn_of_misfits(policy, specs)
             #: The task whose environment has told its specs; those of others show in the workers.
-            self._described = (processes.first_task, specs)
+            self._described = (lanes.first_task, specs)
             ids = self.schedule.init_state_ids or ()
-            require_init_states(processes.first_task, ids, specs.has_init_states)
+            require_init_states(lanes.first_task, ids, specs.has_init_states)
             layout = match_policy(policy, specs)
             #: Sizes of the pools, see :class:`~torchrl_dvla.memory.Plan`.
             self.plan: Plan = plan_memory(
@@ -224,23 +246,42 @@ class DVLACollector(BaseCollector):
                 model_pool=self.memory.model,
                 track=self.timeline.track("gradient", "learner"),
             )
-            self._loop = CollectionLoop(
-                processes,
-                self._start_inference,
-                self._groups,
-                self._instructions,
-                timeline=self.timeline,
-                counters=self._counters,
-                seed=seed,
-                lockstep=self._lockstep,
-                workers=workers,
-                inference=inference,
-                on_error=self._on_error,
-            )
+            self._loop = self._make_loop(lanes)
             undo.pop_all()  # from here on shutdown() ends it all
         # A script that raises, or forgets shutdown(), ends in order all the same.
         atexit.register(self.shutdown)
         self._loop.start()
+
+    def _start_lanes(self, undo: contextlib.ExitStack) -> SamplingLanes:
+        """Environments that are ready; ``undo`` ends them if the collector cannot be built."""
+        workers = self._workers
+        processes = EnvProcesses(
+            self._factories,
+            workers.num_workers,
+            envs_per_worker=workers.envs_per_worker,
+            num_threads=workers.num_threads,
+            env_vars=workers.env_vars,
+            start_method=workers.start_method,
+        )
+        undo.callback(processes.stop, workers.stop_timeout_s)
+        processes.wait_ready(workers.start_timeout_s)
+        return processes
+
+    def _make_loop(self, lanes: Any) -> Loop:
+        """The loop that samples in what :meth:`_start_lanes` has started."""
+        return CollectionLoop(
+            lanes,
+            self._start_inference,
+            self._groups,
+            self._instructions,
+            timeline=self.timeline,
+            counters=self._counters,
+            seed=self._seed,
+            lockstep=self._lockstep,
+            workers=self._workers,
+            inference=self._inference_config,
+            on_error=self._on_error,
+        )
 
     def _start_inference(self) -> InferenceProcess:
         """An inference process on the newest weights; the one before it must be gone."""
@@ -454,7 +495,7 @@ class DVLACollector(BaseCollector):
             ``static_seed``.
         """
         self._require_open()
-        self.schedule.seed = self._seed = self._loop.batcher.seed = seed
+        self.schedule.seed = self._seed = self._loop.seed = seed
         return seed if static_seed else int(seed_generator(seed))
 
     def stats(self) -> dict[str, Any]:
@@ -488,7 +529,7 @@ class DVLACollector(BaseCollector):
             return OrderedDict(
                 seed=self._seed,
                 counters=self._counters.state_dict(),
-                num_batches=list(self._loop.batcher.num_batches),
+                num_batches=list(self._loop.num_batches),
                 buffer=self.replay_buffer.state_dict(),
             )
 
@@ -515,7 +556,7 @@ class DVLACollector(BaseCollector):
         require_form(form, state_dict, "collector")
         self.replay_buffer.load_state_dict(state_dict["buffer"])
         self._counters.load_state_dict(state_dict["counters"])
-        self._loop.batcher.num_batches[:] = state_dict["num_batches"]
+        self._loop.num_batches[:] = state_dict["num_batches"]
         if self._groups.version > self._updater.version:
             self._updater.publish(version=self._groups.version)
 

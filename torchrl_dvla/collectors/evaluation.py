@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -72,6 +72,10 @@ class Evaluation:
     def num_finished(self) -> int:
         """Episodes that have ended."""
         return len(self._finished)
+
+    def add_done_callback(self, callback: Callable[[], None]) -> None:
+        """Call ``callback()`` once the result is there, from the thread that has it."""
+        self._future.add_done_callback(lambda _: callback())
 
     def done(self) -> bool:
         """Whether the result is there."""

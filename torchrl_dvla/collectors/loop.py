@@ -18,8 +18,9 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 from torchrl_dvla.collectors.configs import InferenceConfig, WorkerConfig
 from torchrl_dvla.collectors.decision_batcher import (
@@ -32,13 +33,13 @@ from torchrl_dvla.collectors.evaluation import Evaluation
 from torchrl_dvla.collectors.failures import FailureAction, FailureLog
 from torchrl_dvla.collectors.metrics import CollectionCounters
 from torchrl_dvla.collectors.validation import check_same_start
-from torchrl_dvla.data import EpisodeSpec, Group, GroupQueue, InstructionTable, Rollout
+from torchrl_dvla.data import EpisodeSpec, Group, InstructionTable, Rollout
 from torchrl_dvla.data.schema import IMAGE_KEY
 from torchrl_dvla.memory import EnvironmentPool
 from torchrl_dvla.swimlane import EnvProcesses, InferenceProcess, Timeline
 from torchrl_dvla.swimlane.messages import RefusedError
 
-__all__ = ["CollectionLoop"]
+__all__ = ["CollectionLoop", "GroupSource"]
 
 _log = logging.getLogger("torchrl_dvla")
 
@@ -58,11 +59,45 @@ class _RolloutRefusedError(_RolloutFailedError):
     """One that is given up for what its environment returned."""
 
 
+class GroupSource(Protocol):
+    """Where a loop gets its groups, and leaves them.
+
+    :class:`~torchrl_dvla.data.GroupQueue` where the learner is, otherwise what it has granted, see
+    :class:`~torchrl_dvla.topology.granted_groups.GrantedGroups`.
+    """
+
+    pool: EnvironmentPool
+    pages_per_rollout: int
+    quarantined: set[str]
+
+    @property
+    def running(self) -> Sequence[Group]:
+        """The groups under way, oldest first."""
+
+    def add_listener(self, listener: Callable[[], None]) -> None:
+        """Call ``listener()`` after every change that may let sampling go on."""
+
+    def admit(self) -> Group | str:
+        """The next group, with pages reserved for it, or why there is none."""
+
+    def finish(self, rollout: Rollout) -> None:
+        """A rollout has ended."""
+
+    def complete(self, group: Group) -> None:
+        """All rollouts of a group have finished."""
+
+    def drop(self, group: Group, reason: str) -> None:
+        """A group is given up; nobody writes its rows any more."""
+
+    def quarantine(self, task: str, error: Exception) -> None:
+        """Begin no more groups of a task; raises ``error`` if no other is left."""
+
+
 class CollectionLoop:
     """Rollouts on the environments and the policy of one node, in one thread.
 
     - *consumes* admitted groups, and evaluations;
-    - *produces* complete groups, in the :class:`~torchrl_dvla.data.GroupQueue`;
+    - *produces* complete groups, in its :class:`GroupSource`;
     - *waits for* an idle environment, for admission, for a free page;
     - *unblocked by* the end of a rollout, and by the learner: a publish frees pages and admits.
 
@@ -72,7 +107,7 @@ class CollectionLoop:
     Args:
         processes (EnvProcesses): environment workers that are ready.
         start_inference (Callable): starts the inference process; called again if it ends.
-        groups (GroupQueue): admits groups, and takes them when they are complete.
+        groups (GroupSource): admits groups, and takes them when they are complete.
         instructions (InstructionTable): strings by id.
 
     Keyword Args:
@@ -90,7 +125,7 @@ class CollectionLoop:
         self,
         processes: EnvProcesses,
         start_inference: Callable[[], InferenceProcess],
-        groups: GroupQueue,
+        groups: GroupSource,
         instructions: InstructionTable,
         *,
         timeline: Timeline,
@@ -448,6 +483,20 @@ class CollectionLoop:
                     evaluation.fail(error)
 
     # -- lifecycle ------------------------------------------------------------------------------
+
+    @property
+    def seed(self) -> int:
+        """Of the tokens that are sampled."""
+        return self.batcher.seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self.batcher.seed = seed
+
+    @property
+    def num_batches(self) -> list[int]:
+        """Policy calls so far, of training and of evaluations; a resumed run sets them."""
+        return self.batcher.num_batches
 
     def start(self) -> None:
         """Begin: from here on pages and processes belong to the loop's thread."""

@@ -63,6 +63,20 @@ class CollectionCounters:
             out["collector/episode_env_steps"] = sum(entry[1] for entry in episodes) / count
         return out
 
+    def since(self, earlier: CollectionCounters) -> CollectionCounters:
+        """What was counted after ``earlier``, an older copy of this; any thread may ask."""
+        new, episodes = CollectionCounters(), list(self._episodes)
+        new.totals = Counter(dict(self.totals))
+        new.totals.subtract(earlier.totals)
+        num_new = new.totals["collector/episodes"]
+        new._episodes.extend(episodes[-num_new:] if num_new else ())
+        return new
+
+    def merge(self, new: CollectionCounters) -> None:
+        """Add what another node has counted."""
+        self.totals.update(new.totals)
+        self._episodes.extend(new._episodes)
+
     def state_dict(self) -> dict[str, Any]:
         """Totals and window."""
         return {"totals": dict(self.totals), "episodes": list(self._episodes)}

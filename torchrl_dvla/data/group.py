@@ -255,6 +255,18 @@ class Rollout:
     num_failures: int = 0
     finished: bool = False
 
+    def seal(self, pool: EnvironmentPool, num_reserved: int) -> None:
+        """It has ended: seal its pages, and free what it did not take of its reserved ones.
+
+        Args:
+            pool (EnvironmentPool): the pages.
+            num_reserved (int): pages that were reserved for it.
+        """
+        num_leased = len(self.pages)
+        self.pages = list(pool.seal(self.pages, self.num_rows))
+        self.finished = True
+        pool.unreserve(num_reserved - num_leased)
+
     def restart(self) -> None:
         """Forget what was sampled, to sample it again; ``num_failures`` stays."""
         fresh = Rollout(self.spec, self.group_id, self.rollout_id, num_failures=self.num_failures)
@@ -354,6 +366,19 @@ class Group:
     def last_policy_version(self) -> int:
         """The newest version behind any kept decision; -1 if none is kept."""
         return max((rollout.last_policy_version for rollout in self.rollouts), default=-1)
+
+    def abandon(self, pool: EnvironmentPool, num_reserved: int) -> None:
+        """Give it up: no rollout that has not finished keeps a page, leased or reserved.
+
+        Args:
+            pool (EnvironmentPool): the pages.
+            num_reserved (int): pages that were reserved for each rollout.
+        """
+        for rollout in self.rollouts:
+            if not rollout.finished:
+                pool.reclaim(rollout.rollout_id, keep_reserved=True)
+                pool.unreserve(num_reserved)
+                rollout.pages = []
 
     def row_index(self, pool: EnvironmentPool) -> torch.Tensor:
         """Row numbers in ``pool``, int64 ``[num_rows]``, rollout after rollout."""

@@ -347,10 +347,7 @@ class GroupQueue:
         """
         with self.lock:
             self._require_running(rollout.group_id)
-            num_leased = len(rollout.pages)
-            rollout.pages = list(self.pool.seal(rollout.pages, rollout.num_rows))
-            rollout.finished = True
-            self.pool.unreserve(self.pages_per_rollout - num_leased)
+            rollout.seal(self.pool, self.pages_per_rollout)
         self._notify()
 
     def complete(self, group: Group) -> None:
@@ -442,11 +439,7 @@ class GroupQueue:
         with self.lock:
             self._require_running(group.group_id)
             finished = [rollout for rollout in group.rollouts if rollout.finished]
-            for rollout in group.rollouts:
-                if not rollout.finished:
-                    self.pool.reclaim(rollout.rollout_id, keep_reserved=True)
-                    self.pool.unreserve(self.pages_per_rollout)
-                    rollout.pages = []
+            group.abandon(self.pool, self.pages_per_rollout)
             group.candidates = finished
             self._forget(group, reason)
         self._notify()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from numbers import Integral
 
+import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, unravel_key
 
@@ -26,6 +27,7 @@ _DTYPES = (
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
     torch.float16, torch.float32, torch.float64,
 )  # fmt: skip
+_NUMPY = {dtype: torch.empty(0, dtype=dtype).numpy().dtype for dtype in _DTYPES}
 #: A row is one decision: two cameras of 4K take a twentieth of it.
 _MAX_ROW_BYTES = 2**30
 
@@ -132,6 +134,35 @@ class RowLayout(Mapping[NestedKey, tuple[torch.Size, torch.dtype]]):
             tensor = torch.empty((num_rows, *shape), dtype=dtype, pin_memory=pin_memory)
             rows.set(key, tensor)
         return rows
+
+    def columns(self, buffer: np.ndarray, num_rows: int) -> dict[NestedKey, np.ndarray]:
+        """Zero-copy views ``[num_rows, *shape]`` of every field on bytes that may come from afar.
+
+        Args:
+            buffer (np.ndarray): uint8 ``[nbytes(num_rows)]``.
+            num_rows (int): rows.
+
+        Raises:
+            ValueError: if the buffer has another size.
+
+        Examples:
+            >>> layout = RowLayout({"x": ((2,), torch.float32), "done": ((1,), torch.bool)})
+            >>> columns = layout.columns(np.zeros(layout.nbytes(3), np.uint8), 3)
+            >>> columns["x"].shape, columns["done"].dtype
+            ((3, 2), dtype('bool'))
+        """
+        if buffer.shape != (self.nbytes(num_rows),):
+            raise ValueError(
+                f"buffer must hold the {self.nbytes(num_rows)} bytes of {num_rows} rows, got "
+                f"{list(buffer.shape)}. Both ends must have the same layout."
+            )
+        columns, offset_bytes = {}, 0
+        for key, (shape, dtype) in self.items():
+            nbytes = num_rows * shape.numel() * dtype.itemsize
+            part = buffer[offset_bytes : offset_bytes + nbytes].view(_NUMPY[dtype])
+            columns[key] = part.reshape(num_rows, *shape)
+            offset_bytes += _aligned(nbytes)
+        return columns
 
     def __getitem__(self, key: NestedKey) -> tuple[torch.Size, torch.dtype]:
         return self._fields[unravel_key(key)]

@@ -70,6 +70,11 @@ DASHBOARD: dict[str, dict[str, list[str]]] = {
         "gradient norm": [r"optim/grad_norm"],
         "learning rate": [r"optim/lr"],
     },
+    "Cluster": {
+        "nodes by state": [r"cluster/nodes_(healthy|restarting|stale|dead)"],
+        "versions behind": [r"cluster/version_lag"],
+        "bytes between nodes": [r"cluster/bytes_.+"],
+    },
     "Memory and faults": {
         "pages": [r"memory/environment/pages_.+"],
         "bytes of the two pools": [r"memory/.+/(used|peak|reserved)_bytes"],

@@ -320,6 +320,18 @@ class Timeline:
                 for track, name, start_s, end_s, reason in self._seen
             ]
 
+    def take(self) -> list[Span]:
+        """The spans recorded since the last call, for whoever keeps them; here they are forgotten.
+
+        Of a timeline that is read so, :meth:`usage` knows no overlap.
+        """
+        spans = []
+        with self._lock:
+            while self._new:
+                track, name, start_s, end_s, reason = self._new.popleft()
+                spans.append(Span(track.lane, track.name, name, start_s, end_s, reason))
+        return spans
+
     def export_chrome_trace(self, path: str | os.PathLike[str]) -> None:
         """Write the spans kept as a Chrome trace, which Perfetto and ``chrome://tracing`` open.
 

@@ -2,7 +2,11 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Plan of the machines of a run, and the collector that takes it; one node in this version."""
+"""What a cluster consists of, and the collector that works on it.
+
+:class:`TopologyAwareCollector` runs a whole sampling-inference loop on every node of a
+:class:`Placement`; Ray says who is there.
+"""
 
 from torchrl_dvla.topology.cluster import ClusterSpec, GPUSpec, NodeSpec
 from torchrl_dvla.topology.cost_model import LaneCosts

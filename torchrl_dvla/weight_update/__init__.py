@@ -6,10 +6,12 @@
 
 :class:`WeightStore` holds versions in shared memory; each :class:`WeightReader` adopts the latest
 one between two of its batches; :class:`AsyncWeightUpdater` is both as a TorchRL
-``WeightSyncScheme``. They serve one node.
+``WeightSyncScheme``. They serve one node; on others a :class:`WeightReplica` takes the bytes of
+each version.
 """
 
 from torchrl_dvla.weight_update.reader import WeightReader
+from torchrl_dvla.weight_update.replica import WeightReplica, weight_digest
 from torchrl_dvla.weight_update.segment import Adoption, AdoptionStats
 from torchrl_dvla.weight_update.slot_writer import PublishStats
 from torchrl_dvla.weight_update.store import WeightStore
@@ -23,5 +25,7 @@ __all__ = [
     "PublishStats",
     "WeightLayout",
     "WeightReader",
+    "WeightReplica",
     "WeightStore",
+    "weight_digest",
 ]

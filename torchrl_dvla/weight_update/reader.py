@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import nn
@@ -290,6 +291,15 @@ class WeightReader:
         """
         slot = self._pin(self._ledger or self._attach())
         return self._version, self._segment.layout.unflatten(self._views[slot].entries)
+
+    def pin_bytes(self) -> tuple[int, np.ndarray, np.ndarray]:
+        """As :meth:`pin`, for a transfer to another node.
+
+        Returns:
+            the version, the bytes of its slot and those of the frozen weights, uint8, as views.
+        """
+        slot = self._pin(self._ledger or self._attach())
+        return self._version, *self._segment.raw(slot)
 
     def unpin(self) -> None:
         """Let the slot go, before a long idle time.

@@ -33,6 +33,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from torchrl_dvla.memory import SharedArena
@@ -504,6 +505,14 @@ class WeightSegment:
         self._arena.pin()
         if self._frozen is not None:
             self._frozen.pin()
+
+    def raw(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
+        """Memory of ``slot`` and of the frozen weights as bytes, uint8."""
+        size = self.layout.slot_bytes
+        live = self._arena.tensor(self._slots_offset + slot * size, (size,), torch.uint8)
+        if self._frozen is None:
+            return live.numpy(), np.zeros(0, np.uint8)
+        return live.numpy(), self._frozen.tensor(0, (self.layout.frozen_bytes,)).numpy()
 
     def views(self, slot: int) -> SlotViews:
         """The tensors of ``slot``."""

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import get_total_norm
@@ -356,6 +357,22 @@ class SlotWriter:
             for index in live  # what is frozen may be read by others from where it is
             if tensors[index].numel()
         }
+
+    def write_bytes(self, live: np.ndarray, version: int) -> None:
+        """Take a version that another node's slot held: into a free slot, or deferred.
+
+        Args:
+            live (np.ndarray): uint8 ``[slot_bytes]``.
+            version (int): its number.
+        """
+
+        def copy(views: SlotViews) -> None:
+            for bucket in self._layout.buckets:
+                run = views.runs[bucket.dtype].view(torch.uint8).numpy()
+                np.copyto(run, live[bucket.offset_bytes : bucket.offset_bytes + len(run)])
+
+        with self._turn:
+            self._write(copy, version)
 
     def publishes_from(self, addresses: set[int]) -> bool:
         """Whether one of the memory addresses belongs to the weights published last."""

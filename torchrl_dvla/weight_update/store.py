@@ -259,6 +259,9 @@ class WeightStore:
         >>> store.close()
     """
 
+    #: Frozen parameters of the source, which must stay what they are.
+    _frozen: dict[str, torch.Tensor]
+
     def __init__(
         self,
         source: WeightSource,
@@ -276,23 +279,13 @@ class WeightStore:
         check_options(trainable_only=trainable_only, lora_only=lora_only, check_finite=check_finite)
         check_options(transport_dtype=transport_dtype)
         self._source = source
-        self._pid = os.getpid()
-        self._is_closed = False
-        self._last_stats: dict[str, AdoptionStats] = {}
-        self._last_version = -1
-        self.layout = WeightLayout(
+        layout = WeightLayout(
             source,
             trainable_only=trainable_only,
             lora_only=lora_only,
             transport_dtype=transport_dtype,
         )
-        self._segment = WeightSegment(
-            self.layout, num_slots=num_slots, max_readers=max_readers, model_pool=model_pool
-        )
-        self._writer = SlotWriter(self._segment, check_finite=check_finite)
-        self._ledger = self._segment.ledger()
-        self._registry = ReaderRegistry(self._ledger, self._writer.locks, max_readers)
-        self._frozen: dict[str, torch.Tensor] = {}
+        self._open(layout, num_slots, max_readers, check_finite=check_finite, model_pool=model_pool)
         try:
             tensors = self.layout.tensors_of(source)
             self._writer.write_frozen(tensors)
@@ -307,6 +300,29 @@ class WeightStore:
         except BaseException:
             self.close()
             raise
+
+    def _open(
+        self,
+        layout: WeightLayout,
+        num_slots: int,
+        max_readers: int,
+        *,
+        check_finite: bool,
+        model_pool: ModelPool | None = None,
+    ) -> None:
+        """Make the memory of a store without a version."""
+        self._pid = os.getpid()
+        self._is_closed = False
+        self._last_stats: dict[str, AdoptionStats] = {}
+        self._last_version = -1
+        self.layout = layout
+        self._segment = WeightSegment(
+            layout, num_slots=num_slots, max_readers=max_readers, model_pool=model_pool
+        )
+        self._writer = SlotWriter(self._segment, check_finite=check_finite)
+        self._ledger = self._segment.ledger()
+        self._registry = ReaderRegistry(self._ledger, self._writer.locks, max_readers)
+        self._frozen = {}
 
     def _share_frozen(self, source: WeightSource) -> None:
         """Point the source's frozen parameters at the store's: this machine has them once.

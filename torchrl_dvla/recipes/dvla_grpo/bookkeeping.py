@@ -35,7 +35,7 @@ from torchrl_dvla.saved_state import Number, form_of, require_form
 
 #: Of all that the collector counts, what is worth a chart.
 _LOGGED = re.compile(
-    r"(collector|lane|weights|planes|faults)/\w+"
+    r"(cluster|collector|lane|weights|planes|faults)/\w+"
     r"|memory/\w+/(pages_\w+|\w+_bytes|internal_waste|page_wait_s)"
     r"|buffer/(groups_(?!failed)\w+|rows_kept|no_signal_groups|wait_s|last_wait_s)"
 )
@@ -59,7 +59,7 @@ def log(text: str) -> None:
 #: and named; any other is refused: what is in the checkpoint depends on it.
 _MAY_CHANGE = re.compile(
     r"name|device|inference_device|policy\.(path|stated\..+)"
-    r"|(train|eval|checkpoint|log|memory|inference|loss)\..+"
+    r"|(train|eval|checkpoint|log|memory|inference|loss|cluster|demo)(\..+)?"
     r"|optim\.(?!minibatch_size).+|workers\.(?!max_decisions).+"
     r"|group\.(return_bounds|advantage|max_no_signal_groups|on_no_signal)"
 )

@@ -295,6 +295,29 @@ class LogSettings(Section):
 
 
 @dataclass(frozen=True)
+class ClusterSettings(Section):
+    """Arguments of :class:`~torchrl_dvla.TopologyAwareCollector`; ``workers`` is that of a node."""
+
+    hosts: tuple[str, ...]
+    address: str | None = None
+    heartbeat_timeout_s: Seconds = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.hosts:
+            raise ValueError(
+                "hosts must name at least one node, got none. The first is that of the learner."
+            )
+
+
+@dataclass(frozen=True)
+class DemoSettings(Section):
+    """What a run does to itself, to show what comes of it."""
+
+    kill_node: bool = False
+
+
+@dataclass(frozen=True)
 class Settings(Section):
     """All settings of a run."""
 
@@ -314,9 +337,18 @@ class Settings(Section):
     loss: LossSettings = field(default_factory=LossSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     log: LogSettings = field(default_factory=LogSettings)
+    cluster: ClusterSettings | None = None
+    demo: DemoSettings = field(default_factory=DemoSettings)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.demo.kill_node and (
+            self.cluster is None or self.cluster.address or len(self.cluster.hosts) < 2
+        ):
+            raise ValueError(
+                "demo.kill_node must be false but for several nodes on this machine, got true. Use "
+                "--config-name toy_cluster."
+            )
         is_folder_name = self.name.isprintable() and not set("/\\") & set(self.name)
         if not is_folder_name or self.name.strip(". ") == "" or len(self.name.encode()) > 200:
             raise ValueError(

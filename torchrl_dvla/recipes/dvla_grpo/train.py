@@ -51,6 +51,7 @@ from torchrl_dvla.recipes.dvla_grpo.bookkeeping import (
     use_optim_settings,
     watch_it,
 )
+from torchrl_dvla.recipes.dvla_grpo.cluster_record import ClusterRecord
 from torchrl_dvla.recipes.dvla_grpo.settings import CONFIG, Settings, settings_from, to_dict
 from torchrl_dvla.recipes.dvla_grpo.validation import check_policy, check_settings
 from torchrl_dvla.recipes.terminal import messages_only, shortened, write_settings
@@ -138,6 +139,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
         if resumed is not None:
             checkpoints.load(resumed, ["collector"])
             loss.compared_version = collector.policy_version  # may have been stepped in it already
+        nodes = ClusterRecord(cfg, state, collector)
         # A learner that waits for groups sees neither a signal nor that all succeed: this wakes it.
         stop.on_request(buffer.shutdown)
         if cfg.group.on_no_signal == "warn":
@@ -195,6 +197,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
                     collector.update_policy_weights_()
                     metrics["weights/publish_s"] = time.monotonic() - published_s
                     metrics = meter.after_update(metrics, buffer.cohort)
+                    nodes.after_update(buffer.cohort)
                     recorder.scalars(metrics, step=state.num_updates, env_steps=state.num_env_steps)
                     if evaluation is None and subset and meter.evaluation_is_due():
                         evaluation = begin_evaluation(collector, subset)
@@ -233,6 +236,8 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
     # -- shut down: every lane has ended and every file is closed ---------------------------------
     report.save(run_folder / "report.json")
     log(report.to_text())
+    if table := nodes.to_text():
+        log(table)
     log(last_words(cfg, run_folder, state))
     if failure is not None:
         raise failure

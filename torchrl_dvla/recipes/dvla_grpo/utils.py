@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from torchrl_dvla import (
     EpisodeSpec,
     GRPOLoss,
     PooledReplayBuffer,
+    TopologyAwareCollector,
 )
 from torchrl_dvla.envs import LiberoChunkEnv, ToyChunkEnv, libero_tasks
 from torchrl_dvla.memory import DualPool
@@ -38,6 +40,7 @@ from torchrl_dvla.recipes.dvla_grpo.settings import (
     Settings,
 )
 from torchrl_dvla.recording import RunCheckpoints, check_writable, find_latest_checkpoint
+from torchrl_dvla.topology import NodePlacement, Placement
 
 RECIPES = Path(__file__).resolve().parents[1]
 TOY_INSTRUCTION = "push the T-shaped block onto the target"
@@ -231,17 +234,28 @@ def make_collector(
     policy_factory = None
     if cfg.inference_device is not None:
         policy_factory = functools.partial(make_policy, cfg, cfg.inference_device)
-    return DVLACollector(
-        make_env_factories(cfg),
+    common: dict[str, Any] = {
+        "policy_factory": policy_factory,
+        "replay_buffer": buffer,
+        "group": cfg.group,
+        "memory": make_memory(cfg),
+        "rows_per_page": cfg.memory.rows_per_page,
+        "seed": cfg.seed,
+    }
+    tasks = make_env_factories(cfg)
+    if cfg.cluster is None:
+        return DVLACollector(tasks, policy, workers=cfg.workers, inference=cfg.inference, **common)
+    nodes = [
+        NodePlacement(host, cfg.workers, cfg.inference, learner=index == 0)
+        for index, host in enumerate(cfg.cluster.hosts)
+    ]
+    return TopologyAwareCollector(
+        tasks,
         policy,
-        policy_factory=policy_factory,
-        replay_buffer=buffer,
-        group=cfg.group,
-        workers=cfg.workers,
-        inference=cfg.inference,
-        memory=make_memory(cfg),
-        rows_per_page=cfg.memory.rows_per_page,
-        seed=cfg.seed,
+        placement=Placement(tuple(nodes)),
+        address=cfg.cluster.address,
+        heartbeat_timeout_s=cfg.cluster.heartbeat_timeout_s,
+        **common,
     )
 
 

@@ -1,0 +1,297 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""What do more nodes bring, what does it cost that one of them dies, and what crosses between them?
+
+    python benchmarks/cluster.py [--quick]
+
+**The latencies are emulated**: an env step and a policy call last a stated time and hold no core,
+as on nodes with a simulator and an accelerator of their own. All nodes are nodes of Ray's on this
+machine, over the loopback interface: the figures are of the schedule, of no hardware, no network.
+All else is real: actors, workers, inference processes, pages, admission, grants, versions.
+
+scaling_efficiency
+    decisions a second on 2 and 4 nodes over 2 and 4 times those of one. The goal is 0.95 at 4.
+ratio_one_node_vs_local
+    one node by way of Ray over ``DVLACollector``. The goal is 0.97.
+ratio_vs_ray_collector
+    decisions a second on 2 nodes, *without* emulated latencies, with a publication after every
+    update, over those of TorchRL's ``RayCollector`` with as many environments and publications.
+data_bytes_ratio, weight_bytes_ratio
+    bytes of groups that came over those of their rows; of versions that went over one a node. Both
+    are counted where they are sent; the goal is 1 within 5 %.
+learner_stall_ratio
+    duration of a publish with 4 nodes over that with one. The goal is 1.15 (with 8).
+killed
+    one of four nodes is killed and comes back: rates over the rate before, in the ten seconds after
+    the loss and from 15 s after its return (goals 0.7 and 0.95); groups lost and learned twice (0).
+
+The last line of stdout is one JSON object. Arrangements take turns within a repeat.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import sys
+import time
+from typing import Any
+
+import cloudpickle
+import torch
+from _machine import arguments, in_process, log, paired_ratio, report, spread
+from tensordict.nn import InteractionType, TensorDictModuleBase
+
+from torchrl_dvla import DVLACollector, GroupConfig, PooledReplayBuffer, TopologyAwareCollector
+from torchrl_dvla.collectors import InferenceConfig, WorkerConfig
+from torchrl_dvla.modules import tiny_token_policy
+from torchrl_dvla.testing import CountingChunkEnv, emulate_latency
+from torchrl_dvla.topology import NodePlacement, Placement
+from torchrl_dvla.topology.cluster_loop import NodeState
+from torchrl_dvla.topology.ray_runtime import RayRuntime, stay_private
+
+STEP_S, INFER_S = 0.04, 0.01
+ENVS_PER_NODE, GROUP_SIZE, DECISIONS = 4, 4, 6
+WORKERS = WorkerConfig(envs_per_worker=ENVS_PER_NODE, num_workers=1, max_decisions=DECISIONS)
+
+make_env = functools.partial(
+    CountingChunkEnv,
+    chunk_size=4,
+    max_env_steps=4 * DECISIONS,
+    stop_on_success=False,
+    step_latency_s=STEP_S,
+)
+
+
+def make_policy(infer_s: float = INFER_S) -> TensorDictModuleBase:
+    """A tiny policy, whose call lasts a stated time."""
+    torch.manual_seed(0)
+    policy = tiny_token_policy(
+        2, 4, vocab_size=8, hidden_dim=64, default_interaction_type=InteractionType.RANDOM
+    )
+    policy(make_env(step_latency_s=0.0).reset().unsqueeze(0))  # lazy parameters
+    return emulate_latency(policy, infer_s)
+
+
+make_fast_env = functools.partial(make_env, step_latency_s=0.0)
+make_fast_policy = functools.partial(make_policy, 0.0)
+
+
+def make_collector(num_nodes: int, emulated: bool = True) -> DVLACollector:
+    """A collector of so many nodes; of 0, on this machine without Ray."""
+    # In a process of its own the script is no __main__, and nodes cannot import it.
+    cloudpickle.register_pickle_by_value(sys.modules[make_policy.__module__])
+    common: dict[str, Any] = {
+        "policy_factory": make_policy if emulated else make_fast_policy,
+        "replay_buffer": PooledReplayBuffer(batch_size=96, timeout_s=120.0),
+        "group": GroupConfig(
+            group_size=GROUP_SIZE,
+            groups_per_update=max(2, 2 * num_nodes),
+            on_no_signal="keep",  # the policy learns nothing
+            max_no_signal_groups=1,
+        ),
+    }
+    policy = make_fast_policy()  # the learner only publishes: its own calls do not matter
+    env = make_env if emulated else make_fast_env
+    if not num_nodes:
+        return DVLACollector(env, policy, workers=WORKERS, **common)
+    nodes = [
+        NodePlacement("localhost", WORKERS, InferenceConfig(), learner=index == 0)
+        for index in range(num_nodes)
+    ]
+    if num_nodes == 1:  # without an address it would not go by way of Ray
+        RayRuntime(["localhost"], [1], object_store_bytes=128 << 20)
+    return TopologyAwareCollector(
+        env,
+        policy,
+        placement=Placement(tuple(nodes)),
+        address="auto" if num_nodes == 1 else None,
+        heartbeat_timeout_s=5.0,
+        **common,
+    )
+
+
+class Learner:
+    """Takes cohorts and publishes, and keeps what there is to know of it."""
+
+    def __init__(self, collector: DVLACollector) -> None:
+        self.collector = collector
+        self.learned: list[int] = []
+        self.max_lag, self.publish_s = 0, []
+        #: Decisions sampled until the end of each update.
+        self.times_s: list[float] = []
+        self.decisions: list[int] = []
+
+    def run(self, seconds: float) -> float:
+        """Learn for so long; returns decisions a second."""
+        start_s, before = time.monotonic(), self._count()
+        while time.monotonic() < start_s + seconds:
+            for batch in self.collector.replay_buffer:
+                lag = self.collector.policy_version - batch["policy_version"]
+                self.max_lag = max(self.max_lag, int(lag.max()))
+            groups = self.collector.replay_buffer.cohort
+            self.learned += [group.group_id for group in groups]
+            published_s = time.monotonic()
+            self.collector.update_policy_weights_()
+            self.publish_s.append(time.monotonic() - published_s)
+            self.times_s.append(time.monotonic())
+            self.decisions.append(self._count())
+        return (self._count() - before) / (time.monotonic() - start_s)
+
+    def rate(self, start_s: float, end_s: float) -> float:
+        """Decisions a second that arrived between two moments."""
+        updates = list(zip(self.times_s, self.decisions))
+        before = [entry for entry in updates if entry[0] <= start_s][-1]
+        after = next(entry for entry in updates if entry[0] >= end_s)
+        return (after[1] - before[1]) / (after[0] - before[0])
+
+    def _count(self) -> int:
+        # Of whole groups: those that a lost node had begun do not count.
+        stats = self.collector.replay_buffer.groups.stats()
+        return int(stats["rows_kept"])
+
+
+def measure(num_nodes: int, seconds: float, emulated: bool = True) -> dict[str, float]:
+    """One arrangement, in a process of its own."""
+    with make_collector(num_nodes, emulated) as collector:
+        learner = Learner(collector)
+        learner.run(2.0)
+        wait_healthy(collector, learner)
+        learner.publish_s.clear()
+        before = collector.stats()
+        rate = learner.run(seconds)
+        after = collector.stats()
+        out = {
+            "decisions_per_s": rate,
+            "publish_s": statistics.median(learner.publish_s),
+            "max_lag": learner.max_lag,
+        }
+        if num_nodes:
+            grown = {key: after[key] - before[key] for key in after if key in before}
+            rows = grown["cluster/groups_received"] * GROUP_SIZE * DECISIONS
+            slot_bytes = collector.cluster._plan.weight_layout.slot_bytes
+            versions = grown["policy_version"] * num_nodes
+            out["data_bytes_ratio"] = grown["cluster/bytes_received"] / (
+                rows * collector.plan.row_bytes
+            )
+            out["weight_bytes_ratio"] = grown["cluster/bytes_sent"] / (versions * slot_bytes)
+        return out
+
+
+def wait_healthy(collector: DVLACollector, learner: Learner) -> None:
+    """Learn until all nodes work."""
+    if isinstance(collector, TopologyAwareCollector):
+        nodes = collector.cluster.nodes
+        while any(node.state is not NodeState.HEALTHY for node in nodes):
+            learner.run(0.2)
+
+
+def measure_killed(seconds: float, absent_s: float) -> dict[str, float]:
+    """Four nodes, of which one is killed and comes back."""
+    with make_collector(4) as collector:
+        learner = Learner(collector)
+        learner.run(2.0)
+        wait_healthy(collector, learner)
+        before = learner.run(seconds)
+        add_again = collector.cluster.runtime.kill_machine()
+        killed_s = time.monotonic()
+        learner.run(absent_s)
+        add_again()
+        wait_healthy(collector, learner)
+        history = collector.cluster.history
+        back_s = time.monotonic()
+        after = learner.run(seconds)
+        lost_s = next(t for t, _, state in history if t > killed_s and state is NodeState.DEAD)
+        groups = collector.replay_buffer.groups
+        with groups.lock:
+            stats = groups.stats()
+        places = ("learned", "dropped", "in_flight", "stored")
+        return {
+            "rate_without": learner.rate(lost_s, lost_s + min(10.0, absent_s)) / before,
+            "rate_after": after / before,
+            "noticed_after_s": lost_s - killed_s,
+            "healthy_after_s": back_s - killed_s - absent_s,
+            "groups_resampled": collector.cluster.totals["groups_resampled"],
+            "groups_lost": stats["groups_admitted"] - sum(stats[f"groups_{p}"] for p in places),
+            "groups_learned_twice": len(learner.learned) - len(set(learner.learned)),
+            "max_lag": learner.max_lag,
+        }
+
+
+def measure_rival(num_nodes: int, seconds: float) -> dict[str, float]:
+    """TorchRL's ``RayCollector``, asynchronous, with as many environments, one process each."""
+    import ray
+    from torchrl.collectors.distributed import RayCollector
+    from torchrl.envs import ParallelEnv
+
+    stay_private()
+    ray.init(num_cpus=num_nodes, include_dashboard=False, log_to_driver=False)
+    frames = GROUP_SIZE * DECISIONS
+    collector = RayCollector(
+        [functools.partial(ParallelEnv, ENVS_PER_NODE, make_fast_env)] * num_nodes,
+        make_fast_policy(),
+        collector_kwargs={"max_frames_per_traj": DECISIONS},
+        frames_per_batch=frames,
+        total_frames=10**9,
+        num_collectors=num_nodes,
+        sync=False,
+        remote_configs={"num_cpus": 1, "num_gpus": 0, "memory": 2**28},
+        update_after_each_batch=False,
+    )
+    num_decisions, start_s = 0, None
+    try:
+        for number, batch in enumerate(collector):
+            if number == 2 * num_nodes:  # all of them have begun
+                start_s = time.monotonic()
+            if start_s is not None:
+                num_decisions += batch.numel()
+            if number % (2 * num_nodes) == 0:  # as many as a cohort
+                collector.update_policy_weights_()
+            if start_s is not None and time.monotonic() > start_s + seconds:
+                break
+        return {"decisions_per_s": num_decisions / (time.monotonic() - start_s)}
+    finally:
+        collector.shutdown()
+        ray.shutdown()
+
+
+def main() -> None:
+    options = arguments(__doc__, "one repeat of a few seconds", repeats=5)
+    repeats, seconds = (1, 4.0) if options.quick else (options.repeats, 15.0)
+    counts = (1, 2, 4)
+    runs: dict[str, list[dict[str, float]]] = {}
+    for repeat in range(repeats):
+        jobs = [("local", measure, 0), *((f"nodes_{n}", measure, n) for n in counts)]
+        jobs = [(*job, True) for job in jobs]
+        jobs += [("toy_nodes_2", measure, 2, False), ("ray_collector", measure_rival, 2)]
+        for name, function, *args in jobs if repeat % 2 == 0 else jobs[::-1]:
+            found = in_process(function, args[0], seconds, *args[1:])
+            runs.setdefault(name, []).append(found)
+            log(f"{name}: {found}")
+        killed = in_process(measure_killed, seconds, 6.0 if options.quick else 12.0)
+        runs.setdefault("killed", []).append(killed)
+        log(f"killed: {killed}")
+    rates = {name: [run["decisions_per_s"] for run in found] for name, found in runs.items()
+             if name != "killed"}  # fmt: skip
+    stalls = {n: [run["publish_s"] for run in runs[f"nodes_{n}"]] for n in counts}
+    result = {
+        "emulated": {"env_step_s": STEP_S, "policy_call_s": INFER_S},
+        "decisions_per_s": {name: spread(found, 1) for name, found in rates.items()},
+        "scaling_efficiency": {
+            str(n): spread(b / a / n for a, b in zip(rates["nodes_1"], rates[f"nodes_{n}"]))
+            for n in counts[1:]
+        },
+        "ratio_one_node_vs_local": paired_ratio(rates["nodes_1"], rates["local"]),
+        "ratio_vs_ray_collector": paired_ratio(rates["toy_nodes_2"], rates["ray_collector"]),
+        "learner_stall_ratio": paired_ratio(stalls[4], stalls[1]),
+        "data_bytes_ratio": spread(run["data_bytes_ratio"] for run in runs["nodes_4"]),
+        "weight_bytes_ratio": spread(run["weight_bytes_ratio"] for run in runs["nodes_4"]),
+        "max_lag": max(run["max_lag"] for name in runs for run in runs[name] if "max_lag" in run),
+        "killed": {key: spread(run[key] for run in runs["killed"]) for key in runs["killed"][0]},
+    }
+    report("cluster", result, options.quick, "ray")
+
+
+if __name__ == "__main__":
+    main()
