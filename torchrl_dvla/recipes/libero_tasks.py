@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torchrl_dvla.envs import LIBERO_SUITES
 from torchrl_dvla.validation import Count, Natural, Section
@@ -20,7 +21,7 @@ class LiberoTasks(Section):
     """Tasks of one suite of LIBERO, and how they are played.
 
     Raises:
-        ValueError: if no task is named, or one twice.
+        ValueError: if no task is named, or one twice; the same of cameras.
     """
 
     backend: Literal["libero"]
@@ -28,6 +29,11 @@ class LiberoTasks(Section):
     task_ids: tuple[Natural, ...]
     chunk_size: Count
     max_episode_steps: Count
+    cameras: tuple[str, ...] = ("agentview",)
+    orientation: Literal["quaternion", "axis_angle"] = "quaternion"
+    shadows: bool = True
+    msaa: bool = True
+    env_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,3 +42,13 @@ class LiberoTasks(Section):
                 "task_ids must name at least one task, and each once, got "
                 f"{list(self.task_ids)}. Use [0]."
             )
+        if not 1 <= len(self.cameras) <= 2 or len(set(self.cameras)) < len(self.cameras):
+            raise ValueError(
+                f"cameras must be one or two different names, got {list(self.cameras)}. Use "
+                "[agentview] or [agentview,robot0_eye_in_hand]."
+            )
+
+    @property
+    def state_dim(self) -> int:
+        """Entries of the state: position and orientation of the gripper, and its two fingers."""
+        return 3 + (4 if self.orientation == "quaternion" else 3) + 2
