@@ -21,7 +21,8 @@ class LiberoTasks(Section):
     """Tasks of one suite of LIBERO, and how they are played.
 
     Raises:
-        ValueError: if no task is named, or one twice; the same of cameras.
+        ValueError: if no task is named, or one twice; the same of cameras; or if a decision is of
+            more env steps than its chunk.
     """
 
     backend: Literal["libero"]
@@ -29,6 +30,7 @@ class LiberoTasks(Section):
     task_ids: tuple[Natural, ...]
     chunk_size: Count
     max_episode_steps: Count
+    replan_interval: Count | None = None
     cameras: tuple[str, ...] = ("agentview",)
     orientation: Literal["quaternion", "axis_angle"] = "quaternion"
     shadows: bool = True
@@ -42,11 +44,21 @@ class LiberoTasks(Section):
                 "task_ids must name at least one task, and each once, got "
                 f"{list(self.task_ids)}. Use [0]."
             )
+        if self.env_steps_per_decision > self.chunk_size:
+            raise ValueError(
+                f"replan_interval must be from 1 to chunk_size={self.chunk_size}, got "
+                f"{self.replan_interval}. Use null for the whole chunk."
+            )
         if not 1 <= len(self.cameras) <= 2 or len(set(self.cameras)) < len(self.cameras):
             raise ValueError(
                 f"cameras must be one or two different names, got {list(self.cameras)}. Use "
                 "[agentview] or [agentview,robot0_eye_in_hand]."
             )
+
+    @property
+    def env_steps_per_decision(self) -> int:
+        """Env steps executed per decision."""
+        return self.replan_interval or self.chunk_size
 
     @property
     def state_dim(self) -> int:

@@ -80,26 +80,12 @@ class ToySettings(Section):
 class LiberoSettings(LiberoTasks):
     """Arguments of :class:`~torchrl_dvla.envs.LiberoChunkEnv`, one for each of ``task_ids``."""
 
-    replan_interval: Count | None = None
     camera_height: Size = 128
     camera_width: Size = 128
     settle_steps: Natural = 10
     max_mesh_faces: Count | None = None
 
     action_dim: ClassVar[int] = 7
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.env_steps_per_decision > self.chunk_size:
-            raise ValueError(
-                f"replan_interval must be from 1 to chunk_size={self.chunk_size}, got "
-                f"{self.replan_interval}. Use null for the whole chunk."
-            )
-
-    @property
-    def env_steps_per_decision(self) -> int:
-        """Env steps executed per decision."""
-        return self.replan_interval or self.chunk_size
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -63,6 +63,7 @@ class ManiSkillSettings(Section):
     #: As its demonstrations say: a suite of one.
     task_ids: ClassVar[tuple[int, ...]] = (0,)
     cameras: ClassVar[tuple[str, ...]] = ("base_camera",)
+    replan_interval: ClassVar[int | None] = None
     #: Its demonstrations say it.
     state_dim: ClassVar[int | None] = None
 

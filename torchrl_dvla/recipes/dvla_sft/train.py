@@ -79,7 +79,7 @@ def train(cfg: Settings) -> None:
         optimizer.zero_grad()
         if step % cfg.training.validate_every == 0 or step == cfg.training.num_steps:
             held_out = utils.validate(loss, validation_batch)
-            point = {"step": step, "train": float(losses["loss_bc"])}
+            point = {"step": step, "train": float(losses["loss_bc"].detach())}
             curve.append(point | {"validation": held_out.pop("loss_bc"), **held_out})
             tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in curve[-1].items()))
         if step in cfg.training.snapshot_steps:

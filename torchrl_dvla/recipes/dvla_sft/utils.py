@@ -170,7 +170,9 @@ def make_env(cfg: Settings, task_id: int, *, recording: bool) -> LiberoChunkEnv 
     """One simulator, as for training; while recording it observes more often."""
     kwargs: dict[str, Any] = {
         "chunk_size": cfg.env.chunk_size,
-        "replan_interval": cfg.demonstrations.label_interval if recording else None,
+        "replan_interval": cfg.demonstrations.label_interval
+        if recording
+        else cfg.env.replan_interval,
         "camera_height": cfg.env.image_size,
         "camera_width": cfg.env.image_size,
         "max_episode_steps": cfg.env.max_episode_steps,
@@ -246,7 +248,7 @@ def make_policy(
             **sizes,
         )
     except ValueError as error:
-        raise ValueError(f"policy must be of sizes that fit together: {error}") from error
+        raise ValueError(f"policy.{error}") from error
 
 
 _OF_SAMPLER = ("sampler", "noise_level", "stochastic_step")
@@ -359,12 +361,13 @@ def make_optimizer(
 
 def training_settings(cfg: Settings, checkpoint: str) -> list[str]:
     """What the main recipe is told to train the policy in the environment that it was cloned in."""
-    is_maniskill = isinstance(cfg.env, ManiSkillSettings)
-    told = ["--config-name", "maniskill"] if is_maniskill else []
-    if not is_maniskill:
-        size = cfg.env.image_size
-        names = ("task_suite", "task_ids", "chunk_size", "cameras", "orientation", "shadows")
-        found: dict[str, Any] = {name: getattr(cfg.env, name) for name in (*names, "msaa")}
+    if isinstance(cfg.env, ManiSkillSettings):
+        told = ["--config-name", "maniskill"]
+    else:
+        told, size = [], cfg.env.image_size
+        names = ("task_suite", "task_ids", "chunk_size", "replan_interval", "cameras")
+        names += ("orientation", "shadows", "msaa")
+        found: dict[str, Any] = {name: getattr(cfg.env, name) for name in names}
         found |= {"camera_height": size, "camera_width": size}
         path = Path(dvla_grpo.__file__).parent / "config/env/libero.yaml"
         default: Any = OmegaConf.to_container(OmegaConf.load(path))
@@ -372,6 +375,10 @@ def training_settings(cfg: Settings, checkpoint: str) -> list[str]:
             value = list(value) if isinstance(value, tuple) else value
             if name.startswith("task_") or value != default[name]:
                 told.append(f"env.{name}={_typed(value)}")
+        num_env_steps = cfg.env.env_steps_per_decision
+        if num_env_steps != default["chunk_size"]:
+            num_decisions = -(-default["max_episode_steps"] // num_env_steps)
+            told.append(f"workers.max_decisions={num_decisions}")
     if not isinstance(cfg.policy, TokenSettings):
         told.append("policy=flow_checkpoint")
     return [*told, override("policy.path", checkpoint)]
