@@ -81,7 +81,7 @@ class FollowTask:
     def step(self, td):
         error = td["vla_action", "chunk"][0] - SCALE * self.state[0, :7]
         self.num_decisions += 1
-        self.success &= bool(error.square().mean().sqrt() < SCALE / 2)
+        self.success &= bool(error.square().mean().sqrt() < 0.7 * SCALE)
         end = {"done": torch.tensor([self.num_decisions == 3]), "success": [self.success]}
         end["action_is_pad"] = torch.zeros(CHUNK, dtype=torch.bool)
         return {"next": self.observe().update(end)}
@@ -116,7 +116,7 @@ def run(tmp_path, monkeypatch):
 def test_a_flow_policy_learns_and_goes_on_in_the_main_recipe(run, settings, tmp_path, capsys):
     write_demonstrations(tmp_path / "demonstrations")
     cfg, report = run(
-        "policy=flow", *TINY, "training.num_steps=200", "training.decay_steps=200",
+        "policy=flow", *TINY, "training.num_steps=250", "training.decay_steps=250",
         "training.num_warmup_steps=20", "training.lr=3e-3", "training.validate_every=50",
         "training.snapshot_steps=[1]", "training.state_noise=0",
     )  # fmt: skip
@@ -202,9 +202,8 @@ def of_lerobot(foreign, folder, kind="pi0"):
     sizes = {"state_dim": 8, "action_dim": 7, "size": (SIZE, SIZE), "chunk_size": CHUNK}
     foreign.write_lerobot(folder, kind, **sizes)
     return (
-        "policy=flow_checkpoint", f"policy.path={folder}",
-        f"policy.stated.tokenizer={folder / 'tokenizer'}", "env.orientation=axis_angle",
-        "env.cameras=[agentview,robot0_eye_in_hand]",
+        f"policy.path={folder}", f"policy.stated.tokenizer={folder / 'tokenizer'}",
+        "env.replan_interval=2",
     )  # fmt: skip
 
 
@@ -218,7 +217,8 @@ def test_an_expert_is_trained_on_from_a_checkpoint(
     given = of_lerobot(foreign, tmp_path / "start", kind)
     one = episodes.EpisodeResult(task_id=3, number=0, success=True, num_env_steps=1)
     monkeypatch.setattr(sft, "evaluate", lambda *args, **kwargs: [one])
-    cfg, _ = run(*given, f"policy.statistics={statistics}", "training.num_steps=2")
+    given = [*given, f"policy.statistics={statistics}", "training.num_steps=2"]
+    cfg, _ = run(*given, name="libero_vla")
     start = utils.make_policy(cfg, [], state_dim=8)
     end = load_policy(tmp_path / "policy")
     before, after = start.state_dict(), end.state_dict()
@@ -287,11 +287,11 @@ def test_a_policy_that_cannot_be_made(run, tmp_path, overrides, message):
 def test_a_checkpoint_that_does_not_fit(run, foreign, tmp_path, override, message):
     given = of_lerobot(foreign, tmp_path / "start")
     with pytest.raises(ValueError, match=f"^{message}"):
-        run(*given, override)
+        run(*given, override, name="libero_vla")
     assert [path.name for path in tmp_path.iterdir()] == ["start"]
 
 
-def test_a_path_without_a_flow_policy(run, tmp_path):
+def test_a_path_without_a_flow_policy(run):
     with pytest.raises(FileNotFoundError, match=r"folder must contain config.json, got .*nowhere"):
         run("policy=flow_checkpoint", "policy.path=nowhere")
     shipped = sft.CONFIG.parent / "checkpoints/libero_object"
