@@ -365,8 +365,8 @@ def training_settings(cfg: Settings, checkpoint: str) -> list[str]:
         told = ["--config-name", "maniskill"]
     else:
         told, size = [], cfg.env.image_size
-        names = ("task_suite", "task_ids", "chunk_size", "replan_interval", "cameras")
-        names += ("orientation", "shadows", "msaa")
+        names = ["task_suite", "task_ids", "chunk_size", "replan_interval", "cameras"]
+        names += ["orientation", "shadows", "msaa"]
         found: dict[str, Any] = {name: getattr(cfg.env, name) for name in names}
         found |= {"camera_height": size, "camera_width": size}
         path = Path(dvla_grpo.__file__).parent / "config/env/libero.yaml"
