@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_dvla.data.demonstrations import Demonstration, DemonstrationInfo
 from torchrl_dvla.modules import FlowVLA, TransformersVLA, load_policy
+from torchrl_dvla.modules.formats import export_policy, read_foreign
 from torchrl_dvla.recipes.dvla_grpo import utils as grpo
 from torchrl_dvla.recipes.dvla_grpo.validation import check_policy
 from torchrl_dvla.recipes.dvla_sft import episodes, utils
@@ -232,6 +233,9 @@ def test_an_expert_is_trained_on_from_a_checkpoint(
         assert end.action_statistics.std.tolist() == pytest.approx([SCALE] * 7, rel=0.2)
     trained = settings("libero", *utils.training_settings(cfg, "policy"))
     check_policy(trained, grpo.make_policy(trained))
+    base = read_foreign(tmp_path / "start", cfg.policy.stated)
+    with nullcontext() if kept else pytest.raises(ValueError, match="statistics.* differs"):
+        export_policy(end, base, tmp_path / "exported")
 
 
 # -- what is refused -------------------------------------------------------------------------------
