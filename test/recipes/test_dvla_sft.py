@@ -251,6 +251,10 @@ def test_an_expert_is_trained_on_from_a_checkpoint(
         (["policy=flow", "policy.kind=flows"], r"policy.kind must be one of \['tokens', 'flow', "),
         (["policy=flow", "policy.sampler=ode"], "policy.sampler must be one of"),
         (["policy=flow", "policy.backbone.layers=0"], "policy.backbone.layers must be at least 1"),
+        (
+            ["policy=flow_checkpoint", "policy.path=a/b", "checkpoint=a/../a/b"],
+            "checkpoint must be another folder than policy.path, got 'a/../a/b' for both",
+        ),
         (["+evaluation.temperature=1"], "evaluation.temperature must be a setting"),
         (["env.cameras=[a,a]"], "env.cameras must be one or two different names"),
     ],

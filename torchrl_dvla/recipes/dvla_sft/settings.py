@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -199,6 +200,12 @@ class Settings(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_path("checkpoint", self.checkpoint)
+        start = getattr(self.policy, "path", None)
+        if start and self.checkpoint and _absolute(start) == _absolute(self.checkpoint):
+            raise ValueError(
+                f"checkpoint must be another folder than policy.path, got {self.checkpoint!r} for "
+                "both. What the policy came from would be overwritten: choose a new folder."
+            )
         if self.demonstrations.label_interval > self.env.chunk_size:
             raise ValueError(
                 f"demonstrations.label_interval must be at most env.chunk_size="
@@ -228,6 +235,10 @@ class Settings(Section):
                 f"{num_demonstrations} demonstrations, got "
                 f"{self.training.num_validation_demonstrations}. Lower it."
             )
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).expanduser().resolve()
 
 
 def settings_from(cfg: DictConfig | Mapping[str, Any]) -> Settings:
