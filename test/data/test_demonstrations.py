@@ -55,6 +55,34 @@ def test_round_trip(tmp_path):
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["5.safetensors"]
 
 
+def test_a_second_camera_is_kept(tmp_path):
+    demo = make_demo(seed=5)
+    image = demo.rows["observation", "image"]
+    demo.rows["observation", "wrist_image"] = 255 - image
+    demo.save(tmp_path / "5.safetensors")
+    loaded = Demonstration.load(tmp_path / "5.safetensors")
+    assert torch.equal(loaded.rows["observation", "wrist_image"], 255 - image)
+    demo.rows["observation", "wrist_image"] = image[:, :1]
+    demo.save(tmp_path / "5.safetensors")
+    with pytest.raises(ValueError, match="belong together, got .*'wrist_image'"):
+        Demonstration.load(tmp_path / "5.safetensors")
+
+
+def test_continuous_actions_need_no_tokenizer():
+    rows, _ = stack_demonstrations([make_demo()])
+    assert ("vla_action", "tokens") not in rows.keys(True)
+
+
+def test_both_cameras_are_shifted_each_on_its_own():
+    torch.manual_seed(0)
+    image = torch.arange(64 * 3 * 8 * 8, dtype=torch.int32).view(64, 3, 8, 8)
+    td = TensorDict({"observation": {"image": image, "wrist_image": image.clone()}}, [64])
+    shifted = RandomShift(4)(td)["observation"]
+    moved = [(shifted[name] != image).flatten(1).any(1) for name in ("image", "wrist_image")]
+    assert all(each.sum() > 50 for each in moved)  # 80 of 81 shifts move an image
+    assert (shifted["image"] != shifted["wrist_image"]).flatten(1).any(1).sum() > 50
+
+
 def test_a_truncated_and_a_foreign_file_are_refused(tmp_path):
     path = tmp_path / "0.safetensors"
     make_demo().save(path)

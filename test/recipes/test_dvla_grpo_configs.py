@@ -32,6 +32,14 @@ def test_every_setting_is_one_that_the_code_reads():
         assert names <= set(inspect.signature(target.__init__).parameters)
 
 
+def read_option(group, option):
+    """What an option of a group says, with those that it begins with."""
+    data, before = yaml.safe_load((CONFIG / group / f"{option}.yaml").read_text()), {}
+    for name in data.pop("defaults", ["_self_"])[:-1]:
+        before |= read_option(group, name)
+    return before | data
+
+
 @pytest.mark.parametrize("name", ("toy", "libero", "maniskill", "libero_openvla_oft"))
 def test_a_configuration_says_only_what_is_its_own(name):
     own, shared = (yaml.safe_load((CONFIG / f"{each}.yaml").read_text()) for each in (name, SHARED))
@@ -40,7 +48,7 @@ def test_a_configuration_says_only_what_is_its_own(name):
     }
     assert set(groups) == {"env", "policy"}
     for group, option in groups.items():
-        shared[group] = yaml.safe_load((CONFIG / group / f"{option}.yaml").read_text())
+        shared[group] = read_option(group, option)
     own, shared = flat(own), flat(shared)
     assert set(own) <= set(shared)
     assert [setting for setting in own if own[setting] == shared[setting]] == []

@@ -22,6 +22,7 @@ from torchrl_dvla.recipes.dvla_grpo import train as train_
 from torchrl_dvla.recipes.dvla_grpo import utils
 
 CONFIGS = sorted(Path(recipes.__file__).parent.glob("*/config/*.yaml"))
+SFT = next(path for path in CONFIGS if path.stem == "libero_object")
 #: No setting is all of these, and few are any.
 MALFORMED = (
     None, True, 1.5, -0.5, 0, -1, 2**70, -(2**70), math.nan, math.inf, 1e308, "", "abc", "nan",
@@ -30,7 +31,8 @@ MALFORMED = (
 
 
 def compose_plain(path, *overrides):
-    if path.parents[1].name == "dvla_grpo" and path.stem != "toy":
+    is_grpo = path.parents[1].name == "dvla_grpo"
+    if (is_grpo and path.stem != "toy") or path.stem == "libero_vla":
         overrides = [*overrides, "++policy.path=x"]
     with initialize_config_dir(version_base="1.3", config_dir=str(path.parent)):
         return OmegaConf.to_container(compose(path.stem, list(overrides)))
@@ -56,12 +58,16 @@ def as_used(settings, path):
     return settings
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_value_is_refused_by_name_or_used_as_it_is(config, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("config", "overrides"),
+    [*((path, ()) for path in CONFIGS), (SFT, ("policy=flow",))],
+    ids=lambda value: value.stem if isinstance(value, Path) else " ".join(value),
+)
+def test_every_value_is_refused_by_name_or_used_as_it_is(config, overrides, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     name = f"{recipes.__name__}.{config.parents[1].name}.settings"
     settings_from = importlib.import_module(name).settings_from
-    plain = compose_plain(config)
+    plain = compose_plain(config, *overrides)
     shipped, num_refused, num_accepted = settings_from(plain), 0, 0
     for path in paths(plain):
         dotted, value, used = ".".join(path), as_used(plain, path), as_used(shipped, path)

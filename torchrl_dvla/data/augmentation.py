@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.envs.transforms import Transform
 
-from torchrl_dvla.data.schema import IMAGE_KEY, STATE_KEY
+from torchrl_dvla.data.schema import CAMERA_KEYS, STATE_KEY
 from torchrl_dvla.validation import Range, check
 
 __all__ = ["RandomShift", "StateNoise", "shift_image"]
@@ -54,6 +54,8 @@ def _refuse_environment(self: Transform, next_tensordict: TensorDictBase) -> NoR
 class RandomShift(Transform):
     """Shifts each sampled image by up to a few pixels, the same for a whole image.
 
+    With a camera at the wrist, its images are shifted too, independently of the others.
+
     Args:
         max_shift (int): largest shift of rows and of columns, in pixels. Defaults to 4.
 
@@ -73,11 +75,14 @@ class RandomShift(Transform):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Shift the images ``[*B, C, H, W]`` of a sampled batch."""
-        image = tensordict.get(IMAGE_KEY)
         limits = (-self.max_shift, self.max_shift + 1)
-        shift = torch.randint(*limits, (image.shape[:-3].numel(), 2), device=image.device)
-        shifted = shift_image(image.reshape(-1, *image.shape[-3:]), shift)
-        return tensordict.set(IMAGE_KEY, shifted.reshape(image.shape))
+        for key in CAMERA_KEYS:
+            image = tensordict.get(key, None)
+            if image is not None:
+                shift = torch.randint(*limits, (image.shape[:-3].numel(), 2), device=image.device)
+                shifted = shift_image(image.reshape(-1, *image.shape[-3:]), shift)
+                tensordict.set(key, shifted.reshape(image.shape))
+        return tensordict
 
     _call = _refuse_environment
 

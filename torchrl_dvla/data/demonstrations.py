@@ -32,6 +32,7 @@ from torchrl_dvla.data.schema import (
     ACTION_CHUNK_KEY,
     ACTION_IS_PAD_KEY,
     ACTION_TOKENS_KEY,
+    CAMERA_KEYS,
     IMAGE_KEY,
     INSTRUCTION_ID_KEY,
     STATE_KEY,
@@ -53,6 +54,8 @@ _ENTRIES = {
     "chunk": ACTION_CHUNK_KEY,
     "action_is_pad": ACTION_IS_PAD_KEY,
 }
+#: Of those recorded with a camera at the wrist.
+_WRIST = {"wrist_image": CAMERA_KEYS[1]}
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ class Demonstration:
 
     Attributes:
         rows (TensorDictBase): ``[T]`` decisions with ``("observation", "image")`` uint8
-            ``[T, 3, H, W]``, ``("observation", "state")`` ``[T, S]``, ``("vla_action", "chunk")``
+            ``[T, 3, H, W]``, ``("observation", "wrist_image")`` alike if there is a second camera,
+            ``("observation", "state")`` ``[T, S]``, ``("vla_action", "chunk")``
             ``[T, chunk, A]`` and ``"action_is_pad"`` ``[T, chunk]`` (True = after the end).
         info (DemonstrationInfo): its origin.
     """
@@ -98,7 +102,10 @@ class Demonstration:
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: self.rows.get(key).contiguous() for name, key in _ENTRIES.items()}
+        found = {name: self.rows.get(key, None) for name, key in _WRIST.items()}
+        found = {name: entry for name, entry in found.items() if entry is not None}
+        found |= {name: self.rows.get(key) for name, key in _ENTRIES.items()}
+        tensors = {name: entry.contiguous() for name, entry in found.items()}
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         metadata = {"format": _FORMAT, "info": json.dumps(asdict(self.info))}
         try:
@@ -128,7 +135,8 @@ class Demonstration:
                         f"path must be a demonstration file ({_FORMAT}), got {path} of format "
                         f"{metadata.get('format')!r}. Record it with Demonstration.save."
                     )
-                tensors = {name: file.get_tensor(name) for name in _ENTRIES}
+                entries = _ENTRIES | (_WRIST if _WRIST.keys() <= set(file.keys()) else {})
+                tensors = {name: file.get_tensor(name) for name in entries}
             info = json.loads(metadata["info"])
             _check(tensors, info)
         except (SafetensorError, ValueError, KeyError) as err:
@@ -137,7 +145,7 @@ class Demonstration:
                 "Delete it and record it again."
             ) from err
         rows = TensorDict({}, batch_size=[len(tensors["state"])])
-        for name, key in _ENTRIES.items():
+        for name, key in entries.items():
             rows.set(key, tensors[name])
         return cls(rows, DemonstrationInfo(**info))
 
@@ -146,9 +154,11 @@ def _check(tensors: dict[str, torch.Tensor], info: Any) -> None:
     """Require that the entries of a file are those of one episode."""
     image, state, chunk, pad = (tensors[name] for name in _ENTRIES)
     rows = chunk.shape[:1]
+    wrist = tensors.get("wrist_image", image)
     finite = all(t.is_floating_point() and bool(t.isfinite().all()) for t in (state, chunk))
     if not (
         (image.dtype, image.ndim, image.shape[:2]) == (torch.uint8, 4, (*rows, 3))
+        and (wrist.dtype, wrist.ndim, wrist.shape[:2]) == (torch.uint8, 4, (*rows, 3))
         and (state.ndim, state.shape[:1], chunk.ndim, finite) == (2, rows, 3, True)
         and (pad.dtype, pad.shape) == (torch.bool, chunk.shape[:2])
     ):
@@ -187,23 +197,25 @@ def load_demonstrations(
 
 
 def stack_demonstrations(
-    demonstrations: Iterable[Demonstration], tokenizer: ActionTokenizerBase
+    demonstrations: Iterable[Demonstration], tokenizer: ActionTokenizerBase | None = None
 ) -> tuple[TensorDictBase, InstructionTable]:
     """Join demonstrations into one batch of labelled decisions.
 
     Args:
         demonstrations (iterable of Demonstration): at least one, all of the same shapes.
-        tokenizer (ActionTokenizerBase): encodes the chunks.
+        tokenizer (ActionTokenizerBase, optional): encodes the chunks. Defaults to none, for
+            policies of continuous actions.
 
     Returns:
-        The rows ``[N]`` with ``("vla_action", "tokens")`` and ``"instruction_id"``, and the side
-        table of instructions that the ids point into.
+        The rows ``[N]`` with ``"instruction_id"`` and, with a tokenizer, ``("vla_action",
+        "tokens")``; and the side table of instructions that the ids point into.
     """
     instructions = InstructionTable()
     parts = []
     for demo in demonstrations:
         rows = demo.rows.copy()
-        rows.set(ACTION_TOKENS_KEY, tokenizer.encode(rows.get(ACTION_CHUNK_KEY)))
+        if tokenizer is not None:
+            rows.set(ACTION_TOKENS_KEY, tokenizer.encode(rows.get(ACTION_CHUNK_KEY)))
         ids = torch.full((len(rows), 1), instructions.id(demo.info.instruction))
         rows.set(INSTRUCTION_ID_KEY, ids)
         parts.append(rows)

@@ -58,6 +58,7 @@ __all__ = [
     "ACTION_PATH_KEY",
     "ACTION_TOKENS_KEY",
     "ADVANTAGE_KEY",
+    "CAMERA_KEYS",
     "DECISION_INDEX_KEY",
     "DONE_KEY",
     "GROUP_ID_KEY",
@@ -84,6 +85,8 @@ __all__ = [
 
 #: Last part of the key of an action mask, TorchRL's name for it.
 ACTION_MASK = "action_mask"
+#: Images of the scene and, where there is a second camera, at the wrist.
+CAMERA_KEYS: tuple[NestedKey, ...] = (IMAGE_KEY, ("observation", "wrist_image"))
 #: States of a denoising process, of which a flow policy's log-probabilities are.
 ACTION_PATH_KEY: NestedKey = ("vla_action", "path")
 #: Log-probabilities of what was sampled, under the behaviour policy.

@@ -17,7 +17,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl_dvla.data.schema import (
     ACTION_CHUNK_KEY,
     ACTION_IS_PAD_KEY,
-    IMAGE_KEY,
+    CAMERA_KEYS,
     STATE_KEY,
 )
 from torchrl_dvla.envs.expert_grasp import FloatArray
@@ -158,7 +158,7 @@ def record_episode(
     seen: list[TensorDictBase] = []
     done = False
     while not done:
-        seen.append(observation.select(IMAGE_KEY, STATE_KEY))
+        seen.append(observation.select(*CAMERA_KEYS, STATE_KEY, strict=False))
         observation = env.step_with(controller)
         done = bool(observation["done"])
     rows = TensorDict.stack(seen)

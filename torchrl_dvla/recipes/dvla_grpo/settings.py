@@ -80,41 +80,12 @@ class ToySettings(Section):
 class LiberoSettings(LiberoTasks):
     """Arguments of :class:`~torchrl_dvla.envs.LiberoChunkEnv`, one for each of ``task_ids``."""
 
-    replan_interval: Count | None = None
     camera_height: Size = 128
     camera_width: Size = 128
-    cameras: tuple[str, ...] = ("agentview",)
     settle_steps: Natural = 10
-    orientation: Literal["quaternion", "axis_angle"] = "quaternion"
-    shadows: bool = True
-    msaa: bool = True
     max_mesh_faces: Count | None = None
-    env_kwargs: Mapping[str, Any] | None = None
 
     action_dim: ClassVar[int] = 7
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.env_steps_per_decision > self.chunk_size:
-            raise ValueError(
-                f"replan_interval must be from 1 to chunk_size={self.chunk_size}, got "
-                f"{self.replan_interval}. Use null for the whole chunk."
-            )
-        if not 1 <= len(self.cameras) <= 2 or len(set(self.cameras)) < len(self.cameras):
-            raise ValueError(
-                f"cameras must be one or two different names, got {list(self.cameras)}. Use "
-                "[agentview] or [agentview,robot0_eye_in_hand]."
-            )
-
-    @property
-    def state_dim(self) -> int:
-        """Entries of the state: position and orientation of the gripper, and its two fingers."""
-        return 3 + (4 if self.orientation == "quaternion" else 3) + 2
-
-    @property
-    def env_steps_per_decision(self) -> int:
-        """Env steps executed per decision."""
-        return self.replan_interval or self.chunk_size
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ from tensordict.nn import TensorDictModuleBase
 
 from torchrl_dvla import AsyncWeightUpdater
 from torchrl_dvla.collectors.validation import match_policy, plan_memory
-from torchrl_dvla.data.schema import IMAGE_KEY, STATE_KEY
+from torchrl_dvla.data.schema import CAMERA_KEYS, IMAGE_KEY, STATE_KEY
 from torchrl_dvla.envs import validate_libero
 from torchrl_dvla.envs.libero_setup import load_init_states
 from torchrl_dvla.memory import Plan
@@ -32,8 +32,6 @@ from torchrl_dvla.recipes.dvla_grpo.settings import (
 from torchrl_dvla.recording import check_backend
 from torchrl_dvla.swimlane import EnvProcesses
 from torchrl_dvla.swimlane.messages import EnvSpecs
-
-_CAMERA_KEYS = (IMAGE_KEY, ("observation", "wrist_image"))
 
 
 def check_settings(cfg: Settings) -> None:
@@ -132,7 +130,7 @@ def find_specs(cfg: Settings) -> EnvSpecs:
             processes.stop(cfg.workers.stop_timeout_s)
     num_cameras = len(env.cameras) if isinstance(env, LiberoSettings) else 1
     observation: list[tuple[Any, tuple[int, ...], torch.dtype]]
-    observation = [(key, env.image_shape, torch.uint8) for key in _CAMERA_KEYS[:num_cameras]]
+    observation = [(key, env.image_shape, torch.uint8) for key in CAMERA_KEYS[:num_cameras]]
     observation.append((STATE_KEY, (env.state_dim,), torch.float32))
     return EnvSpecs(tuple(observation), env.chunk_size, env.action_dim)
 
@@ -159,7 +157,7 @@ def check_policy(cfg: Settings, policy: TensorDictModuleBase) -> Plan:
             wrong_cameras = "Add robot0_eye_in_hand to env.cameras, or remove it."
         elif isinstance(cfg.env, ToySettings):
             wrong_images = "Set env.image_size."
-        num_cameras = sum(key in found for key in _CAMERA_KEYS)
+        num_cameras = sum(key in found for key in CAMERA_KEYS)
         sizes["image_shape"] = (found.get(IMAGE_KEY), (3, *config.image_size), wrong_images)
         if config.state_dim:
             state_dim = math.prod(found.get(STATE_KEY, (0,)))

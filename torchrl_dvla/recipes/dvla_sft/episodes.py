@@ -25,7 +25,7 @@ from torchrl_dvla.data.schema import ACTION_IS_PAD_KEY, INIT_STATE_ID_KEY
 from torchrl_dvla.envs import LiberoChunkEnv, ManiSkillChunkEnv
 from torchrl_dvla.envs.libero_expert import record_demonstration
 from torchrl_dvla.envs.maniskill_expert import record_pick_cube
-from torchrl_dvla.modules import TransformersVLA
+from torchrl_dvla.modules import FlowVLA, TransformersVLA
 from torchrl_dvla.recipes.dvla_sft import utils
 from torchrl_dvla.recipes.dvla_sft.settings import Settings
 from torchrl_dvla.streams import use_workers_output, workers_output
@@ -35,7 +35,7 @@ PAUSE_S = 0.2 if sys.stderr.isatty() else 10.0
 
 # what a child process keeps between episodes: building a simulator takes seconds
 _env: LiberoChunkEnv | ManiSkillChunkEnv
-_policy: TransformersVLA | None
+_policy: TransformersVLA | FlowVLA | None
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,8 @@ class EpisodeResult:
 def record_missing(cfg: Settings, folder: Path) -> None:
     """Record the demonstrations that *folder* does not hold yet."""
     for task_id in cfg.env.task_ids:
-        paths = {
-            seed: folder / f"{cfg.env.task_suite}_{task_id}" / f"{seed:06d}.safetensors"
-            for seed in range(
-                cfg.demonstrations.first_seed,
-                cfg.demonstrations.first_seed + cfg.demonstrations.num_per_task,
-            )
-        }
-        jobs = [(seed, path) for seed, path in paths.items() if not path.exists()]
+        paths = zip(utils.seeds_of(cfg), utils.paths_of(cfg, task_id, folder), strict=True)
+        jobs = [(seed, path) for seed, path in paths if not path.exists()]
         if not jobs:
             continue
         with _pool(cfg, task_id, None, min(cfg.demonstrations.num_processes, len(jobs))) as pool:
@@ -123,8 +117,7 @@ def _start(
     _env = utils.make_env(cfg, task_id, recording=checkpoint is None)
     _policy = None
     if checkpoint is not None:
-        temperature = cfg.evaluation.temperature
-        _policy = TransformersVLA.from_pretrained(checkpoint, temperature=temperature).eval()
+        _policy = utils.load_clone(cfg, checkpoint)
 
 
 def _record(cfg: Settings, seed: int, path: Path) -> bool:

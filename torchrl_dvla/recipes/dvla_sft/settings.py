@@ -12,12 +12,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
 from torchrl_dvla.envs.libero_expert import ActionNoise
 from torchrl_dvla.modules import TinyBackboneConfig
+from torchrl_dvla.modules.formats import Stated
+from torchrl_dvla.modules.tiny import TinyFlowConfig
 from torchrl_dvla.recipes.libero_tasks import LiberoTasks
 from torchrl_dvla.validation import (
     Count,
@@ -36,16 +39,15 @@ from torchrl_dvla.validation import (
 ACTION_DIM = 7
 Seed = Annotated[int, Range(0, 2**31 - 1)]
 ImageSize = Annotated[int, Range(1, 4096)]
+Sampler = Literal["sde", "cps", "noise"]
+StochasticStep = Literal["random", "all"] | Natural
 
 
 @dataclass(frozen=True)
 class LiberoSettings(LiberoTasks):
     """Arguments of :class:`~torchrl_dvla.envs.LiberoChunkEnv`, one for each of ``task_ids``."""
 
-    image_size: ImageSize
-    shadows: bool = True
-    msaa: bool = True
-    env_kwargs: Mapping[str, Any] | None = None
+    image_size: ImageSize = 128
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ class ManiSkillSettings(Section):
 
     #: As its demonstrations say: a suite of one.
     task_ids: ClassVar[tuple[int, ...]] = (0,)
+    cameras: ClassVar[tuple[str, ...]] = ("base_camera",)
+    replan_interval: ClassVar[int | None] = None
+    #: Its demonstrations say it.
+    state_dim: ClassVar[int | None] = None
 
     @property
     def task_suite(self) -> str:
@@ -85,12 +91,14 @@ class DemonstrationSettings(Section):
 
 
 @dataclass(frozen=True)
-class PolicySettings(Section):
-    """Sizes of the policy."""
+class TokenSettings(Section):
+    """A random policy of action tokens: its sizes, and how it samples."""
 
+    kind: Literal["tokens"]
     num_bins: Annotated[int, Range(2)]
     backbone: TinyBackboneConfig
     tokens_per_step: Count = 1
+    temperature: Positive = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,6 +107,46 @@ class PolicySettings(Section):
                 f"tokens_per_step must be a divisor of {ACTION_DIM}, the action dimension, got "
                 f"{self.tokens_per_step}. Use 1 or {ACTION_DIM}."
             )
+
+
+@dataclass(frozen=True)
+class FlowSettings(Section):
+    """A random flow policy: its sizes, and how it samples."""
+
+    kind: Literal["flow"]
+    backbone: TinyFlowConfig
+    num_steps: Count = 4
+    sampler: Sampler = "sde"
+    noise_level: Positive = 0.5
+    stochastic_step: StochasticStep = "random"
+
+
+@dataclass(frozen=True)
+class FlowCheckpointSettings(Section):
+    """A flow policy that goes on from a checkpoint; null leaves what that says."""
+
+    kind: Literal["flow_checkpoint"]
+    path: str
+    statistics: Literal["checkpoint", "demonstrations"] = "checkpoint"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    freeze_prefix: bool | None = None
+    num_steps: Count | None = None
+    sampler: Sampler | None = None
+    noise_level: Positive | None = None
+    stochastic_step: StochasticStep | None = None
+    stated: Stated = field(default_factory=Stated)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_path("path", self.path)
+
+
+#: By ``policy.kind``.
+_POLICIES: dict[str, type[Section]] = {
+    "tokens": TokenSettings,
+    "flow": FlowSettings,
+    "flow_checkpoint": FlowCheckpointSettings,
+}
 
 
 @dataclass(frozen=True)
@@ -133,7 +181,6 @@ class EvaluationSettings(Section):
     """Episodes on the benchmark's init states; on seeds from ``seed`` on where there are none."""
 
     num_episodes: Count
-    temperature: Positive = 1.0
     num_processes: Count = 2
     seed: Seed = 0
 
@@ -145,7 +192,7 @@ class Settings(Section):
     seed: Seed
     env: LiberoSettings | ManiSkillSettings
     demonstrations: DemonstrationSettings
-    policy: PolicySettings
+    policy: TokenSettings | FlowSettings | FlowCheckpointSettings
     training: TrainingSettings
     evaluation: EvaluationSettings
     checkpoint: str | None = None
@@ -153,15 +200,22 @@ class Settings(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_path("checkpoint", self.checkpoint)
+        start = getattr(self.policy, "path", None)
+        if start and self.checkpoint and _absolute(start) == _absolute(self.checkpoint):
+            raise ValueError(
+                f"checkpoint must be another folder than policy.path, got {self.checkpoint!r} for "
+                "both. What the policy came from would be overwritten: choose a new folder."
+            )
         if self.demonstrations.label_interval > self.env.chunk_size:
             raise ValueError(
                 f"demonstrations.label_interval must be at most env.chunk_size="
                 f"{self.env.chunk_size}, got {self.demonstrations.label_interval}. Lower it."
             )
-        if self.policy.backbone.image_size != self.env.image_size:
+        backbone = getattr(self.policy, "backbone", None)
+        if backbone is not None and backbone.image_size != self.env.image_size:
             raise ValueError(
                 f"policy.backbone.image_size must be env.image_size={self.env.image_size}, got "
-                f"{self.policy.backbone.image_size}. Leave it out."
+                f"{backbone.image_size}. Leave it out."
             )
         first, seed = self.demonstrations.first_seed, self.evaluation.seed
         recorded = range(first, first + self.demonstrations.num_per_task)
@@ -183,6 +237,10 @@ class Settings(Section):
             )
 
 
+def _absolute(path: str) -> Path:
+    return Path(path).expanduser().resolve()
+
+
 def settings_from(cfg: DictConfig | Mapping[str, Any]) -> Settings:
     """The settings of a composed configuration.
 
@@ -201,4 +259,7 @@ def settings_from(cfg: DictConfig | Mapping[str, Any]) -> Settings:
         backend = check("env.backend", env.get("backend"), Literal["libero", "maniskill"])
         section = LiberoSettings if backend == "libero" else ManiSkillSettings
         data["env"] = from_mapping(section, env, "env")
+    if isinstance(policy, Mapping):
+        kind = check("policy.kind", policy.get("kind"), Literal[tuple(_POLICIES)])
+        data["policy"] = from_mapping(_POLICIES[kind], policy, "policy")
     return from_mapping(Settings, data)

@@ -6,6 +6,7 @@
 
     python -m torchrl_dvla sft
     python -m torchrl_dvla sft training.num_steps=1200 env.task_ids=[0,3]
+    python -m torchrl_dvla sft policy=flow
     python -m torchrl_dvla sft --config-name maniskill
 
 Each stage takes up where it was interrupted: demonstrations that exist are not recorded again.
@@ -25,10 +26,11 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from torchrl_dvla.data.demonstrations import load_demonstrations
+from torchrl_dvla.data.schema import STATE_KEY
 from torchrl_dvla.recipes.dvla_sft import utils
 from torchrl_dvla.recipes.dvla_sft.episodes import PAUSE_S, evaluate, record_missing
-from torchrl_dvla.recipes.dvla_sft.settings import LiberoSettings, Settings, settings_from
-from torchrl_dvla.recipes.terminal import command, messages_only, override, shortened
+from torchrl_dvla.recipes.dvla_sft.settings import Settings, settings_from
+from torchrl_dvla.recipes.terminal import command, messages_only, shortened
 from torchrl_dvla.streams import share_terminal
 
 CONFIG = Path(__file__).parent / "config"
@@ -45,18 +47,22 @@ def main(config: DictConfig) -> None:
 def train(cfg: Settings) -> None:
     """The three stages, with checked settings."""
     utils.check_tasks(cfg)
+    utils.check_policy(cfg)
     torch.manual_seed(cfg.seed)
     torch.set_num_threads(cfg.training.num_threads)
     run_folder = utils.make_run_folder(cfg)
     demonstration_folder = utils.make_demonstration_folder(cfg)
 
     # -- demonstrations ---------------------------------------------------------------------------
+    utils.check_demonstrations(cfg, demonstration_folder)
     record_missing(cfg, demonstration_folder)
     demonstrations = utils.make_demonstrations(cfg, load_demonstrations(demonstration_folder))
 
     # -- behaviour cloning ------------------------------------------------------------------------
     training, validation, instructions = utils.make_splits(cfg, demonstrations)
-    policy = utils.make_policy(cfg, instructions, training)
+    state_dim = training.get(STATE_KEY).shape[-1]
+    policy = utils.make_policy(cfg, list(instructions.since(0).values()), state_dim=state_dim)
+    utils.set_statistics(cfg, policy, training)
     buffer = utils.make_buffer(cfg, training, instructions)
     validation_batch = utils.make_validation_batch(validation, instructions)
     loss = utils.make_loss(policy)
@@ -72,11 +78,9 @@ def train(cfg: Settings) -> None:
         scheduler.step()
         optimizer.zero_grad()
         if step % cfg.training.validate_every == 0 or step == cfg.training.num_steps:
-            with torch.no_grad():
-                held_out = loss(validation_batch)
-            point = {"step": step, "train": losses["loss_bc"], "validation": held_out["loss_bc"]}
-            point["accuracy"] = held_out["accuracy"]
-            curve.append({name: float(value) for name, value in point.items()})
+            held_out = utils.validate(loss, validation_batch)
+            point = {"step": step, "train": float(losses["loss_bc"].detach())}
+            curve.append(point | {"validation": held_out.pop("loss_bc"), **held_out})
             tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in curve[-1].items()))
         if step in cfg.training.snapshot_steps:
             policy.save_pretrained(run_folder / f"step_{step:05d}")
@@ -91,7 +95,7 @@ def train(cfg: Settings) -> None:
         lengths = [result.num_env_steps for result in results if result.success]
         rows.append(
             {
-                "actions": "most likely" if greedy else "sampled",
+                "actions": "greedy" if greedy else "sampled",
                 "num_episodes": len(successes),
                 "success_rate": sum(successes) / len(successes),
                 "mean_num_env_steps_of_success": sum(lengths) / max(1, len(lengths)),
@@ -107,12 +111,6 @@ def train(cfg: Settings) -> None:
     (run_folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     for row in rows:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
-    if isinstance(cfg.env, LiberoSettings):
-        tasks = f"env.task_ids=[{','.join(map(str, cfg.env.task_ids))}]"
-        env = [f"env.task_suite={cfg.env.task_suite}", tasks]
-    else:
-        env = ["--config-name", "maniskill"]
-    start = override("policy.path", shortened(checkpoint))
     print(f"report:     {shortened(run_folder / 'report.json')}")
     print(f"checkpoint: {shortened(checkpoint)}")
-    print("train:      " + command("train", *env, start))
+    print("train:      " + command("train", *utils.training_settings(cfg, shortened(checkpoint))))
