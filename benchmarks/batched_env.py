@@ -9,14 +9,14 @@
 ``DVLACollector`` on ``ToyChunkEnv``, with a camera image in every observation and a tiny token
 policy. What it collects is drawn and given back without a gradient step.
 
-batched    one environment of batch size 64 in one worker: one step serves 64 rollouts.
-default    the same environment with the default ``WorkerConfig``, two workers of one: one is
-           stepped while the policy decides for the other.
-halves     two of batch size 32 in one worker, for the same reason.
-single     64 single environments in two workers, the best of ``SEARCH`` on two cores.
+default   environments of batch size 64 with the default ``WorkerConfig``, two workers of one: one
+          is stepped while the policy decides for the other.
+one       one such environment in one worker: it and the policy take turns.
+halves    two of batch size 32 in one worker, so that they do not.
+single    64 single environments in two workers, the best of ``SEARCH`` on two cores.
 
-ratio_vs_single                       decisions/s of ``batched`` over ``single``; the floor is 5.
-default_vs_single, halves_vs_single   the same of the others.
+ratio_vs_single                  decisions/s of ``default`` over ``single``.
+one_vs_single, halves_vs_single  the same of the others.
 
 The arrangements live side by side and take turns of some seconds; every other round goes backwards.
 ``--search`` measures the alternatives to the settings of ``single``. The last line of stdout is one
@@ -42,8 +42,8 @@ from torchrl_dvla.modules import tiny_token_policy
 
 #: Batch size of an environment, none for a single one; workers; environments of each.
 SETTINGS: dict[str, tuple[tuple[int, ...], int, int]] = {
-    "batched": ((64,), 1, 1),
     "default": ((64,), WorkerConfig().num_workers, WorkerConfig().envs_per_worker),
+    "one": ((64,), 1, 1),
     "halves": ((32,), 1, 2),
     "single": ((), 2, 32),
 }
@@ -76,7 +76,7 @@ def collecting(
         make_policy(),
         replay_buffer=buffer,
         group=GroupConfig(
-            group_size=8, groups_per_update=8, max_policy_lag=2, max_no_signal_groups=10**9
+            group_size=8, groups_per_update=16, max_policy_lag=2, max_no_signal_groups=10**9
         ),
         workers=WorkerConfig(
             num_workers=num_workers,
@@ -117,7 +117,7 @@ def main() -> None:
     if not args.search:
         ratios = {
             f"{key}_vs_single": paired_ratio(rates[name], rates["single"])
-            for key, name in (("ratio", "batched"), ("default", "default"), ("halves", "halves"))
+            for key, name in (("ratio", "default"), ("one", "one"), ("halves", "halves"))
         }
         result = {name: ratio["median"] for name, ratio in ratios.items()} | {"spread": ratios}
     result["decisions_per_s"] = {name: spread(values, 1) for name, values in rates.items()}

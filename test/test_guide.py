@@ -155,8 +155,6 @@ SHORTER = {
 
 @pytest.mark.parametrize("name", sorted(LAST_LINE))
 def test_example(name, run_python, tmp_path):
-    if name == "reacher.py":
-        pytest.importorskip("imageio", reason='pip install "gymnasium[mujoco]"')
     source = (ROOT / "examples" / name).read_text()
     old, new = SHORTER.get(name, ("", ""))
     assert old in source

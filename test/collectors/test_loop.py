@@ -523,6 +523,36 @@ async def test_the_policy_waits_for_no_row_of_a_rollout_that_holds_its_step(benc
     assert bench.processes.steps == [[0, 1, 2]]
 
 
+@on_a_bench(
+    hold=True,
+    num_workers=3,
+    rollouts_per_env=2,
+    group_size=6,
+    inference=InferenceConfig(max_batch_size=3, max_wait_s=1e6),
+)
+async def test_a_batched_environment_is_decided_for_in_one_call(bench):
+    bench.inference.hold = True
+    rows = {
+        index: [command.row for worker, command in bench.processes.held if worker == index]
+        for index in range(3)
+    }
+
+    async def answer(worker):
+        bench.processes.answer([index for index, _ in bench.processes.held].index(worker))
+        await bench.quiet()
+
+    await answer(0)
+    await answer(1)
+    assert bench.inference.rows == [], "of neither are all rows there"
+    await answer(0)
+    assert bench.inference.rows == [rows[0]]
+    for worker in (2, 1, 2):
+        await answer(worker)
+    bench.inference.answer()
+    await bench.until(lambda: len(bench.inference.rows) == 2)
+    assert bench.inference.rows[1] == rows[1], "a row of the other would fit in"
+
+
 @pytest.mark.parametrize(
     ("lockstep", "envs_per_worker", "rows"),
     [(False, 1, 3), (False, 2, 6), (True, 1, 6), (True, 2, 12)],

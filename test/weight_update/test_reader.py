@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
+from torchrl_dvla.memory import ModelPool
+from torchrl_dvla.swimlane.managed_process import pickled
 from torchrl_dvla.weight_update import WeightStore
 from torchrl_dvla.weight_update import reader as reader_module
 from torchrl_dvla.weight_update.segment import slot_byte
@@ -123,6 +126,56 @@ def test_what_is_frozen_is_copied_once():
         assert reader.adopt_into(served) == 1
         assert served.bias.tolist() == [5.0, 5.0]
         assert bool((served.weight == 1.0).all())
+
+
+def test_learner_store_and_readers_have_frozen_weights_once():
+    learner, served = nn.Linear(4, 2), nn.Linear(4, 2)
+    learner.bias.requires_grad_(False)
+    bias = learner.bias.tolist()
+    pool = ModelPool("1MB")
+    with WeightStore(learner, trainable_only=True, model_pool=pool) as store:
+        reader = store.reader("a")
+        reader.adopt_into(served)
+        assert learner.bias.tolist() == served.bias.tolist() == bias
+        with torch.no_grad():
+            served.bias.fill_(5.0)
+            served.weight[0] = learner.weight[0]
+        assert learner.bias.tolist() == [5.0, 5.0], "it is the same memory"
+        copied = reader.copy_of(served)
+        with torch.no_grad():
+            learner.weight.fill_(1.0)
+        store.publish()
+        reader.adopt_into(served)
+        assert bool((served.weight == 1.0).all())
+        assert not bool((copied.weight == 1.0).any()), "it stays at its version"
+        assert copied.bias is served.bias
+    pool.close()
+    del served, copied, reader
+    assert learner.bias.tolist() == [5.0, 5.0], "the learner goes on with them"
+
+
+@pytest.mark.parametrize("options", [{}, {"trainable_only": True, "transport_dtype": torch.half}])
+def test_what_the_store_has_otherwise_stays_with_the_learner(options):
+    learner = nn.Linear(4, 2)
+    learner.bias.requires_grad_(False)
+    addresses = learner.weight.data_ptr(), learner.bias.data_ptr()
+    with WeightStore(learner, **options):
+        assert (learner.weight.data_ptr(), learner.bias.data_ptr()) == addresses
+
+
+def test_a_module_is_sent_without_what_the_store_provides():
+    source = nn.LSTM(64, 64)  # it keeps a list of its parameters besides
+    with WeightStore(source) as store:
+        provided = store.provides(source)
+        sent = pickled(source, "policy", without=provided)
+        assert len(provided) == 4
+        assert len(sent) < source.weight_ih_l0.nbytes / 4
+        served = pickle.loads(sent)
+        store.reader("a").adopt_into(served)
+        x = torch.ones(1, 1, 64)
+        torch.testing.assert_close(served(x)[0], source(x)[0], rtol=0, atol=0)
+    with WeightStore(source, transport_dtype=torch.bfloat16) as store:
+        assert store.provides(source) == [], "its reader keeps what it came with, and rounds"
 
 
 def test_a_copying_reader_leaves_the_modules_memory_alone(zoo):

@@ -84,6 +84,8 @@ class DecisionBatcher:
     for what is being simulated: until it is full, until nothing more can come, or until
     ``max_wait_s`` is over. The moment begins when the policy is free: rows that have waited for the
     call before are often joined right afterwards by the environments that are in step with it.
+    A batched environment is stepped once all its rollouts are decided for, so there a batch begins
+    with the rows of a whole one, and takes none of another.
 
     In lockstep, the first batch begins once every rollout under way waits for its decision, and
     takes rows in the order of the environments.
@@ -248,10 +250,30 @@ class DecisionBatcher:
         """Seconds until the next batch begins if nothing else happens; infinite without a row."""
         if not self._waiting:
             return math.inf
-        if len(self._waiting) >= min(self.max_batch_size, self._envs.num_awaited):
+        if self._envs.rollouts_per_env > 1:
+            if self._of_whole_envs():
+                return 0.0
+        elif len(self._waiting) >= min(self.max_batch_size, self._envs.num_busy):
             return 0.0
         could_begin_s = max(self._waiting[0].since_s, self._free_since_s)
         return could_begin_s + self._config.max_wait_s - time.monotonic()
+
+    def _of_whole_envs(self) -> set[EnvSlot]:
+        """Slots that wait for the policy, of the batched environments that are stepped next.
+
+        All rollouts of such an environment wait for it or hold their step, or a batch is full of
+        them. One is decided for in a single batch where it fits in: with a few rows in another, it
+        would wait twice.
+        """
+        waiting: dict[tuple[int, int], list[EnvSlot]] = {}
+        for request in self._waiting:
+            waiting.setdefault(request.slot.environment, []).append(request.slot)
+        whole: set[EnvSlot] = set()
+        for environment, slots in waiting.items():
+            is_whole = len(slots) >= min(self.max_batch_size, self._envs.num_awaited(*environment))
+            if is_whole and (not whole or len(whole) + len(slots) <= self.max_batch_size):
+                whole.update(slots)
+        return whole
 
     def _may_begin_round(self) -> bool:
         """Whether each rollout under way waits for its decision, and no other is about to begin."""
@@ -261,11 +283,14 @@ class DecisionBatcher:
     def _take_batch(self) -> None:
         if self._lockstep:
             self._waiting = deque(sorted(self._waiting, key=lambda request: request.slot.position))
+        is_batched = not self._lockstep and self._envs.rollouts_per_env > 1
+        whole = self._of_whole_envs() if is_batched else set()
         # Training rows and those of one evaluation are decided with weights of their own.
-        weights = self._waiting[0].weights
+        weights = next((r for r in self._waiting if r.slot in whole), self._waiting[0]).weights
         left: deque[_Request] = deque()
         for request in self._waiting:
-            if request.weights == weights and len(self._batch) < self.max_batch_size:
+            is_next = request.weights == weights and (not whole or request.slot in whole)
+            if is_next and len(self._batch) < self.max_batch_size:
                 request.slot.in_policy = True
                 request.rollout.instruction_id = self._instructions.id(request.instruction)
                 self._batch.append(request)

@@ -251,6 +251,7 @@ class DVLACollector(BaseCollector):
         return InferenceProcess(
             (lambda: policy) if policy_factory is None else (lambda: build_policy(policy_factory)),
             self._reader,
+            without=() if policy_factory else self._updater.store.provides(policy),
             num_threads=self._inference_config.num_threads,
             seed=self._seed,
             start_method=self._workers.start_method,

@@ -115,6 +115,16 @@ class EnvSlot:
         return self.worker, self.env_index
 
     @property
+    def environment(self) -> tuple[int, int]:
+        """The worker, and which of its environments this is, or is an entry of."""
+        return self.worker, self.env_index // self._slots.rollouts_per_env
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether its rollout has no step that could be sent yet."""
+        return self.rollout is not None and not isinstance(self.unsent, Step)
+
+    @property
     def is_cancelled(self) -> bool:
         """Whether nobody needs the answer to the command under way any more."""
         return self._answer is not None and self._answer.cancelled()
@@ -250,7 +260,6 @@ class EnvSlots:
         self._held: dict[EnvSlot, ResetDone | StepDone | Refused] = {}
         #: Unsent commands by worker in the pass before, if they are about to be sent.
         self._num_unsent: list[int | None] = [None] * config.num_workers
-        self._num_held_steps = [0] * config.num_workers
         self._reported_s = [0.0] * config.num_workers
         self._deadlines: list[asyncio.Timeout | None] = [None] * config.num_workers
         self._recycled: set[int] = set()
@@ -308,10 +317,11 @@ class EnvSlots:
         """Whether no environment executes a command, holds an answer or is decided for."""
         return not self._held and not self._any_busy()
 
-    @property
-    def num_awaited(self) -> int:
-        """Rollouts under way that may need a decision before any other has got its step."""
-        return self.num_busy - sum(self._num_held_steps)
+    def num_awaited(self, worker: int, index: int) -> int:
+        """Rollouts of one environment that its next step waits for."""
+        size = self.rollouts_per_env
+        slots = self.slots[worker][index * size : (index + 1) * size]
+        return sum(slot.is_awaited for slot in slots)
 
     def send_soon(self, worker: int) -> None:
         """Send the commands for a worker, together with those that come in the passes to follow.
@@ -345,20 +355,17 @@ class EnvSlots:
     def _without_held_steps(self, worker: int, unsent: list[EnvSlot]) -> list[EnvSlot]:
         """Slots whose command may be sent: resets, and steps that all of a batch have."""
         awaited = {
-            slot.env_index // self.rollouts_per_env
+            slot.environment
             for slot in self.slots[worker]
             # One whose answer is held back gets no decision before the others have answered.
-            if slot.rollout and not isinstance(slot.unsent, Step) and slot not in self._held
+            if slot.is_awaited and slot not in self._held
         }
-        due = [
+        self._on_change()  # the policy need not wait for those that hold their step
+        return [
             slot
             for slot in unsent
-            if isinstance(slot.unsent, Reset)
-            or slot.env_index // self.rollouts_per_env not in awaited
+            if isinstance(slot.unsent, Reset) or slot.environment not in awaited
         ]
-        self._num_held_steps[worker] = len(unsent) - len(due)
-        self._on_change()  # the policy need not wait for them
-        return due
 
     def _check_batch(self, slot: EnvSlot) -> None:
         """Send the steps that were held for this slot alone."""
@@ -498,7 +505,6 @@ class EnvSlots:
         # replace() returns when the kernel has ended the process: from then on it writes no row.
         self._processes.replace(index)
         self._recycled.discard(index)
-        self._num_held_steps[index] = 0
         self.slots[index] = self._new_slots(index)
         self.idle = deque(slot for slot in self.idle if slot.worker != index)
         self._tracks[index].waiting("worker_lost")

@@ -151,19 +151,22 @@ class SharedArena(AnonymousFile):
         self._unpin.atexit = False
         return True
 
-    def close(self) -> None:
+    def close(self, *, empty: bool = True) -> None:
         """Give the memory back; safe to call twice.
 
         The process that created the arena releases the physical memory at once, for every process:
         whoever still holds a view reads zeros and cannot crash. Other processes only drop their
         map.
+
+        Keyword Args:
+            empty (bool): if ``False``, the memory stays as it is and goes with the last view.
         """
         if self._map is None:
             return
         if self._unpin is not None:
             self._unpin()
             self._unpin = None
-        if self.is_owner and hasattr(mmap, "MADV_REMOVE"):
+        if empty and self.is_owner and hasattr(mmap, "MADV_REMOVE"):
             try:
                 self._map.madvise(mmap.MADV_REMOVE)
             except OSError:

@@ -125,16 +125,20 @@ class ModelPool:
     def __init__(self, model_bytes: int | str) -> None:
         self.nbytes = parse_bytes(model_bytes, "model_bytes")
         self._arenas: list[tuple[str, SharedArena]] = []
+        self._outliving: set[SharedArena] = set()
         self._peak_bytes = 0
         self._padding_bytes = 0
         self._is_closed = False
 
-    def arena(self, nbytes: int, name: str = "arena") -> SharedArena:
+    def arena(self, nbytes: int, name: str = "arena", *, outlives: bool = False) -> SharedArena:
         """A block of shared memory, which can be sent to other processes.
 
         Args:
             nbytes (int): its size in bytes, counted in the budget until it is closed.
             name (str): what it is for, for the report and the error message.
+
+        Keyword Args:
+            outlives (bool): its tensors keep their contents when the pool is closed.
 
         Raises:
             ValueError: if *nbytes* is not positive.
@@ -153,6 +157,8 @@ class ModelPool:
         arena = SharedArena(nbytes)
         arena.pin()
         self._arenas.append((name, arena))
+        if outlives:
+            self._outliving.add(arena)
         self._peak_bytes = max(self._peak_bytes, used + nbytes)
         return arena
 
@@ -218,9 +224,12 @@ class ModelPool:
         }
 
     def close(self) -> None:
-        """Give the memory back; safe to call twice. Tensors that live on read zeros."""
+        """Give the memory back; safe to call twice. Tensors that live on read zeros.
+
+        Those of an arena that outlives the pool keep its memory.
+        """
         for _, arena in self._arenas:
-            arena.close()
+            arena.close(empty=arena not in self._outliving)
         self.nbytes, self._is_closed = 0, True
 
 

@@ -7,10 +7,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 
 import cloudpickle
@@ -141,8 +140,7 @@ class InferenceEngine:
         """Copy the latest weights aside, so that an evaluation sees one version; returns it."""
         self._snapshot = None  # its memory, before that of the next
         self._snapshot_version = self._reader.adopt_into(self._policy)
-        # Parameters of the deep copy own their memory: they no longer follow the store.
-        self._snapshot = copy.deepcopy(self._policy)
+        self._snapshot = self._reader.copy_of(self._policy)
         return self._snapshot_version
 
     def drop_snapshot(self) -> None:
@@ -273,6 +271,8 @@ class InferenceProcess(ManagedProcess):
         reader (WeightReader): the lane's reader slot in the weight store.
 
     Keyword Args:
+        without (iterable of torch.Tensor): the policy's weights that the reader provides; they are
+            not sent.
         num_threads (int): intra-op threads.
         seed (int): seed of the sampled tokens.
         start_method (str): how the process is started.
@@ -283,13 +283,15 @@ class InferenceProcess(ManagedProcess):
         policy_factory: Callable[[], TensorDictModuleBase],
         reader: WeightReader,
         *,
+        without: Iterable[torch.Tensor] = (),
         num_threads: int = 1,
         seed: int = 0,
         start_method: str = "forkserver",
     ) -> None:
+        sent = pickled(policy_factory, "policy, or policy_factory,", without=without)
         super().__init__(
             run_inference,
-            (pickled(policy_factory, "policy, or policy_factory,"), reader, seed),
+            (sent, reader, seed),
             name="dvla-inference",
             num_threads=num_threads,
             start_method=start_method,

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import ctypes
 import faulthandler
+import io
 import logging
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -218,14 +219,49 @@ class ManagedProcess:
                 signal.pidfd_send_signal(self._handle, number)
 
 
-def pickled(value: Any, name: str) -> bytes:
+class _Pickler(cloudpickle.Pickler):
+    """Sends some tensors without what they hold."""
+
+    def __init__(self, file: io.BytesIO, without: Iterable[torch.Tensor]) -> None:
+        super().__init__(file)
+        self._without = {id(tensor) for tensor in without}
+
+    def reducer_override(self, obj: Any) -> Any:
+        if id(obj) not in self._without or type(obj) not in (torch.Tensor, torch.nn.Parameter):
+            return super().reducer_override(obj)
+        kind = (obj.shape, obj.stride(), obj.dtype, obj.requires_grad)
+        return _empty, (*kind, isinstance(obj, torch.nn.Parameter))
+
+
+def _empty(
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    requires_grad: bool,
+    is_parameter: bool,
+) -> torch.Tensor:
+    # Memory that nobody writes to takes none.
+    tensor = torch.empty_strided(shape, stride, dtype=dtype)
+    return torch.nn.Parameter(tensor, requires_grad) if is_parameter else tensor
+
+
+def pickled(value: Any, name: str, *, without: Iterable[torch.Tensor] = ()) -> bytes:
     """What a process is to get by value, by cloudpickle.
+
+    Args:
+        value (Any): what to send.
+        name (str): what it is called in the error.
+
+    Keyword Args:
+        without (iterable of torch.Tensor): tensors in it whose contents the process gets otherwise.
 
     Raises:
         TypeError: naming what cannot be sent.
     """
     try:
-        return bytes(cloudpickle.dumps(value))
+        file = io.BytesIO()
+        _Pickler(file, without).dump(value)
+        return file.getvalue()
     except Exception as error:  # whatever the object raises
         raise TypeError(
             f"{name} must be such that cloudpickle can send it to a process, got {error!r}. Make "

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 import weakref
@@ -106,6 +107,12 @@ class ModuleBinding:
         self._pointed = list(pointed.values())
         self._copied = list(copied.values())
         self._merged = list(merged.values())
+        #: The module's tensors that are the same in every version.
+        self.frozen = [
+            tensor
+            for tensor, index in (*self._pointed, *self._copied)
+            if layout.entries[index].is_frozen
+        ]
         self._is_applied = False
         #: *Latest* as it was when the module was last made to read it.
         self.applied = _NOTHING
@@ -146,6 +153,7 @@ class ModuleBinding:
                 made[kind] = nn.Parameter(view, requires_grad=False) if kind[1] else view.detach()
                 if update is None:
                     self._pointed.append((made[kind], index))
+                    self.frozen += [made[kind]] * self._entries[index].is_frozen
                 else:
                     self._merged.append((made[kind], update))
             owner[key] = made[kind]
@@ -265,6 +273,14 @@ class WeightReader:
         if not any(binding.reads_slot for binding in self._bindings.values()):
             self._unlock()  # everything was copied: the slot is free for the writer again
         return self._version
+
+    def copy_of(self, module: nn.Module) -> nn.Module:
+        """Copy of a module that was adopted into, which stays at its version.
+
+        Frozen weights are not copied: they are the same in every version.
+        """
+        shared = {id(tensor): tensor for tensor in self._bindings[module].frozen}
+        return copy.deepcopy(module, shared)
 
     def pin(self) -> tuple[int, TensorDict]:
         """Pin the latest version; it stays whole until :meth:`unpin` or the next adoption.

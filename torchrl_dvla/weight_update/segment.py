@@ -447,9 +447,10 @@ def private_views(layout: WeightLayout) -> SlotViews:
 
 
 class WeightSegment:
-    """One arena, laid out as ``ledger | frozen weights | slot 0 | slot 1 | ...``, and its locks.
+    """An arena, laid out as ``ledger | slot 0 | slot 1 | ...``, one of frozen weights, and locks.
 
     It is picklable to a child process that is being spawned: memory and locks are the same there.
+    The frozen weights may be the learner's own: they outlive the model pool.
 
     Args:
         layout (WeightLayout): what one slot holds.
@@ -471,14 +472,21 @@ class WeightSegment:
         self.layout = layout
         self.num_slots = num_slots
         self._num_words = SlotLedger.num_words(num_slots, max_readers)
-        self._frozen_offset = align(8 * self._num_words)
-        self._slots_offset = self._frozen_offset + layout.frozen_bytes
+        self._slots_offset = align(8 * self._num_words)
         num_bytes = self.bytes_for(layout, num_slots=num_slots, max_readers=max_readers)
+        num_bytes -= layout.frozen_bytes
         self.locks = LockFile()
+        self._frozen: SharedArena | None = None
         if model_pool is None:
             self._arena = SharedArena(num_bytes)
+            if layout.frozen_bytes:
+                self._frozen = SharedArena(layout.frozen_bytes)
         else:
             self._arena = model_pool.arena(num_bytes, "weight slots")
+            if layout.frozen_bytes:
+                self._frozen = model_pool.arena(
+                    layout.frozen_bytes, "frozen weights", outlives=True
+                )
 
     @staticmethod
     def bytes_for(layout: WeightLayout, *, num_slots: int, max_readers: int) -> int:
@@ -494,16 +502,22 @@ class WeightSegment:
     def pin(self) -> None:
         """Page-lock the memory in this process, for copies from and to CUDA."""
         self._arena.pin()
+        if self._frozen is not None:
+            self._frozen.pin()
 
     def views(self, slot: int) -> SlotViews:
         """The tensors of ``slot``."""
+        start = self._slots_offset + slot * self.layout.slot_bytes
 
-        def take_from(base: int) -> _Take:
-            return lambda offset, numel, dtype: self._arena.tensor(base + offset, (numel,), dtype)
+        def live(offset_bytes: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+            return self._arena.tensor(start + offset_bytes, (numel,), dtype)
+
+        def frozen(offset_bytes: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+            assert self._frozen is not None, "the layout has such an entry"
+            return self._frozen.tensor(offset_bytes, (numel,), dtype)
 
         with torch.inference_mode(False):
-            live = take_from(self._slots_offset + slot * self.layout.slot_bytes)
-            return _views(self.layout, live, take_from(self._frozen_offset))
+            return _views(self.layout, live, frozen)
 
 
 def wait_for_devices(tensors: Iterable[torch.Tensor]) -> None:

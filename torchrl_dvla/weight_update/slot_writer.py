@@ -352,9 +352,9 @@ class SlotWriter:
 
         self._write(copy, version)
         self._sources = {
-            tensor.data_ptr(): StorageWeakRef(tensor.untyped_storage())
-            for tensor in tensors
-            if tensor.numel()
+            tensors[index].data_ptr(): StorageWeakRef(tensors[index].untyped_storage())
+            for index in live  # what is frozen may be read by others from where it is
+            if tensors[index].numel()
         }
 
     def publishes_from(self, addresses: set[int]) -> bool:

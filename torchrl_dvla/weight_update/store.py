@@ -86,7 +86,7 @@ from torchrl_dvla.weight_update.segment import (
     reader_byte,
 )
 from torchrl_dvla.weight_update.slot_writer import PublishStats, SlotWriter
-from torchrl_dvla.weight_update.weight_layout import WeightLayout, WeightSource
+from torchrl_dvla.weight_update.weight_layout import WeightLayout, WeightSource, named_weights
 
 if TYPE_CHECKING:
     from torchrl_dvla.memory import ModelPool
@@ -230,9 +230,10 @@ class WeightStore:
     Keyword Args:
         max_readers (int): readers at one time. Default: 64.
         trainable_only (bool): publish parameters with ``requires_grad=False`` once, at
-            construction; they take memory once instead of ``num_slots`` times. Default: ``False``.
-        lora_only (bool): publish everything but low-rank adapters once. A reader without adapters
-            gets them merged. Default: ``False``.
+            construction. On the CPU the source's are pointed at the store's, so that learner, store
+            and readers have them once together. Default: ``False``.
+        lora_only (bool): publish everything but low-rank adapters once, as above. A reader without
+            adapters gets them merged. Default: ``False``.
         transport_dtype (torch.dtype, optional): keep floating-point weights in this dtype
             (``torch.bfloat16`` halves the bytes of fp32 masters, at a relative error of 2**-8).
         check_finite (bool): refuse NaN and infinite weights; a module's buffers may hold
@@ -302,9 +303,43 @@ class WeightStore:
                 if entry.is_frozen and isinstance(tensor, nn.Parameter)
             }
             self.publish(version=first_version)
+            self._share_frozen(source)
         except BaseException:
             self.close()
             raise
+
+    def _share_frozen(self, source: WeightSource) -> None:
+        """Point the source's frozen parameters at the store's: this machine has them once.
+
+        They stay there when the store is closed. On another device, or of another dtype than the
+        store's, they stay where they are.
+        """
+        weights = named_weights(source)
+        views = self._segment.views(0).entries
+        for entry, view in zip(self.layout.entries, views, strict=True):
+            for name in entry.names if entry.is_frozen else ():
+                tensor = weights[name]
+                is_parameter = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+                if is_parameter and tensor.device.type == "cpu" and tensor.dtype == entry.dtype:
+                    tensor.data = view
+
+    def provides(self, module: nn.Module) -> list[torch.Tensor]:
+        """The module's tensors whose values a reader's module gets with its first version.
+
+        They need not be sent to its process: on the CPU it points its own at the store's.
+        """
+        weights = named_weights(module)
+        if self.layout.differences(weights, as_reader=True):
+            return []
+        if self.layout.is_without_adapters(weights):
+            return []
+        index_of = self.layout.index_of
+        return [
+            tensor
+            for name, tensor in weights.items()
+            if tensor.device.type == "cpu"
+            and tensor.dtype == self.layout.entries[index_of[name]].dtype
+        ]
 
     @staticmethod
     def bytes_for(
