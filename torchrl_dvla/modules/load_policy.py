@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torchrl_dvla.modules.adapters import LoraConfig
 from torchrl_dvla.modules.flow_vla import FlowVLA
 from torchrl_dvla.modules.formats import Stated, is_foreign, read_foreign
 from torchrl_dvla.modules.transformers_vla import TransformersVLA
@@ -35,7 +37,11 @@ def policy_class(folder: str | os.PathLike[str]) -> type[TransformersVLA] | type
 
 
 def load_policy(
-    folder: str | os.PathLike[str], *, stated: Stated | None = None, **kwargs: Any
+    folder: str | os.PathLike[str],
+    *,
+    stated: Stated | None = None,
+    lora: LoraConfig | None = None,
+    **kwargs: Any,
 ) -> TransformersVLA | FlowVLA:
     """Policy of action tokens or of flow matching from a folder, of this project or another.
 
@@ -49,6 +55,7 @@ def load_policy(
 
     Keyword Args:
         stated (Stated, optional): what the files of another project do not say.
+        lora (LoraConfig, optional): adapters to put on it. A folder of adapters has those.
         **kwargs: as for ``from_pretrained`` of the policy's class, e.g. ``dtype``, ``device``.
 
     Raises:
@@ -66,10 +73,16 @@ def load_policy(
         'FlowVLA'
     """
     if is_foreign(Path(folder)):
-        return read_foreign(Path(folder), stated).load(**kwargs)
+        policy = read_foreign(Path(folder), stated).load(**kwargs)
+        if lora is not None:
+            policy.add_adapters(lora, path=folder, stated=asdict(stated) if stated else None)
+        return policy
     if stated is not None and stated != Stated():
         raise ValueError(
             f"stated must be None for {str(folder)!r}, which holds all that is needed, got "
             f"{stated}. It is for checkpoints of other projects."
         )
-    return policy_class(folder).from_pretrained(folder, **kwargs)
+    loaded = policy_class(folder).from_pretrained(folder, **kwargs)
+    if lora is not None and lora != loaded.config.lora:
+        loaded.add_adapters(lora, path=folder)
+    return loaded

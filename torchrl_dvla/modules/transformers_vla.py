@@ -183,6 +183,8 @@ class TransformersVLA(PretrainedMixin, VLAWrapperBase):
             bidirectional=config.bidirectional_prompt,
         )
         self.backbone.freeze(vision=config.freeze_vision, language=config.freeze_language)
+        if config.lora is not None:
+            self._add_adapters(config.lora)
         if device is not None:
             self.to(device)
 

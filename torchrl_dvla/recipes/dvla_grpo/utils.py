@@ -22,6 +22,7 @@ from torchrl.data.vla import UniformActionTokenizer
 from torchrl.envs import EnvBase
 
 from torchrl_dvla import (
+    AsyncWeightUpdater,
     DVLACollector,
     EpisodeSpec,
     GRPOLoss,
@@ -130,7 +131,14 @@ def make_policy(cfg: Settings, device: str | None = None) -> TensorDictModuleBas
         is_flow = policy_class(folder) is FlowVLA
         given = {name: getattr(settings, name) for name in (_OF_FLOWS if is_flow else _OF_TOKENS)}
         _refuse_others(settings, is_flow)
-        policy = load_policy(folder, dtype=settings.dtype, stated=settings.stated, **given)
+        policy = load_policy(
+            folder,
+            stated=settings.stated,
+            lora=settings.lora.to_config(),
+            dtype=settings.dtype,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            **given,
+        )
     elif isinstance(cfg.env, FactorySettings):
         raise AssertionError("Settings refuses what is built for an environment that it can read")
     elif settings.kind == "tiny":
@@ -147,6 +155,8 @@ def make_policy(cfg: Settings, device: str | None = None) -> TensorDictModuleBas
         if settings.state_std is not None and policy.state_projector is not None:
             std = torch.tensor(settings.state_std)
             policy.state_projector.set_statistics(torch.zeros_like(std), std)
+        if (lora := settings.lora.to_config()) is not None:
+            policy.add_adapters(lora)
     else:
         policy = tiny_token_policy(
             settings.action_dim,
@@ -182,7 +192,9 @@ def make_loss(cfg: Settings, policy: TensorDictModuleBase) -> GRPOLoss:
     """The objective; with a KL term, the policy as it is now is the reference."""
     settings = asdict(cfg.loss)
     if settings["kl_to_ref_coeff"] is not None:
-        settings["reference_network"] = copy.deepcopy(policy).requires_grad_(False)
+        # What is frozen is the same in both.
+        shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
+        settings["reference_network"] = copy.deepcopy(policy, shared).requires_grad_(False)
     return GRPOLoss(policy, **settings)
 
 
@@ -224,6 +236,12 @@ def make_replay_buffer(cfg: Settings) -> PooledReplayBuffer:
     )
 
 
+def make_updater(policy: TensorDictModuleBase) -> AsyncWeightUpdater:
+    """The scheme that publishes; of a policy that is frozen in parts, what is trained alone."""
+    trained = [parameter.requires_grad for parameter in policy.parameters()]
+    return AsyncWeightUpdater(trainable_only=any(trained) and not all(trained))
+
+
 def make_collector(
     cfg: Settings, policy: TensorDictModuleBase, buffer: PooledReplayBuffer
 ) -> DVLACollector:
@@ -239,6 +257,7 @@ def make_collector(
         group=cfg.group,
         workers=cfg.workers,
         inference=cfg.inference,
+        weight_sync_schemes={"policy": make_updater(policy)},
         memory=make_memory(cfg),
         rows_per_page=cfg.memory.rows_per_page,
         seed=cfg.seed,
