@@ -48,7 +48,8 @@ def load_policy(
     Of this project is what ``save_pretrained`` wrote; of others are pi0, pi0.5 and SmolVLA as
     LeRobot saves them, and pi0 and pi0.5 of openpi's PyTorch code. Settings, prompt, statistics,
     cameras and the preparation of images are read from the files. What is missing, not known here
-    or would be left out is refused by name.
+    or would be left out is refused by name. A folder of adapters is loaded on the checkpoint that
+    they were trained on, which must be where it was, with the same weights.
 
     Args:
         folder (path): the folder.
@@ -82,7 +83,21 @@ def load_policy(
             f"stated must be None for {str(folder)!r}, which holds all that is needed, got "
             f"{stated}. It is for checkpoints of other projects."
         )
-    loaded = policy_class(folder).from_pretrained(folder, **kwargs)
+    kind = policy_class(folder)
+    if (found := kind.read_base(folder)) is not None:
+        config, base = found
+        saved = {name: getattr(config, name) for name in config.changeable}
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        below = Stated(**base.stated) if base.stated else None
+        loaded = load_policy(base.path, stated=below, **{**saved, **given})
+        if not isinstance(loaded, kind):
+            raise ValueError(
+                f"the adapters in {str(folder)!r} must be loaded on a {kind.__name__}, got "
+                f"{base.path!r}, a {type(loaded).__name__}. Another checkpoint is there now."
+            )
+        loaded.load_adapters(folder)
+    else:
+        loaded = kind.from_pretrained(folder, **kwargs)
     if lora is not None and lora != loaded.config.lora:
         loaded.add_adapters(lora, path=folder)
     return loaded

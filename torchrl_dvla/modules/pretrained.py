@@ -101,8 +101,8 @@ class PretrainedMixin(nn.Module):
         """
         if self.config.lora is not None:
             raise ValueError(
-                f"lora must be None for a policy that has adapters, got {lora} and {self.config.lora}"
-                ". Train those further, or export them merged and begin with that."
+                f"lora must be None for a policy that has adapters, got {lora} and "
+                f"{self.config.lora}. Train those further, or export them merged and begin there."
             )
         if path is not None:
             self.base = BaseCheckpoint(
@@ -207,11 +207,10 @@ class PretrainedMixin(nn.Module):
         given = {name: kwargs.pop(name, None) for name in cls.config_class.changeable}
         given = {name: value for name, value in given.items() if value is not None}
         if base is not None:
-            policy = cls._from_base(folder, dataclasses.replace(config, **given), base, **kwargs)
-            policy._load_adapters(policy._checked(weights, source=folder))
-            if fingerprint is not None and policy.config == config:
-                check_fingerprint(policy, fingerprint, repr(str(folder)))
-            return policy
+            raise ValueError(
+                f"folder must hold a whole policy, got {str(folder)!r} with the adapters of one in "
+                f"{base.path!r}. Use torchrl_dvla.modules.load_policy, which reads both."
+            )
         _require_file(folder, f"{_TOKENIZER}/tokenizer_config.json")
         _refuse_code(Path(folder) / _TOKENIZER)
         with _refuse_damage(Path(folder)):
@@ -227,35 +226,51 @@ class PretrainedMixin(nn.Module):
         return policy
 
     @classmethod
-    def _from_base(
-        cls, folder: str | os.PathLike[str], config: PolicyConfig, base: BaseCheckpoint, **kwargs: Any
-    ) -> Self:
-        """The checkpoint that adapters in ``folder`` were put on, with new ones."""
-        from torchrl_dvla.modules.formats import Stated
-        from torchrl_dvla.modules.load_policy import load_policy
+    def read_base(
+        cls, folder: str | os.PathLike[str]
+    ) -> tuple[PolicyConfig, BaseCheckpoint] | None:
+        """Config of the adapters in a folder and the checkpoint that they are on, or ``None``.
 
-        remedy = f"If it has been moved, correct 'base.path' in {Path(folder) / _CONFIG}."
+        Args:
+            folder (path): the checkpoint folder.
+
+        Raises:
+            FileNotFoundError: if that checkpoint is not there.
+            ValueError: if ``config.json`` is damaged.
+        """
+        data = _read_config(Path(folder), cls.__name__)
+        if "base" not in data:
+            return None
+        config, base = _read_architecture(Path(folder), cls, data)
+        assert base is not None
         if not Path(base.path).is_dir():
             raise FileNotFoundError(
                 f"the adapters in {str(folder)!r} must be loaded on the checkpoint that they were "
-                f"trained on, got {base.path!r}, where nothing is. {remedy}"
+                f"trained on, got {base.path!r}, where nothing is. If it has been moved, correct "
+                f"'base.path' in {Path(folder) / _CONFIG}."
             )
-        assert config.lora is not None
-        changeable = {name: getattr(config, name) for name in config.changeable}
-        stated = Stated(**base.stated) if base.stated else None
-        policy = load_policy(base.path, stated=stated, **changeable, **kwargs)
-        if not isinstance(policy, cls):
-            raise ValueError(
-                f"the adapters in {str(folder)!r} must be loaded on a {cls.__name__}, got "
-                f"{base.path!r}, a {type(policy).__name__}. {remedy}"
-            )
-        policy.add_adapters(config.lora, path=base.path, stated=base.stated)
-        policy._require_base(folder, base)
-        return policy
+        return config, base
 
-    def _require_base(
-        self, folder: str | os.PathLike[str], base: BaseCheckpoint | None
-    ) -> None:
+    def load_adapters(self, folder: str | os.PathLike[str]) -> None:
+        """Put the adapters of a folder on this policy, which they were trained on.
+
+        Args:
+            folder (path): what :meth:`save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: if one of its files is missing.
+            ValueError: if a file is damaged, they were trained on another checkpoint, or the policy
+                does not do what the fingerprint says.
+        """
+        config, weights, fingerprint, base = _read_folder(Path(folder), type(self))
+        assert config.lora is not None and base is not None
+        self.add_adapters(config.lora, path=base.path, stated=base.stated)
+        self._require_base(folder, base)
+        self.load_state_dict({**self.state_dict(), **self._checked(weights, source=folder)})
+        if fingerprint is not None and self.config == config:
+            check_fingerprint(self, fingerprint, repr(str(folder)))
+
+    def _require_base(self, folder: str | os.PathLike[str], base: BaseCheckpoint | None) -> None:
         """Refuse adapters of another checkpoint than this policy's."""
         own, saved = (None if each is None else each.checksum for each in (self.base, base))
         if own != saved:
@@ -268,9 +283,6 @@ class PretrainedMixin(nn.Module):
                 f"trained on, {there}, got {here}. Added to other weights they do something else: "
                 "name that checkpoint."
             )
-
-    def _load_adapters(self, weights: dict[str, torch.Tensor]) -> None:
-        self.load_state_dict({**self.state_dict(), **weights})
 
     def read_weights(self, folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         """State dict of a checkpoint that fits this policy, which it is not loaded into yet.
@@ -317,9 +329,7 @@ class PretrainedMixin(nn.Module):
 
 def _read_folder(
     folder: Path, policy_class: type[PretrainedMixin]
-) -> tuple[
-    PolicyConfig, dict[str, torch.Tensor], dict[str, Any] | None, BaseCheckpoint | None
-]:
+) -> tuple[PolicyConfig, dict[str, torch.Tensor], dict[str, Any] | None, BaseCheckpoint | None]:
     """Config, weights by name after comparing their checksum, fingerprint, and base if any."""
     data = _read_config(folder, policy_class.__name__)
     entry = data["weights"]
@@ -343,14 +353,27 @@ def _read_folder(
             f"{path} must be a safetensors file, got an error: {error}. The file is corrupt: "
             f"{_COPY_AGAIN}."
         ) from error
+    config, base = _read_architecture(folder, policy_class, data)
+    return config, weights, data.get("fingerprint"), base
+
+
+def _read_architecture(
+    folder: Path, policy_class: type[PretrainedMixin], data: dict[str, Any]
+) -> tuple[PolicyConfig, BaseCheckpoint | None]:
+    """Config, and the checkpoint that adapters are on."""
     with _refuse_damage(folder):
         config = policy_class.config_class.from_dict(data["config"])
     base = data.get("base")
-    if base is not None:
-        form = {"path": str, "checksum": str, "stated": {str: object}}
-        require_form(form, base, f"{folder / _CONFIG}.base")
-        base = BaseCheckpoint(**base)
-    return config, weights, data.get("fingerprint"), base
+    if base is None:
+        return config, None
+    form = {"path": str, "checksum": str, "stated": {str: object}}
+    require_form(form, base, f"{folder / _CONFIG}.base")
+    if config.lora is None:
+        raise ValueError(
+            f"'config.lora' in {folder / _CONFIG} must be given beside 'base', got nothing. The "
+            f"file is damaged: {_COPY_AGAIN}."
+        )
+    return config, BaseCheckpoint(**base)
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from torchrl_dvla.envs import LiberoChunkEnv, ToyChunkEnv, libero_tasks
 from torchrl_dvla.memory import DualPool
 from torchrl_dvla.modules import FlowVLA, TransformersVLA, load_policy, tiny_token_policy
 from torchrl_dvla.modules.load_policy import policy_class
+from torchrl_dvla.modules.master_weights import MasterWeights
 from torchrl_dvla.recipes.dvla_grpo.settings import (
     FactorySettings,
     LiberoSettings,
@@ -200,25 +201,29 @@ def make_loss(cfg: Settings, policy: TensorDictModuleBase) -> GRPOLoss:
 
 def make_optimizer(
     cfg: Settings, loss: GRPOLoss, progress: Callable[[], float]
-) -> tuple[torch.optim.Optimizer, LambdaLR]:
+) -> tuple[torch.optim.Optimizer, LambdaLR, MasterWeights]:
     """AdamW over what is trained; the learning rate rises at first and falls with the budget.
+
+    Of weights in a narrower dtype it steps float32 masters, which are returned as well.
 
     Groups are few and noisy on a small machine: a rate that ends at ``final_lr_share`` averages
     over the last of them instead of following each.
     """
     settings = cfg.optim
+    masters = MasterWeights(parameter for parameter in loss.parameters() if parameter.requires_grad)
     optimizer = torch.optim.AdamW(
-        [parameter for parameter in loss.parameters() if parameter.requires_grad],
+        masters.stepped,
         lr=settings.lr,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
     )
+    masters.follow(optimizer)
     warmup, final = max(1, settings.warmup_steps), settings.final_lr_share
 
     def factor(step: int) -> float:
         return min(1.0, (step + 1) / warmup) * (1.0 - (1.0 - final) * progress())
 
-    return optimizer, LambdaLR(optimizer, factor)
+    return optimizer, LambdaLR(optimizer, factor), masters
 
 
 # -- collection -----------------------------------------------------------------------------------
