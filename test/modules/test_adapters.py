@@ -158,6 +158,15 @@ def test_adapters_on_random_weights_are_saved_with_them(tmp_path):
     assert again.base is None and again.config.lora == policy.config.lora
 
 
+def test_the_merged_policy_is_an_ordinary_one(folder, tmp_path):
+    policy = load_policy(folder, lora=LoraConfig(rank=2))
+    fill(policy)
+    policy.merged().save_pretrained(tmp_path / "merged")
+    plain = load_policy(tmp_path / "merged")
+    assert plain.config.lora is None and not any("lora_" in n for n in plain.state_dict())
+    torch.testing.assert_close(act(plain), act(policy), rtol=1e-4, atol=1e-5)
+
+
 def test_adapters_on_another_base(folder, tmp_path):
     policy = load_policy(folder, lora=LoraConfig(rank=2))
     policy.save_pretrained(tmp_path / "adapters")

@@ -24,9 +24,10 @@ pytest.importorskip("peft", reason="of the extra 'lora'")
 
 #: The toy task from a checkpoint, a few groups and no evaluation.
 SMALL = (
-    "policy=checkpoint", "policy.lora.rank=2", "group.group_size=4", "group.groups_per_update=1", "optim.num_epochs=1",
-    "workers.envs_per_worker=4", "workers.num_workers=1", "optim.minibatch_size=16",
-    "optim.micro_batch_size=8", "eval.num_episodes=0", "checkpoint.every_updates=1",
+    "policy=checkpoint", "policy.lora.rank=2", "group.group_size=4", "group.groups_per_update=1",
+    "optim.num_epochs=1", "workers.envs_per_worker=4", "workers.num_workers=1",
+    "optim.minibatch_size=16", "optim.micro_batch_size=8", "eval.num_episodes=0",
+    "checkpoint.every_updates=1",
     "group.on_no_signal=keep", "group.max_no_signal_groups=1",
 )  # fmt: skip
 
@@ -88,6 +89,10 @@ def test_an_update_in_bfloat16_and_one_more(settings, base, tmp_path, capsys):
     assert main(["inspect", str(run)]) == 0
     said = capsys.readouterr().out
     assert "rank 2, alpha 4" in said and f"the checkpoint in {base}" in said
+    out = tmp_path / "out"
+    assert main(["export", str(run), str(out)]) == 0
+    assert not any("lora_" in name for name in load_policy(out).state_dict())
+    assert main(["export", str(run), str(out)]) == 1  # it is there
     # The settings of the run put adapters on the base; what is saved has them.
     assert main(["inspect", str(run), "device=cpu"]) == 0
 

@@ -38,6 +38,7 @@ from torchrl_dvla.modules.adapters import (
     BaseCheckpoint,
     LoraConfig,
     add_adapters_,
+    merged_weights,
     weights_checksum,
 )
 from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle, backbone_class
@@ -112,6 +113,18 @@ class PretrainedMixin(nn.Module):
             )
         self._add_adapters(lora)
         self.config = dataclasses.replace(self.config, lora=lora)
+
+    def merged(self) -> Self:
+        """The policy without adapters, which are merged into the weights that they are on."""
+        from transformers.initialization import no_init_weights
+
+        with torch.random.fork_rng(devices=[]), no_init_weights():
+            policy = type(self)(
+                dataclasses.replace(self.config, lora=None),  # type: ignore[call-arg]
+                tokenizer=self.tokenizer,
+            )
+        policy.load_state_dict(merged_weights(self))
+        return policy
 
     def _add_adapters(self, lora: LoraConfig) -> None:
         add_adapters_(self, lora)
