@@ -155,6 +155,8 @@ def state_words(state: torch.Tensor) -> list[str]:
         >>> state_words(torch.tensor([[-1.0, 0.0, 0.999], [-1.1, -0.9922, 3.0]]))
         ['0 128 255', '-1 0 255']
     """
+    if state.is_meta:  # sizes without numbers
+        return [" ".join(["128"] * state.shape[-1])] * len(state)
     edges = torch.linspace(-1, 1, 257, dtype=torch.float64, device=state.device)[:-1]
     bins = torch.bucketize(state.double(), edges, right=True) - 1
     return [" ".join(map(str, row)) for row in bins.tolist()]
