@@ -154,8 +154,8 @@ def add_adapters_(policy: nn.Module, lora: LoraConfig) -> None:
         torch.manual_seed(0)
         peft.inject_adapter_in_model(config, policy)
     for name in chosen:
-        layer = policy.get_submodule(name)
-        layer.to(layer.get_submodule("base_layer").weight.dtype)
+        layer: Any = policy.get_submodule(name)
+        layer.to(layer.base_layer.weight.dtype)
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(is_adapter_name(name))
 

@@ -120,7 +120,7 @@ class PretrainedMixin(nn.Module):
 
         with torch.random.fork_rng(devices=[]), no_init_weights():
             policy = type(self)(
-                dataclasses.replace(self.config, lora=None),  # type: ignore[call-arg]
+                dataclasses.replace(self.config, lora=None),
                 tokenizer=self.tokenizer,
             )
         policy.load_state_dict(merged_weights(self))
