@@ -82,7 +82,11 @@ def _learner_rows(cfg: Settings, policy: Module) -> list[tuple[str, str]]:
     return [
         ("policy", f"{num:,} parameters, {num_trained:,} of them trained"),
         ("learner", f"{format_bytes(sum(copies.values()))} on {cfg.device}: {parts}"),
-        ("inference", f"{format_bytes(weights)} of weights on {inference}; twice in an evaluation"),
+        (
+            "inference",
+            f"{format_bytes(weights)} of weights on {inference}; "
+            f"{format_bytes(sum(tensor.nbytes for tensor in trained))} more in an evaluation",
+        ),
     ]
 
 
