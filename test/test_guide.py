@@ -66,7 +66,10 @@ def test_the_guide_calls_commands_that_exist_with_arguments_that_they_take() -> 
             command.add_arguments(parser)
             parser.parse_intermixed_args(arguments)
         if name != "sft" and "-m" not in arguments:
-            config = "maniskill" if "maniskill" in arguments else "libero"
+            named = (each for each in ("maniskill", "libero_pi0") if each in arguments)
+            config = next(named, "libero")
+            if config == "libero_pi0":  # `inspect` is given the folder itself
+                overrides = ["policy.path=my/pi0", *overrides]
             compose_settings("toy" if "--quick" in arguments else config, overrides)
 
 

@@ -135,8 +135,8 @@ def test_a_reference_policy_has_the_same_base(settings, base):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("policy.lora.rank=0",), "policy.lora.rank must be at least 1 or None|at least 1"),
-        (("policy.lora.rank=-2",), "at least 1"),
+        (("policy.lora.rank=0",), "policy.lora.rank must be at least 1, got 0"),
+        (("policy.lora.rank=-2",), "policy.lora.rank must be at least 1, got -2"),
         (("policy.lora.rank=null", "policy.lora.alpha=2"), "policy.lora.rank must be given with"),
         (("policy.lora.targets=[]",), "policy.lora.targets must name at least one kind of layer"),
     ],

@@ -39,7 +39,7 @@ class MasterWeights(nn.Module):
         >>> for _ in range(3):
         ...     layer(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
         ...     optimizer.step(); optimizer.zero_grad()
-        >>> [round(float(p), 4) for p in (masters.stepped[0], layer.weight)]  # 8 bits: 255 / 256
+        >>> [round(p.item(), 4) for p in (masters.stepped[0], layer.weight)]  # 8 bits: 255 / 256
         [0.997, 0.9961]
 
     Reference:
