@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from modules.policies import make_flow_policy, make_observation, make_policy
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
@@ -21,6 +20,8 @@ from torchrl_dvla.modules import LoraConfig, load_policy
 from torchrl_dvla.modules.adapters import add_adapters_, merged_weights, weights_checksum
 from torchrl_dvla.recording import RunCheckpoints
 from torchrl_dvla.weight_update import WeightStore
+
+from .policies import make_flow_policy, make_observation, make_policy
 
 peft = pytest.importorskip("peft", reason="of the extra 'lora'")
 
@@ -210,6 +211,15 @@ def test_a_checkpoint_of_a_run(folder, tmp_path):
     again = load_policy(folder, lora=LoraConfig(rank=2))
     RunCheckpoints(tmp_path / "run", policy=again).load(path)
     torch.testing.assert_close(act(again), act(policy), rtol=0, atol=0)
+
+
+def test_what_was_frozen_says_where_the_adapters_are(tmp_path):
+    make_flow_policy().save_pretrained(tmp_path / "base")
+    policy = load_policy(tmp_path / "base", lora=LoraConfig(rank=2), freeze_prefix=True)
+    policy.save_pretrained(tmp_path / "adapters")
+    assert load_policy(tmp_path / "adapters").config.freeze_prefix
+    with pytest.raises(ValueError, match=r"freeze_prefix must be \[True\] or None for"):
+        load_policy(tmp_path / "adapters", freeze_prefix=False)
 
 
 # -- refused --------------------------------------------------------------------------------------

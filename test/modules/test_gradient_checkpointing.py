@@ -11,10 +11,11 @@ import pickle
 
 import pytest
 import torch
-from modules.policies import make_flow_policy, make_observation, make_policy
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_dvla import GRPOLoss
+
+from .policies import make_flow_policy, make_observation, make_policy
 
 MAKE = {
     "tokens": make_policy,

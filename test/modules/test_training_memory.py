@@ -10,7 +10,6 @@ import dataclasses
 
 import pytest
 import torch
-from modules.policies import INSTRUCTIONS, make_flow_policy, make_observation, make_policy
 from tensordict import NonTensorStack
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
@@ -23,6 +22,8 @@ from torchrl_dvla.modules.training_memory import (
     training_memory,
     training_modes,
 )
+
+from .policies import INSTRUCTIONS, make_flow_policy, make_observation, make_policy
 
 MAKE = {
     "tokens": make_policy,

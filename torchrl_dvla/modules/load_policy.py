@@ -88,6 +88,13 @@ def load_policy(
         config, base = found
         saved = {name: getattr(config, name) for name in config.changeable}
         given = {name: value for name, value in kwargs.items() if value is not None}
+        frozen = {n: saved[n] for n in given if n.startswith("freeze_") and given[n] != saved[n]}
+        if frozen:
+            raise ValueError(
+                f"{', '.join(frozen)} must be {list(frozen.values())} or None for {str(folder)!r}, "
+                f"whose adapters were trained so, got {[given[name] for name in frozen]}. It says "
+                "which layers have one; everything else is frozen."
+            )
         below = Stated(**base.stated) if base.stated else None
         loaded = load_policy(base.path, stated=below, **{**saved, **given})
         if not isinstance(loaded, kind):
