@@ -67,8 +67,10 @@ def test_the_guide_calls_commands_that_exist_with_arguments_that_they_take() -> 
             command.add_arguments(parser)
             parser.parse_intermixed_args(arguments)
         if name != "sft" and "-m" not in arguments:
-            others = [other for other in ("maniskill", "libero_cluster") if other in arguments]
-            config = others[0] if others else "libero"
+            named = ("maniskill", "libero_cluster", "libero_pi0")
+            config = next((each for each in named if each in arguments), "libero")
+            if config == "libero_pi0":  # `inspect` is given the folder itself
+                overrides = ["policy.path=my/pi0", *overrides]
             compose_settings("toy" if "--quick" in arguments else config, overrides)
 
 

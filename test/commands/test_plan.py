@@ -25,6 +25,22 @@ def test_the_toy_configuration(call):
     assert re.search(r"^rollouts at once +16$", out, re.M)
 
 
+def test_what_a_gpu_holds(call):
+    code, out, err = call("plan", "--config-name", "toy")
+    assert code == 0, err
+    table = out.partition("learner and inference on one GPU, in float32:\n")[2].splitlines()
+    assert table[0].split() == [
+        "training", "trained", "weights", "all", "states", "a", "decision", "24", "GB", "48", "GB",
+        "80", "GB",
+    ]  # fmt: skip
+    assert re.match(r"full +0.1 M +458.4 KiB +1.8 MiB ", table[1])
+    assert re.match(r"full, checkpointed +0.1 M ", table[2])
+    assert all(int(a) < int(b) < int(c) for *_, a, b, c in map(str.split, table[1:]))
+    # A policy without transformers has no such table.
+    code, out, err = call("plan", "--config-name", "toy", "policy.kind=tiny_vla")
+    assert code == 0 and "one GPU" not in out
+
+
 def test_settings_change_the_plan(call):
     more = ("workers.num_workers=3", "group.groups_per_update=4", "loss.kl_to_ref_coeff=0.1")
     code, out, err = call("plan", "--config-name", "toy", *more)

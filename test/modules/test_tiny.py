@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensordict import NonTensorStack, TensorDict
 
-from torchrl_dvla.modules import tiny_token_policy
+from torchrl_dvla.modules import FlowVLA, tiny_token_policy
 
 IMAGE, STATE = ("observation", "image"), ("observation", "state")
 
@@ -48,3 +48,14 @@ def test_the_policy_reads_what_it_is_told_to(settings, reads):
 def test_a_policy_that_observes_nothing():
     with pytest.raises(ValueError, match="use_image or use_state must be True, got neither"):
         tiny_token_policy(2, 4, use_image=False, use_state=False)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_flow_policy_begins_within_reach_of_its_exploration(seed):
+    policy = FlowVLA.tiny(["push it"], action_dim=2, chunk_size=4, state_dim=5, seed=seed)
+    observation = {IMAGE: torch.zeros(8, 3, 64, 64, dtype=torch.uint8), STATE: torch.rand(8, 5)}
+    td = TensorDict({"language_instruction": NonTensorStack(*["push it"] * 8), **observation}, [8])
+    with torch.no_grad():
+        actions = policy(td)["vla_action", "chunk"]  # greedy: from zero along the velocities
+    # Velocities are those of a head of deviation 0.1 / sqrt(width) on inputs of unit size.
+    assert 0 < actions.abs().max() < 0.5

@@ -136,7 +136,7 @@ def training_checkpoint(settings, tmp_path):
     cfg = settings("toy")
     policy = utils.make_policy(cfg)
     loss = utils.make_loss(cfg, policy)
-    optimizer, scheduler = utils.make_optimizer(cfg, loss, lambda: 0.0)
+    optimizer, scheduler, _ = utils.make_optimizer(cfg, loss, lambda: 0.0)
     state = bookkeeping.RunState(num_updates=3)
     folder = tmp_path / "runs" / "toy" / "2026-01-01_seed0" / "checkpoints"
     parts = {"policy": policy, "optimizer": optimizer, "scheduler": scheduler, "run": state}
@@ -174,7 +174,7 @@ def test_resuming_with_what_may_change_says_and_applies_it(
         "'optim.lr' is 0.004 instead of 0.002",
         "'optim.betas' is [0.8, 0.9] instead of [0.9, 0.95]",
     }
-    ((optimizer, scheduler),) = made
+    ((optimizer, scheduler, _),) = made
     (group,) = optimizer.param_groups
     assert group["lr"] == pytest.approx(0.004 / 5) and group["betas"] == (0.8, 0.9)
     optimizer.step()

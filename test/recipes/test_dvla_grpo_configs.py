@@ -62,7 +62,7 @@ def test_the_gpu_configuration_builds_its_policy_in_miniature(settings, tmp_path
     assert policy.temperature == 1.6
     assert not any(p.requires_grad for p in policy.backbone.model.vision_model.parameters())
     loss = utils.make_loss(cfg, policy)
-    optimizer, _ = utils.make_optimizer(cfg, loss, lambda: 0.0)
+    optimizer, *_ = utils.make_optimizer(cfg, loss, lambda: 0.0)
     trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     assert 0 < trained < sum(p.numel() for p in policy.parameters())
 
@@ -71,7 +71,7 @@ def test_the_learning_rate_rises_and_then_falls_with_the_budget(settings):
     cfg = settings("toy", "optim.lr=1.0", "optim.warmup_steps=4", "optim.final_lr_share=0.2")
     loss = utils.make_loss(cfg, utils.make_policy(cfg))
     used_up = iter([0.0, 0.0, 0.0, 0.0, 0.5, 1.0])
-    optimizer, scheduler = utils.make_optimizer(cfg, loss, lambda: next(used_up))
+    optimizer, scheduler, _ = utils.make_optimizer(cfg, loss, lambda: next(used_up))
     rates = [scheduler.get_last_lr()[0]]
     for _ in range(5):
         optimizer.step()

@@ -49,7 +49,7 @@ def test_a_configuration_starts_from_a_checkpoint(settings, folders, name):
     plan = check_policy(cfg, policy)  # calls the policy on what the environment's specs say
     assert "environment" in str(plan)
     loss = utils.make_loss(cfg, policy)
-    optimizer, _ = utils.make_optimizer(cfg, loss, lambda: 0.0)
+    optimizer, *_ = utils.make_optimizer(cfg, loss, lambda: 0.0)
     trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     assert 0 < trained < 0.6 * sum(p.numel() for p in policy.parameters())
 

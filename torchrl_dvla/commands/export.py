@@ -7,6 +7,8 @@
 PATH is a run of `train` that began with a pi0, pi0.5 or SmolVLA of LeRobot or openpi, or one of its
 checkpoints (update-*). OUT becomes a copy of the folder that it began with, with the trained
 weights: whatever read the one reads the other. What was not trained is the same bit for bit.
+Adapters are merged into the weights that they are on; those on a policy of this project give one
+that save_pretrained writes.
 
   torchrl-dvla export runs/libero_pi0/2026-01-31_12-00-00_seed0 my/pi0_trained
 """
@@ -42,6 +44,16 @@ def run(args: argparse.Namespace) -> int:
     saved = SavedPolicy.find(args.path)
     settings = saved.manifest.get("metadata", {}).get("config", {}).get("policy", {})
     given = args.base or settings.get("path")
+    policy = load_policy(saved.folder) if saved.is_pretrained else None
+    of_ours = given is None or not is_foreign(utils.find_policy(given))
+    if policy is not None and policy.config.lora is not None and of_ours:
+        if Path(args.out).exists():
+            raise ValueError(
+                f"OUT must not be there, got {args.out!r}, which is in use. Choose another one."
+            )
+        policy.merged().save_pretrained(args.out)
+        print(f"{type(policy).__name__}, with its adapters merged: {args.out}")
+        return 0
     if given is None:
         raise ValueError(
             f"--base must be given for {args.path!r}, which does not say what it came from, got "
@@ -55,7 +67,6 @@ def run(args: argparse.Namespace) -> int:
             "it: copy it."
         )
     stated = from_mapping(Stated, settings.get("stated") or {}, "policy.stated")
-    policy = load_policy(saved.folder)
     assert isinstance(policy, FlowVLA)
     found = read_foreign(base, stated)
     export_policy(policy, found, args.out)

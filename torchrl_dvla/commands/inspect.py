@@ -119,6 +119,11 @@ def _pretrained_rows(folder: Path) -> Iterator[tuple[str, str]]:
         raise ValueError(f"{weights} must be a safetensors file, got an error: {error}.") from error
     yield from _size_rows({dtype: sum(each) for dtype, each in counts.items()})
     yield from _config_rows(config)
+    if config.lora is not None:
+        lora = config.lora
+        yield "adapters", f"rank {lora.rank}, alpha {lora.alpha:g}, of {', '.join(lora.targets)}"
+        path = (data.get("base") or {}).get("path")
+        yield "on", f"the checkpoint in {path}" if path else "the weights beside them"
     has_fingerprint = data.get("fingerprint") is not None
     yield "fingerprint", "compared when it is loaded" if has_fingerprint else "none"
     words = read_json(folder / "tokenizer" / "tokenizer.json").get("model", {}).get("vocab", ())

@@ -6,7 +6,8 @@
 
 Builds the policy and works out the sizes of both pools as a run's collector does; what a run would
 refuse is refused here, with exit code 1. An environment that is not one of this package is built
-once, in a worker, to ask for its specs.
+once, in a worker, to ask for its specs. Of a transformers policy it also prints what full training,
+a part of it and LoRA take on a GPU, without the weights.
 
 With the lane costs that `calibrate` has measured, it also says how fast a run is on this machine or
 on a cluster (`topology` prints one), what bounds it, and what one more node or GPU would bring.
@@ -26,9 +27,16 @@ from torch.nn import Module
 from torchrl_dvla.commands.saved_policy import add_settings
 from torchrl_dvla.doctor.machine import LIBERO_WORKER_BYTES
 from torchrl_dvla.memory import available_bytes, format_bytes
+from torchrl_dvla.modules import FlowVLA, TransformersVLA
+from torchrl_dvla.modules.training_memory import memory_table
 from torchrl_dvla.recipes.dvla_grpo import utils
 from torchrl_dvla.recipes.dvla_grpo.calibration import cost_settings
-from torchrl_dvla.recipes.dvla_grpo.settings import LiberoSettings, Settings, compose_settings
+from torchrl_dvla.recipes.dvla_grpo.settings import (
+    FactorySettings,
+    LiberoSettings,
+    Settings,
+    compose_settings,
+)
 from torchrl_dvla.recipes.dvla_grpo.validation import check_policy, check_settings
 from torchrl_dvla.topology import ClusterSpec, LaneCosts, RunPlan, draw_plan, plan_run
 
@@ -55,6 +63,10 @@ def run(args: argparse.Namespace) -> int:
     width = max(len(label) for label, _ in rows)
     print(f"{cfg.name}: fits.\n\n{plan}\n")
     print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
+    if isinstance(policy, TransformersVLA | FlowVLA):
+        title = "largest micro-batch with learner and inference on one GPU"
+        print(f"\n{title}, in {policy.config.dtype}:")
+        print("\n".join(_gpu_table(cfg, policy, plan.row_bytes * cfg.optim.minibatch_size)))
     if speed is not None:
         best, configured = speed
         print(f"\n{configured}\n\nThe fastest plan:\n\n{best}")
@@ -95,21 +107,36 @@ def _plan_speed(args: argparse.Namespace, cfg: Settings) -> tuple[RunPlan, str] 
     return best, f"as configured  {rate} ({workers} workers a node, max_policy_lag={lag})"
 
 
+def _gpu_table(cfg: Settings, policy: TransformersVLA | FlowVLA, batch_bytes: int) -> list[str]:
+    """What each way to train takes."""
+    known = [] if isinstance(cfg.env, FactorySettings) else utils.make_instructions(cfg)
+    instruction = max(known, key=len, default="pick up the object and place it")
+    return memory_table(policy.config, policy.tokenizer, instruction, batch_bytes=batch_bytes)
+
+
 def _learner_rows(cfg: Settings, policy: Module) -> list[tuple[str, str]]:
     """What the learner holds beside the pools."""
     parameters = list(policy.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    weights, gradients = (sum(tensor.nbytes for tensor in some) for some in (parameters, trained))
+    weights = sum(tensor.nbytes for tensor in parameters)
     num, num_trained = (sum(tensor.numel() for tensor in some) for some in (parameters, trained))
-    copies = {"weights": weights, "gradients": gradients, "AdamW": 2 * gradients}
+    # Gradients and the optimizer's states are float32, whatever the policy's dtype.
+    narrow = sum(tensor.numel() for tensor in trained if tensor.dtype.itemsize < 4)
+    copies = {"weights": weights, "gradients": 4 * num_trained, "AdamW": 8 * num_trained}
+    if narrow:
+        copies["float32 masters"] = 4 * narrow
     if cfg.loss.kl_to_ref_coeff is not None:
-        copies["reference policy"] = weights
+        copies["reference policy"] = sum(tensor.nbytes for tensor in trained)
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in copies.items())
     inference = cfg.inference_device or cfg.device
     return [
         ("policy", f"{num:,} parameters, {num_trained:,} of them trained"),
         ("learner", f"{format_bytes(sum(copies.values()))} on {cfg.device}: {parts}"),
-        ("inference", f"{format_bytes(weights)} of weights on {inference}; twice in an evaluation"),
+        (
+            "inference",
+            f"{format_bytes(weights)} of weights on {inference}; "
+            f"{format_bytes(sum(tensor.nbytes for tensor in trained))} more in an evaluation",
+        ),
     ]
 
 

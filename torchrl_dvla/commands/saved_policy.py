@@ -20,6 +20,7 @@ from torchrl.checkpoint import Checkpoint, CheckpointError
 from torchrl_dvla.modules.formats import Stated, is_foreign
 from torchrl_dvla.recipes.dvla_grpo import utils
 from torchrl_dvla.recipes.dvla_grpo.settings import (
+    LoraSettings,
     PolicySettings,
     Settings,
     compose_settings,
@@ -118,7 +119,7 @@ class SavedPolicy:
             source = self.manifest["metadata"]["config"]
         given: dict[str, Any] = {"kind": "checkpoint", "path": str(self.folder)}
         if self.manifest:  # what is saved there holds all that was stated about its beginning
-            given["stated"] = Stated()
+            given |= {"stated": Stated(), "lora": LoraSettings()}
         overrides = args.overrides
         if self.is_pretrained:  # whatever else the configuration is for
             overrides = ["++policy.kind=checkpoint", "++policy.path=given", *overrides]

@@ -4,6 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 """Policies on transformers backbones."""
 
+from torchrl_dvla.modules.adapters import LoraConfig
 from torchrl_dvla.modules.config import FlowVLAConfig, TransformersVLAConfig
 from torchrl_dvla.modules.flow_vla import FlowVLA
 from torchrl_dvla.modules.load_policy import load_policy
@@ -14,6 +15,7 @@ from torchrl_dvla.modules.transformers_vla import TransformersVLA
 __all__ = [
     "FlowVLA",
     "FlowVLAConfig",
+    "LoraConfig",
     "TinyBackboneConfig",
     "TinyFlowConfig",
     "TransformersVLA",

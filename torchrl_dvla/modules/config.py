@@ -18,6 +18,7 @@ from torchrl.data.vla import (
 )
 
 from torchrl_dvla.differences import differences
+from torchrl_dvla.modules.adapters import LoraConfig
 from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle
 from torchrl_dvla.validation import Count, Natural, Positive, Range, check_fields
 
@@ -50,6 +51,9 @@ class PolicyConfig:
         pixel_style (PixelStyle): normalisation of pixels.
         dtype (str): ``"float32"``, ``"bfloat16"`` or ``"float16"``, of the backbone. The action
             head and everything after it is float32.
+        gradient_checkpointing (bool): whether activations inside of a transformer's layer are
+            computed anew in the backward pass instead of kept.
+        lora (LoraConfig, optional): low-rank adapters, beside which nothing is trained.
 
     Raises:
         ValueError: if a number is out of range.
@@ -57,7 +61,7 @@ class PolicyConfig:
 
     #: Fields that a checkpoint may be loaded with other values of. But for ``dtype`` they are no
     #: part of the architecture.
-    changeable: ClassVar[tuple[str, ...]] = ("dtype",)
+    changeable: ClassVar[tuple[str, ...]] = ("dtype", "gradient_checkpointing")
 
     backbone: dict[str, Any]
     action_dim: Count
@@ -67,6 +71,8 @@ class PolicyConfig:
     prompt_style: PromptStyle = field(default_factory=PromptStyle)
     pixel_style: PixelStyle = field(default_factory=PixelStyle)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -110,7 +116,8 @@ class PolicyConfig:
                 f"{missing}. The checkpoint was written by another version of torchrl_dvla."
             )
         data = dict(data)
-        for name, kind in (("prompt_style", PromptStyle), ("pixel_style", PixelStyle)):
+        kinds = {"prompt_style": PromptStyle, "pixel_style": PixelStyle, "lora": LoraConfig}
+        for name, kind in kinds.items():
             if isinstance(data.get(name), dict):
                 data[name] = kind(**data[name])
         return cls(**data)
@@ -152,7 +159,7 @@ class TransformersVLAConfig(PolicyConfig):
         https://arxiv.org/abs/2502.19645
     """
 
-    changeable = ("dtype", "freeze_vision", "freeze_language")
+    changeable = ("dtype", "gradient_checkpointing", "freeze_vision", "freeze_language")
 
     chunk_size: Count
     action_tokenizer: dict[str, Any]
@@ -205,7 +212,8 @@ class FlowVLAConfig(PolicyConfig):
     """
 
     changeable = (
-        "dtype", "freeze_prefix", "noise_level", "num_steps", "sampler", "stochastic_step",
+        "dtype", "gradient_checkpointing", "freeze_prefix", "noise_level", "num_steps", "sampler",
+        "stochastic_step",
     )  # fmt: skip
 
     num_steps: Count = 4

@@ -21,9 +21,11 @@ from torchrl.data.vla import VLA_ACTION_KEY
 from torchrl.modules.vla import VLAWrapperBase
 
 from torchrl_dvla import functional as F
+from torchrl_dvla.modules.adapters import LoraConfig
 from torchrl_dvla.modules.backbones import PromptStyle
 from torchrl_dvla.modules.config import FlowVLAConfig
 from torchrl_dvla.modules.flow_network import FlowNetwork, Prefix
+from torchrl_dvla.modules.gradient_checkpointing import checkpoint_layers_
 from torchrl_dvla.modules.pi0 import Pi0
 from torchrl_dvla.modules.pi05 import Pi05, state_words
 from torchrl_dvla.modules.policy_inputs import (
@@ -175,6 +177,10 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
             self.noise_head = _noise_head(self.network.hidden_size, self._max_action_dim)
         if config.freeze_prefix:
             self.network.freeze_prefix()
+        if config.gradient_checkpointing:
+            checkpoint_layers_(self.network)
+        if config.lora is not None:
+            self._add_adapters(config.lora)
         if device is not None:
             self.to(device)
 
@@ -473,6 +479,11 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
                     f"{name} must be at most max_{name}={largest} of the backbone, got {size}. "
                     "Take a backbone that was made for this robot."
                 )
+
+    def _add_adapters(self, lora: LoraConfig) -> None:
+        super()._add_adapters(lora)
+        if self.config.sampler == "noise":  # it starts anew, so nothing but training makes it
+            self.noise_head.requires_grad_(True)
 
     def _checked(self, weights: dict[str, torch.Tensor], source: Any) -> dict[str, torch.Tensor]:
         # Only exploration needs the head: a checkpoint of supervised training has none, and another

@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from torchrl_dvla.modules.flow_network import Prefix
+from torchrl_dvla.modules.gradient_checkpointing import call_layer
 from torchrl_dvla.modules.pi0 import Pi0
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Pi05(Pi0):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, condition = self.model.embed_action_time(x, time)
         hidden = tokens.to(self.dtype)
-        expert, cache = self.model.model.dit, prefix.fresh_cache()
+        expert = self.model.model.dit
         num_tokens = x.shape[1]
         positions = prefix.mask.sum(-1, keepdim=True) + torch.arange(num_tokens, device=x.device)
         rotary = expert.rotary_emb(hidden, positions)
@@ -65,13 +66,22 @@ class Pi05(Pi0):
         bias = torch.zeros(seen.shape, dtype=self.dtype, device=x.device)
         bias = bias.masked_fill_(~seen, torch.finfo(self.dtype).min)
         for layer in expert.layers:
-            normed, gate = layer.input_layernorm(hidden, condition)
-            attended, _ = layer.self_attn(
-                normed, position_embeddings=rotary, attention_mask=bias, past_key_values=cache
-            )
-            hidden = hidden + gate * attended
-            normed, gate = layer.post_attention_layernorm(hidden, condition)
-            hidden = hidden + gate * layer.mlp(normed)
+
+            def block(
+                hidden: torch.Tensor, condition: torch.Tensor, layer: Any = layer
+            ) -> torch.Tensor:
+                normed, gate = layer.input_layernorm(hidden, condition)
+                attended, _ = layer.self_attn(
+                    normed,
+                    position_embeddings=rotary,
+                    attention_mask=bias,
+                    past_key_values=prefix.fresh_cache(),
+                )
+                hidden = hidden + gate * attended
+                normed, gate = layer.post_attention_layernorm(hidden, condition)
+                return hidden + gate * layer.mlp(normed)
+
+            hidden = call_layer(layer, block, hidden, condition)
         hidden, _ = expert.norm(hidden, condition)
         head = self.model.action_out_proj
         hidden = hidden.to(head.weight.dtype)
@@ -145,6 +155,8 @@ def state_words(state: torch.Tensor) -> list[str]:
         >>> state_words(torch.tensor([[-1.0, 0.0, 0.999], [-1.1, -0.9922, 3.0]]))
         ['0 128 255', '-1 0 255']
     """
+    if state.is_meta:  # sizes without numbers
+        return [" ".join(["128"] * state.shape[-1])] * len(state)
     edges = torch.linspace(-1, 1, 257, dtype=torch.float64, device=state.device)[:-1]
     bins = torch.bucketize(state.double(), edges, right=True) - 1
     return [" ".join(map(str, row)) for row in bins.tolist()]

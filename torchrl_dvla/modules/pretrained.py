@@ -7,7 +7,7 @@
 The folder of a policy holds::
 
     config.json                 architecture; name, size and checksum of the weights; fingerprint
-    weights-<crc32>.safetensors parameters and buffers
+    weights-<crc32>.safetensors parameters and buffers; of adapters on a checkpoint these alone
     tokenizer/                  the instruction tokenizer's own files
 
 ``config.json`` names the weights and is replaced last, by one atomic rename. Whenever a writer
@@ -24,7 +24,7 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,6 +34,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from torchrl_dvla.differences import differences, join_some
+from torchrl_dvla.modules.adapters import (
+    BaseCheckpoint,
+    LoraConfig,
+    add_adapters_,
+    merged_weights,
+    weights_checksum,
+)
 from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle, backbone_class
 from torchrl_dvla.modules.config import PolicyConfig
 from torchrl_dvla.modules.fingerprint import check_fingerprint, take_fingerprint
@@ -69,6 +76,58 @@ class PretrainedMixin(nn.Module):
     config_class: ClassVar[type[PolicyConfig]]
     config: PolicyConfig
     tokenizer: PreTrainedTokenizerBase
+    #: The checkpoint that the adapters are on; a folder of the policy then holds them alone.
+    base: BaseCheckpoint | None = None
+
+    def add_adapters(
+        self,
+        lora: LoraConfig,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        stated: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Put low-rank adapters on the policy in place; everything else is frozen.
+
+        Args:
+            lora (LoraConfig): which layers get one, and how large.
+
+        Keyword Args:
+            path (path, optional): the folder that the policy was loaded from. Given it,
+                :meth:`save_pretrained` writes the adapters alone, and needs it to be loaded again.
+            stated (Mapping, optional): what was stated about it.
+
+        Raises:
+            ImportError: without PEFT.
+            ValueError: if the policy has adapters, or no layer gets one.
+        """
+        if self.config.lora is not None:
+            raise ValueError(
+                f"lora must be None for a policy that has adapters, got {lora} and "
+                f"{self.config.lora}. Train those further, or export them merged and begin there."
+            )
+        if path is not None:
+            self.base = BaseCheckpoint(
+                path=str(Path(path).absolute()),
+                checksum=weights_checksum(self),
+                stated=dict(stated or {}),
+            )
+        self._add_adapters(lora)
+        self.config = dataclasses.replace(self.config, lora=lora)
+
+    def merged(self) -> Self:
+        """The policy without adapters, which are merged into the weights that they are on."""
+        from transformers.initialization import no_init_weights
+
+        with torch.random.fork_rng(devices=[]), no_init_weights():
+            policy = type(self)(
+                dataclasses.replace(self.config, lora=None),
+                tokenizer=self.tokenizer,
+            )
+        policy.load_state_dict(merged_weights(self))
+        return policy
+
+    def _add_adapters(self, lora: LoraConfig) -> None:
+        add_adapters_(self, lora)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write weights, config and instruction tokenizer, replacing a previous checkpoint.
@@ -95,9 +154,11 @@ class PretrainedMixin(nn.Module):
     def _write(self, folder: Path, scratch: Path) -> None:
         draft = scratch / "weights"
         # Parameters may be views on shared memory, or tied: the file must own its bytes.
+        kept = self._saved_names()
         tensors = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in self.state_dict().items()
+            if name in kept
         }
         save_file(tensors, str(draft), metadata={"format": "pt"})
         checksum = _checksum(draft)
@@ -109,6 +170,8 @@ class PretrainedMixin(nn.Module):
             "weights": {"file": weights, "num_bytes": draft.stat().st_size, "crc32": checksum},
             "fingerprint": take_fingerprint(self),
         }
+        if self.base is not None:
+            data["base"] = dataclasses.asdict(self.base)
         (scratch / _CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save_pretrained(str(scratch / _TOKENIZER))
 
@@ -120,6 +183,12 @@ class PretrainedMixin(nn.Module):
         for old in folder.glob("weights-*.safetensors"):
             if old.name != weights:
                 old.unlink(missing_ok=True)
+
+    def _saved_names(self) -> set[str]:
+        """Names of the state dict that a folder of this policy holds."""
+        if self.base is None:
+            return set(self.state_dict())
+        return {name for name, tensor in self.named_parameters() if tensor.requires_grad}
 
     @classmethod
     def from_pretrained(
@@ -147,9 +216,14 @@ class PretrainedMixin(nn.Module):
         from transformers import AutoTokenizer
         from transformers.initialization import no_init_weights
 
-        config, weights, fingerprint = _read_folder(Path(folder), cls)
+        config, weights, fingerprint, base = _read_folder(Path(folder), cls)
         given = {name: kwargs.pop(name, None) for name in cls.config_class.changeable}
         given = {name: value for name, value in given.items() if value is not None}
+        if base is not None:
+            raise ValueError(
+                f"folder must hold a whole policy, got {str(folder)!r} with the adapters of one in "
+                f"{base.path!r}. Use torchrl_dvla.modules.load_policy, which reads both."
+            )
         _require_file(folder, f"{_TOKENIZER}/tokenizer_config.json")
         _refuse_code(Path(folder) / _TOKENIZER)
         with _refuse_damage(Path(folder)):
@@ -164,6 +238,65 @@ class PretrainedMixin(nn.Module):
             check_fingerprint(policy, fingerprint, repr(str(folder)))
         return policy
 
+    @classmethod
+    def read_base(
+        cls, folder: str | os.PathLike[str]
+    ) -> tuple[PolicyConfig, BaseCheckpoint] | None:
+        """Config of the adapters in a folder and the checkpoint that they are on, or ``None``.
+
+        Args:
+            folder (path): the checkpoint folder.
+
+        Raises:
+            FileNotFoundError: if that checkpoint is not there.
+            ValueError: if ``config.json`` is damaged.
+        """
+        data = _read_config(Path(folder), cls.__name__)
+        if "base" not in data:
+            return None
+        config, base = _read_architecture(Path(folder), cls, data)
+        assert base is not None
+        if not Path(base.path).is_dir():
+            raise FileNotFoundError(
+                f"the adapters in {str(folder)!r} must be loaded on the checkpoint that they were "
+                f"trained on, got {base.path!r}, where nothing is. If it has been moved, correct "
+                f"'base.path' in {Path(folder) / _CONFIG}."
+            )
+        return config, base
+
+    def load_adapters(self, folder: str | os.PathLike[str]) -> None:
+        """Put the adapters of a folder on this policy, which they were trained on.
+
+        Args:
+            folder (path): what :meth:`save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: if one of its files is missing.
+            ValueError: if a file is damaged, they were trained on another checkpoint, or the policy
+                does not do what the fingerprint says.
+        """
+        config, weights, fingerprint, base = _read_folder(Path(folder), type(self))
+        assert config.lora is not None and base is not None
+        self.add_adapters(config.lora, path=base.path, stated=base.stated)
+        self._require_base(folder, base)
+        self.load_state_dict({**self.state_dict(), **self._checked(weights, source=folder)})
+        if fingerprint is not None and self.config == config:
+            check_fingerprint(self, fingerprint, repr(str(folder)))
+
+    def _require_base(self, folder: str | os.PathLike[str], base: BaseCheckpoint | None) -> None:
+        """Refuse adapters of another checkpoint than this policy's."""
+        own, saved = (None if each is None else each.checksum for each in (self.base, base))
+        if own != saved:
+            here, there = (
+                "none" if each is None else f"{each.path!r} with checksum {each.checksum}"
+                for each in (self.base, base)
+            )
+            raise ValueError(
+                f"the adapters in {str(folder)!r} must be loaded on the checkpoint that they were "
+                f"trained on, {there}, got {here}. Added to other weights they do something else: "
+                "name that checkpoint."
+            )
+
     def read_weights(self, folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         """State dict of a checkpoint that fits this policy, which it is not loaded into yet.
 
@@ -174,7 +307,7 @@ class PretrainedMixin(nn.Module):
             FileNotFoundError: if the folder or one of its files is missing.
             ValueError: if a file is damaged or the architecture differs; names what differs.
         """
-        config, weights, _ = _read_folder(Path(folder), type(self))
+        config, weights, _, base = _read_folder(Path(folder), type(self))
         problems = self.config.differences(config)
         if problems:
             raise ValueError(
@@ -182,15 +315,16 @@ class PretrainedMixin(nn.Module):
                 f"differences: {join_some(problems, limit=12)}. Use "
                 f"{type(self).__name__}.from_pretrained to build the policy it was saved from."
             )
-        return self._checked(weights, source=folder)
+        self._require_base(folder, base)
+        checked = self._checked(weights, source=folder)
+        return checked if base is None else {**self.state_dict(), **checked}
 
     def _checked(
         self, weights: dict[str, torch.Tensor], source: str | os.PathLike[str]
     ) -> dict[str, torch.Tensor]:
-        own, saved = (
-            {name: list(tensor.shape) for name, tensor in tensors.items()}
-            for tensors in (self.state_dict(), weights)
-        )
+        kept = self._saved_names()
+        own = {n: list(tensor.shape) for n, tensor in self.state_dict().items() if n in kept}
+        saved = {name: list(tensor.shape) for name, tensor in weights.items()}
         problems = differences(own, saved)
         problems += [
             f"{name!r} holds NaN or infinity"
@@ -208,8 +342,8 @@ class PretrainedMixin(nn.Module):
 
 def _read_folder(
     folder: Path, policy_class: type[PretrainedMixin]
-) -> tuple[PolicyConfig, dict[str, torch.Tensor], dict[str, Any] | None]:
-    """Config, weights by name after comparing them with their checksum, and fingerprint."""
+) -> tuple[PolicyConfig, dict[str, torch.Tensor], dict[str, Any] | None, BaseCheckpoint | None]:
+    """Config, weights by name after comparing their checksum, fingerprint, and base if any."""
     data = _read_config(folder, policy_class.__name__)
     entry = data["weights"]
     path = _require_file(folder, entry["file"])
@@ -232,9 +366,27 @@ def _read_folder(
             f"{path} must be a safetensors file, got an error: {error}. The file is corrupt: "
             f"{_COPY_AGAIN}."
         ) from error
+    config, base = _read_architecture(folder, policy_class, data)
+    return config, weights, data.get("fingerprint"), base
+
+
+def _read_architecture(
+    folder: Path, policy_class: type[PretrainedMixin], data: dict[str, Any]
+) -> tuple[PolicyConfig, BaseCheckpoint | None]:
+    """Config, and the checkpoint that adapters are on."""
     with _refuse_damage(folder):
         config = policy_class.config_class.from_dict(data["config"])
-    return config, weights, data.get("fingerprint")
+    base = data.get("base")
+    if base is None:
+        return config, None
+    form = {"path": str, "checksum": str, "stated": {str: object}}
+    require_form(form, base, f"{folder / _CONFIG}.base")
+    if config.lora is None:
+        raise ValueError(
+            f"'config.lora' in {folder / _CONFIG} must be given beside 'base', got nothing. The "
+            f"file is damaged: {_COPY_AGAIN}."
+        )
+    return config, BaseCheckpoint(**base)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from torchrl_dvla.modules.backbones import PixelStyle, SmolVLMBackbone
 from torchrl_dvla.modules.flow_network import FlowNetwork, Prefix, TimeWaves, pad_text
+from torchrl_dvla.modules.gradient_checkpointing import call_layer
 
 if TYPE_CHECKING:
     from typing import Self
@@ -148,21 +149,27 @@ class SmolVLA(FlowNetwork):
         bias_of_prefix, bias = self._bias(seen), self._bias(torch.cat([seen, earlier], -1))
         rotary = self.expert.rotary_emb(hidden, positions)
         rotary_from_zero = self.expert.rotary_emb(hidden, steps)
-        cache = prefix.fresh_cache()
         for i, layer in enumerate(self.expert.layers):
-            normed = layer.input_layernorm(hidden)
-            if i % _SELF_ATTENTION_EVERY:
-                cached = prefix.cache.layers[i]
-                attended = _cross_attention(
-                    layer.self_attn, normed, cached.keys, cached.values, rotary_from_zero,
-                    bias_of_prefix,
-                )  # fmt: skip
-            else:
-                attended, _ = layer.self_attn(
-                    normed, position_embeddings=rotary, attention_mask=bias, past_key_values=cache
-                )
-            hidden = hidden + attended
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+            def block(hidden: torch.Tensor, i: int = i, layer: Any = layer) -> torch.Tensor:
+                normed = layer.input_layernorm(hidden)
+                if i % _SELF_ATTENTION_EVERY:
+                    cached = prefix.cache.layers[i]
+                    attended = _cross_attention(
+                        layer.self_attn, normed, cached.keys, cached.values, rotary_from_zero,
+                        bias_of_prefix,
+                    )  # fmt: skip
+                else:
+                    attended, _ = layer.self_attn(
+                        normed,
+                        position_embeddings=rotary,
+                        attention_mask=bias,
+                        past_key_values=prefix.fresh_cache(),
+                    )
+                hidden = hidden + attended
+                return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+            hidden = call_layer(layer, block, hidden)
         hidden = self.expert.norm(hidden).to(self.action_out_proj.weight.dtype)
         return self.action_out_proj(hidden), hidden
 

@@ -346,6 +346,9 @@ def initialize_tiny_(model: nn.Module, words: nn.Embedding) -> None:
             if in_stack and name.endswith(("out_proj", "o_proj", "fc2", "down_proj")):
                 layers: Any = model.get_submodule(f"{stack}.layers")
                 std *= (2 * len(layers)) ** -0.5
+            if name.endswith("action_out_proj"):
+                # Velocities of unit size would carry actions out of reach of the exploration.
+                std *= 0.1
             nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -25,6 +25,7 @@ from torchrl_dvla.modules.config import (
     action_tokenizer_from_dict,
     action_tokenizer_to_dict,
 )
+from torchrl_dvla.modules.gradient_checkpointing import checkpoint_layers_
 from torchrl_dvla.modules.policy_inputs import (
     PixelNormalizer,
     StateProjector,
@@ -183,6 +184,10 @@ class TransformersVLA(PretrainedMixin, VLAWrapperBase):
             bidirectional=config.bidirectional_prompt,
         )
         self.backbone.freeze(vision=config.freeze_vision, language=config.freeze_language)
+        if config.gradient_checkpointing:
+            checkpoint_layers_(self.backbone)
+        if config.lora is not None:
+            self._add_adapters(config.lora)
         if device is not None:
             self.to(device)
 

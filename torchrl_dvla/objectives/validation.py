@@ -212,7 +212,7 @@ def check_reference(
             "reference would be run for nothing; 0.0 keeps it for a schedule."
         )
     check_actor(reference_network)
-    trained = {p.data_ptr() for p in actor_network.parameters() if p.numel()}
+    trained = {p.data_ptr() for p in actor_network.parameters() if p.numel() and p.requires_grad}
     if any(p.data_ptr() in trained for p in reference_network.parameters() if p.numel()):
         raise ValueError(
             "reference_network must not share parameters with actor_network, got shared storage. "

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from torchrl_dvla.modules import FlowVLA, load_policy
+from torchrl_dvla.modules import FlowVLA, LoraConfig, load_policy
 from torchrl_dvla.modules.formats import (
     Stated,
     export_policy,
@@ -124,3 +124,27 @@ def test_what_did_not_come_from_there(tmp_path):
     other = FlowVLA.tiny(["lift the cup"], action_dim=2, chunk_size=4)
     with pytest.raises(ValueError, match="must be one that came from .*'action_dim' is 4"):
         export_policy(other, base, tmp_path / "out")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["pi0", "smolvla"])
+def test_adapters_are_merged(kind, tmp_path):
+    pytest.importorskip("peft", reason="of the extra 'lora'")
+    folder = write_lerobot(tmp_path / kind, kind)
+    given = stated(folder)
+    policy = load_policy(folder, stated=given, lora=LoraConfig(rank=2, targets=["q_proj"]))
+    export_policy(policy, read_foreign(folder, given), tmp_path / "untrained")
+    name = "model.safetensors"
+    assert (tmp_path / "untrained" / name).read_bytes() == (folder / name).read_bytes()
+    for key, parameter in policy.named_parameters():
+        if "lora_B" in key:
+            parameter.fill_(0.05)
+    policy.save_pretrained(tmp_path / "adapters")  # as a run does; what was stated is in it
+    again = load_policy(tmp_path / "adapters")
+    export_policy(again, read_foreign(folder, given), tmp_path / "out")
+    before, after = (load_file(each / name) for each in (folder, tmp_path / "out"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.endswith("q_proj.weight") for name in changed)
+    td, x = make_observation()
+    plain = load_policy(tmp_path / "out", stated=given)
+    torch.testing.assert_close(denoise(plain, td, x), denoise(policy, td, x), rtol=1e-4, atol=1e-5)

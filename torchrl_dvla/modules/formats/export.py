@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from torchrl_dvla.differences import differences, join_some
+from torchrl_dvla.modules.adapters import merged_weights
 from torchrl_dvla.modules.fingerprint import take_fingerprint
 from torchrl_dvla.modules.flow_vla import FlowVLA
 from torchrl_dvla.modules.formats.flow_folder import FINGERPRINT, FlowFolder
@@ -28,7 +29,8 @@ def export_policy(policy: FlowVLA, base: FlowFolder, folder: str | os.PathLike[s
     """Write a policy as a copy of the folder that it came from, with its own weights.
 
     What was not trained is copied bit for bit: other files, tensors that are not read here, and
-    weights that are what they were. Others are cast to the dtype that they had.
+    weights that are what they were. Others are cast to the dtype that they had. Adapters are merged
+    into the weights that they are on.
 
     Args:
         policy (FlowVLA): the trained policy.
@@ -44,9 +46,9 @@ def export_policy(policy: FlowVLA, base: FlowFolder, folder: str | os.PathLike[s
             f"the folder to export to must be empty or not there, got {str(folder)!r}, which is in "
             "use. Choose another one."
         )
-    own, table = policy.state_dict(), base.table.own
+    own, table = merged_weights(policy), base.table.own
     # Sizes are compared below. The tokenizer's first token is in the policy's prompt alone.
-    ignored = ("'backbone.", "'prompt_style.", "'dtype'")
+    ignored = ("'backbone.", "'prompt_style.", "'dtype'", "'lora.")
     problems = policy.config.differences(base.config)
     problems = [line for line in problems if not line.startswith(ignored)]
     problems += differences(

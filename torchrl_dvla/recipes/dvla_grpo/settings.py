@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torchrl_dvla import GroupConfig, InferenceConfig, WorkerConfig
 from torchrl_dvla.functional import Reduction
 from torchrl_dvla.memory import DualPool
-from torchrl_dvla.modules import TinyBackboneConfig
+from torchrl_dvla.modules import LoraConfig, TinyBackboneConfig
 from torchrl_dvla.modules.formats import Stated
 from torchrl_dvla.objectives.grpo import KLEstimator, RatioLevel
 from torchrl_dvla.objectives.validation import check_trust_region
@@ -123,6 +123,29 @@ class FactorySettings(Section):
 
 
 @dataclass(frozen=True)
+class LoraSettings(Section):
+    """Arguments of :class:`~torchrl_dvla.modules.LoraConfig`; without a rank, no adapters."""
+
+    rank: Count | None = None
+    alpha: Positive | None = None
+    targets: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank is None and not (self.alpha is None and self.targets is None):
+            raise ValueError(
+                f"rank must be given with alpha or targets, got alpha={self.alpha} and targets="
+                f"{self.targets}. Without it there are no adapters: add rank=8, or leave them out."
+            )
+        self.to_config()
+
+    def to_config(self) -> LoraConfig | None:
+        """The adapters, or ``None``."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return LoraConfig(**given) if given else None
+
+
+@dataclass(frozen=True)
 class PolicySettings(Section):
     """The policy; which of the settings count depends on ``kind``."""
 
@@ -132,6 +155,8 @@ class PolicySettings(Section):
     freeze_vision: bool | None = None
     freeze_language: bool | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    gradient_checkpointing: bool | None = None
+    lora: LoraSettings = field(default_factory=LoraSettings)
     freeze_prefix: bool | None = None
     num_steps: Count | None = None
     sampler: Literal["sde", "cps", "noise"] | None = None
@@ -148,6 +173,11 @@ class PolicySettings(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_path("path", self.path)
+        if self.kind == "tiny_vla" and self.lora.rank is not None:
+            raise ValueError(
+                f"lora.rank must be null with kind=tiny_vla, got {self.lora.rank}. It has no "
+                "transformer: use kind=tiny."
+            )
         if self.kind == "checkpoint" and self.path is None:
             raise ValueError(
                 "path must be given, got nothing. Pass policy.path=<folder> of a checkpoint that "
@@ -451,6 +481,12 @@ def settings_from(cfg: DictConfig | Mapping[str, Any]) -> Settings:
                 raise ValueError(
                     f"{name}._target_ must be given, got nothing. Pass "
                     f"{name}._target_=<dotted path>."
+                )
+            if name == "policy" and "lora" in arguments:
+                raise ValueError(
+                    f"policy.lora must be left out with policy._target_, got {arguments['lora']}. "
+                    "Put the adapters on in the function that _target_ names, or save the policy by"
+                    " save_pretrained and pass policy=checkpoint policy.path=<its folder>."
                 )
             data[name] = FactorySettings(check(f"{name}._target_", target, str), arguments)
     env = data.get("env")

@@ -107,7 +107,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
     check_policy(cfg, policy)
     loss = utils.make_loss(cfg, policy)
     state, failure = RunState(), None
-    optimizer, scheduler = utils.make_optimizer(cfg, loss, lambda: state.progress(cfg))
+    optimizer, scheduler, masters = utils.make_optimizer(cfg, loss, lambda: state.progress(cfg))
     held_out, subset = utils.make_evaluation_episodes(cfg)
     lock = lock or RunLock(utils.make_run_folder(cfg, None))  # until the end of the process
     run_folder = lock.folder
@@ -120,6 +120,8 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
         rng=GlobalRNGState(),
         run=state,
     )
+    if masters.masters:  # of a policy in bfloat16
+        checkpoints.register("masters", masters)
     if resumed is not None:
         checkpoints.load(resumed)
         use_optim_settings(cfg, optimizer, scheduler)

@@ -23,6 +23,7 @@ from torchrl.data.vla import UniformActionTokenizer
 from torchrl.envs import EnvBase
 
 from torchrl_dvla import (
+    AsyncWeightUpdater,
     DVLACollector,
     EpisodeSpec,
     GRPOLoss,
@@ -33,6 +34,7 @@ from torchrl_dvla.envs import LiberoChunkEnv, ToyChunkEnv, libero_tasks
 from torchrl_dvla.memory import DualPool
 from torchrl_dvla.modules import FlowVLA, TransformersVLA, load_policy, tiny_token_policy
 from torchrl_dvla.modules.load_policy import policy_class
+from torchrl_dvla.modules.master_weights import MasterWeights
 from torchrl_dvla.recipes.dvla_grpo.settings import (
     FactorySettings,
     LiberoSettings,
@@ -133,7 +135,14 @@ def make_policy(cfg: Settings, device: str | None = None) -> TensorDictModuleBas
         is_flow = policy_class(folder) is FlowVLA
         given = {name: getattr(settings, name) for name in (_OF_FLOWS if is_flow else _OF_TOKENS)}
         _refuse_others(settings, is_flow)
-        policy = load_policy(folder, dtype=settings.dtype, stated=settings.stated, **given)
+        policy = load_policy(
+            folder,
+            stated=settings.stated,
+            lora=settings.lora.to_config(),
+            dtype=settings.dtype,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            **given,
+        )
     elif isinstance(cfg.env, FactorySettings):
         raise AssertionError("Settings refuses what is built for an environment that it can read")
     elif settings.kind == "tiny":
@@ -150,6 +159,8 @@ def make_policy(cfg: Settings, device: str | None = None) -> TensorDictModuleBas
         if settings.state_std is not None and policy.state_projector is not None:
             std = torch.tensor(settings.state_std)
             policy.state_projector.set_statistics(torch.zeros_like(std), std)
+        if (lora := settings.lora.to_config()) is not None:
+            policy.add_adapters(lora)
     else:
         policy = tiny_token_policy(
             settings.action_dim,
@@ -185,31 +196,37 @@ def make_loss(cfg: Settings, policy: TensorDictModuleBase) -> GRPOLoss:
     """The objective; with a KL term, the policy as it is now is the reference."""
     settings = asdict(cfg.loss)
     if settings["kl_to_ref_coeff"] is not None:
-        settings["reference_network"] = copy.deepcopy(policy).requires_grad_(False)
+        # What is frozen is the same in both.
+        shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
+        settings["reference_network"] = copy.deepcopy(policy, shared).requires_grad_(False)
     return GRPOLoss(policy, **settings)
 
 
 def make_optimizer(
     cfg: Settings, loss: GRPOLoss, progress: Callable[[], float]
-) -> tuple[torch.optim.Optimizer, LambdaLR]:
+) -> tuple[torch.optim.Optimizer, LambdaLR, MasterWeights]:
     """AdamW over what is trained; the learning rate rises at first and falls with the budget.
+
+    Of weights in a narrower dtype it steps float32 masters, which are returned as well.
 
     Groups are few and noisy on a small machine: a rate that ends at ``final_lr_share`` averages
     over the last of them instead of following each.
     """
     settings = cfg.optim
+    masters = MasterWeights(parameter for parameter in loss.parameters() if parameter.requires_grad)
     optimizer = torch.optim.AdamW(
-        [parameter for parameter in loss.parameters() if parameter.requires_grad],
+        masters.stepped,
         lr=settings.lr,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
     )
+    masters.follow(optimizer)
     warmup, final = max(1, settings.warmup_steps), settings.final_lr_share
 
     def factor(step: int) -> float:
         return min(1.0, (step + 1) / warmup) * (1.0 - (1.0 - final) * progress())
 
-    return optimizer, LambdaLR(optimizer, factor)
+    return optimizer, LambdaLR(optimizer, factor), masters
 
 
 # -- collection -----------------------------------------------------------------------------------
@@ -227,6 +244,12 @@ def make_replay_buffer(cfg: Settings) -> PooledReplayBuffer:
     )
 
 
+def make_updater(policy: TensorDictModuleBase) -> AsyncWeightUpdater:
+    """The scheme that publishes; of a policy that is frozen in parts, what is trained alone."""
+    trained = [parameter.requires_grad for parameter in policy.parameters()]
+    return AsyncWeightUpdater(trainable_only=any(trained) and not all(trained))
+
+
 def make_collector(
     cfg: Settings, policy: TensorDictModuleBase, buffer: PooledReplayBuffer
 ) -> DVLACollector:
@@ -238,6 +261,7 @@ def make_collector(
         "policy_factory": policy_factory,
         "replay_buffer": buffer,
         "group": cfg.group,
+        "weight_sync_schemes": {"policy": make_updater(policy)},
         "memory": make_memory(cfg),
         "rows_per_page": cfg.memory.rows_per_page,
         "seed": cfg.seed,

@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from tensordict.nn import TensorDictModuleBase
 
-from torchrl_dvla import AsyncWeightUpdater
 from torchrl_dvla.collectors.validation import match_policy, plan_memory
 from torchrl_dvla.data.schema import CAMERA_KEYS, IMAGE_KEY, STATE_KEY
 from torchrl_dvla.envs import validate_libero
 from torchrl_dvla.envs.libero_setup import load_init_states
 from torchrl_dvla.memory import Plan
+from torchrl_dvla.modules.adapters import import_peft
 from torchrl_dvla.modules.config import PolicyConfig
 from torchrl_dvla.recipes.dvla_grpo import utils
 from torchrl_dvla.recipes.dvla_grpo.settings import (
     FactorySettings,
     LiberoSettings,
+    PolicySettings,
     Settings,
     ToySettings,
 )
@@ -41,7 +42,7 @@ def check_settings(cfg: Settings) -> None:
         ValueError: for a device that is not there, or a ``_target_`` that cannot be imported or
             does not take its arguments.
         FileNotFoundError: if assets of LIBERO are missing.
-        ImportError: if LIBERO, or what ``log.backend`` needs, is not installed.
+        ImportError: if LIBERO, PEFT for adapters, or what ``log.backend`` needs, is not installed.
     """
     check_backend(cfg.log.backend)
     found = torch.accelerator.current_accelerator()
@@ -53,6 +54,8 @@ def check_settings(cfg: Settings) -> None:
                 f"{name} must be one that torch sees, got {wanted!r} and {count} of its kind. Use "
                 f"{name}=cpu, or a build of torch for the GPUs of this machine."
             )
+    if isinstance(cfg.policy, PolicySettings) and cfg.policy.lora.rank is not None:
+        import_peft()
     for name, section in (("env", cfg.env), ("policy", cfg.policy)):
         if isinstance(section, FactorySettings):
             _check_factory(name, section.to_dict())
@@ -180,7 +183,7 @@ def check_policy(cfg: Settings, policy: TensorDictModuleBase) -> Plan:
             workers=cfg.workers,
             rollouts_per_env=specs.num_rollouts,
             replay_buffer=utils.make_replay_buffer(cfg),
-            weight_bytes=AsyncWeightUpdater().store_bytes(policy),
+            weight_bytes=utils.make_updater(policy).store_bytes(policy),
             rows_per_page=cfg.memory.rows_per_page,
         )
     except ValueError as error:
