@@ -18,7 +18,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -28,6 +28,7 @@ from torchrl_dvla.data.instructions import InstructionTable, InstructionTransfor
 from torchrl_dvla.data.schema import NUM_DECISIONS_KEY
 from torchrl_dvla.learner.dealing import deal
 from torchrl_dvla.memory.row_access import RowFields
+from torchrl_dvla.modules import TransformersVLA
 from torchrl_dvla.objectives import GRPOLoss
 from torchrl_dvla.recording.distributed_state import load_distributed, save_distributed
 from torchrl_dvla.weight_update.weight_layout import iter_weights
@@ -293,20 +294,19 @@ def _shard(root: _Root, num_ranks: int, device: torch.device) -> None:
     scalars = {p for p in root.parameters() if p.dim() == 0}
     mesh = init_device_mesh(device.type, (num_ranks,))
     common: dict[str, Any] = {"mesh": mesh, "mp_policy": reduced, "ignored_params": scalars}
-    lists = [m for m in root.modules() if isinstance(m, nn.ModuleList)]
-    layers = {id(layer): layer for one in lists for layer in one if any(layer.parameters())}
-    for layer in _called(layers.values()):
-        fully_shard(layer, **common).set_force_sum_reduction_for_comms(True)
+    # A layer is gathered again for its backward pass when that reaches its output. Where gradients
+    # go around it, through a cache of keys and values as in flow policies, it stays gathered.
+    common["reshard_after_forward"] = isinstance(root.policy, TransformersVLA)
+    lists = [module for module in root.modules() if isinstance(module, nn.ModuleList)]
+    for layer in {id(layer): layer for one in lists for layer in one}.values():
+        has_forward = not isinstance(layer, (nn.ModuleList, nn.ModuleDict, nn.ParameterList))
+        if has_forward and list(layer.parameters()):
+            fully_shard(layer, **common)
     fully_shard(root, **common)
     for module in root.modules():
-        if hasattr(module, "set_gradient_divide_factor"):
+        if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
-
-
-def _called(layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """Those that have a forward pass of their own, which is what gathers their parameters."""
-    return [layer for layer in layers if not isinstance(layer, (nn.ModuleList, nn.ModuleDict))]
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

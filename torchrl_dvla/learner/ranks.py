@@ -27,9 +27,10 @@ from tensordict.nn import TensorDictModuleBase
 from torch.optim import Optimizer
 
 from torchrl_dvla.data import PooledReplayBuffer
-from torchrl_dvla.data.instructions import InstructionTransform
+from torchrl_dvla.data.instructions import InstructionTable, InstructionTransform
 from torchrl_dvla.data.schema import NUM_DECISIONS_KEY
 from torchrl_dvla.learner.rank import LearnerFactory, LearnerRank, Minibatch, PartLosses, Strategy
+from torchrl_dvla.memory import EnvironmentPool
 from torchrl_dvla.memory.row_access import RowFields
 from torchrl_dvla.swimlane.managed_process import ManagedProcess, pickled
 
@@ -142,7 +143,12 @@ class LearnerRanks:
     def bind(self, buffer: PooledReplayBuffer) -> None:
         """Learn from a buffer that is bound to a collector: every rank maps its pages."""
         self._buffer = buffer
-        pool, loss = buffer.pool, self.own.loss
+        tables = [t.table for t in buffer._transform if isinstance(t, InstructionTransform)]
+        self.attach(buffer.pool, tables[0] if tables else None)
+
+    def attach(self, pool: EnvironmentPool, instructions: InstructionTable | None = None) -> None:
+        """Have every rank map the pages of a pool, for :meth:`step`."""
+        loss, self._instructions = self.own.loss, instructions
         # The normaliser is of the whole minibatch, and reads no observation.
         keys = [
             key
@@ -150,8 +156,6 @@ class LearnerRanks:
             if key in pool.layout and key not in loss.actor_network.in_keys
         ]
         self._judged = RowFields(pool.rows, keys)
-        tables = [t.table for t in buffer._transform if isinstance(t, InstructionTransform)]
-        self._instructions = tables[0] if tables else None
         self._call("attach", pool.worker_view())
 
     def steps(

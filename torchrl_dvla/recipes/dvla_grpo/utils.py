@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -30,6 +30,7 @@ from torchrl_dvla import (
     TopologyAwareCollector,
 )
 from torchrl_dvla.envs import LiberoChunkEnv, ToyChunkEnv, libero_tasks
+from torchrl_dvla.learner import LearnerFactory
 from torchrl_dvla.memory import DualPool
 from torchrl_dvla.modules import FlowVLA, TransformersVLA, load_policy, tiny_token_policy
 from torchrl_dvla.modules.load_policy import policy_class
@@ -164,9 +165,11 @@ def make_policy(cfg: Settings, device: str | None = None) -> TensorDictModuleBas
     return policy.to(device or cfg.device)
 
 
-def make_loss(cfg: Settings, policy: TensorDictModuleBase) -> GRPOLoss:
+def make_loss(
+    cfg: Settings, policy: TensorDictModuleBase, *, functional: bool = True
+) -> GRPOLoss:
     """The objective; with a KL term, the policy as it is now is the reference."""
-    settings = asdict(cfg.loss)
+    settings: dict[str, Any] = {**asdict(cfg.loss), "functional": functional}
     if settings["kl_to_ref_coeff"] is not None:
         settings["reference_network"] = copy.deepcopy(policy).requires_grad_(False)
     return GRPOLoss(policy, **settings)
@@ -175,24 +178,47 @@ def make_loss(cfg: Settings, policy: TensorDictModuleBase) -> GRPOLoss:
 def make_optimizer(
     cfg: Settings, loss: GRPOLoss, progress: Callable[[], float]
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """AdamW over what is trained; the learning rate rises at first and falls with the budget.
+    """AdamW over what is trained, and its schedule."""
+    optimizer = make_adamw(cfg, loss.parameters())
+    return optimizer, make_scheduler(cfg, optimizer, progress)
+
+
+def make_adamw(cfg: Settings, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:
+    """AdamW over those of the parameters that are trained."""
+    return torch.optim.AdamW(
+        [parameter for parameter in parameters if parameter.requires_grad],
+        lr=cfg.optim.lr,
+        betas=cfg.optim.betas,
+        weight_decay=cfg.optim.weight_decay,
+    )
+
+
+def make_scheduler(
+    cfg: Settings, optimizer: torch.optim.Optimizer, progress: Callable[[], float]
+) -> LambdaLR:
+    """The learning rate, which rises at first and falls with the budget.
 
     Groups are few and noisy on a small machine: a rate that ends at ``final_lr_share`` averages
     over the last of them instead of following each.
     """
-    settings = cfg.optim
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in loss.parameters() if parameter.requires_grad],
-        lr=settings.lr,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-    )
-    warmup, final = max(1, settings.warmup_steps), settings.final_lr_share
+    warmup, final = max(1, cfg.optim.warmup_steps), cfg.optim.final_lr_share
 
     def factor(step: int) -> float:
         return min(1.0, (step + 1) / warmup) * (1.0 - (1.0 - final) * progress())
 
-    return optimizer, LambdaLR(optimizer, factor)
+    return LambdaLR(optimizer, factor)
+
+
+def make_learner_factory(cfg: Settings) -> LearnerFactory:
+    """How each rank of the learner makes what it learns with."""
+    return LearnerFactory(
+        policy=functools.partial(make_policy, cfg),
+        loss=functools.partial(make_loss, cfg, functional=False),
+        optimizer=functools.partial(make_adamw, cfg),
+        device=cfg.device,
+        num_threads=cfg.optim.num_threads,
+        seed=cfg.seed,
+    )
 
 
 # -- collection -----------------------------------------------------------------------------------
