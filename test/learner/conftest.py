@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_dvla.collectors.validation import match_policy
 from torchrl_dvla.data import InstructionTable
@@ -36,7 +37,7 @@ class Learners:
         rows, draw = self.pool.rows, torch.Generator().manual_seed(0)
         rows["observation", "image"].random_(256, generator=draw)
         rows["observation", "state"].uniform_(-1, 1, generator=draw)
-        with torch.no_grad():
+        with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
             sampled = policy(self.read(torch.arange(NUM_ROWS)))
         for key in self.pool.layout:
             if key in sampled.keys(True, True) and key[0] != "observation":
