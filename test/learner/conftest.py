@@ -57,11 +57,11 @@ class Learners:
         """Rows of two minibatches; the second one has an odd number of them."""
         return [torch.tensor([7, 0, 3, 11, 4, 2]), torch.tensor([1, 9, 8, 5, 10])]
 
-    def learn_alone(self, minibatches):
+    def learn_alone(self, minibatches, policy=None, optimizer=None):
         """The loop of a single process; returns policy, optimizer and norms."""
-        policy = utils.make_policy(self.cfg)
+        policy = policy or utils.make_policy(self.cfg)
         loss = utils.make_loss(self.cfg, policy)
-        optimizer = utils.make_adamw(self.cfg, loss.parameters())
+        optimizer = optimizer or utils.make_adamw(self.cfg, loss.parameters())
         norms = []
         for index in minibatches:
             batch = self.read(index)
@@ -75,8 +75,8 @@ class Learners:
         return policy, optimizer, norms
 
     @contextlib.contextmanager
-    def ranks(self, num_ranks, strategy, **options):
-        policy = utils.make_policy(self.cfg)
+    def ranks(self, num_ranks, strategy, policy=None, **options):
+        policy = policy or utils.make_policy(self.cfg)
         factory = utils.make_learner_factory(self.cfg)
         options = {"timeout_s": 120.0, **options}
         with LearnerRanks(

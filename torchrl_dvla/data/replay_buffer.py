@@ -369,7 +369,7 @@ class PooledReplayBuffer(ReplayBuffer):
                 with self._track.span("learn"):  # until the learner asks for more
                     yield batch
 
-    def row_minibatches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def row_minibatches(self) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
         """The minibatches of one learner update by the numbers of their rows; nothing is gathered.
 
         For a learner of several processes, each of which gathers its part by itself. In all else,

@@ -5,7 +5,13 @@
 """A learner of several processes under ``torch.distributed``."""
 
 from torchrl_dvla.learner.dealing import MicroBatch, deal
-from torchrl_dvla.learner.rank import LearnerFactory, LearnerRank, Minibatch, Strategy
+from torchrl_dvla.learner.rank import (
+    LearnerFactory,
+    LearnerRank,
+    Minibatch,
+    Strategy,
+    check_same_on_all_ranks,
+)
 from torchrl_dvla.learner.ranks import LearnerRanks, launched_rank, serve_launched_rank
 
 __all__ = [
@@ -15,6 +21,7 @@ __all__ = [
     "MicroBatch",
     "Minibatch",
     "Strategy",
+    "check_same_on_all_ranks",
     "deal",
     "launched_rank",
     "serve_launched_rank",

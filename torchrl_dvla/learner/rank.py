@@ -17,6 +17,7 @@ import torch.distributed as dist
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -33,7 +34,14 @@ from torchrl_dvla.objectives import GRPOLoss
 from torchrl_dvla.recording.distributed_state import load_distributed, save_distributed
 from torchrl_dvla.weight_update.weight_layout import iter_weights
 
-__all__ = ["LearnerFactory", "LearnerRank", "Minibatch", "PartLosses", "Strategy"]
+__all__ = [
+    "LearnerFactory",
+    "LearnerRank",
+    "Minibatch",
+    "PartLosses",
+    "Strategy",
+    "check_same_on_all_ranks",
+]
 
 Strategy = Literal["fsdp", "ddp"]
 #: Of each micro-batch its rows, those of its minibatch, and what the loss returned.
@@ -133,7 +141,7 @@ class LearnerRank:
         self.policy = policy
         self.device = factory.device_of(rank)
         self._seed = factory.seed
-        _check_policy(policy)
+        check_same_on_all_ranks(policy)
         self._take_weights_of_rank_0()
         self.loss = factory.loss(policy)
         self._root = _Root(policy)
@@ -267,13 +275,30 @@ class LearnerRank:
 
     # -- checkpoints -----------------------------------------------------------------------------
 
-    def save_optimizer(self, path: str) -> None:
-        """Write this rank's part of the optimizer's state into the folder that all write into."""
-        save_distributed(self.policy, self.optimizer, Path(path))
+    def save_optimizer(self, path: str) -> str:
+        """Write this rank's part of the optimizer's state into the folder that all write into.
+
+        Returns:
+            What the disk said, if it was not written: the same for all ranks, which go on.
+        """
+        try:
+            save_distributed(self.policy, self.optimizer, Path(path))
+        except (OSError, CheckpointException) as error:
+            return str(error) or type(error).__name__
+        return ""
 
     def load_optimizer(self, path: str) -> None:
-        """Read what this rank is to have of an optimizer's state, from any number of ranks."""
+        """Read what this rank is to have of an optimizer's state, from any number of ranks.
+
+        Hyper-parameters but the learning rate stay those that the optimizer was made with.
+        """
+        own = [
+            {key: value for key, value in group.items() if key in ("betas", "weight_decay")}
+            for group in self.optimizer.param_groups
+        ]
         load_distributed(self.policy, self.optimizer, Path(path))
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)
 
 
 class _Root(nn.Module):
@@ -337,7 +362,12 @@ def _sum_over_ranks(grads: Sequence[torch.Tensor]) -> None:
     flush()
 
 
-def _check_policy(policy: nn.Module) -> None:
+def check_same_on_all_ranks(policy: nn.Module) -> None:
+    """Refuse a policy whose weights or buffers would not stay the same on all ranks.
+
+    Raises:
+        ValueError: if it is lazy, or updates running statistics from the rows that it sees.
+    """
     if lazy := [name for name, p in policy.named_parameters() if is_lazy(p)]:
         raise ValueError(
             f"a policy that several ranks learn must know its shapes, got the lazy {lazy[0]!r}. "

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import shutil
@@ -102,7 +103,7 @@ class LearnerRanks:
                 else:
                     _join(None, 0, num_ranks, factory, timeout_s)
                 self._control = _control_group(timeout_s)
-                _broadcast((factory, strategy), self._control)
+                _broadcast(strategy, self._control)
                 self.own = LearnerRank(
                     factory, policy, rank=0, num_ranks=num_ranks, strategy=strategy
                 )
@@ -160,7 +161,7 @@ class LearnerRanks:
 
     def steps(
         self, *, max_grad_norm: float | None, micro_batch_size: int | None, version: int
-    ) -> Iterator[tuple[PartLosses, float]]:
+    ) -> Generator[tuple[PartLosses, float], None, None]:
         """One optimizer step for each minibatch of an update, as iterating the buffer.
 
         Keyword Args:
@@ -174,14 +175,15 @@ class LearnerRanks:
         """
         if self._buffer is None:
             raise RuntimeError("bind() must be called before steps(), with the collector's buffer.")
-        for rows, num_decisions in self._buffer.row_minibatches():
-            yield self.step(
-                rows,
-                num_decisions,
-                max_grad_norm=max_grad_norm,
-                micro_batch_size=micro_batch_size,
-                version=version,
-            )
+        with contextlib.closing(self._buffer.row_minibatches()) as minibatches:
+            for rows, num_decisions in minibatches:
+                yield self.step(
+                    rows,
+                    num_decisions,
+                    max_grad_norm=max_grad_norm,
+                    micro_batch_size=micro_batch_size,
+                    version=version,
+                )
 
     def step(
         self,
@@ -224,22 +226,31 @@ class LearnerRanks:
             return
         with self._explained("gather_weights"):
             _broadcast(("gather_weights", ()), self._control)
-            weights = self.own.weights()
-            try:
-                yield weights
-            finally:
-                deque(weights, maxlen=0)
+        weights = self._gathered()
+        try:
+            yield weights
+        finally:
+            deque(weights, maxlen=0)
+
+    def _gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
+        with self._explained("gather_weights"):
+            yield from self.own.weights()
 
     def gathered_policy(self) -> GatheredPolicy:
         """The policy as a component of checkpoints."""
         kind = GatheredPretrained if hasattr(self.policy, "save_pretrained") else GatheredPolicy
         return kind(self)
 
-    def save_optimizer(self, path: Path) -> None:
-        """Write the optimizer's state, each rank its part; see ``recording.distributed_state``."""
-        self._call("save_optimizer", str(path))
+    def save_distributed(self, path: Path) -> None:
+        """Write the optimizer's state, each rank its part; see ``recording.distributed_state``.
 
-    def load_optimizer(self, path: Path) -> None:
+        Raises:
+            OSError: if it cannot be written. The ranks go on.
+        """
+        if problems := [text for text in self._call("save_optimizer", str(path)) if text]:
+            raise OSError(errno.EIO, problems[0])
+
+    def load_distributed(self, path: Path) -> None:
         """Read the optimizer's state that any number of ranks, or a single process, has written."""
         self._call("load_optimizer", str(path))
 
@@ -380,16 +391,12 @@ def launched_rank() -> int | None:
     return int(os.environ["RANK"])
 
 
-def serve_launched_rank(timeout_s: float, device: str, num_threads: int) -> None:
+def serve_launched_rank(factory: LearnerFactory, timeout_s: float) -> None:
     """What a rank above 0 does that ``torchrun`` has started, until rank 0 ends it."""
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(factory.num_threads)
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    _join(None, rank, num_ranks, LearnerFactory(*[_unused] * 3, device=device), timeout_s)
-    _serve(rank, num_ranks)
-
-
-def _unused(*args: Any) -> Any:
-    raise AssertionError("rank 0 sends the factory")
+    _join(None, rank, num_ranks, factory, timeout_s)
+    _serve(factory, rank, num_ranks)
 
 
 def _serve_started_rank(
@@ -405,7 +412,7 @@ def _serve_started_rank(
     try:
         factory: LearnerFactory = cloudpickle.loads(payload)
         _join(_file_store(folder, num_ranks), rank, num_ranks, factory, timeout_s)
-        _serve(rank, num_ranks)
+        _serve(factory, rank, num_ranks)
     except BaseException:
         # An error that follows from another rank's comes after that one, and is not read.
         with contextlib.suppress(OSError):
@@ -413,9 +420,9 @@ def _serve_started_rank(
         raise SystemExit(1) from None
 
 
-def _serve(rank: int, num_ranks: int) -> None:
+def _serve(factory: LearnerFactory, rank: int, num_ranks: int) -> None:
     control = _control_group(None)
-    factory, strategy = _broadcast(None, control)
+    strategy = _broadcast(None, control)
     policy = factory.policy(str(factory.device_of(rank)))
     own = LearnerRank(factory, policy, rank=rank, num_ranks=num_ranks, strategy=strategy)
     while True:

@@ -30,7 +30,7 @@ from torchrl_dvla import (
     TopologyAwareCollector,
 )
 from torchrl_dvla.envs import LiberoChunkEnv, ToyChunkEnv, libero_tasks
-from torchrl_dvla.learner import LearnerFactory
+from torchrl_dvla.learner import LearnerFactory, LearnerRanks
 from torchrl_dvla.memory import DualPool
 from torchrl_dvla.modules import FlowVLA, TransformersVLA, load_policy, tiny_token_policy
 from torchrl_dvla.modules.load_policy import policy_class
@@ -221,6 +221,25 @@ def make_learner_factory(cfg: Settings) -> LearnerFactory:
     )
 
 
+def make_learner_ranks(
+    cfg: Settings, policy: TensorDictModuleBase, buffer: PooledReplayBuffer
+) -> LearnerRanks:
+    """The learner of several processes; the collector must be there, which binds ``buffer``."""
+    ranks = LearnerRanks(
+        make_learner_factory(cfg),
+        policy,
+        num_ranks=cfg.learner.num_ranks,
+        strategy=cfg.learner.strategy,
+        timeout_s=cfg.learner.timeout_s,
+    )
+    try:
+        ranks.bind(buffer)
+    except BaseException:
+        ranks.close()
+        raise
+    return ranks
+
+
 # -- collection -----------------------------------------------------------------------------------
 
 
@@ -241,8 +260,9 @@ def make_collector(
 ) -> DVLACollector:
     """The collector, which fills ``buffer``: workers are up, nothing is collected yet."""
     policy_factory = None
-    if cfg.inference_device is not None:
-        policy_factory = functools.partial(make_policy, cfg, cfg.inference_device)
+    is_sharded = cfg.learner.num_ranks > 1 and cfg.learner.strategy == "fsdp"
+    if cfg.inference_device is not None or is_sharded:  # what is sharded cannot be sent
+        policy_factory = functools.partial(make_policy, cfg, cfg.inference_device or cfg.device)
     common: dict[str, Any] = {
         "policy_factory": policy_factory,
         "replay_buffer": buffer,

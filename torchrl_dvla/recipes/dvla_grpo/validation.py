@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import pkgutil
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from torchrl_dvla.collectors.validation import match_policy, plan_memory
 from torchrl_dvla.data.schema import IMAGE_KEY, STATE_KEY
 from torchrl_dvla.envs import validate_libero
 from torchrl_dvla.envs.libero_setup import load_init_states
+from torchrl_dvla.learner import launched_rank
 from torchrl_dvla.memory import Plan
 from torchrl_dvla.modules.config import PolicyConfig
 from torchrl_dvla.recipes.dvla_grpo import utils
@@ -55,6 +57,7 @@ def check_settings(cfg: Settings) -> None:
                 f"{name} must be one that torch sees, got {wanted!r} and {count} of its kind. Use "
                 f"{name}=cpu, or a build of torch for the GPUs of this machine."
             )
+    _check_ranks(cfg)
     for name, section in (("env", cfg.env), ("policy", cfg.policy)):
         if isinstance(section, FactorySettings):
             _check_factory(name, section.to_dict())
@@ -71,6 +74,36 @@ def check_settings(cfg: Settings) -> None:
                     f"eval.num_episodes must be at most {len(load_init_states(task))} for each of "
                     f"env.task_ids, got {cfg.eval.num_episodes}. The benchmark has no more scenes."
                 )
+
+
+def _check_ranks(cfg: Settings) -> None:
+    """Require a device, or a core, for each rank of the learner, and a launcher that agrees."""
+    num_ranks, device = cfg.learner.num_ranks, torch.device(cfg.device)
+    if launched_rank() is not None:
+        world_size, local_size = (int(os.environ[f"{kind}WORLD_SIZE"]) for kind in ("", "LOCAL_"))
+        if world_size != num_ranks:
+            raise ValueError(
+                f"learner.num_ranks must be the number of processes that torchrun starts, got "
+                f"{num_ranks} and WORLD_SIZE={world_size}. Set learner.num_ranks={world_size}, or "
+                "leave torchrun out: the recipe starts its ranks by itself."
+            )
+        if local_size != world_size:
+            raise ValueError(
+                f"the ranks of the learner must be on one machine, got {local_size} of {world_size} "
+                "here: they read rows from shared memory. Use --nnodes=1; cluster.hosts spreads "
+                "sampling over machines."
+            )
+    if num_ranks == 1:
+        return
+    if device.type == "cpu":
+        found, kind = len(os.sched_getaffinity(0)), "cores"
+    else:
+        found, kind = torch.accelerator.device_count() - (device.index or 0), "devices"
+    if num_ranks > found:
+        raise ValueError(
+            f"learner.num_ranks must be at most the {found} {kind} from device={cfg.device} on, got "
+            f"{num_ranks}. Ranks that share one only wait for each other: lower it."
+        )
 
 
 def _check_factory(name: str, call: Mapping[str, Any]) -> None:
