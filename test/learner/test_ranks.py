@@ -87,6 +87,9 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_three(make_learners
     learners = make_learners("optim.lr=1e-4")
     first, second = learners.minibatches()
     policy, optimizer, _ = learners.learn_alone([first])
+    utils.make_scheduler(learners.cfg, optimizer, lambda: 0.0)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"]
     RunCheckpoints(tmp_path / "one", policy=policy, optimizer=optimizer).save(1)
     expected = dict(learners.learn_alone([first, second])[0].named_parameters())
 

@@ -149,6 +149,8 @@ class LearnerRank:
             _shard(self._root, num_ranks, self.device)
         trained = [p for p in policy.parameters() if p.requires_grad]
         self.optimizer = factory.optimizer(trained)
+        for group in self.optimizer.param_groups:  # as a schedule does, which only rank 0 has
+            group.setdefault("initial_lr", group["lr"])
         if rank:
             self.loss.compared_version = None  # rank 0 compares
         self._parameters = trained

@@ -73,8 +73,9 @@ def load_distributed(policy: nn.Module, optimizer: Optimizer, path: Path) -> Non
         whole = {
             "state": {names[index]: dict(entry) for index, entry in found["state"].items()},
             "param_groups": [
-                {**group, "params": [names[index] for index in group["params"]]}
-                for group in found["param_groups"]
+                # What PyTorch's newer optimizers know keeps its default.
+                {**own, **group, "params": [names[index] for index in group["params"]]}
+                for own, group in zip(optimizer.param_groups, found["param_groups"], strict=True)
             ],
         }
         options = StateDictOptions(full_state_dict=True)
