@@ -6,11 +6,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import signal
+import time
 import weakref
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import distributed_c10d
 
+from torchrl_dvla.learner import LearnerRanks, check_same_on_all_ranks
 from torchrl_dvla.recipes.dvla_grpo import utils
 from torchrl_dvla.recording import RunCheckpoints
 from torchrl_dvla.weight_update import WeightStore
@@ -18,6 +28,14 @@ from torchrl_dvla.weight_update import WeightStore
 from .conftest import weights_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy must give decisions of its own version")
+
+# Made in rank 1 only: rank 0 is given its policy.
+def _make_other_policy(device):
+    return nn.Linear(2, 1)
+
+
+def _make_no_policy(device):
+    raise LookupError("no such policy")
 
 
 @pytest.mark.parametrize(
@@ -113,3 +131,69 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_three(make_learners
             RunCheckpoints(tmp_path / "x", optimizer=ranks).load(path)
             learners.learn(ranks, [second])
             check({name: tensor.clone() for name, tensor in weights_of(ranks).items()})
+
+
+def test_a_killed_rank_ends_the_update_with_its_name(make_learners):
+    learners = make_learners()
+    with learners.ranks(2, "fsdp") as ranks:
+        (process,) = ranks.processes
+        learners.learn(ranks, learners.minibatches()[:1])
+        os.kill(process.pid, signal.SIGKILL)
+        begun_s = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"learner rank 1 was ended by SIGKILL.*resume=auto"):
+            learners.learn(ranks, learners.minibatches())
+        assert time.monotonic() - begun_s < 60.0  # not the 120 s that ranks wait for each other
+        assert ranks.has_failed
+        with pytest.raises(RuntimeError, match="learner rank 1 was ended"):
+            weights_of(ranks)
+    assert not dist.is_initialized()
+    with pytest.raises(RuntimeError, match="were closed|was ended"):
+        weights_of(ranks)
+
+
+def test_a_stopped_rank_ends_the_update_within_the_deadline(make_learners):
+    learners = make_learners()
+    with learners.ranks(2, "ddp") as ranks:
+        (process,) = ranks.processes
+        learners.learn(ranks, learners.minibatches()[:1])
+        os.kill(process.pid, signal.SIGSTOP)
+        # The deadline of the test, which has to leave time for the start, is longer.
+        distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+        with pytest.raises(RuntimeError, match=r"does not answer within.*learner\.timeout_s"):
+            learners.learn(ranks, learners.minibatches())
+    assert not Path(f"/proc/{process.process.pid}").exists()
+
+
+def test_gradients_that_are_not_finite_leave_all_ranks_as_they_were(make_learners):
+    learners = make_learners()
+    with learners.ranks(2, "ddp") as ranks:
+        before = weights_of(ranks)
+        rows = torch.arange(8)
+        with pytest.raises(RuntimeError, match="norm of the gradients must be finite"):
+            ranks.own._parameters[0].register_hook(lambda grad: grad * torch.inf)
+            learners.learn(ranks, [rows])
+        assert not ranks.has_failed
+        assert all((weights_of(ranks)[name] == tensor).all() for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (_make_other_policy, ValueError, "same parameters and buffers on all ranks, got others"),
+        (_make_no_policy, RuntimeError, r"(?s)learner rank 1 failed:.*no such policy"),
+    ],
+)
+def test_ranks_that_cannot_start_say_why(make_learners, make, error, message):
+    learners = make_learners()
+    factory = dataclasses.replace(utils.make_learner_factory(learners.cfg), policy=make)
+    with pytest.raises(error, match=message):
+        LearnerRanks(factory, utils.make_policy(learners.cfg), num_ranks=2, timeout_s=120.0)
+    assert not dist.is_initialized()
+
+
+def test_policies_that_ranks_cannot_share_are_refused():
+    with pytest.raises(ValueError, match=r"running statistics in '0' in training mode"):
+        check_same_on_all_ranks(nn.Sequential(nn.BatchNorm1d(2)))
+    check_same_on_all_ranks(nn.Sequential(nn.BatchNorm1d(2)).eval())
+    with pytest.raises(ValueError, match="know its shapes, got the lazy 'weight'"):
+        check_same_on_all_ranks(nn.LazyLinear(2))

@@ -191,10 +191,10 @@ class LearnerRank:
         """One optimizer step.
 
         Returns:
-            What the loss returned on this rank, and the norm of all gradients.
+            What the loss returned on this rank, and the norm of all gradients. If that is not
+            finite, no rank has stepped.
 
         Raises:
-            RuntimeError: if that norm is not finite; no rank has stepped then.
             ValueError: as the loss.
         """
         assert self._fields is not None
@@ -215,7 +215,8 @@ class LearnerRank:
                 found = {key: value.detach().cpu() for key, value in losses.items()}
                 parts.append((part.stop - part.start, num_rows, TensorDict(found)))
         norm = self._sum_and_clip(minibatch.max_grad_norm)
-        self.optimizer.step()
+        if math.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return parts, norm
 
@@ -243,18 +244,11 @@ class LearnerRank:
         if whole := [grad for grad in grads if not isinstance(grad, DTensor)]:
             norms.append(get_total_norm(whole))
         total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-        norm_value = float(total)
-        if not math.isfinite(norm_value):
-            self.optimizer.zero_grad()
-            raise RuntimeError(
-                f"The norm of the gradients must be finite, got {norm_value}. Lower optim.lr, or "
-                "look for what is not finite in the rows of this update."
-            )
-        if math.isfinite(max_norm):
-            for kind in (DTensor, None):
-                chosen = [p for p in self._parameters if isinstance(p, DTensor) == (kind is DTensor)]
+        if math.isfinite(max_norm) and bool(total.isfinite()):
+            for is_sharded in (True, False):  # they do not mix in one call
+                chosen = [p for p in self._parameters if isinstance(p, DTensor) == is_sharded]
                 clip_grads_with_norm_(chosen, max_norm, total)
-        return norm_value
+        return float(total)
 
     # -- weights ---------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import math
 import os
-import shutil
 import tempfile
 import time
 import traceback
@@ -21,6 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import torch
 import torch.distributed as dist
 from tensordict import TensorDict
@@ -92,33 +92,30 @@ class LearnerRanks:
         self._num_minibatches = 0
         self._num_known = 0
         self._buffer: PooledReplayBuffer | None = None
-        self._folder: str | None = None
-        try:
+        # Where the ranks find each other; gone once they have, so that a kill leaves nothing.
+        with contextlib.ExitStack() as on_error, tempfile.TemporaryDirectory() as folder:
+            on_error.callback(self.close)
             with self._explained("start"):
+                store = None
                 if launched_rank() is None:
-                    self._start_processes(factory)
-                    assert self._folder is not None
-                    store = _file_store(self._folder, num_ranks)
-                    _join(store, 0, num_ranks, factory, timeout_s)
-                else:
-                    _join(None, 0, num_ranks, factory, timeout_s)
+                    path = f"{folder}/ranks"
+                    self._start_processes(factory, path)
+                    store = dist.FileStore(path, num_ranks)
+                _join(store, 0, num_ranks, factory, timeout_s)
                 self._control = _control_group(timeout_s)
                 _broadcast(strategy, self._control)
                 self.own = LearnerRank(
                     factory, policy, rank=0, num_ranks=num_ranks, strategy=strategy
                 )
-        except BaseException:
-            self.close()
-            raise
+            on_error.pop_all()
 
-    def _start_processes(self, factory: LearnerFactory) -> None:
-        self._folder = tempfile.mkdtemp(prefix="dvla-ranks-")  # for this user alone
+    def _start_processes(self, factory: LearnerFactory, path: str) -> None:
         payload = pickled(factory, "factory")
         for rank in range(1, self.num_ranks):
             self._processes.append(
                 ManagedProcess(
                     _serve_started_rank,
-                    (payload, self._folder, rank, self.num_ranks, self.timeout_s),
+                    (payload, path, rank, self.num_ranks, self.timeout_s),
                     name=f"learner rank {rank}",
                     num_threads=factory.num_threads,
                 )
@@ -211,7 +208,13 @@ class LearnerRanks:
             number=version * 1_000_003 + self._num_minibatches,
         )
         found = self._call("learn", minibatch)
-        return [part for parts, _ in found for part in parts], found[0][1]
+        norm = float(found[0][1])
+        if not math.isfinite(norm):
+            raise RuntimeError(
+                f"The norm of the gradients must be finite, got {norm}: no rank has stepped. Lower "
+                "optim.lr, or look for what is not finite in the rows of this update."
+            )
+        return [part for parts, _ in found for part in parts], norm
 
     # -- weights and checkpoints -------------------------------------------------------------------
 
@@ -275,25 +278,21 @@ class LearnerRanks:
         try:
             yield
         except Exception as error:
-            if words := self._last_words():
+            if not _is_of_peers(error):  # the other ranks wait for this one, and are ended
                 self._failure = (
-                    f"All ranks of the learner must take part in {method!r}, got an end of: {words} "
-                    "The update is lost with it. Go on from the last checkpoint: "
+                    f"The ranks of the learner must take each step together, got an error of rank 0 "
+                    f"in {method!r}: {error!r}. Go on from the last checkpoint: "
                     "checkpoint.resume=auto."
-                )
-            elif isinstance(error, (RuntimeError, dist.DistError)) and _is_of_peers(error):
-                self._failure = (
-                    f"All ranks of the learner must take part in {method!r} within "
-                    f"{self.timeout_s:g} s, got one that does not answer: {error} See what it "
-                    "printed, or raise learner.timeout_s; then go on from the last checkpoint: "
-                    "checkpoint.resume=auto."
-                )
-            else:  # an error of this rank: the others wait for it, and are ended
-                self._failure = (
-                    f"The ranks of the learner were ended when rank 0 failed: {error!r}. Go on "
-                    "from the last checkpoint: checkpoint.resume=auto."
                 )
                 raise
+            cause = self._last_words() or (
+                f"one that does not answer within {self.timeout_s:g} s ({error}). See what it "
+                "printed, or raise learner.timeout_s."
+            )
+            self._failure = (
+                f"All ranks of the learner must take part in {method!r}, got {cause} The update is "
+                "lost with it. Go on from the last checkpoint: checkpoint.resume=auto."
+            )
             raise RuntimeError(self._failure) from error
 
     def _last_words(self) -> str:
@@ -323,8 +322,6 @@ class LearnerRanks:
         for process in self._processes:
             process.stop(_GRACE_S)
         self._processes.clear()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> LearnerRanks:
         return self
@@ -402,16 +399,14 @@ def serve_launched_rank(factory: LearnerFactory, timeout_s: float) -> None:
 def _serve_started_rank(
     connection: Connection,
     payload: bytes,
-    folder: str,
+    path: str,
     rank: int,
     num_ranks: int,
     timeout_s: float,
 ) -> None:
-    import cloudpickle
-
     try:
         factory: LearnerFactory = cloudpickle.loads(payload)
-        _join(_file_store(folder, num_ranks), rank, num_ranks, factory, timeout_s)
+        _join(dist.FileStore(path, num_ranks), rank, num_ranks, factory, timeout_s)
         _serve(factory, rank, num_ranks)
     except BaseException:
         # An error that follows from another rank's comes after that one, and is not read.
@@ -475,10 +470,6 @@ def _control_group(timeout_s: float | None) -> dist.ProcessGroup:
         return dist.new_group(backend="gloo", timeout=limit)
 
 
-def _file_store(folder: str, num_ranks: int) -> dist.Store:
-    return dist.FileStore(os.path.join(folder, "ranks"), num_ranks)
-
-
 def _broadcast(value: Any, group: dist.ProcessGroup) -> Any:
     """Rank 0's value, on every rank."""
     values = [value]
@@ -488,5 +479,6 @@ def _broadcast(value: Any, group: dist.ProcessGroup) -> Any:
 
 def _is_of_peers(error: Exception) -> bool:
     """Whether an error is that of a collective: another rank is gone, or does not answer."""
-    words = ("gloo", "nccl", "peer", "timed out", "timeout", "connection")
-    return any(word in str(error).lower() for word in words)
+    words = ("gloo", "nccl", "peer", "timed out", "timeout", "connection", "socket", "store")
+    kinds = (RuntimeError, OSError)  # torch.distributed.DistError is one of them
+    return isinstance(error, kinds) and any(word in str(error).lower() for word in words)

@@ -258,7 +258,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
             save()
         except Exception as error:
             if ranks is not None and ranks.has_failed:
-                log("a rank of the learner is lost, and its part of the weights: nothing to save")
+                log("the ranks of the learner are not in step any more: nothing can be saved")
             else:
                 save_after(error, policy, save)
             log(last_words(cfg, run_folder, state))
