@@ -385,7 +385,10 @@ def test_weights_that_come_one_by_one_are_copied_and_let_go(learner, store):
         (lambda weights: weights[1:], "weight: missing"),
         (lambda weights: [*weights, ("other", torch.ones(1))], "other: not in the store"),
         (lambda weights: [(weights[0][0], torch.ones(7)), *weights[1:]], r"weight: \(7,\)"),
-        (lambda weights: [(name, tensor * torch.nan) for name, tensor in weights], "must be finite"),
+        (
+            lambda weights: [(name, tensor * torch.nan) for name, tensor in weights],
+            "must be finite",
+        ),
     ],
 )
 def test_weights_one_by_one_are_checked_and_asked_for_to_the_end(learner, store, change, message):

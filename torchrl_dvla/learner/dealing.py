@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 __all__ = ["MicroBatch", "deal"]
 
@@ -54,5 +55,5 @@ def deal(
     edges = [begin + (end - begin) * k // num_parts for k in range(num_parts + 1)]
     return [
         MicroBatch(start, stop) if start < stop else MicroBatch(0, 1, counts=False)
-        for start, stop in zip(edges, edges[1:])
+        for start, stop in pairwise(edges)
     ]

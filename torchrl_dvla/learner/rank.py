@@ -2,12 +2,13 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""One rank of a learner: its replica or shard of the policy, its optimizer, its part of the work."""
+"""One rank of a learner: its replica or shard of the policy, and its part of the work."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -76,7 +77,11 @@ class LearnerFactory:
     def device_of(self, rank: int) -> torch.device:
         """The device of a rank."""
         device = torch.device(self.device)
-        return device if device.type == "cpu" else torch.device(device.type, (device.index or 0) + rank)
+        return (
+            device
+            if device.type == "cpu"
+            else torch.device(device.type, (device.index or 0) + rank)
+        )
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,7 @@ class LearnerRank:
         parts: PartLosses = []
         for part in deal(num_rows, self.num_ranks, self.rank, minibatch.micro_batch_size):
             batch = self._gather(minibatch, part.start, part.stop)
-            losses = self._root(lambda: dict(self.loss(batch, normaliser=minibatch.normaliser).items()))
+            losses = self._root(functools.partial(self._losses, batch, minibatch.normaliser))
             total = sum(value for key, value in losses.items() if key.startswith("loss_"))
             (total if part.counts else 0.0 * total).backward()
             if part.counts:
@@ -219,6 +224,9 @@ class LearnerRank:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return parts, norm
+
+    def _losses(self, batch: TensorDictBase, normaliser: float) -> dict[str, torch.Tensor]:
+        return dict(self.loss(batch, normaliser=normaliser).items())
 
     def _gather(self, minibatch: Minibatch, start: int, stop: int) -> TensorDictBase:
         assert self._fields is not None
@@ -373,7 +381,7 @@ def check_same_on_all_ranks(policy: nn.Module) -> None:
         is_tracking = getattr(module, "track_running_stats", False) and module.training
         if is_tracking and getattr(module, "running_mean", None) is not None:
             raise ValueError(
-                "buffers of a policy that several ranks learn must not depend on the rows that each "
-                f"has seen, got running statistics in {name!r} in training mode. Call policy.eval(), "
-                "or normalise without them (LayerNorm, GroupNorm)."
+                "buffers of a policy that several ranks learn must not depend on the rows that "
+                f"each has seen, got running statistics in {name!r} in training mode. Call "
+                "policy.eval(), or normalise without them (LayerNorm, GroupNorm)."
             )

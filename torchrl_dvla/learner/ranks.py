@@ -14,7 +14,7 @@ import tempfile
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -280,7 +280,7 @@ class LearnerRanks:
         except Exception as error:
             if not _is_of_peers(error):  # the other ranks wait for this one, and are ended
                 self._failure = (
-                    f"The ranks of the learner must take each step together, got an error of rank 0 "
+                    "The ranks of the learner must take each step together, got an error of rank 0 "
                     f"in {method!r}: {error!r}. Go on from the last checkpoint: "
                     "checkpoint.resume=auto."
                 )
@@ -425,8 +425,7 @@ def _serve(factory: LearnerFactory, rank: int, num_ranks: int) -> None:
         if method == "stop":
             break
         if method == "attach":
-            view = args[0]
-            args = (view.rows,)
+            args = (args[0].rows,)
         result = getattr(own, method)(*args)
         if method != "gather_weights":
             dist.gather_object(result)
@@ -444,18 +443,23 @@ def _join(
     device = factory.device_of(rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    given = {"store": store, "rank": rank, "world_size": num_ranks} if store is not None else {}
+    is_cuda = device.type == "cuda"
     with _on_loopback():
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
             timeout=timedelta(seconds=timeout_s),
-            **given,
+            store=store,  # none: torchrun's, by its environment variables
+            rank=-1 if store is None else rank,
+            world_size=-1 if store is None else num_ranks,
+            device_id=device if is_cuda else None,
         )
 
 
 @contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
-    names = [name for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name not in os.environ]
+    names = [
+        name for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name not in os.environ
+    ]
     os.environ.update(dict.fromkeys(names, "lo"))
     try:
         yield

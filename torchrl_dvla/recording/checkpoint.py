@@ -79,10 +79,10 @@ class RunCheckpoints:
     Keyword Args:
         keep_last (int): how many checkpoints stay. Defaults to ``2``.
         **components: what has ``state_dict`` and ``load_state_dict``: policy, optimizer, learning
-            rate schedule, collector, ``torchrl.checkpoint.GlobalRNGState()``. An optimizer of several
-            processes has ``save_distributed`` and ``load_distributed`` instead, of a path; one of a
-            single process reads what that has written, and the reverse, by the names of the
-            parameters of *policy*.
+            rate schedule, collector, ``torchrl.checkpoint.GlobalRNGState()``. An optimizer of
+            several processes has ``save_distributed`` and ``load_distributed`` instead, of a path;
+            one of a single process reads what that has written, and the reverse, by the names of
+            the parameters of *policy*.
 
     Raises:
         ValueError: if ``keep_last`` is smaller than 1.

@@ -351,9 +351,9 @@ class Settings(Section):
             )
         if self.optim.minibatch_size < self.learner.num_ranks:
             raise ValueError(
-                f"optim.minibatch_size must be at least learner.num_ranks={self.learner.num_ranks}, "
-                f"got {self.optim.minibatch_size}: a rank would have no row. Raise one or lower the "
-                "other."
+                f"optim.minibatch_size must be at least learner.num_ranks={self.learner.num_ranks},"
+                f" got {self.optim.minibatch_size}: a rank would have no row. Raise one or lower "
+                "the other."
             )
         is_folder_name = self.name.isprintable() and not set("/\\") & set(self.name)
         if not is_folder_name or self.name.strip(". ") == "" or len(self.name.encode()) > 200:

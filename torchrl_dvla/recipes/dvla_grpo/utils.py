@@ -165,9 +165,7 @@ def make_policy(cfg: Settings, device: str | None = None) -> TensorDictModuleBas
     return policy.to(device or cfg.device)
 
 
-def make_loss(
-    cfg: Settings, policy: TensorDictModuleBase, *, functional: bool = True
-) -> GRPOLoss:
+def make_loss(cfg: Settings, policy: TensorDictModuleBase, *, functional: bool = True) -> GRPOLoss:
     """The objective; with a KL term, the policy as it is now is the reference."""
     settings: dict[str, Any] = {**asdict(cfg.loss), "functional": functional}
     if settings["kl_to_ref_coeff"] is not None:

@@ -89,9 +89,9 @@ def _check_ranks(cfg: Settings) -> None:
             )
         if local_size != world_size:
             raise ValueError(
-                f"the ranks of the learner must be on one machine, got {local_size} of {world_size} "
-                "here: they read rows from shared memory. Use --nnodes=1; cluster.hosts spreads "
-                "sampling over machines."
+                f"the ranks of the learner must be on one machine, got {local_size} of "
+                f"{world_size} here: they read rows from shared memory. Use --nnodes=1; "
+                "cluster.hosts spreads sampling over machines."
             )
     if num_ranks == 1:
         return
@@ -101,8 +101,8 @@ def _check_ranks(cfg: Settings) -> None:
         found, kind = torch.accelerator.device_count() - (device.index or 0), "devices"
     if num_ranks > found:
         raise ValueError(
-            f"learner.num_ranks must be at most the {found} {kind} from device={cfg.device} on, got "
-            f"{num_ranks}. Ranks that share one only wait for each other: lower it."
+            f"learner.num_ranks must be at most the {found} {kind} from device={cfg.device} on, "
+            f"got {num_ranks}. Ranks that share one only wait for each other: lower it."
         )
 
 
