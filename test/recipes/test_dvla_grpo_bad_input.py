@@ -36,7 +36,7 @@ def ends_early(monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "launcher", "message"),
     [
-        (["learner.num_ranks=4000"], {}, r"learner.num_ranks must be at most the \d+ cores .* 4000"),
+        (["learner.num_ranks=3"], {}, "learner.num_ranks must be at most the 2 cores .* got 3"),
         (["policy.kind=tiny_vla", "+policy.hidden_dim=16"], {}, "know its shapes, got the lazy"),
         ([], {"WORLD_SIZE": "3"}, "got 2 and WORLD_SIZE=3. Set learner.num_ranks=3, or leave"),
         (["learner.num_ranks=1"], {"WORLD_SIZE": "2"}, "got 1 and WORLD_SIZE=2"),
