@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import signal
 import time
@@ -20,6 +21,7 @@ from torch import nn
 
 from torchrl_dvla.learner import LearnerRanks, check_same_on_all_ranks
 from torchrl_dvla.recipes.dvla_grpo import utils
+from torchrl_dvla.recipes.dvla_grpo.settings import compose_settings
 from torchrl_dvla.recording import RunCheckpoints
 from torchrl_dvla.weight_update import WeightStore
 
@@ -29,12 +31,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:the policy must give decisions o
 
 
 # Made in rank 1 only: rank 0 is given its policy.
-def _make_other_policy(device):
-    return nn.Linear(2, 1)
 
 
-def _make_no_policy(device):
-    raise LookupError("no such policy")
+def _make_unknown_policy(device):
+    raise AssertionError("the other processes cannot import this module")
 
 
 @pytest.mark.parametrize(
@@ -177,15 +177,25 @@ def test_gradients_that_are_not_finite_leave_all_ranks_as_they_were(make_learner
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (_make_other_policy, ValueError, "same parameters and buffers on all ranks, got others"),
-        (_make_no_policy, RuntimeError, r"(?s)learner rank 1 failed:.*no such policy"),
+        (
+            functools.partial(utils.make_policy, compose_settings("toy", ["policy.vocab_size=16"])),
+            ValueError,
+            "same parameters and buffers on all ranks, got others on rank 1 than on rank 0: ",
+        ),
+        (
+            functools.partial(utils.make_policy, None),
+            RuntimeError,
+            r"(?s)learner rank 1 failed:.*'NoneType' object has no attribute 'policy'",
+        ),
+        (_make_unknown_policy, ValueError, r"(?s)learner rank 1 failed.*ModuleNotFoundError"),
     ],
+    ids=["other shapes", "an error", "not to be imported"],
 )
 def test_ranks_that_cannot_start_say_why(make_learners, make, error, message):
     learners = make_learners()
     factory = dataclasses.replace(utils.make_learner_factory(learners.cfg), policy=make)
     with pytest.raises(error, match=message):
-        LearnerRanks(factory, utils.make_policy(learners.cfg), num_ranks=2, timeout_s=120.0)
+        LearnerRanks(factory, utils.make_policy(learners.cfg), num_ranks=2, timeout_s=60.0)
     assert not dist.is_initialized()
 
 

@@ -120,6 +120,19 @@ class LearnerRanks:
                     num_threads=factory.num_threads,
                 )
             )
+        # Asked before the ranks meet, which would be waited for as long as they may take.
+        for process in self._processes:
+            words = "sent nothing, see its log"
+            if process.connection.poll(self.timeout_s):
+                try:
+                    words = process.connection.recv()
+                except EOFError:
+                    words = process.describe_end()
+            if words is not None:
+                raise ValueError(
+                    f"the factory must be made for a process that imports it anew, got one with "
+                    f"which {process.name} failed: {words}"
+                )
 
     @property
     def optimizer(self) -> Optimizer:
@@ -406,6 +419,7 @@ def _serve_started_rank(
 ) -> None:
     try:
         factory: LearnerFactory = cloudpickle.loads(payload)
+        connection.send(None)
         _join(dist.FileStore(path, num_ranks), rank, num_ranks, factory, timeout_s)
         _serve(factory, rank, num_ranks)
     except BaseException:
