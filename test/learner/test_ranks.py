@@ -38,7 +38,8 @@ def _make_unknown_policy(device):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "name"), [("ddp", "toy"), ("fsdp", "toy"), ("fsdp", "toy_flow")]
+    ("strategy", "name"),
+    [("ddp", "toy"), ("fsdp", "toy"), pytest.param("fsdp", "toy_flow", marks=pytest.mark.slow)],
 )
 def test_two_ranks_take_the_steps_of_one(make_learners, strategy, name):
     # Adam divides by the size of each gradient: rounding in the smallest counts by the rate.
@@ -100,6 +101,7 @@ def test_what_is_published_from_shards_is_bit_equal_and_one_tensor_at_a_time(mak
         reader.close()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_three(make_learners, tmp_path):
     learners = make_learners("optim.lr=1e-4")
     first, second = learners.minibatches()

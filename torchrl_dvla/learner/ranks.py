@@ -331,9 +331,10 @@ class LearnerRanks:
                     _broadcast(("stop", ()), self._control)
             with contextlib.suppress(Exception):
                 dist.destroy_process_group()
-        self._failure = self._failure or "The learner's ranks were closed."
         for process in self._processes:
-            process.stop(_GRACE_S)
+            # What waits for a rank that is lost, or is that rank, has nothing left to do.
+            process.stop(0.0 if self._failure else _GRACE_S)
+        self._failure = self._failure or "The learner's ranks were closed."
         self._processes.clear()
 
     def __enter__(self) -> LearnerRanks:

@@ -70,7 +70,7 @@ def load_distributed(policy: nn.Module, optimizer: Optimizer, path: Path) -> Non
             return
         names = [name for name, p in policy.named_parameters() if p.requires_grad]
         found = read_state(path / _STATE, mmap=True)
-        whole = {
+        whole: dict[str, Any] = {
             "state": {names[index]: dict(entry) for index, entry in found["state"].items()},
             "param_groups": [
                 # What PyTorch's newer optimizers know keeps its default.
