@@ -43,8 +43,13 @@ def _make_unknown_policy(device):
 )
 def test_two_ranks_take_the_steps_of_one(make_learners, strategy, name):
     # Adam divides by the size of each gradient: rounding in the smallest counts by the rate.
+    # Each row knows how many decisions its rollout has: no rank needs whole ones.
     learners = make_learners(
-        "optim.lr=1e-4", "optim.micro_batch_size=2", "optim.max_grad_norm=0.05", name=name
+        "optim.lr=1e-4",
+        "optim.micro_batch_size=2",
+        "optim.max_grad_norm=0.05",
+        f"loss.reduction={'trajectory_mean' if strategy == 'ddp' else 'token_mean'}",
+        name=name,
     )
     minibatches = learners.minibatches()
     policy, _, norms = learners.learn_alone(minibatches)
@@ -155,7 +160,7 @@ def test_a_killed_rank_ends_the_update_with_its_name(make_learners):
 @pytest.mark.slow
 def test_a_stopped_rank_ends_the_update_within_the_deadline(make_learners):
     learners = make_learners()
-    with learners.ranks(2, "ddp", timeout_s=20.0) as ranks:
+    with learners.ranks(2, "ddp", timeout_s=15.0) as ranks:
         (process,) = ranks.processes
         learners.learn(ranks, learners.minibatches()[:1])
         os.kill(process.pid, signal.SIGSTOP)
