@@ -33,6 +33,25 @@ def ends_early(monkeypatch):
     return run
 
 
+@pytest.mark.parametrize(
+    ("overrides", "launcher", "message"),
+    [
+        (["learner.num_ranks=3"], {}, "learner.num_ranks must be at most the 2 cores .* got 3"),
+        (["policy.kind=tiny_vla", "+policy.hidden_dim=16"], {}, "know its shapes, got the lazy"),
+        ([], {"WORLD_SIZE": "3"}, "got 2 and WORLD_SIZE=3. Set learner.num_ranks=3, or leave"),
+        (["learner.num_ranks=1"], {"WORLD_SIZE": "2"}, "got 1 and WORLD_SIZE=2"),
+        ([], {"LOCAL_WORLD_SIZE": "1"}, "must be on one machine, got 1 of 2 here"),
+    ],
+)
+def test_ranks_that_cannot_be(settings, ends_early, monkeypatch, overrides, launcher, message):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    if launcher:
+        given = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", **launcher}
+        for name, value in {"TORCHELASTIC_RUN_ID": "x", **given}.items():
+            monkeypatch.setenv(name, value)
+    ends_early(settings("toy", "learner.num_ranks=2", *overrides), ValueError, message)
+
+
 @pytest.fixture(scope="module")
 def libero_policy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("policy")

@@ -408,3 +408,33 @@ def test_an_error_while_saving_does_not_hide_the_first(capsys):
 
     bookkeeping.save_after(ArithmeticError("no"), torch.nn.Linear(2, 1), save)
     assert "it could not be saved: OSError('disk full')" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_ranks_learn_and_one_goes_on_from_their_checkpoint(tmp_path):
+    ranks = ["policy.kind=tiny", "learner.num_ranks=2", "eval.num_episodes=0"]
+    runs = []
+    for overrides in (
+        ["train.num_updates=2", *ranks],
+        ["train.num_updates=3", *ranks, "learner.num_ranks=1", "checkpoint.resume=auto"],
+    ):
+        run = Run(tmp_path, *overrides)
+        try:
+            assert run.finish() == 0, run.output
+        finally:
+            run.kill()
+        assert run.left_over() == []
+        runs.append(run)
+    assert "'learner.num_ranks' is 1 instead of 2" in runs[1].output
+    (folder,) = (tmp_path / "runs" / "toy").iterdir()
+    first, second = sorted((folder / "checkpoints").glob("update-*"))
+    assert len(list(first.glob("components/*-optimizer/*.distcp"))) == 2  # a file a rank
+    entries = _state(second, "optimizer")["state"]
+    # Minibatches of 32 rows, two epochs: as many steps as the schedule has counted.
+    steps = {int(entry["step"]) for entry in entries.values()}
+    assert steps == {_state(second, "scheduler")["last_epoch"]}
+    assert min(steps) > 2
+    report = json.loads((folder / "report.json").read_text())
+    assert report["num_updates"] == 3
+    assert report["max_policy_lag"] <= 1

@@ -106,7 +106,7 @@ def test_what_is_trained_alone_is_published(settings, base):
     }.items():
         cfg = settings("toy", *SMALL, f"policy.path={base}", *given)
         policy = utils.make_policy(cfg)
-        options = utils.make_updater(policy)
+        options = utils.make_updater(cfg, policy)
         trained = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
         check_policy(cfg, policy)
         with options_store(options, policy) as store:

@@ -352,3 +352,49 @@ def test_weights_made_for_one_publication_are_not_taken_for_what_lives_where_the
         del made
         gc.collect()
         assert not store.publishes_from(addresses)
+
+
+# -- weights that come one after the other ---------------------------------------------------------
+
+
+def test_weights_that_come_one_by_one_are_copied_and_let_go(learner, store):
+    alive, most = weakref.WeakSet(), 0
+
+    def gathered():
+        nonlocal most
+        for name, parameter in learner.named_parameters():
+            tensor = parameter.detach() + 1.0
+            alive.add(tensor)
+            most = max(most, len(alive))
+            yield name, tensor
+            del tensor
+
+    served = copy.deepcopy(learner)
+    reader = store.reader("worker 0")
+    assert store.publish(gathered()) == 1
+    assert reader.adopt_into(served) == 1
+    for name, parameter in learner.named_parameters():
+        assert torch.equal(served.get_parameter(name), parameter + 1.0)
+    assert most == 1
+    reader.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights[1:], "weight: missing"),
+        (lambda weights: [*weights, ("other", torch.ones(1))], "other: not in the store"),
+        (lambda weights: [(weights[0][0], torch.ones(7)), *weights[1:]], r"weight: \(7,\)"),
+        (
+            lambda weights: [(name, tensor * torch.nan) for name, tensor in weights],
+            "must be finite",
+        ),
+    ],
+)
+def test_weights_one_by_one_are_checked_and_asked_for_to_the_end(learner, store, change, message):
+    weights = iter(change([(name, p.detach()) for name, p in learner.named_parameters()]))
+    with pytest.raises(ValueError, match=message):
+        store.publish(weights)
+    assert next(weights, None) is None
+    assert store.version == 0
+    assert store.publish() == 1  # the slot is free again

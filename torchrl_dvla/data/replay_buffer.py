@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -359,6 +359,33 @@ class PooledReplayBuffer(ReplayBuffer):
         if self.groups is None and len(self):
             yield from super().__iter__()
             return
+        with closing(self._minibatches()) as minibatches:
+            for plan, rows, num_decisions in minibatches:
+                with self._track.span("gather"):
+                    batch = self._gather(rows, num_decisions)
+                # Counted as it is handed out: a checkpoint that the learner takes after its
+                # optimiser step does not repeat the minibatch.
+                plan.position += 1
+                with self._track.span("learn"):  # until the learner asks for more
+                    yield batch
+
+    def row_minibatches(self) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
+        """The minibatches of one learner update by the numbers of their rows; nothing is gathered.
+
+        For a learner of several processes, each of which gathers its part by itself. In all else,
+        what it raises included, it is as iterating the buffer.
+
+        Yields:
+            Row numbers of the pool, int64 ``[B]``, and the decisions of each row's rollout ``[B]``.
+        """
+        with closing(self._minibatches()) as minibatches:
+            for plan, rows, num_decisions in minibatches:
+                plan.position += 1
+                with self._track.span("learn"):
+                    yield rows, num_decisions
+
+    def _minibatches(self) -> Generator[tuple[CohortPlan, torch.Tensor, torch.Tensor], None, None]:
+        """The plan and the rows of each minibatch; whoever hands one out counts it there."""
         groups = self._bound()
         if self._iterating:
             raise RuntimeError(
@@ -374,14 +401,8 @@ class PooledReplayBuffer(ReplayBuffer):
             num_decisions = torch.tensor(sizes).repeat_interleave(torch.tensor(sizes))
             while not plan.is_over:
                 self._require_current(plan, groups)
-                with self._track.span("gather"):
-                    ordinals = plan.row_ordinals()
-                    batch = self._gather(rows[ordinals], num_decisions[ordinals])
-                # Counted as it is handed out: a checkpoint that the learner takes after its
-                # optimiser step does not repeat the minibatch.
-                plan.position += 1
-                with self._track.span("learn"):  # until the learner asks for more
-                    yield batch
+                ordinals = plan.row_ordinals()
+                yield plan, rows[ordinals], num_decisions[ordinals]
             self._ended_plan = plan
         finally:
             self._track.waiting("elsewhere")

@@ -149,6 +149,9 @@ class GRPOLoss(LossModule):
             *reference_network*). Defaults to ``"k3"``.
         reference_network (TensorDictModuleBase, optional): frozen reference policy. Without it,
             the reference's log-probabilities are read from the batch.
+        functional (bool): take the parameters out of the actor, as TorchRL's losses do. ``False``
+            leaves them, as what acts on modules needs it, such as ``fully_shard``. Defaults to
+            ``True``.
         check_finite (bool): refuse tokens outside of the vocabulary, log-probabilities that are not
             finite or (of tokens) positive, advantages and weights that are not finite or above 1e6
             in magnitude, and losses that are not finite. Not done inside of ``torch.compile`` and
@@ -230,7 +233,7 @@ class GRPOLoss(LossModule):
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
     actor_network: TensorDictModuleBase
-    actor_network_params: TensorDictParams
+    actor_network_params: TensorDictParams | None
     target_actor_network_params: TensorDictParams  # never made; TorchRL warns if not declared
     reference_network: TensorDictModuleBase | None
     reference_network_params: TensorDictParams
@@ -259,6 +262,7 @@ class GRPOLoss(LossModule):
         kl_to_ref_coeff: float | None = None,
         kl_estimator: KLEstimator = "k3",
         reference_network: TensorDictModuleBase | None = None,
+        functional: bool = True,
         check_finite: bool = True,
     ) -> None:
         check_actor(actor_network)
@@ -280,7 +284,10 @@ class GRPOLoss(LossModule):
         self._out_keys: list[NestedKey] | None = None
         self._sampled = schema.sampled_key(getattr(actor_network, "out_keys", ()))
         self.tensor_keys.action = self._sampled
-        self.convert_to_functional(actor_network, "actor_network")
+        if check("functional", functional, bool):
+            self.convert_to_functional(actor_network, "actor_network")
+        else:
+            self.actor_network, self.actor_network_params = actor_network, None
         # Kept out of _modules, and its weights registered as buffers: an optimiser built on
         # loss.parameters() must never see them, yet loss.to(device) must move them.
         self.__dict__["reference_network"] = reference_network
@@ -645,8 +652,7 @@ class GRPOLoss(LossModule):
             return
         self.compared_version = version  # later in this version, optimiser steps come between
         found = F.masked_mean(difference, mask & (stamped == version).unsqueeze(-1)).item()
-        values = self.actor_network_params.values(True, True)
-        allowed = agreement_of(value.dtype for value in values)
+        allowed = agreement_of(value.dtype for value in self.parameters())
         if found <= allowed:
             return
         self.compared_version = None
@@ -666,7 +672,7 @@ class GRPOLoss(LossModule):
         self,
         tensordict: TensorDictBase,
         network: TensorDictModuleBase,
-        params: TensorDictParams,
+        params: TensorDictParams | None,
     ) -> d.Distribution:
         """Distribution of the single actions ``[*B, chunk, A]``, from one forward of *network*."""
         return of_single_actions(run_policy(tensordict, network, params, self.tensor_keys.action))

@@ -18,7 +18,7 @@ import shutil
 import uuid
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from torchrl.checkpoint import Checkpoint, CheckpointAdapter, CheckpointError, G
 
 from torchrl_dvla._version import __version__
 from torchrl_dvla.differences import differences, join_some
+from torchrl_dvla.recording.distributed_state import is_distributed, read_whole
 from torchrl_dvla.saved_state import COUNT, Number, form_of, form_problems, read_state, types_of
 
 __all__ = ["RunCheckpoints", "find_latest_checkpoint"]
@@ -66,6 +67,7 @@ class RunCheckpoints:
         manifest.json                update, configuration, versions, SHA-256 of each file
         components/<n>-policy/       the policy by its own save_pretrained, or state.pt
         components/<n>-<component>/  state.pt, read with weights_only=True
+        components/<n>-optimizer/    of several processes: torch.distributed.checkpoint's files
 
     It is written under another name and renamed when complete: a process killed at any instant
     leaves every earlier checkpoint, and at worst a hidden partial folder, which the next save
@@ -77,7 +79,10 @@ class RunCheckpoints:
     Keyword Args:
         keep_last (int): how many checkpoints stay. Defaults to ``2``.
         **components: what has ``state_dict`` and ``load_state_dict``: policy, optimizer, learning
-            rate schedule, collector, ``torchrl.checkpoint.GlobalRNGState()``.
+            rate schedule, collector, ``torchrl.checkpoint.GlobalRNGState()``. An optimizer of
+            several processes has ``save_distributed`` and ``load_distributed`` instead, of a path;
+            one of a single process reads what that has written, and the reverse, by the names of
+            the parameters of *policy*.
 
     Raises:
         ValueError: if ``keep_last`` is smaller than 1.
@@ -109,8 +114,13 @@ class RunCheckpoints:
 
     def register(self, name: str, component: Any) -> None:
         """Add a component that is made later than the others, such as the collector."""
-        is_pretrained = hasattr(component, "save_pretrained") and hasattr(component, "read_weights")
-        adapter = (_PretrainedFolder if is_pretrained else _StateFile)(name, self._digests)
+        kind: type[_DigestedAdapter] = _StateFile
+        if hasattr(component, "save_pretrained") and hasattr(component, "read_weights"):
+            kind = _PretrainedFolder
+        elif hasattr(component, "save_distributed"):
+            kind = _SharedFolder
+        adapter = kind(name, self._digests)
+        adapter.policy = lambda: self._checkpoint.components.get("policy")
         self._checkpoint.register(name, component, adapter=adapter)
         self._adapters[name] = adapter
 
@@ -200,7 +210,8 @@ class RunCheckpoints:
 
     def _explain(self, update: int, error: OSError) -> str:
         components = self._checkpoint.components.values()
-        leaves = tree_leaves([dict(component.state_dict()) for component in components])
+        states = [dict(c.state_dict()) for c in components if hasattr(c, "state_dict")]
+        leaves = tree_leaves(states)
         num_bytes = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
         folder = next(path for path in (self.directory, *self.directory.parents) if path.exists())
         return (
@@ -305,6 +316,8 @@ class _DigestedAdapter(CheckpointAdapter):
         self._name, self._digests = name, digests
         #: What :meth:`read` has found, until it is loaded.
         self.state: Any = None
+        #: The component whose parameters an optimizer has.
+        self.policy: Callable[[], Any] = lambda: None
 
     def save(self, component: Any, path: Path, *, args: Any, kwargs: Any) -> None:
         path.mkdir(parents=True)
@@ -376,7 +389,11 @@ class _StateFile(_DigestedAdapter):
             ) from error
 
     def read(self, component: Any, path: Path) -> list[str]:
-        self.state = read_state(path / _STATE, mmap=True)
+        policy = self.policy()
+        if isinstance(component, Optimizer) and policy is not None and is_distributed(path):
+            self.state = read_whole(policy, component, path)
+        else:
+            self.state = read_state(path / _STATE, mmap=True)
         if isinstance(component, Optimizer):
             return _optimizer_problems(component, self.state, self._name)
         if isinstance(component, GlobalRNGState):
@@ -395,6 +412,20 @@ class _StateFile(_DigestedAdapter):
         else:
             form = {object: object}  # its load_state_dict is to check the rest
         return form_problems(form, self.state, self._name)
+
+
+class _SharedFolder(_StateFile):
+    """A state that several processes write into one folder and read from it, each its part."""
+
+    def _write(self, component: Any, path: Path) -> None:
+        component.save_distributed(path)
+
+    def read(self, component: Any, path: Path) -> list[str]:
+        self.state = path
+        return []
+
+    def load(self, component: Any, path: Path, **kwargs: Any) -> None:
+        component.load_distributed(path)
 
 
 def _optimizer_problems(optimizer: Optimizer, state: Any, name: str) -> list[str]:

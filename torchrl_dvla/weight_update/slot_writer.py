@@ -10,7 +10,7 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torchrl_dvla.weight_update.segment import (
     slot_byte,
     wait_for_devices,
 )
-from torchrl_dvla.weight_update.weight_layout import Bucket, WeightLayout
+from torchrl_dvla.weight_update.weight_layout import Bucket, Entry, WeightLayout
 
 __all__ = ["PublishStats", "SlotWriter", "WeightCopier", "is_finite", "non_finite_names"]
 
@@ -36,6 +36,11 @@ _PIECE_BYTES = 512 << 10
 
 # How often the deferred writer tries to claim a slot, which costs a system call per slot.
 _RETRY_S = 5e-4
+
+_ONE_LEARNER = (
+    "publish must be called by one learner at a time, got a second call while one is copying. Let "
+    "one thread publish."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,17 +107,20 @@ def non_finite_names(
     """
     names = []
     for index in _uncertain(layout, tensors, indices):
-        entry, tensor = layout.entries[index], tensors[index].detach()
-        stored = tensor.to(entry.dtype)
-        if is_finite(stored.reshape(-1)):
-            continue
-        bad = ~torch.isfinite(stored)
-        if entry.is_buffer:
-            bad &= (stored != stored) | torch.isfinite(tensor)
-        count = int(bad.sum())
-        if count:
-            names.append(f"{entry.name} ({count} of {entry.numel} elements)")
+        names += _non_finite(layout.entries[index], tensors[index].detach())
     return names
+
+
+def _non_finite(entry: Entry, tensor: torch.Tensor) -> list[str]:
+    """``name (k of n elements)`` of an entry, if it must not be published as it is."""
+    stored = tensor.to(entry.dtype)
+    if is_finite(stored.reshape(-1)):
+        return []
+    bad = ~torch.isfinite(stored)
+    if entry.is_buffer:
+        bad &= (stored != stored) | torch.isfinite(tensor)
+    count = int(bad.sum())
+    return [f"{entry.name} ({count} of {entry.numel} elements)"] if count else []
 
 
 def _uncertain(
@@ -314,21 +322,13 @@ class SlotWriter:
             the version; see :meth:`WeightStore.publish` for what is raised.
         """
         if not self._turn.acquire(blocking=False):
-            raise RuntimeError(
-                "publish must be called by one learner at a time, got a second call while one is "
-                "copying. Let one thread publish."
-            )
+            raise RuntimeError(_ONE_LEARNER)
         try:
             start_s = time.perf_counter()
             tensors = find()
             number = self.version + 1 if version is None else version
             self._publish(tensors, number)
-            stall_s = time.perf_counter() - start_s
-            self.stats = dataclasses.replace(
-                self.stats,
-                stall_last_s=stall_s,
-                stall_max_s=max(self.stats.stall_max_s, stall_s),
-            )
+            self._count_stall(time.perf_counter() - start_s)
         finally:
             self._turn.release()
         return number
@@ -357,6 +357,67 @@ class SlotWriter:
             for index in live  # what is frozen may be read by others from where it is
             if tensors[index].numel()
         }
+
+    def publish_each(
+        self, weights: Iterator[tuple[str, torch.Tensor]], *, version: int | None = None
+    ) -> int:
+        """Take a version whose weights come one after the other; none is kept.
+
+        Each goes straight into the slot, so there is never a second copy of all of them, and is
+        checked there. They are asked for to the end, whatever is wrong with one. If that is found
+        while a version is deferred, that one is dropped as well: readers keep what is visible.
+
+        Args:
+            weights (iterator): name and tensor of every entry that is not frozen, in any order;
+                a tied one under any of its names. Others are passed over.
+
+        Keyword Args:
+            version (int, optional): its number; default is the next one.
+
+        Returns:
+            the version; see :meth:`WeightStore.publish` for what is raised.
+        """
+        layout = self._layout
+        missing = {k for k, entry in enumerate(layout.entries) if not entry.is_frozen}
+        problems: list[str] = []
+        infinite: list[str] = []
+
+        @torch.no_grad()
+        def copy(views: SlotViews) -> None:
+            for name, tensor in weights:
+                index = layout.index_of.get(name)
+                if index is None:
+                    problems.append(f"{name}: not in the store")
+                elif index in missing:
+                    entry, target = layout.entries[index], views.entries[index]
+                    if tensor.shape != entry.shape or tensor.dtype != entry.source_dtype:
+                        problems.append(f"{name}: {tuple(tensor.shape)}, {tensor.dtype}")
+                    else:
+                        target.copy_(tensor)
+                        if self._check_finite and not is_finite(target.reshape(-1)):
+                            infinite.extend(_non_finite(entry, tensor))
+                    missing.discard(index)
+                del tensor  # before the next one is made
+            problems.extend(f"{layout.entries[index].name}: missing" for index in sorted(missing))
+            if problems:
+                raise ValueError(
+                    "weights must be those that the weight store was made from, got "
+                    f"{len(problems)} differences: {'; '.join(problems[:5])}. Build both from one "
+                    "configuration."
+                )
+            self._refuse_if(infinite, number)
+
+        if not self._turn.acquire(blocking=False):
+            raise RuntimeError(_ONE_LEARNER)
+        try:
+            start_s = time.perf_counter()
+            number = self.version + 1 if version is None else version
+            self._write(copy, number)
+            self._sources = {}
+            self._count_stall(time.perf_counter() - start_s)
+        finally:
+            self._turn.release()
+        return number
 
     def write_bytes(self, live: np.ndarray, version: int) -> None:
         """Take a version that another node's slot held: into a free slot, or deferred.
@@ -400,6 +461,13 @@ class SlotWriter:
                 f"version {version}. The one before stays in use; check the gradients (clip them "
                 "with error_if_nonfinite=True), or pass check_finite=False."
             )
+
+    def _count_stall(self, stall_s: float) -> None:
+        self.stats = dataclasses.replace(
+            self.stats,
+            stall_last_s=stall_s,
+            stall_max_s=max(self.stats.stall_max_s, stall_s),
+        )
 
     def _count(self, **increments: int) -> None:
         values = {name: getattr(self.stats, name) + step for name, step in increments.items()}

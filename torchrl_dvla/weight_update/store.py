@@ -67,7 +67,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -379,7 +379,12 @@ class WeightStore:
         self._require_writer()
         return self._ledger.latest_version
 
-    def publish(self, source: WeightSource | None = None, *, version: int | None = None) -> int:
+    def publish(
+        self,
+        source: WeightSource | Iterator[tuple[str, torch.Tensor]] | None = None,
+        *,
+        version: int | None = None,
+    ) -> int:
         """Copy the weights and make them the latest version. Never waits for a reader.
 
         When it returns the version is visible (or deferred, if every other slot is in use); when it
@@ -389,7 +394,9 @@ class WeightStore:
 
         Args:
             source (optional): the weights; default is what the store was made from, walked anew:
-                a layer that was replaced in a module is found.
+                a layer that was replaced in a module is found. An iterator of names and tensors is
+                asked for one after the other, such as parameters that are gathered from several
+                processes: no second copy of all of them is made.
 
         Keyword Args:
             version (int, optional): the number to give; default is the next one.
@@ -405,6 +412,8 @@ class WeightStore:
                 made the store.
         """
         self._require_writer()
+        if isinstance(source, Iterator):
+            return self._writer.publish_each(source, version=version)
         return self._writer.publish(lambda: self._find(source), version=version)
 
     def _find(self, source: WeightSource | None) -> Sequence[torch.Tensor]:

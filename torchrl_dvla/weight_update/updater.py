@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -131,12 +131,18 @@ class AsyncWeightUpdater(WeightSyncScheme):
             return self._reader.version
         return self.store.version
 
-    def publish(self, weights: WeightSource | None = None, *, version: int | None = None) -> int:
+    def publish(
+        self,
+        weights: WeightSource | Iterator[tuple[str, torch.Tensor]] | None = None,
+        *,
+        version: int | None = None,
+    ) -> int:
         """Copy the weights into the store; see :meth:`WeightStore.publish` for what it raises.
 
         Args:
             weights (optional): a module, its tensordict, or a flat or nested dict of tensors; the
-                default is the model that the updater was initialised with.
+                default is the model that the updater was initialised with. Or an iterator of names
+                and tensors, each of which is copied before the next one is asked for.
 
         Keyword Args:
             version (int, optional): the number to give; it must grow. The default is the next one.
@@ -144,7 +150,8 @@ class AsyncWeightUpdater(WeightSyncScheme):
         Returns:
             the version.
         """
-        source = self._source if weights is None else _as_source(weights)
+        source = weights if isinstance(weights, Iterator) else _as_source(weights)
+        source = self._source if weights is None else source
         version = self.store.publish(source, version=version)
         policy = self._local_policy() if self._local_policy is not None else None
         self._local_is_behind = policy is not None and not self.store.publishes_from(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from tensordict import TensorDictBase
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchrl.checkpoint import Checkpoint
@@ -59,7 +60,7 @@ def log(text: str) -> None:
 #: and named; any other is refused: what is in the checkpoint depends on it.
 _MAY_CHANGE = re.compile(
     r"name|device|inference_device|policy\.(path|stated\..+)"
-    r"|(train|eval|checkpoint|log|memory|inference|loss|cluster|demo)(\..+)?"
+    r"|(train|eval|checkpoint|log|memory|inference|loss|learner|cluster|demo)(\..+)?"
     r"|optim\.(?!minibatch_size).+|workers\.(?!max_decisions).+"
     r"|group\.(return_bounds|advantage|max_no_signal_groups|on_no_signal)"
 )
@@ -455,7 +456,9 @@ def save_after(error: Exception, policy: torch.nn.Module, save: Callable[[], Non
     """The run ends with ``error``: save what was learned, unless that is what is broken."""
     try:
         # On the CPU: there may be no memory left on the device.
-        if not all(bool(p.detach().cpu().isfinite().all()) for p in policy.parameters()):
+        # Of a sharded policy, what this rank has.
+        own = (p.to_local() if isinstance(p, DTensor) else p for p in policy.parameters())
+        if not all(bool(p.detach().cpu().isfinite().all()) for p in own):
             log(f"{type(error).__name__}: the weights hold NaN or infinity, so they are not saved")
             return
         log(f"{type(error).__name__}: saving a checkpoint")

@@ -90,7 +90,7 @@ def calibrate(cfg: Settings, *, num_updates: int = 3) -> LaneCosts:
     policy = utils.make_policy(cfg)
     check_policy(cfg, policy)
     loss = utils.make_loss(cfg, policy)
-    optimizer, scheduler = utils.make_optimizer(cfg, loss, lambda: 0.0)
+    optimizer, scheduler, _ = utils.make_optimizer(cfg, loss, lambda: 0.0)
     buffer, stop = utils.make_replay_buffer(cfg), GracefulStop()
     buffer.timeout_s = cfg.train.timeout_s
     publish_s: list[float] = []

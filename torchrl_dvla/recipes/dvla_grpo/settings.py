@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from torchrl_dvla import GroupConfig, InferenceConfig, WorkerConfig
 from torchrl_dvla.functional import Reduction
+from torchrl_dvla.learner import Strategy
 from torchrl_dvla.memory import DualPool
 from torchrl_dvla.modules import LoraConfig, TinyBackboneConfig
 from torchrl_dvla.modules.formats import Stated
@@ -248,6 +249,15 @@ class OptimSettings(Section):
 
 
 @dataclass(frozen=True)
+class LearnerSettings(Section):
+    """Processes that learn together, see :class:`~torchrl_dvla.learner.LearnerRanks`."""
+
+    num_ranks: Count = 1
+    strategy: Strategy = "fsdp"
+    timeout_s: Seconds = 300.0
+
+
+@dataclass(frozen=True)
 class TrainSettings(Section):
     """Budgets of the training; without an update, the policy is evaluated and that is all."""
 
@@ -336,6 +346,7 @@ class Settings(Section):
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     memory: MemorySettings = field(default_factory=MemorySettings)
     loss: LossSettings = field(default_factory=LossSettings)
+    learner: LearnerSettings = field(default_factory=LearnerSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     log: LogSettings = field(default_factory=LogSettings)
     cluster: ClusterSettings | None = None
@@ -349,6 +360,12 @@ class Settings(Section):
             raise ValueError(
                 "demo.kill_node must be false but for several nodes on this machine, got true. Use "
                 "--config-name toy_cluster."
+            )
+        if self.optim.minibatch_size < self.learner.num_ranks:
+            raise ValueError(
+                f"optim.minibatch_size must be at least learner.num_ranks={self.learner.num_ranks},"
+                f" got {self.optim.minibatch_size}: a rank would have no row. Raise one or lower "
+                "the other."
             )
         is_folder_name = self.name.isprintable() and not set("/\\") & set(self.name)
         if not is_folder_name or self.name.strip(". ") == "" or len(self.name.encode()) > 200:

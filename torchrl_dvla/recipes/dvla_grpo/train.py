@@ -14,12 +14,13 @@ Every setting is in ``config/*.yaml``; README.md beside this file explains them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import math
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from statistics import fmean
 from typing import Any, Literal
 
@@ -34,6 +35,12 @@ from torchrl.checkpoint import GlobalRNGState
 from torchrl_dvla import DVLACollector, EpisodeSpec, GRPOLoss
 from torchrl_dvla.collectors import Evaluation, EvaluationResult
 from torchrl_dvla.data.schema import IMAGE_KEY
+from torchrl_dvla.learner import (
+    LearnerRanks,
+    check_same_on_all_ranks,
+    launched_rank,
+    serve_launched_rank,
+)
 from torchrl_dvla.recipes.dvla_grpo import utils
 from torchrl_dvla.recipes.dvla_grpo.bookkeeping import (
     Meter,
@@ -81,6 +88,11 @@ def main() -> None:
 def run(cfg: DictConfig) -> None:
     """Trains with the settings of a composed configuration, and exits as the shell expects."""
     share_terminal()
+    if launched_rank():  # torchrun started several: this one serves the first, which has the rest
+        settings = settings_from(cfg)
+        check_settings(settings)
+        serve_launched_rank(utils.make_learner_factory(settings), settings.learner.timeout_s)
+        return
     with messages_only(), GracefulStop() as stop:
         try:
             train(settings_from(cfg), stop)
@@ -104,6 +116,8 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
         check_resumed(cfg, resumed)
         lock = RunLock(utils.make_run_folder(cfg, resumed))
     policy = utils.make_policy(cfg)
+    if cfg.learner.num_ranks > 1:
+        check_same_on_all_ranks(policy)
     check_policy(cfg, policy)
     loss = utils.make_loss(cfg, policy)
     state, failure = RunState(), None
@@ -111,19 +125,20 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
     held_out, subset = utils.make_evaluation_episodes(cfg)
     lock = lock or RunLock(utils.make_run_folder(cfg, None))  # until the end of the process
     run_folder = lock.folder
-    checkpoints = RunCheckpoints(
+    make_checkpoints = functools.partial(
+        RunCheckpoints,
         run_folder / "checkpoints",
         keep_last=cfg.checkpoint.keep,
-        policy=policy,
-        optimizer=optimizer,
-        scheduler=scheduler,
         rng=GlobalRNGState(),
         run=state,
     )
+    checkpoints = make_checkpoints(policy=policy, optimizer=optimizer, scheduler=scheduler)
     if masters.masters:  # of a policy in bfloat16
         checkpoints.register("masters", masters)
     if resumed is not None:
-        checkpoints.load(resumed)
+        # Several ranks read the optimizer's state once they are there, each its part.
+        early = None if cfg.learner.num_ranks == 1 else ("policy", "rng", "run")
+        checkpoints.load(resumed, early)
         use_optim_settings(cfg, optimizer, scheduler)
 
     with contextlib.ExitStack() as stack:
@@ -141,6 +156,22 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
         if resumed is not None:
             checkpoints.load(resumed, ["collector"])
             loss.compared_version = collector.policy_version  # may have been stepped in it already
+        ranks = None
+        if cfg.learner.num_ranks > 1:
+            with stop.interruptible():
+                ranks = stack.enter_context(utils.make_learner_ranks(cfg, policy, buffer))
+            ranks.own.loss.compared_version = loss.compared_version
+            loss, optimizer = ranks.own.loss, ranks.optimizer
+            scheduler = utils.make_scheduler(cfg, optimizer, lambda: state.progress(cfg))
+            checkpoints = make_checkpoints(
+                policy=ranks.gathered_policy(),
+                optimizer=ranks,
+                scheduler=scheduler,
+                collector=collector,
+            )
+            if resumed is not None:
+                checkpoints.load(resumed, ("optimizer", "scheduler"))
+                use_optim_settings(cfg, optimizer, scheduler)
         nodes = ClusterRecord(cfg, state, collector)
         # A learner that waits for groups sees neither a signal nor that all succeed: this wakes it.
         stop.on_request(buffer.shutdown)
@@ -185,7 +216,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
                     # A task that is hopeless yields no group to learn from.
                     buffer.timeout_s = meter.patience_s()
                     try:
-                        metrics = learn(cfg, loss, optimizer, scheduler, collector, stop)
+                        metrics = learn(cfg, loss, optimizer, scheduler, collector, stop, ranks)
                     except TimeoutError:
                         if not meter.is_out_of_time():
                             raise
@@ -196,7 +227,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
                         break
                     assert metrics is not None
                     published_s = time.monotonic()
-                    collector.update_policy_weights_()
+                    publish(collector, ranks)
                     metrics["weights/publish_s"] = time.monotonic() - published_s
                     metrics = meter.after_update(metrics, buffer.cohort)
                     nodes.after_update(buffer.cohort)
@@ -228,7 +259,10 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
             state.ended_by = str(stop.reason)
             save()
         except Exception as error:
-            save_after(error, policy, save)
+            if ranks is not None and ranks.has_failed:
+                log("the ranks of the learner are not in step any more: nothing can be saved")
+            else:
+                save_after(error, policy, save)
             log(last_words(cfg, run_folder, state))
             raise
         report = report_of(cfg, state)
@@ -252,6 +286,7 @@ def learn(
     scheduler: LRScheduler,
     collector: DVLACollector,
     stop: GracefulStop,
+    ranks: LearnerRanks | None = None,
 ) -> dict[str, float] | None:
     """One learner update: every minibatch of the next groups, unless the run is asked to stop.
 
@@ -260,26 +295,24 @@ def learn(
         no groups came, for the run is to stop or nothing is left to learn.
     """
     loss.version = collector.policy_version
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     parts: list[tuple[int, int, TensorDictBase]] = []
     norms: list[float] = []
+    if ranks is None:
+        steps = steps_alone(cfg, loss, optimizer, collector)
+    else:
+        steps = ranks.steps(
+            max_grad_norm=cfg.optim.max_grad_norm,
+            micro_batch_size=cfg.optim.micro_batch_size,
+            version=loss.version,
+        )
     try:
-        for batch in collector.replay_buffer:
-            batch = batch.to(cfg.device)
-            normaliser = loss.normaliser(batch)
-            # Gradients of micro-batches add up to that of the minibatch.
-            for part in batch.split(cfg.optim.micro_batch_size or len(batch)):
-                losses = loss(part, normaliser=normaliser)
-                sum(value for key, value in losses.items() if key.startswith("loss_")).backward()
-                parts.append((len(part), len(batch), losses.detach().cpu()))
-            max_norm = cfg.optim.max_grad_norm or math.inf
-            norm = clip_grad_norm_(parameters, max_norm, error_if_nonfinite=True)
-            norms.append(float(norm))
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-            if stop.requested:
-                break
+        with contextlib.closing(steps):
+            for found, norm in steps:
+                parts += found
+                norms.append(norm)
+                scheduler.step()
+                if stop.requested:
+                    break
     except RuntimeError:  # closing the buffer is how this loop is woken
         groups = groups_of(collector)
         if groups.in_hand or not (stop.requested or groups.is_solved):
@@ -291,6 +324,36 @@ def learn(
     metrics["optim/lr"] = float(scheduler.get_last_lr()[0])
     metrics["optim/grad_norm"] = fmean(norms)
     return metrics
+
+
+def steps_alone(
+    cfg: Settings, loss: GRPOLoss, optimizer: Optimizer, collector: DVLACollector
+) -> Generator[tuple[list[tuple[int, int, TensorDictBase]], float], None, None]:
+    """One optimizer step for each minibatch, in this process: its losses, and its gradient norm."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for batch in collector.replay_buffer:
+        batch = batch.to(cfg.device)
+        normaliser = loss.normaliser(batch)
+        parts: list[tuple[int, int, TensorDictBase]] = []
+        # Gradients of micro-batches add up to that of the minibatch.
+        for part in batch.split(cfg.optim.micro_batch_size or len(batch)):
+            losses = loss(part, normaliser=normaliser)
+            sum(value for key, value in losses.items() if key.startswith("loss_")).backward()
+            parts.append((len(part), len(batch), losses.detach().cpu()))
+        max_norm = cfg.optim.max_grad_norm or math.inf
+        norm = clip_grad_norm_(parameters, max_norm, error_if_nonfinite=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield parts, float(norm)
+
+
+def publish(collector: DVLACollector, ranks: LearnerRanks | None) -> None:
+    """Publish the weights, gathered one by one where several ranks have them."""
+    if ranks is None:
+        collector.update_policy_weights_()
+    else:
+        with ranks.weights() as weights:
+            collector.update_policy_weights_(weights)
 
 
 def begin_evaluation(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -31,6 +31,7 @@ from torchrl_dvla import (
     TopologyAwareCollector,
 )
 from torchrl_dvla.envs import LiberoChunkEnv, ToyChunkEnv, libero_tasks
+from torchrl_dvla.learner import LearnerFactory, LearnerRanks
 from torchrl_dvla.memory import DualPool
 from torchrl_dvla.modules import FlowVLA, TransformersVLA, load_policy, tiny_token_policy
 from torchrl_dvla.modules.load_policy import policy_class
@@ -192,9 +193,9 @@ def _refuse_others(settings: PolicySettings, is_flow: bool) -> None:
         )
 
 
-def make_loss(cfg: Settings, policy: TensorDictModuleBase) -> GRPOLoss:
+def make_loss(cfg: Settings, policy: TensorDictModuleBase, *, functional: bool = True) -> GRPOLoss:
     """The objective; with a KL term, the policy as it is now is the reference."""
-    settings = asdict(cfg.loss)
+    settings: dict[str, Any] = {**asdict(cfg.loss), "functional": functional}
     if settings["kl_to_ref_coeff"] is not None:
         # What is frozen is the same in both.
         shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
@@ -205,28 +206,71 @@ def make_loss(cfg: Settings, policy: TensorDictModuleBase) -> GRPOLoss:
 def make_optimizer(
     cfg: Settings, loss: GRPOLoss, progress: Callable[[], float]
 ) -> tuple[torch.optim.Optimizer, LambdaLR, MasterWeights]:
-    """AdamW over what is trained; the learning rate rises at first and falls with the budget.
+    """AdamW over what is trained, and its schedule.
 
     Of weights in a narrower dtype it steps float32 masters, which are returned as well.
+    """
+    masters = MasterWeights(parameter for parameter in loss.parameters() if parameter.requires_grad)
+    optimizer = make_adamw(cfg, masters.stepped)
+    masters.follow(optimizer)
+    return optimizer, make_scheduler(cfg, optimizer, progress), masters
+
+
+def make_adamw(cfg: Settings, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:
+    """AdamW over those of the parameters that are trained."""
+    return torch.optim.AdamW(
+        [parameter for parameter in parameters if parameter.requires_grad],
+        lr=cfg.optim.lr,
+        betas=cfg.optim.betas,
+        weight_decay=cfg.optim.weight_decay,
+    )
+
+
+def make_scheduler(
+    cfg: Settings, optimizer: torch.optim.Optimizer, progress: Callable[[], float]
+) -> LambdaLR:
+    """The learning rate, which rises at first and falls with the budget.
 
     Groups are few and noisy on a small machine: a rate that ends at ``final_lr_share`` averages
     over the last of them instead of following each.
     """
-    settings = cfg.optim
-    masters = MasterWeights(parameter for parameter in loss.parameters() if parameter.requires_grad)
-    optimizer = torch.optim.AdamW(
-        masters.stepped,
-        lr=settings.lr,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-    )
-    masters.follow(optimizer)
-    warmup, final = max(1, settings.warmup_steps), settings.final_lr_share
+    warmup, final = max(1, cfg.optim.warmup_steps), cfg.optim.final_lr_share
 
     def factor(step: int) -> float:
         return min(1.0, (step + 1) / warmup) * (1.0 - (1.0 - final) * progress())
 
-    return optimizer, LambdaLR(optimizer, factor), masters
+    return LambdaLR(optimizer, factor)
+
+
+def make_learner_factory(cfg: Settings) -> LearnerFactory:
+    """How each rank of the learner makes what it learns with."""
+    return LearnerFactory(
+        policy=functools.partial(make_policy, cfg),
+        loss=functools.partial(make_loss, cfg, functional=False),
+        optimizer=functools.partial(make_adamw, cfg),
+        device=cfg.device,
+        num_threads=cfg.optim.num_threads,
+        seed=cfg.seed,
+    )
+
+
+def make_learner_ranks(
+    cfg: Settings, policy: TensorDictModuleBase, buffer: PooledReplayBuffer
+) -> LearnerRanks:
+    """The learner of several processes; the collector must be there, which binds ``buffer``."""
+    ranks = LearnerRanks(
+        make_learner_factory(cfg),
+        policy,
+        num_ranks=cfg.learner.num_ranks,
+        strategy=cfg.learner.strategy,
+        timeout_s=cfg.learner.timeout_s,
+    )
+    try:
+        ranks.bind(buffer)
+    except BaseException:
+        ranks.close()
+        raise
+    return ranks
 
 
 # -- collection -----------------------------------------------------------------------------------
@@ -244,10 +288,14 @@ def make_replay_buffer(cfg: Settings) -> PooledReplayBuffer:
     )
 
 
-def make_updater(policy: TensorDictModuleBase) -> AsyncWeightUpdater:
-    """The scheme that publishes; of a policy that is frozen in parts, what is trained alone."""
+def make_updater(cfg: Settings, policy: TensorDictModuleBase) -> AsyncWeightUpdater:
+    """The scheme that publishes; of a policy that is frozen in parts, what is trained alone.
+
+    Several ranks hand all of their weights over, one after the other.
+    """
     trained = [parameter.requires_grad for parameter in policy.parameters()]
-    return AsyncWeightUpdater(trainable_only=any(trained) and not all(trained))
+    is_in_parts = any(trained) and not all(trained) and cfg.learner.num_ranks == 1
+    return AsyncWeightUpdater(trainable_only=is_in_parts)
 
 
 def make_collector(
@@ -255,13 +303,14 @@ def make_collector(
 ) -> DVLACollector:
     """The collector, which fills ``buffer``: workers are up, nothing is collected yet."""
     policy_factory = None
-    if cfg.inference_device is not None:
-        policy_factory = functools.partial(make_policy, cfg, cfg.inference_device)
+    is_sharded = cfg.learner.num_ranks > 1 and cfg.learner.strategy == "fsdp"
+    if cfg.inference_device is not None or is_sharded:  # what is sharded cannot be sent
+        policy_factory = functools.partial(make_policy, cfg, cfg.inference_device or cfg.device)
     common: dict[str, Any] = {
         "policy_factory": policy_factory,
         "replay_buffer": buffer,
         "group": cfg.group,
-        "weight_sync_schemes": {"policy": make_updater(policy)},
+        "weight_sync_schemes": {"policy": make_updater(cfg, policy)},
         "memory": make_memory(cfg),
         "rows_per_page": cfg.memory.rows_per_page,
         "seed": cfg.seed,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import pkgutil
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from torchrl_dvla.collectors.validation import match_policy, plan_memory
 from torchrl_dvla.data.schema import CAMERA_KEYS, IMAGE_KEY, STATE_KEY
 from torchrl_dvla.envs import validate_libero
 from torchrl_dvla.envs.libero_setup import load_init_states
+from torchrl_dvla.learner import launched_rank
 from torchrl_dvla.memory import Plan
 from torchrl_dvla.modules.adapters import import_peft
 from torchrl_dvla.modules.config import PolicyConfig
@@ -56,6 +58,7 @@ def check_settings(cfg: Settings) -> None:
             )
     if isinstance(cfg.policy, PolicySettings) and cfg.policy.lora.rank is not None:
         import_peft()
+    _check_ranks(cfg)
     for name, section in (("env", cfg.env), ("policy", cfg.policy)):
         if isinstance(section, FactorySettings):
             _check_factory(name, section.to_dict())
@@ -72,6 +75,41 @@ def check_settings(cfg: Settings) -> None:
                     f"eval.num_episodes must be at most {len(load_init_states(task))} for each of "
                     f"env.task_ids, got {cfg.eval.num_episodes}. The benchmark has no more scenes."
                 )
+
+
+def _check_ranks(cfg: Settings) -> None:
+    """Require a device, or a core, for each rank of the learner, and a launcher that agrees."""
+    num_ranks, device = cfg.learner.num_ranks, torch.device(cfg.device)
+    if launched_rank() is not None:
+        world_size, local_size = (int(os.environ[f"{kind}WORLD_SIZE"]) for kind in ("", "LOCAL_"))
+        if world_size != num_ranks:
+            raise ValueError(
+                f"learner.num_ranks must be the number of processes that torchrun starts, got "
+                f"{num_ranks} and WORLD_SIZE={world_size}. Set learner.num_ranks={world_size}, or "
+                "leave torchrun out: the recipe starts its ranks by itself."
+            )
+        if local_size != world_size:
+            raise ValueError(
+                f"the ranks of the learner must be on one machine, got {local_size} of "
+                f"{world_size} here: they read rows from shared memory. Use --nnodes=1; "
+                "cluster.hosts spreads sampling over machines."
+            )
+    if num_ranks == 1:
+        return
+    if isinstance(cfg.policy, PolicySettings) and cfg.policy.lora.rank is not None:
+        raise ValueError(
+            f"learner.num_ranks must be 1 with policy.lora.rank={cfg.policy.lora.rank}, got "
+            f"{num_ranks}: adapters are small enough for one rank. Leave one of them out."
+        )
+    if device.type == "cpu":
+        found, kind = len(os.sched_getaffinity(0)), "cores"
+    else:
+        found, kind = torch.accelerator.device_count() - (device.index or 0), "devices"
+    if num_ranks > found:
+        raise ValueError(
+            f"learner.num_ranks must be at most the {found} {kind} from device={cfg.device} on, "
+            f"got {num_ranks}. Ranks that share one only wait for each other: lower it."
+        )
 
 
 def _check_factory(name: str, call: Mapping[str, Any]) -> None:
@@ -174,6 +212,12 @@ def check_policy(cfg: Settings, policy: TensorDictModuleBase) -> Plan:
     ]
     if problems:
         raise ValueError(" ".join(problems))
+    narrow = {p.dtype for p in policy.parameters() if p.requires_grad and p.dtype.itemsize < 4}
+    if cfg.learner.num_ranks > 1 and narrow:
+        raise ValueError(
+            f"policy.dtype must be float32 with learner.num_ranks={cfg.learner.num_ranks}, got "
+            f"{sorted(map(str, narrow))}: ranks step no float32 masters. Use one rank, or float32."
+        )
     layout = match_policy(policy, specs)
     try:
         return plan_memory(
@@ -183,7 +227,7 @@ def check_policy(cfg: Settings, policy: TensorDictModuleBase) -> Plan:
             workers=cfg.workers,
             rollouts_per_env=specs.num_rollouts,
             replay_buffer=utils.make_replay_buffer(cfg),
-            weight_bytes=utils.make_updater(policy).store_bytes(policy),
+            weight_bytes=utils.make_updater(cfg, policy).store_bytes(policy),
             rows_per_page=cfg.memory.rows_per_page,
         )
     except ValueError as error:
