@@ -383,9 +383,9 @@ class GatheredPretrained(GatheredPolicy):
     """A :class:`GatheredPolicy` that is saved by the policy's own ``save_pretrained``."""
 
     def save_pretrained(self, folder: Any) -> None:
-        """Write the policy's checkpoint folder."""
+        """Write the policy's checkpoint folder, without a fingerprint: all ranks would decide."""
         with self._whole():
-            self._ranks.policy.save_pretrained(folder)
+            self._ranks.policy.save_pretrained(folder, fingerprint=False)
 
     def read_weights(self, folder: Any) -> Any:
         """Read and check what such a folder holds."""

@@ -129,11 +129,15 @@ class PretrainedMixin(nn.Module):
     def _add_adapters(self, lora: LoraConfig) -> None:
         add_adapters_(self, lora)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], *, fingerprint: bool = True) -> None:
         """Write weights, config and instruction tokenizer, replacing a previous checkpoint.
 
         Args:
             folder (path): the checkpoint folder; made if missing.
+
+        Keyword Args:
+            fingerprint (bool): decide once for a stored input, so that whoever loads it can see
+                that it decides the same. Default: ``True``.
 
         Raises:
             OSError: if the folder cannot be written.
@@ -142,7 +146,7 @@ class PretrainedMixin(nn.Module):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
-                self._write(folder, Path(scratch))
+                self._write(folder, Path(scratch), fingerprint)
         except (OSError, SafetensorError) as error:
             raise OSError(
                 getattr(error, "errno", None) or errno.EIO,
@@ -151,7 +155,7 @@ class PretrainedMixin(nn.Module):
                 "there is untouched.",
             ) from error
 
-    def _write(self, folder: Path, scratch: Path) -> None:
+    def _write(self, folder: Path, scratch: Path, fingerprint: bool) -> None:
         draft = scratch / "weights"
         # Parameters may be views on shared memory, or tied: the file must own its bytes.
         kept = self._saved_names()
@@ -168,7 +172,7 @@ class PretrainedMixin(nn.Module):
             "format_version": _FORMAT_VERSION,
             "config": self.config.to_dict(),
             "weights": {"file": weights, "num_bytes": draft.stat().st_size, "crc32": checksum},
-            "fingerprint": take_fingerprint(self),
+            "fingerprint": take_fingerprint(self) if fingerprint else None,
         }
         if self.base is not None:
             data["base"] = dataclasses.asdict(self.base)
