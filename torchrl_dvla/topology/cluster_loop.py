@@ -384,15 +384,15 @@ class ClusterLoop:
     # -- groups ---------------------------------------------------------------------------------
 
     def _fill(self) -> None:
-        """Grant groups to the nodes with most room, those of lost nodes first."""
+        """Grant groups to the least loaded nodes, those of lost nodes first."""
         while True:
-            room = {
+            free_share = {
                 node: 1 - len(node.granted) / node.capacity(self._plan.num_candidates)
                 for node in self.nodes
                 if node.state is NodeState.HEALTHY and not node.is_leaving
             }
-            node = max(room, key=room.__getitem__, default=None)
-            if node is None or room[node] <= 0:
+            node = max(free_share, key=free_share.__getitem__, default=None)
+            if node is None or free_share[node] <= 0:
                 return
             if self._returned:
                 group, min_version = self._returned.popleft()
