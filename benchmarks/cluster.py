@@ -48,7 +48,7 @@ from torchrl_dvla.collectors import InferenceConfig, WorkerConfig
 from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.testing import CountingChunkEnv, emulate_latency
 from torchrl_dvla.topology import NodePlacement, Placement
-from torchrl_dvla.topology.cluster_loop import NodeState
+from torchrl_dvla.topology.nodes import NodeState
 from torchrl_dvla.topology.ray_runtime import RayRuntime, stay_private
 
 STEP_S, INFER_S = 0.04, 0.01

@@ -20,23 +20,24 @@ from torchrl_dvla.memory import EnvironmentPool
 from torchrl_dvla.swimlane import Timeline
 from torchrl_dvla.swimlane.chrome_trace import Span
 from torchrl_dvla.swimlane.messages import EnvSpecs
-from torchrl_dvla.topology.cluster_loop import (
-    ClusterLoop,
-    Machine,
-    Node,
-    NodeLostError,
-    NodeState,
-    start_node,
-)
-from torchrl_dvla.topology.node_loop import NodeFacts
+from torchrl_dvla.topology.cluster_loop import ClusterLoop
 from torchrl_dvla.topology.node_messages import (
     EvaluationDone,
     Grant,
     GroupDone,
+    NodeFacts,
     NodeReport,
     RunPlan,
 )
-from torchrl_dvla.weight_update import AsyncWeightUpdater, weight_digest
+from torchrl_dvla.topology.nodes import (
+    Machine,
+    Node,
+    NodeLostError,
+    NodeState,
+    in_thread,
+    start_node,
+)
+from torchrl_dvla.weight_update import AsyncWeightUpdater, ChainReceiver, WeightReplica
 
 LAYOUT = decision_layout(
     {("observation", "state"): ((2,), torch.float32)}, chunk_size=2, action_dim=1
@@ -78,27 +79,45 @@ class FakeNode:
         self.evaluations: list[tuple[Any, ...]] = []
         self.is_lost = self.hangs = self.is_killed = False
         self.holds_weights = False
+        self.receiver, self.weights = ChainReceiver(), None
         self._events: asyncio.Queue[Any] = asyncio.Queue()
 
-    async def call(self, method: str, *args: Any, timeout_s: float) -> Any:
+    async def call(self, method: str, *args: Any, timeout_s: float | None) -> Any:
         await asyncio.sleep(0)
         if self.hangs:
-            raise NodeLostError(f"{method} took more than {timeout_s:g} s.")
+            raise NodeLostError(f"{method} took more than {timeout_s} s.")
         if self.is_lost:
             raise NodeLostError("it is gone")
         return await getattr(self, method)(*args)
 
     async def facts(self) -> NodeFacts:
-        return NodeFacts(self.cluster.specs, self.cluster.versions, 1, 0.0)
+        return NodeFacts(
+            self.cluster.specs, self.cluster.versions, 1, 0.0, self.receiver.address
+        )
 
-    async def begin(self, plan: RunPlan, policy: bytes, frozen: np.ndarray) -> None:
+    async def begin(self, plan: RunPlan, policy: bytes) -> None:
         assert policy == b"policy"
-        self.plan = plan
+        self.plan, self.weights = plan, WeightReplica(plan.weight_layout)
 
-    async def set_weights(self, version: int, live: np.ndarray, digest: str) -> None:
+    async def receive(
+        self, version: int | None, digest: str, key: bytes, following: Any, timeout_s: float
+    ) -> None:
+        def take() -> None:
+            # Not the heartbeat of the test: this machine may be busy.
+            with self.receiver.receive(key, following, 20.0) as fill:
+                if version is None:
+                    self.weights.write_frozen(fill, digest)
+                else:
+                    self.weights.write(version, fill, digest)
+
         while self.holds_weights:
             await asyncio.sleep(1e-3)
-        assert weight_digest(live) == digest
+        try:
+            await in_thread(take)
+        except (OSError, ValueError) as error:
+            raise NodeLostError(str(error)) from error
+        if version is None:
+            return
         self.version = version
         self.versions.append(version)
         if self.cluster.completes:
@@ -153,6 +172,9 @@ class FakeNode:
 
     def kill(self) -> None:
         self.is_killed = True
+        self.receiver.close()
+        if self.weights is not None:
+            self.weights.close()
 
 
 class FakeRuntime:
@@ -174,9 +196,9 @@ class FakeRuntime:
         self.started.append(FakeNode(self, machine_id))
         return self.started[-1]
 
-    def put(self, value: Any) -> Any:
+    def put(self, value: bytes) -> bytes:
         self.num_puts += 1
-        return value if isinstance(value, bytes) else value.copy()
+        return value
 
     def close(self) -> None:
         self.is_closed = True
@@ -200,7 +222,8 @@ class FakeCluster:
         )
         self.instructions, self.counters = InstructionTable(["mine"]), CollectionCounters()
         self.model = torch.nn.Linear(3, 1)
-        self.updater = AsyncWeightUpdater()
+        self.model.bias.requires_grad_(False)
+        self.updater = AsyncWeightUpdater(trainable_only=True)
         self.updater.init_on_sender(model=self.model, num_workers=0)
         self.timeline = Timeline()
         workers = WorkerConfig(num_workers=2, max_failures=3)

@@ -11,9 +11,10 @@ import functools
 
 import numpy as np
 import pytest
+import torch
 
 from torchrl_dvla.collectors import EpisodeSpec
-from torchrl_dvla.topology.cluster_loop import Machine, NodeState
+from torchrl_dvla.topology.nodes import Machine, NodeState
 from torchrl_dvla.topology.node_messages import GroupDropped, LoopEnded, TaskQuarantined
 
 from .fake_cluster import FakeCluster, make_group
@@ -262,20 +263,50 @@ async def test_a_start_that_is_not_like_the_others_is_no_node(cluster):
 
 # -- weights --------------------------------------------------------------------------------------
 @on_a_cluster()
-async def test_a_slow_node_skips_to_the_newest_version(cluster):
+async def test_nodes_skip_the_versions_that_come_while_one_of_them_is_slow(cluster):
     await cluster.until(lambda: len(cluster.groups.stored) == 4)
     slow = cluster.node(0)
     slow.holds_weights = True
-    for version in (1, 2, 3):
+    cluster.updater.publish()
+    cluster.loop.notify()
+    await cluster.quiet()
+    assert cluster.node(1).version == 0, "it is behind the slow one"
+    for _ in range(2):
         cluster.updater.publish()
-        cluster.loop.notify()
-        await cluster.until(lambda version=version: cluster.node(1).version == version)
     slow.holds_weights = False
-    await cluster.until(lambda: slow.version == 3)
-    assert slow.versions in ([0, 1, 3], [0, 3]), "those between are skipped"
-    # once for all nodes; the policy and the frozen weights once
-    assert cluster.runtime.num_puts == 2 + 4
+    await cluster.until(lambda: [node.version for node in cluster.nodes] == [3, 3])
+    assert all(cluster.node(k).versions in ([0, 1, 3], [0, 3]) for k in range(2))
+    _, live, frozen = cluster.loop._reader.pin_bytes()
+    assert [len(part) for part in live] == [64], "three elements on a cache line"
+    num_sent = sum(len(cluster.node(k).versions) for k in range(2))
+    num_bytes = num_sent * 64 + 2 * len(frozen[0])
+    assert cluster.loop.stats()["cluster/bytes_sent"] == num_bytes
     assert cluster.loop.stats()["cluster/version_lag"] == 0
+    assert cluster.runtime.num_puts == 1, "the policy, once"
+
+
+@on_a_cluster(num_nodes=4)
+async def test_a_chain_that_breaks_goes_on_without_the_node_that_broke_it(cluster):
+    await cluster.until(lambda: len(cluster.groups.stored) == 4)
+    starts = [cluster.node(k) for k in range(4)]
+    starts[1].receiver.close()  # what it is sent does not arrive; else it is well
+    cluster.updater.publish()
+    cluster.loop.notify()
+    await cluster.until(lambda: [node.version for node in cluster.nodes] == [1] * 4)
+    assert [cluster.node(k) is starts[k] for k in range(4)] == [True, False, True, True]
+    assert cluster.node(1).versions == [1], "it was started again"
+    assert cluster.loop.totals["nodes_lost"] == 1
+
+
+@on_a_cluster()
+async def test_a_node_that_joins_gets_the_frozen_weights_first(cluster):
+    await cluster.until(lambda: len(cluster.groups.stored) == 4)
+    cluster.runtime.members["new"] = Machine("there", 4.0)
+    await cluster.until(lambda: len(cluster.nodes) == 3)
+    await cluster.until(lambda: cluster.nodes[2].state is NodeState.HEALTHY)
+    weights = cluster.node(2).weights.reader("test").pin()[1]
+    for name, tensor in cluster.model.state_dict().items():
+        assert torch.equal(weights[name], tensor)
 
 
 # -- evaluations ----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import cloudpickle
@@ -25,7 +26,7 @@ from torchrl_dvla.topology.node_messages import (
     RunPlan,
     unpack_rows,
 )
-from torchrl_dvla.weight_update import WeightStore, weight_digest
+from torchrl_dvla.weight_update import WeightStore, new_key, send_along_chain, weight_digest
 
 from . import counting_nodes
 from .counting_nodes import fail_to_build, make_env, make_policy
@@ -43,12 +44,16 @@ def node():
     store = WeightStore(policy)
     reader = store.reader("nodes")
     plan = RunPlan(layout, store.layout, 2, 2, num_candidates=2, num_groups=2)
-    loop.begin(plan, policy_payload(policy, None), reader.pin_bytes()[2])
+    loop.begin(plan, policy_payload(policy, None))
 
     def publish() -> None:
         reader.unpin()
         version, live, _ = reader.pin_bytes()
-        loop.set_weights(version, live, weight_digest(live))
+        key, digest = new_key(), weight_digest(live)
+        with ThreadPoolExecutor() as threads:
+            taking = threads.submit(loop.receive, version, digest, key, None, 30.0)
+            send_along_chain(live, loop.facts().address, key, 30.0)
+            taking.result()
 
     pool = EnvironmentPool(layout, 16, rows_per_page=2)
     yield SimpleNamespace(loop=loop, policy=policy, store=store, publish=publish, pool=pool)

@@ -22,7 +22,7 @@ import pytest
 from torchrl_dvla import PooledReplayBuffer, TopologyAwareCollector
 from torchrl_dvla.collectors import EpisodeSpec, GroupConfig, InferenceConfig, WorkerConfig
 from torchrl_dvla.topology import NodePlacement, Placement
-from torchrl_dvla.topology.cluster_loop import NodeState
+from torchrl_dvla.topology.nodes import NodeState
 from torchrl_dvla.topology.ray_runtime import LOOPBACK, stay_private
 
 from . import counting_nodes

@@ -15,7 +15,7 @@ import pytest
 from torchrl_dvla import GroupConfig, TopologyAwareCollector
 from torchrl_dvla.collectors import InferenceConfig, WorkerConfig
 from torchrl_dvla.topology import NodePlacement, Placement
-from torchrl_dvla.topology.cluster_loop import Machine, Node, difference
+from torchrl_dvla.topology.nodes import Machine, Node, difference
 from torchrl_dvla.topology.node_messages import NodeFacts
 from torchrl_dvla.topology.topology_aware import assign_machines
 
@@ -96,7 +96,7 @@ def test_machines_are_taken_by_name_and_size():
 
 
 def test_a_node_of_other_packages_or_specs_is_named():
-    facts = NodeFacts("specs", {"torch": "2.13", "mujoco": "3.8"}, 1, 0.0)
+    facts = NodeFacts("specs", {"torch": "2.13", "mujoco": "3.8"}, 1, 0.0, ("here", 1))
     first = Node("node 0", "a", WORKERS, facts=facts)
     other = Node("node 1", "b", WORKERS, facts=facts)
     assert difference(other, first) == ""

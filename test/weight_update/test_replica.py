@@ -28,9 +28,22 @@ class Mixed(nn.Module):
         self.register_buffer("mask", torch.full((2,), -torch.inf))
 
 
+def fill_with(sent):
+    """What a chain fills a slot with."""
+
+    def fill(parts, on_bucket):
+        for part, values in zip(parts, sent, strict=True):
+            np.copyto(part, values)
+            on_bucket(part.data)
+
+    return fill
+
+
 def transfer(store, reader, replica):
-    version, live, _ = reader.pin_bytes()
-    replica.write(version, live.copy(), weight_digest(live))
+    version, live, frozen = reader.pin_bytes()
+    if replica.version < 0:
+        replica.write_frozen(fill_with(frozen), weight_digest(frozen))
+    replica.write(version, fill_with(live), weight_digest(live))
     reader.unpin()
 
 
@@ -39,7 +52,7 @@ def test_a_reader_of_the_replica_reads_what_the_learner_published(options):
     model, there = Mixed(), Mixed()
     store = WeightStore(model, first_version=3, **options)
     sender = store.reader("nodes")
-    replica = WeightReplica(store.layout, sender.pin_bytes()[2].copy())
+    replica = WeightReplica(store.layout)
     assert replica.version == -1
     transfer(store, sender, replica)
     reader = replica.reader("inference")
@@ -62,7 +75,7 @@ def test_a_replica_casts_as_the_store_did():
     model, there = nn.Linear(3, 2), nn.Linear(3, 2)
     store = WeightStore(model, transport_dtype=torch.bfloat16)
     sender = store.reader("nodes")
-    replica = WeightReplica(store.layout, sender.pin_bytes()[2])
+    replica = WeightReplica(store.layout)
     transfer(store, sender, replica)
     replica.reader("inference").adopt_into(there)
     assert torch.equal(there.weight, model.weight.to(torch.bfloat16).float())
@@ -70,25 +83,29 @@ def test_a_replica_casts_as_the_store_did():
     store.close()
 
 
-def test_bytes_that_are_not_the_learners_are_refused_and_change_nothing():
-    model = nn.Linear(3, 2)
-    store = WeightStore(model)
+def test_bytes_that_are_not_the_learners_are_refused_and_change_nothing_that_is_visible():
+    model = Mixed()
+    store = WeightStore(model, trainable_only=True)
     sender = store.reader("nodes")
     version, live, frozen = sender.pin_bytes()
-    replica = WeightReplica(store.layout, frozen)
+    replica = WeightReplica(store.layout)
+    others = [live[0].copy(), *live[1:]]
+    others[0][0] ^= 1
     digest = weight_digest(live)
-    other = live.copy()
-    other[0] ^= 1
-    with pytest.raises(ValueError, match="learner's digest"):
-        replica.write(version, other, digest)
-    with pytest.raises(ValueError, match="got another size"):
-        replica.write(version, live[:-64], digest)
+    with pytest.raises(ValueError, match=r"Version 0 must have the learner's digest"):
+        replica.write(version, fill_with(others), digest)
     assert replica.version == -1
-    replica.write(version, live, digest)
+    with pytest.raises(ValueError, match=r"What is frozen must have the learner's digest"):
+        replica.write_frozen(fill_with(frozen), digest)
+    replica.write_frozen(fill_with(frozen), weight_digest(frozen))
+    replica.write(version, fill_with(live), digest)
+    reader = replica.reader("inference")
+    seen = reader.pin()[1]["a", "weight"].clone()
+    with pytest.raises(ValueError, match="learner's digest"):
+        replica.write(1, fill_with(others), digest)
+    assert replica.version == 0 and torch.equal(reader.pin()[1]["a", "weight"], seen)
     with pytest.raises(ValueError, match="version must grow"):
-        replica.write(version, live, digest)
-    with pytest.raises(ValueError, match="frozen must hold"):
-        WeightReplica(store.layout, np.zeros(64, np.uint8))
+        replica.write(version, fill_with(live), digest)
     with pytest.raises(RuntimeError, match="learner's store"):
         replica.publish()
     replica.close()

@@ -12,11 +12,9 @@ cancellation is how a group is dropped.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import heapq
 import itertools
 import logging
-import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -31,6 +29,7 @@ from torchrl_dvla.collectors.decision_batcher import (
 from torchrl_dvla.collectors.env_slots import NO_ROW, EnvSlot, EnvSlots, RowRef, WorkerLostError
 from torchrl_dvla.collectors.evaluation import Evaluation
 from torchrl_dvla.collectors.failures import FailureAction, FailureLog
+from torchrl_dvla.collectors.loop_thread import LoopThread
 from torchrl_dvla.collectors.metrics import CollectionCounters
 from torchrl_dvla.collectors.validation import check_same_start
 from torchrl_dvla.data import EpisodeSpec, Group, InstructionTable, Rollout
@@ -93,7 +92,7 @@ class GroupSource(Protocol):
         """Begin no more groups of a task; raises ``error`` if no other is left."""
 
 
-class CollectionLoop:
+class CollectionLoop(LoopThread):
     """Rollouts on the environments and the policy of one node, in one thread.
 
     - *consumes* admitted groups, and evaluations;
@@ -136,13 +135,13 @@ class CollectionLoop:
         inference: InferenceConfig,
         on_error: Callable[[BaseException], None],
     ) -> None:
+        super().__init__("dvla-collector", on_error=on_error, stop_timeout_s=workers.stop_timeout_s)
         self._processes = processes
         self._groups = groups
         self._pool: EnvironmentPool = groups.pool
         self._counters = counters
         self._workers = workers
         self._lockstep = lockstep
-        self._on_error = on_error
         self._failures = FailureLog(
             workers.max_failures, workers.max_rollout_failures, workers.max_task_failures
         )
@@ -179,18 +178,9 @@ class CollectionLoop:
         #: Tasks whose first group was seen to start from one observation.
         self._checked_tasks: set[str] = set()
         self._episode_ids = itertools.count(-1, -1)  # beside those of training
-        self._evaluations: deque[Evaluation] = deque()
-        self._evaluation: Evaluation | None = None
         #: Evaluations under way: the last one, and those that were given up and have yet to end.
         self._num_playing = 0
-        self._lock = threading.Lock()  # of the evaluations that other threads add
         self._changed = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._stopping = False
-        self._stop_grace_s = workers.stop_timeout_s
-        self.error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="dvla-collector", daemon=True)
         groups.add_listener(self.notify)
 
     # -- one rollout, one group -----------------------------------------------------------------
@@ -363,20 +353,6 @@ class CollectionLoop:
             self._pool.unreserve(self._groups.pages_per_rollout - len(rollout.pages))
         evaluation.finish_episode(number, rollout, frames)
 
-    def add_evaluation(self, evaluation: Evaluation) -> None:
-        """Queue an evaluation, from any thread; evaluations are played one after the other."""
-        with self._lock:
-            if self._stopping:
-                evaluation.fail(self._ended())
-                return
-            self._evaluations.append(evaluation)
-        self.notify()
-
-    def _ended(self) -> RuntimeError:
-        ended = RuntimeError("The collector ended before the evaluation did.")
-        ended.__cause__ = self.error
-        return ended
-
     # -- what runs next -------------------------------------------------------------------------
 
     async def _assign(self, tasks: asyncio.TaskGroup) -> None:
@@ -498,67 +474,17 @@ class CollectionLoop:
         """Policy calls so far, of training and of evaluations; a resumed run sets them."""
         return self.batcher.num_batches
 
-    def start(self) -> None:
-        """Begin: from here on pages and processes belong to the loop's thread."""
-        self._thread.start()
-
-    def notify(self) -> None:
-        """Check again what may run next; any thread may call it."""
-        self._call(self._on_change)
-
     def _on_change(self) -> None:
         self._changed.set()
         self.batcher.notify()
 
-    def stop(self, grace_s: float | None = None) -> None:
-        """End the loop and both lanes; workers get ``grace_s`` seconds for it."""
-        with self._lock:
-            self._stopping = True
-        if grace_s is not None:
-            self._stop_grace_s = grace_s
-        if self._task is not None:
-            self._call(self._task.cancel)
-        if self._thread.is_alive():
-            self._thread.join()  # it ends: each of its waits has a limit, see ManagedProcess
-        else:
-            self._close()
-
-    def _call(self, function: Callable[[], object]) -> None:
-        """Have the loop's thread call a function; nothing happens before it runs, or afterwards."""
-        if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the event loop is closed
-                self._loop.call_soon_threadsafe(function)
-
-    def _run(self) -> None:
-        try:
-            asyncio.run(self._main())
-        except asyncio.CancelledError:
-            pass
-        except BaseException as error:
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-            self.error = error
-            _log.debug("The collection loop ends.", exc_info=True)
-            self._on_error(error)
-        finally:
-            self._close()
-
-    async def _main(self) -> None:
-        self._task = asyncio.current_task()
-        self._loop = asyncio.get_running_loop()
-        if self._stopping:  # before there was anything to cancel
-            return
+    async def _work(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.envs.run())
             tasks.create_task(self.batcher.run())
             await self._assign(tasks)
 
-    def _close(self) -> None:
-        with self._lock:
-            self._stopping = True
-            for evaluation in (self._evaluation, *self._evaluations):
-                if evaluation is not None:
-                    evaluation.fail(self._ended())
+    def _release(self) -> None:
         self.batcher.stop()
         self._processes.stop(self._stop_grace_s)
 

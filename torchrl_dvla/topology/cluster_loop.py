@@ -12,22 +12,20 @@ complete, or, if the node is lost, is granted to another one.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import enum
 import itertools
 import logging
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol, TypeVar
+from concurrent.futures import Future, wait
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from torchrl_dvla.collectors import WorkerConfig
 from torchrl_dvla.collectors.evaluation import Evaluation
+from torchrl_dvla.collectors.loop_thread import LoopThread
 from torchrl_dvla.collectors.metrics import CollectionCounters
 from torchrl_dvla.data import Group, GroupQueue, InstructionTable, Rollout
 from torchrl_dvla.swimlane import Timeline, batch_seed
@@ -37,27 +35,34 @@ from torchrl_dvla.topology.node_messages import (
     GroupDone,
     GroupDropped,
     LoopEnded,
-    NodeFacts,
     NodeReport,
     RunPlan,
     TaskQuarantined,
     unpack_rows,
 )
-from torchrl_dvla.weight_update import AsyncWeightUpdater, weight_digest
+from torchrl_dvla.topology.nodes import (
+    Machine,
+    Node,
+    NodeHandle,
+    NodeLostError,
+    NodeRuntime,
+    NodeState,
+    apart,
+    difference,
+    in_thread,
+    start_node,
+    stop_nodes,
+)
+from torchrl_dvla.weight_update import (
+    AsyncWeightUpdater,
+    new_key,
+    send_along_chain,
+    weight_digest,
+)
 
-__all__ = [
-    "ClusterLoop",
-    "Machine",
-    "Node",
-    "NodeHandle",
-    "NodeLostError",
-    "NodeRuntime",
-    "NodeState",
-]
+__all__ = ["ClusterLoop"]
 
 _log = logging.getLogger("torchrl_dvla")
-
-T = TypeVar("T")
 
 #: A report comes at least so often, with or without news.
 _REPORT_S = 1.0
@@ -67,111 +72,7 @@ _MEMBERS_S = 1.0
 _PAUSE_S = (0.2, 30.0)
 
 
-class NodeLostError(Exception):
-    """A node ended, hangs, cannot be reached, or its loop ended with an error."""
-
-
-class NodeState(enum.Enum):
-    """What becomes of a node; only a healthy one is granted groups."""
-
-    #: Being started: its environments are built.
-    RESTARTING = "restarting"
-    #: Started; it gets the newest version before its first sample.
-    STALE = "stale"
-    HEALTHY = "healthy"
-    #: Lost, or there is no machine for it.
-    DEAD = "dead"
-
-
-class Machine(NamedTuple):
-    """A member of the cluster, as Ray sees it."""
-
-    host: str
-    num_cores: float
-    #: Whether it is about to leave: it finishes what it has and gets nothing more.
-    is_leaving: bool = False
-
-
-class NodeHandle(Protocol):
-    """The far end of a node that was started once; another start has another handle."""
-
-    async def call(self, method: str, *args: Any, timeout_s: float) -> Any:
-        """Call a method of its :class:`~torchrl_dvla.topology.node_loop.NodeLoop`.
-
-        Raises:
-            NodeLostError: if the node is gone, does not answer in time, or raises.
-        """
-
-    def kill(self) -> None:
-        """End the node for certain; may block for seconds."""
-
-
-class NodeRuntime(Protocol):
-    """Who belongs to the cluster, and how bytes reach it: Ray."""
-
-    def machines(self) -> Mapping[str, Machine]:
-        """The members that are alive, by an id that is never used twice."""
-
-    async def start(self, machine_id: str, workers: WorkerConfig) -> NodeHandle:
-        """Start a node there; raises NodeLostError."""
-
-    def put(self, value: np.ndarray | bytes) -> Any:
-        """Make bytes available to all nodes for as long as what is returned lives."""
-
-    def kill_machine(self) -> Callable[[], None]:
-        """Kill a member, to see what comes of it; returns what adds another like it."""
-
-    def close(self) -> None:
-        """End whatever was started."""
-
-
-@dataclass(eq=False)
-class Node:
-    """A node of the placement: its state, and what it has been granted.
-
-    Args:
-        name (str): in tracks, metrics and the log.
-        host (str): the machine that it is meant for; it may run on another one if that is gone.
-        workers (WorkerConfig): its sampling lane.
-    """
-
-    name: str
-    host: str
-    workers: WorkerConfig
-    state: NodeState = NodeState.RESTARTING
-    machine_id: str | None = None
-    handle: NodeHandle | None = None
-    facts: NodeFacts | None = None
-    #: Its clock, as seconds to add to get the learner's.
-    clock_s: float = 0.0
-    #: The version in its store.
-    version: int = -1
-    #: Seed of its tokens, of this start; ``None`` until it is granted a group.
-    seed: int | None = None
-    is_leaving: bool = False
-    num_losses: int = 0
-    granted: dict[int, tuple[Group, int]] = field(default_factory=dict)
-    unsent: list[Grant] = field(default_factory=list)
-    #: Tasks that kept failing elsewhere and that it has yet to hear of.
-    failing: list[str] = field(default_factory=list)
-    tracks: set[tuple[str, str]] = field(default_factory=set)
-
-    def capacity(self, num_candidates: int) -> int:
-        """Groups that it holds at once: those that fill its environments, and one ahead."""
-        per_env = self.facts.specs.num_rollouts if self.facts else 1
-        num_envs = self.workers.num_workers * self.workers.envs_per_worker * per_env
-        return -(-num_envs // num_candidates) + 1
-
-
-class _Version(NamedTuple):
-    """The version that nodes are sent: what runtime.put returned, and the digest of its bytes."""
-
-    number: int
-    live: Any
-    digest: str
-
-
-class ClusterLoop:
+class ClusterLoop(LoopThread):
     """Sampling on the nodes of a cluster, seen from the learner.
 
     - *consumes* admitted groups, published versions, and evaluations;
@@ -183,9 +84,10 @@ class ClusterLoop:
     nothing is read of it any more, its grants are given to others, and another start of it has
     another handle: a late result cannot arrive, so nothing is learned twice.
 
-    Versions are put into the object store once, whatever the number of nodes, in a thread of their
-    own: the learner waits for none of it. A node that is still busy with an older one is sent the
-    newest when it is done. So beside the newest, at most one version a node is kept.
+    The newest version goes along a chain of the nodes, in threads of their own: the learner waits
+    for none of it, and sends each byte once. One chain ends before the next one begins, with what
+    is newest then. If it breaks, the first node that did not get the version counts as lost, and
+    those behind it are in the next chain.
 
     Args:
         nodes (sequence of Node): started and compared with each other.
@@ -222,6 +124,7 @@ class ClusterLoop:
         heartbeat_timeout_s: float,
         on_error: Callable[[BaseException], None],
     ) -> None:
+        super().__init__("dvla-cluster", on_error=on_error, stop_timeout_s=workers.stop_timeout_s)
         self.nodes = list(nodes)
         #: What later starts are compared with; a copy, for it may itself be started anew.
         self._first = replace(self.nodes[0])
@@ -233,29 +136,19 @@ class ClusterLoop:
         self._timeline, self._counters = timeline, counters
         self._distribution = timeline.track("distribution", "sender")
         self.seed, self._workers = seed, workers
-        self._heartbeat_s, self._on_error = heartbeat_timeout_s, on_error
+        self._heartbeat_s = heartbeat_timeout_s
         #: Starts of nodes whose tokens were seeded; the other count is one of a single machine.
         self.num_batches = [0, 0]
         self._returned: deque[tuple[Group, int]] = deque()
-        self._version = _Version(-1, None, "")
-        #: What travels once, as runtime.put returned it: policy and frozen weights.
-        self._constants: tuple[Any, ...] = ()
-        self._evaluations: deque[Evaluation] = deque()
-        self._evaluation: Evaluation | None = None
+        #: The learner's part of the transfer under way.
+        self._sending: Future[None] | None = None
         self._results: dict[int, EvaluationDone] = {}
         self._evaluation_ids = itertools.count()
         #: Every change of state: seconds of ``time.monotonic``, node, state.
         self.history: list[tuple[float, str, NodeState]] = []
         self.totals: Counter[str] = Counter()
         self._num_losses = 0
-        self._lock = threading.Lock()  # of the evaluations that other threads add
         self._waiters: list[asyncio.Future[None]] = []
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._stopping = False
-        self._stop_grace_s = workers.stop_timeout_s
-        self.error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="dvla-cluster", daemon=True)
         groups.add_listener(self.notify)
 
     # -- one node -------------------------------------------------------------------------------
@@ -298,40 +191,27 @@ class ClusterLoop:
         """Work with a node that is started, until it is lost or has left with nothing to do."""
         assert node.handle is not None
         self._set_state(node, NodeState.STALE)
-        await self._until(lambda: self._constants)
-        num_groups = node.capacity(self._plan.num_candidates)
-        args = self._plan._replace(num_groups=num_groups), *self._constants
-        await node.handle.call("begin", *args, timeout_s=self._workers.start_timeout_s)
+        plan = self._plan._replace(num_groups=node.capacity(self._plan.num_candidates))
+        limit_s = self._workers.start_timeout_s
+        await node.handle.call("begin", plan, self._sent_policy, timeout_s=limit_s)
+        node.has_begun = True
+        self._on_change()
         async with asyncio.TaskGroup() as tasks:
-            others = [tasks.create_task(self._send_versions(node))]
-            others += [tasks.create_task(self._send_grants(node))]
+            granting = tasks.create_task(self._send_grants(node))
             while not (node.is_leaving and not node.granted):
                 wait_s = min(_REPORT_S, self._heartbeat_s / 2)
                 report = await node.handle.call("report", wait_s, timeout_s=self._heartbeat_s)
                 self._take(node, report)
-            for task in others:
-                task.cancel()
+            granting.cancel()
         await self._end(node)
         self._set_state(node, NodeState.DEAD)
-
-    async def _send_versions(self, node: Node) -> None:
-        """Send the newest version whenever the node has an older one; it skips those between."""
-        assert node.handle is not None
-        while True:
-            await self._until(lambda: self._version.number > node.version)
-            number, live, digest = self._version
-            limit_s = self._workers.start_timeout_s
-            await node.handle.call("set_weights", number, live, digest, timeout_s=limit_s)
-            self.totals["bytes_sent"] += self._plan.weight_layout.slot_bytes
-            node.version = number
-            if node.state is NodeState.STALE:
-                self._set_state(node, NodeState.HEALTHY)
-            self._on_change()
 
     async def _send_grants(self, node: Node) -> None:
         assert node.handle is not None
         while True:
-            await self._until(lambda: node.unsent or node.failing)
+            await self._until(lambda: node.unsent or node.failing or node.problem)
+            if node.problem:
+                raise NodeLostError(node.problem)
             grants, node.unsent = node.unsent, []
             failing, node.failing = node.failing, []
             args = grants, failing, node.seed
@@ -356,7 +236,7 @@ class ClusterLoop:
         for lane, name in node.tracks:
             self._timeline.track(lane, name).waiting("node_lost")
         await self._end(node)
-        self._machines = await asyncio.wrap_future(apart(self.runtime.machines))
+        self._machines = await in_thread(self.runtime.machines)
         self._on_change()
         node.num_losses += 1
         self._num_losses += 1
@@ -371,10 +251,11 @@ class ClusterLoop:
     async def _end(self, node: Node) -> None:
         handle, node.handle, node.machine_id = node.handle, None, None
         node.granted, node.unsent, node.version, node.seed = {}, [], -1, None
-        node.is_leaving = False
+        node.is_leaving = node.has_begun = node.has_frozen = False
+        node.problem = ""
         node.failing = sorted(self._groups.quarantined)
         if handle is not None:
-            await asyncio.wrap_future(apart(handle.kill))
+            await in_thread(handle.kill)
 
     def _set_state(self, node: Node, state: NodeState) -> None:
         node.state = state
@@ -489,35 +370,80 @@ class ClusterLoop:
 
     # -- weights --------------------------------------------------------------------------------
 
+    def _behind(self) -> list[Node]:
+        """Nodes that have an older version than the newest, new ones last."""
+        newest = self._store.visible_version
+        behind = [node for node in self.nodes if node.has_begun and node.version < newest]
+        return sorted(behind, key=lambda node: node.state is NodeState.STALE)
+
     async def _distribute(self) -> None:
-        """Make every version that is newest available to the nodes, once for all of them."""
+        """Send the newest version to all nodes that have an older one, again and again."""
+        frozen_digest = ""
         while True:
-            await self._until(lambda: self._store.visible_version > self._version.number)
-            start_s = time.monotonic()
-            self._version = await asyncio.wrap_future(apart(self._put_version))
-            end_s = time.monotonic()
-            self._distribution.add(start_s, end_s, f"put {self._version.number}", "no_version")
+            await self._until(self._behind)
+            number, live, frozen = self._reader.pin_bytes()
+            frozen_digest = frozen_digest or await in_thread(weight_digest, frozen)
+            digest = await in_thread(weight_digest, live)
+            with self._distribution.span(f"send {number}"):
+                new = [node for node in self._behind() if not node.has_frozen]
+                for node in await self._send_along(new, None, frozen, frozen_digest):
+                    node.has_frozen = True
+                nodes = [node for node in self._behind() if node.has_frozen]
+                for node in await self._send_along(nodes, number, live, digest):
+                    node.version = number
+                    if node.state is NodeState.STALE:
+                        self._set_state(node, NodeState.HEALTHY)
+            self._reader.unpin()
+            self._distribution.waiting("no_version")
             self._on_change()
 
-    def _put_version(self) -> _Version:
-        number, live, frozen = self._reader.pin_bytes()
+    async def _send_along(
+        self, nodes: Sequence[Node], version: int | None, parts: list[np.ndarray], digest: str
+    ) -> list[Node]:
+        """Send bytes along a chain of nodes; returns those that have them.
+
+        The first that has not counts as lost. What is behind it may only have waited for it.
+        """
+        if not nodes or not any(len(part) for part in parts):
+            return list(nodes)
+        handles = [node.handle for node in nodes if node.handle is not None]
+        addresses = [node.facts.address for node in nodes if node.facts is not None]
+        key, limit_s = new_key(), self._heartbeat_s
+        self._sending = apart(send_along_chain, parts, addresses[0], key, limit_s)
+        calls = [
+            asyncio.ensure_future(
+                handle.call("receive", version, digest, key, following, limit_s, timeout_s=None)
+            )
+            for handle, following in zip(handles, [*addresses[1:], None], strict=True)
+        ]
         try:
-            if not self._constants:
-                self._constants = self.runtime.put(self._policy), self.runtime.put(frozen)
-            return _Version(number, self.runtime.put(live), weight_digest(live))
+            await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+            is_broken = False
+            for call, address in zip(calls, addresses, strict=True):
+                if is_broken and not call.done():
+                    # Nobody else will connect to it. It breaks off to those behind it.
+                    apart(send_along_chain, [], address, key, limit_s)
+                    break
+                is_broken |= call.done() and call.exception() is not None
+            found = await asyncio.gather(*calls, return_exceptions=True)
         finally:
-            self._reader.unpin()
+            for call in calls:
+                call.cancel()
+        reached, is_broken = [], False
+        for node, handle, error in zip(nodes, handles, found, strict=True):
+            if error is None:
+                self.totals["bytes_sent"] += sum(len(part) for part in parts)
+                if node.handle is handle:
+                    reached.append(node)
+            elif not isinstance(error, NodeLostError):
+                raise error
+            elif not is_broken:
+                is_broken = True
+                if node.handle is handle:
+                    node.problem = f"the weights did not reach it: {error}"
+        return reached
 
     # -- evaluations ----------------------------------------------------------------------------
-
-    def add_evaluation(self, evaluation: Evaluation) -> None:
-        """Queue an evaluation, from any thread; evaluations are played one after the other."""
-        with self._lock:
-            if self._stopping:
-                evaluation.fail(self._ended())
-                return
-            self._evaluations.append(evaluation)
-        self.notify()
 
     async def _evaluate(self) -> None:
         while True:
@@ -589,17 +515,12 @@ class ClusterLoop:
                 )
                 evaluation.finish_episode(k, rollout, result.frames.get(index))
 
-    def _ended(self) -> RuntimeError:
-        ended = RuntimeError("The collector ended before the evaluation did.")
-        ended.__cause__ = self.error
-        return ended
-
     # -- members --------------------------------------------------------------------------------
 
     async def _watch(self, tasks: asyncio.TaskGroup) -> None:
         """See who joins and who is about to leave."""
         while True:
-            self._machines = await asyncio.wrap_future(apart(self.runtime.machines))
+            self._machines = await in_thread(self.runtime.machines)
             for node in self.nodes:
                 machine = self._machines.get(node.machine_id or "")
                 node.is_leaving = machine is not None and machine.is_leaving
@@ -640,27 +561,6 @@ class ClusterLoop:
             "cluster/version_lag": max(lags, default=0),
         }
 
-    def start(self) -> None:
-        """Begin: from here on the nodes belong to the loop's thread."""
-        self._thread.start()
-
-    def notify(self) -> None:
-        """Check again what may be granted or sent; any thread may call it."""
-        self._call(self._on_change)
-
-    def stop(self, grace_s: float | None = None) -> None:
-        """End the loop, all nodes, and what the runtime has started."""
-        with self._lock:
-            self._stopping = True
-        if grace_s is not None:
-            self._stop_grace_s = grace_s
-        if self._task is not None:
-            self._call(self._task.cancel)
-        if self._thread.is_alive():
-            self._thread.join()
-        else:
-            self._close()
-
     def _on_change(self) -> None:
         self._fill()
         waiters, self._waiters = self._waiters, []
@@ -675,32 +575,10 @@ class ClusterLoop:
             self._waiters.append(waiter)
             await waiter
 
-    def _call(self, function: Callable[[], object]) -> None:
-        if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the event loop is closed
-                self._loop.call_soon_threadsafe(function)
-
-    def _run(self) -> None:
-        try:
-            asyncio.run(self._main())
-        except asyncio.CancelledError:
-            pass
-        except BaseException as error:
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-            self.error = error
-            _log.debug("The cluster's loop ends.", exc_info=True)
-            self._on_error(error)
-        finally:
-            self._close()
-
-    async def _main(self) -> None:
-        self._task = asyncio.current_task()
-        self._loop = asyncio.get_running_loop()
-        if self._stopping:  # before there was anything to cancel
-            return
-        self._machines = await asyncio.wrap_future(apart(self.runtime.machines))
+    async def _work(self) -> None:
+        self._machines = await in_thread(self.runtime.machines)
         self._known = set(self._machines)
+        self._sent_policy = await in_thread(self.runtime.put, self._policy)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._distribute())
             tasks.create_task(self._evaluate())
@@ -708,13 +586,10 @@ class ClusterLoop:
             for node in self.nodes:
                 tasks.create_task(self.run_node(node))
 
-    def _close(self) -> None:
-        with self._lock:
-            self._stopping = True
-            for evaluation in (self._evaluation, *self._evaluations):
-                if evaluation is not None:
-                    evaluation.fail(self._ended())
+    def _release(self) -> None:
         stop_nodes(self.nodes, self._stop_grace_s)
+        if self._sending is not None:
+            wait([self._sending])  # it reads a slot; nobody listens any more
         self.runtime.close()
         self._reader.close()
 
@@ -735,68 +610,3 @@ def _require_granted(
     oldest = min(rollout.first_policy_version for rollout in rollouts)
     if oldest < min_version:
         raise ValueError(f"decisions must be of version {min_version} at least, got {oldest}.")
-
-
-def difference(node: Node, first: Node) -> str:
-    """In what a node is not like the first one, with the remedy; "" if they are alike."""
-    assert node.facts is not None and first.facts is not None
-    if node.facts.specs != first.facts.specs:
-        return (
-            f"Environments of all nodes must have the same specs, got {first.facts.specs} on "
-            f"{first.name} and {node.facts.specs} on {node.name}. Make create_env_fn "
-            "deterministic, and install the same versions."
-        )
-    ours, theirs = first.facts.versions, node.facts.versions
-    names = [name for name in ours if ours[name] != theirs.get(name)]
-    if names:
-        listed = ", ".join(f"{name} {ours[name]} and {theirs.get(name)}" for name in names)
-        return (
-            f"All nodes must have the same packages, got {listed} on {first.name} and {node.name}."
-            " Install the same versions."
-        )
-    return ""
-
-
-async def start_node(node: Node, runtime: NodeRuntime) -> None:
-    """Start a node on its machine, and learn what it is like.
-
-    Raises:
-        NodeLostError: if it cannot be started.
-    """
-    assert node.machine_id is not None
-    node.handle = await runtime.start(node.machine_id, node.workers)
-    sent_s = time.monotonic()
-    facts = await node.handle.call("facts", timeout_s=node.workers.start_timeout_s)
-    node.facts = facts
-    node.clock_s = (sent_s + time.monotonic()) / 2 - facts.now_s
-
-
-def stop_nodes(nodes: Sequence[Node], grace_s: float) -> None:
-    """End nodes in order: ask all of them, then end those that do not answer in time."""
-
-    async def stop(handle: NodeHandle) -> None:
-        with contextlib.suppress(NodeLostError):
-            await handle.call("stop", grace_s, timeout_s=grace_s + 5.0)
-        await asyncio.wrap_future(apart(handle.kill))
-
-    async def stop_all() -> None:
-        await asyncio.gather(*[stop(node.handle) for node in nodes if node.handle is not None])
-
-    apart(asyncio.run, stop_all()).result()
-    for node in nodes:
-        node.handle = None
-
-
-def apart(function: Callable[..., T], *args: Any) -> Future[T]:
-    """Call a function in a thread of its own; executors refuse work while a script is ending."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(function(*args))
-            except BaseException as error:
-                future.set_exception(error)
-
-    threading.Thread(target=run, name="dvla-apart", daemon=True).start()
-    return future

@@ -20,7 +20,6 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import cloudpickle
-import numpy as np
 import torch
 from tensordict.nn import TensorDictModuleBase
 
@@ -42,7 +41,7 @@ from torchrl_dvla.topology.node_messages import (
     NodeReport,
     RunPlan,
 )
-from torchrl_dvla.weight_update import WeightReader, WeightReplica
+from torchrl_dvla.weight_update import Address, ChainReceiver, WeightReader, WeightReplica
 
 __all__ = ["NodeLoop", "installed_versions", "policy_payload"]
 
@@ -101,6 +100,9 @@ class NodeLoop:
         policy_factory (bytes, optional): from :func:`policy_payload`. It is called once, in a
             process that ends again, so that a checkpoint that is missing on this node shows now.
 
+    Keyword Args:
+        host (str): address of the interface where the weights come in. Default: loopback.
+
     Raises:
         RuntimeError: with the traceback if an environment or the policy cannot be built.
         TimeoutError: if one takes longer than ``workers.start_timeout_s``.
@@ -112,6 +114,8 @@ class NodeLoop:
         workers: WorkerConfig,
         inference: InferenceConfig,
         policy_factory: bytes | None = None,
+        *,
+        host: str = "127.0.0.1",
     ) -> None:
         self._workers, self._inference = workers, inference
         self._timeline, self._counters = Timeline(), CollectionCounters()
@@ -136,6 +140,7 @@ class NodeLoop:
             self.specs = self._processes.wait_ready(workers.start_timeout_s)
             if policy_factory is not None:
                 self._try_policy(policy_factory)
+            self._receiver = ChainReceiver(host)
         except BaseException:
             self._processes.stop(0.0)
             raise
@@ -166,22 +171,22 @@ class NodeLoop:
 
     def facts(self) -> NodeFacts:
         """What the learner compares with the other nodes."""
-        return NodeFacts(self.specs, installed_versions(), os.getpid(), time.monotonic())
+        versions, address = installed_versions(), self._receiver.address
+        return NodeFacts(self.specs, versions, os.getpid(), time.monotonic(), address)
 
-    def begin(self, plan: RunPlan, policy: bytes, frozen: np.ndarray) -> None:
+    def begin(self, plan: RunPlan, policy: bytes) -> None:
         """Allocate pages and slots.
 
         Args:
             plan (RunPlan): layouts and sizes.
             policy (bytes): from :func:`policy_payload`.
-            frozen (np.ndarray): bytes of the weights that travel once.
         """
         self._policy = policy
         pages_per_group = plan.num_candidates * plan.pages_per_rollout
         # One more, for the episodes of an evaluation.
         num_pages = (plan.num_groups + 1) * pages_per_group
         self._pool = EnvironmentPool(plan.layout, num_pages, plan.rows_per_page)
-        self._store = WeightReplica(plan.weight_layout, frozen)
+        self._store = WeightReplica(plan.weight_layout)
         self._groups = GrantedGroups(
             self._pool,
             self._instructions,
@@ -191,15 +196,37 @@ class NodeLoop:
             send=self._send,
         )
 
-    def set_weights(self, version: int, live: np.ndarray, digest: str) -> None:
-        """Copy a version into a slot of the node's store; with the first one the loop begins.
+    def receive(
+        self,
+        version: int | None,
+        digest: str,
+        key: bytes,
+        following: Address | None,
+        timeout_s: float,
+    ) -> None:
+        """Take a version into a slot of the node's store; with the first one the loop begins.
+
+        Args:
+            version (int, optional): its number; ``None`` for the weights that travel once.
+            digest (str): of the learner's bytes.
+            key (bytes): of this transfer.
+            following (tuple, optional): the node that they are passed on to.
+            timeout_s (float): limit of each bucket.
 
         Raises:
             ValueError: if the bytes are not the learner's.
+            OSError: if they do not come.
         """
-        with self._receiving.span(f"write {version}"):
-            self._store.write(version, live, digest)
-        self._receiving.waiting("no_version")
+        with self._receiver.receive(key, following, timeout_s) as fill:
+            with self._receiving.span("write frozen" if version is None else f"write {version}"):
+                if version is None:
+                    self._store.write_frozen(fill, digest)
+                    return
+                self._store.write(version, fill, digest)
+            self._receiving.waiting("no_version")
+            self._begin_sampling()
+
+    def _begin_sampling(self) -> None:
         if self._loop is None:
             self._loop = CollectionLoop(
                 self._processes,
@@ -263,6 +290,7 @@ class NodeLoop:
     def stop(self, grace_s: float) -> None:
         """End all lanes and free all memory."""
         _log.removeHandler(self._logs)
+        self._receiver.close()
         if self._loop is not None:
             self._loop.stop(grace_s)
             self._store.close()

@@ -23,7 +23,7 @@ from torchrl_dvla.data.schema import INSTRUCTION_ID_KEY
 from torchrl_dvla.memory import EnvironmentPool, RowLayout
 from torchrl_dvla.swimlane.chrome_trace import Span
 from torchrl_dvla.swimlane.messages import EnvSpecs
-from torchrl_dvla.weight_update import WeightLayout
+from torchrl_dvla.weight_update import Address, WeightLayout
 
 __all__ = [
     "EvaluationDone",
@@ -49,6 +49,8 @@ class NodeFacts(NamedTuple):
     #: Process id of the node's loop, and its clock (``time.monotonic``) as this was sent.
     pid: int
     now_s: float
+    #: Where the weights are sent to.
+    address: Address
 
 
 class RunPlan(NamedTuple):

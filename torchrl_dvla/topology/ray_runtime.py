@@ -25,10 +25,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from torchrl_dvla.collectors import InferenceConfig, WorkerConfig
-from torchrl_dvla.topology.cluster_loop import Machine, NodeLostError
+from torchrl_dvla.topology.nodes import Machine, NodeLostError
 
 __all__ = ["LOOPBACK", "RayNode", "RayRuntime", "import_ray", "stay_private"]
 
@@ -88,16 +86,6 @@ def stay_private() -> None:
     compiled.AuthenticationTokenLoader.instance().reset_cache()
 
 
-class _Sent:
-    """An array in the object store, fetched by whoever is called with it.
-
-    As a bare argument, Ray would hold the calls behind it back until it has arrived.
-    """
-
-    def __init__(self, reference: Any) -> None:
-        self.references = [reference]
-
-
 class NodeActor:
     """Process of a node: a :class:`~torchrl_dvla.topology.node_loop.NodeLoop` behind one method."""
 
@@ -113,9 +101,7 @@ class NodeActor:
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method of the node's loop."""
-        ray = import_ray()
-        fetched = [ray.get(a.references[0]) if isinstance(a, _Sent) else a for a in args]
-        return getattr(self._node, method)(*fetched)
+        return getattr(self._node, method)(*args)
 
 
 class RayNode:
@@ -131,18 +117,17 @@ class RayNode:
         self._pid: int | None = None
         self._hangs = False
 
-    async def call(self, method: str, *args: Any, timeout_s: float) -> Any:
+    async def call(self, method: str, *args: Any, timeout_s: float | None) -> Any:
         """Call a method of the node's loop; raises NodeLostError."""
         ray = import_ray()
-        wrapped = [_Sent(a) if isinstance(a, ray.ObjectRef) else a for a in args]
         try:
             async with asyncio.timeout(timeout_s):
-                result = await self._actor.call.remote(method, *wrapped)
+                result = await self._actor.call.remote(method, *args)
+        except ray.exceptions.RayError as error:  # also what its own socket waited for too long
+            raise NodeLostError(_reason(error)) from error
         except TimeoutError:
             self._hangs = True
-            raise NodeLostError(f"{method} took more than {timeout_s:g} s.") from None
-        except ray.exceptions.RayError as error:
-            raise NodeLostError(_reason(error)) from error
+            raise NodeLostError(f"{method} took more than {timeout_s} s.") from None
         if method == "facts":
             self._pid = result.pid
         return result
@@ -291,6 +276,9 @@ class RayRuntime:
 
     async def start(self, machine_id: str, workers: WorkerConfig) -> RayNode:
         """Start a node's actor; raises NodeLostError."""
+        hosts = [n["NodeManagerAddress"] for n in self._ray.nodes() if n["NodeID"] == machine_id]
+        if not hosts:
+            raise NodeLostError("its machine has left the cluster.")
         actor = (
             self._ray.remote(NodeActor)
             .options(
@@ -299,11 +287,11 @@ class RayRuntime:
                 max_restarts=0,
                 scheduling_strategy=_affinity(machine_id),
             )
-            .remote(self._factories, workers, self._inference, self._policy_factory)
+            .remote(self._factories, workers, self._inference, self._policy_factory, host=hosts[0])
         )
         return RayNode(actor, machine_id)
 
-    def put(self, value: np.ndarray | bytes) -> Any:
+    def put(self, value: bytes) -> Any:
         """Make bytes available to all nodes for as long as what is returned lives."""
         return self._ray.put(value)
 

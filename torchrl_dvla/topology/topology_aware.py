@@ -20,8 +20,10 @@ from torchrl_dvla.collectors import DVLACollector
 from torchrl_dvla.collectors.dvla import EnvFactory, Loop, SamplingLanes
 from torchrl_dvla.swimlane.managed_process import pickled
 from torchrl_dvla.swimlane.messages import EnvSpecs
-from torchrl_dvla.topology.cluster_loop import (
-    ClusterLoop,
+from torchrl_dvla.topology.cluster_loop import ClusterLoop
+from torchrl_dvla.topology.node_loop import installed_versions, policy_payload
+from torchrl_dvla.topology.node_messages import RunPlan
+from torchrl_dvla.topology.nodes import (
     Machine,
     Node,
     NodeLostError,
@@ -31,8 +33,6 @@ from torchrl_dvla.topology.cluster_loop import (
     start_node,
     stop_nodes,
 )
-from torchrl_dvla.topology.node_loop import installed_versions, policy_payload
-from torchrl_dvla.topology.node_messages import RunPlan
 from torchrl_dvla.topology.planning import Placement
 from torchrl_dvla.topology.ray_runtime import RayRuntime
 from torchrl_dvla.validation import Seconds, check

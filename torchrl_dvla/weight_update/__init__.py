@@ -7,9 +7,10 @@
 :class:`WeightStore` holds versions in shared memory; each :class:`WeightReader` adopts the latest
 one between two of its batches; :class:`AsyncWeightUpdater` is both as a TorchRL
 ``WeightSyncScheme``. They serve one node; on others a :class:`WeightReplica` takes the bytes of
-each version.
+each version, which go from node to node by :class:`ChainReceiver`.
 """
 
+from torchrl_dvla.weight_update.chain import Address, ChainReceiver, new_key, send_along_chain
 from torchrl_dvla.weight_update.reader import WeightReader
 from torchrl_dvla.weight_update.replica import WeightReplica, weight_digest
 from torchrl_dvla.weight_update.segment import Adoption, AdoptionStats
@@ -19,13 +20,17 @@ from torchrl_dvla.weight_update.updater import AsyncWeightUpdater
 from torchrl_dvla.weight_update.weight_layout import WeightLayout
 
 __all__ = [
+    "Address",
     "Adoption",
     "AdoptionStats",
     "AsyncWeightUpdater",
+    "ChainReceiver",
     "PublishStats",
     "WeightLayout",
     "WeightReader",
     "WeightReplica",
     "WeightStore",
+    "new_key",
+    "send_along_chain",
     "weight_digest",
 ]

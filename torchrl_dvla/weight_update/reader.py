@@ -292,14 +292,19 @@ class WeightReader:
         slot = self._pin(self._ledger or self._attach())
         return self._version, self._segment.layout.unflatten(self._views[slot].entries)
 
-    def pin_bytes(self) -> tuple[int, np.ndarray, np.ndarray]:
+    def pin_bytes(self) -> tuple[int, list[np.ndarray], list[np.ndarray]]:
         """As :meth:`pin`, for a transfer to another node.
 
         Returns:
-            the version, the bytes of its slot and those of the frozen weights, uint8, as views.
+            the version, its bytes and those of the frozen weights, uint8, as views, in parts.
         """
         slot = self._pin(self._ledger or self._attach())
-        return self._version, *self._segment.raw(slot)
+        live, frozen = self._segment.raw(slot)
+        parts = [
+            live[bucket.offset_bytes :][: bucket.numel * bucket.dtype.itemsize]
+            for bucket in self._segment.layout.buckets
+        ]
+        return self._version, parts, [frozen]
 
     def unpin(self) -> None:
         """Let the slot go, before a long idle time.

@@ -419,21 +419,20 @@ class SlotWriter:
             self._turn.release()
         return number
 
-    def write_bytes(self, live: np.ndarray, version: int) -> None:
+    def write_parts(self, fill: Callable[[list[np.ndarray]], None], version: int) -> None:
         """Take a version that another node's slot held: into a free slot, or deferred.
 
         Args:
-            live (np.ndarray): uint8 ``[slot_bytes]``.
+            fill (callable): fills memory, uint8, as :meth:`WeightReader.pin_bytes` gives it there.
             version (int): its number.
         """
 
-        def copy(views: SlotViews) -> None:
-            for bucket in self._layout.buckets:
-                run = views.runs[bucket.dtype].view(torch.uint8).numpy()
-                np.copyto(run, live[bucket.offset_bytes : bucket.offset_bytes + len(run)])
+        def write(views: SlotViews) -> None:
+            runs = [views.runs[bucket.dtype] for bucket in self._layout.buckets]
+            fill([run.view(torch.uint8).numpy() for run in runs])
 
         with self._turn:
-            self._write(copy, version)
+            self._write(write, version)
 
     def publishes_from(self, addresses: set[int]) -> bool:
         """Whether one of the memory addresses belongs to the weights published last."""
