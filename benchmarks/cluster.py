@@ -170,12 +170,13 @@ def measure(num_nodes: int, seconds: float, emulated: bool = True) -> dict[str, 
         if num_nodes:
             grown = {key: after[key] - before[key] for key in after if key in before}
             rows = grown["cluster/groups_received"] * GROUP_SIZE * DECISIONS
-            slot_bytes = collector.cluster._plan.weight_layout.slot_bytes
+            layout = collector.cluster._plan.weight_layout
+            version_bytes = sum(b.numel * b.dtype.itemsize for b in layout.buckets)
             versions = grown["policy_version"] * num_nodes
             out["data_bytes_ratio"] = grown["cluster/bytes_received"] / (
                 rows * collector.plan.row_bytes
             )
-            out["weight_bytes_ratio"] = grown["cluster/bytes_sent"] / (versions * slot_bytes)
+            out["weight_bytes_ratio"] = grown["cluster/bytes_sent"] / (versions * version_bytes)
         return out
 
 

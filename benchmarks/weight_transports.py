@@ -2,27 +2,30 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""How fast does one version reach every node: Ray's object store, or torch.distributed?
+"""How fast does one version reach every node: by our chain, torch.distributed, or Ray's store?
 
     python benchmarks/weight_transports.py [--quick] [--emulated-mbit 1000]
 
 One sender and 1 to 8 receivers, each a process of its own. A transfer is over when every receiver
 has the bytes in a buffer of its own, as a node has them in a slot of its store.
 
-ray        ``ray.put`` once; each receiver, an actor on a node of Ray's of its own, gets the object
-           and copies it. What the package does.
-relay      Ray's object store, bucket by bucket: each receiver copies a bucket, puts it into its own
-           node's store and tells the next one.
+chain      what the package does: every receiver passes each bucket on to the next one while the
+           one after comes in, over a connection that is made for the transfer and authenticated
+           (``send_along_chain``, ``ChainReceiver``). Without digests, which the others lack.
+gloo chain the same with ``torch.distributed``'s ``send`` and ``recv`` over Gloo.
 broadcast  ``torch.distributed.broadcast`` over Gloo, in buckets.
-chain      every receiver passes each bucket on to the next one while the one after comes in.
+ray        ``ray.put`` once; each receiver, an actor on a node of Ray's of its own, gets the object
+           and copies it.
+ray relay  Ray's object store, bucket by bucket: each receiver copies a bucket, puts it into its own
+           node's store and tells the next one.
 
 On the loopback interface, where each transport is bound by copies and cores; and, with
 ``--emulated-mbit``, between network namespaces of this machine whose links are *emulated*: so many
 Mbit/s each way, without a delay (``tc``; it needs root). Ray's nodes have addresses of their own
 there.
 
-``seconds`` by receivers, megabytes and transport; ``ray_over_fastest`` and ``relay_over_fastest``
-are medians within one repeat. Transports take turns. The last line of stdout is one JSON object.
+``seconds`` by receivers, megabytes and transport; ``chain_over_fastest`` is a median within one
+repeat. Transports take turns. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -45,8 +48,13 @@ import torch
 import torch.distributed as dist
 from _machine import arguments, log, report, spread
 
+from torchrl_dvla.weight_update import ChainReceiver, send_along_chain
+
 BUCKET_BYTES = 4 << 20
-TRANSPORTS = ("ray", "relay", "broadcast", "chain")
+GLOO = ("chain", "gloo chain", "broadcast")
+TRANSPORTS = (*GLOO, "ray", "ray relay")
+KEY = b"known to all of them"
+LIMIT_S = 300.0
 #: Of a relay: a call of Ray's and two copies are paid for each.
 RELAY_BYTES = 16 << 20
 #: Receivers and megabytes; the largest has to fit in memory twice a receiver.
@@ -99,6 +107,16 @@ def _buckets(buffer: torch.Tensor) -> Sequence[torch.Tensor]:
     return buffer.split(BUCKET_BYTES)
 
 
+def _own_chain(
+    buffer: torch.Tensor, receiver: ChainReceiver, following: tuple[str, int] | None
+) -> None:
+    if dist.get_rank():
+        with receiver.receive(KEY, following, LIMIT_S) as fill:
+            fill([buffer.numpy()])
+    elif following is not None:
+        send_along_chain([buffer.numpy()], following, KEY, LIMIT_S)
+
+
 def _broadcast(buffer: torch.Tensor) -> None:
     works = [dist.broadcast(bucket, 0, async_op=True) for bucket in _buckets(buffer)]
     for work in works:
@@ -117,7 +135,7 @@ def _chain(buffer: torch.Tensor) -> None:
         work.wait()
 
 
-def gloo_worker(rank: int, world: int, address: str) -> None:
+def gloo_worker(rank: int, world: int, address: str, host: str) -> None:
     """One rank: told by rank 0, on its standard input, what to transfer."""
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -125,9 +143,18 @@ def gloo_worker(rank: int, world: int, address: str) -> None:
         init_method=f"tcp://{address}:{_PORT}",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=300),
+        timeout=timedelta(seconds=LIMIT_S),
     )
     done = torch.zeros(1)
+    receiver = ChainReceiver(host)
+    addresses: list[Any] = [None] * world
+    dist.all_gather_object(addresses, receiver.address)
+    following = addresses[rank + 1] if rank + 1 < world else None
+    transfers = {
+        "chain": functools.partial(_own_chain, receiver=receiver, following=following),
+        "gloo chain": _chain,
+        "broadcast": _broadcast,
+    }
     while True:
         order: list[Any] = [json.loads(sys.stdin.readline()) if rank == 0 else None]
         dist.broadcast_object_list(order, 0)
@@ -137,11 +164,12 @@ def gloo_worker(rank: int, world: int, address: str) -> None:
         buffer = torch.full((size << 20,), 7 if rank == 0 else 0, dtype=torch.uint8)
         dist.barrier()
         start_s = time.monotonic()
-        (_broadcast if transport == "broadcast" else _chain)(buffer)
+        transfers[transport](buffer)
         dist.all_reduce(done)  # every receiver has it
         if rank == 0:
             print(json.dumps(time.monotonic() - start_s), flush=True)
         assert int(buffer[0]) == int(buffer[-1]) == 7
+    receiver.close()
     dist.destroy_process_group()
 
 
@@ -157,7 +185,7 @@ class Gloo:
                 sys.executable,
                 __file__,
                 "--worker",
-                f"{rank},{len(places)},{address}",
+                f"{rank},{len(places)},{address},{own}",
             ]
             interface = "lo" if own == "127.0.0.1" else "eth0"
             self._ranks.append(
@@ -272,7 +300,8 @@ class Ray:
             self._processes.append(
                 subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             )
-            time.sleep(8.0 if index == 0 else 1.0)  # the head has to be there for the others
+            # The head has to be there for the others, and two at once take the same sockets.
+            time.sleep(8.0 if index == 0 else 5.0)
         worker = [sys.executable, __file__, "--ray-worker", f"{len(places) - 1},{address}"]
         self._sender = subprocess.Popen(
             [*places[0][0], *worker], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -314,10 +343,7 @@ def measure(cases: Sequence[tuple[int, int]], num_repeats: int, mbit: int | None
             gloo = Gloo(places)
             stack.callback(gloo.close)
             transfer: dict[str, Callable[[str, int], float]] = {
-                "ray": ray.transfer,
-                "relay": ray.transfer,
-                "broadcast": gloo.transfer,
-                "chain": gloo.transfer,
+                name: gloo.transfer if name in GLOO else ray.transfer for name in TRANSPORTS
             }
             for size in sizes:
                 found: dict[str, list[float]] = {name: [] for name in TRANSPORTS}
@@ -330,9 +356,8 @@ def measure(cases: Sequence[tuple[int, int]], num_repeats: int, mbit: int | None
                 fastest = [min(values) for values in zip(*found.values(), strict=True)]
                 key = f"{num_receivers} x {size} MB"
                 result[key] = {name: spread(values, 3) for name, values in found.items()}
-                for name in ("ray", "relay"):
-                    over = [a / b for a, b in zip(found[name], fastest, strict=True)]
-                    result[key][f"{name}_over_fastest"] = round(statistics.median(over), 2)
+                over = [a / b for a, b in zip(found["chain"], fastest, strict=True)]
+                result[key]["chain_over_fastest"] = round(statistics.median(over), 2)
                 log(f"{key}: {result[key]}")
     return result
 
@@ -352,8 +377,8 @@ if __name__ == "__main__":
     parser.add_argument("--ray-worker")
     roles, _ = parser.parse_known_args()
     if roles.worker:
-        number, count, where = roles.worker.split(",")
-        gloo_worker(int(number), int(count), where)
+        number, count, where, own_host = roles.worker.split(",")
+        gloo_worker(int(number), int(count), where, own_host)
     elif roles.ray_worker:
         number, where = roles.ray_worker.split(",")
         ray_worker(int(number), where)

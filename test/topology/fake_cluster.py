@@ -91,9 +91,7 @@ class FakeNode:
         return await getattr(self, method)(*args)
 
     async def facts(self) -> NodeFacts:
-        return NodeFacts(
-            self.cluster.specs, self.cluster.versions, 1, 0.0, self.receiver.address
-        )
+        return NodeFacts(self.cluster.specs, self.cluster.versions, 1, 0.0, self.receiver.address)
 
     async def begin(self, plan: RunPlan, policy: bytes) -> None:
         assert policy == b"policy"

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from torchrl_dvla.collectors import EpisodeSpec
-from torchrl_dvla.topology.nodes import Machine, NodeState
 from torchrl_dvla.topology.node_messages import GroupDropped, LoopEnded, TaskQuarantined
+from torchrl_dvla.topology.nodes import Machine, NodeState
 
 from .fake_cluster import FakeCluster, make_group
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -210,6 +211,49 @@ def test_a_killed_node_is_replaced_by_one_that_joins(cluster, collector):
     cluster.add_node(num_cpus=1, **cluster.common)
     train_until(collector, both_healthy(collector), LEARNED)
     assert collector.cluster.nodes[1].machine_id != machine
+    nothing_lost(collector, LEARNED)
+
+
+def test_a_node_that_cannot_be_reached_for_a_while_is_replaced_and_not_heard_again(
+    cluster, collector
+):
+    collector.start()
+    train_until(collector, both_healthy(collector), LEARNED)
+    node = collector.cluster.nodes[1]
+    lost, machine = lost_another(collector), node.machine_id
+    away = next(ray_node for ray_node in cluster.list_all_nodes() if ray_node.node_id == machine)
+    raylet = away.all_processes["raylet"][0].process.pid
+    stopped = [raylet, node.facts.pid]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    train_until(collector, lost, LEARNED)
+    for pid in stopped:  # what it has sampled meanwhile is nobody's
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+    for _ in range(3):
+        assert update(collector, LEARNED) <= 1
+    cluster.remove_node(away, allow_graceful=False)
+    cluster.add_node(num_cpus=1, **cluster.common)
+    train_until(collector, both_healthy(collector), LEARNED)
+    nothing_lost(collector, LEARNED)
+
+
+def test_a_node_that_is_drained_finishes_what_it_has(cluster, collector):
+    collector.start()
+    train_until(collector, both_healthy(collector), LEARNED)
+    node, before = collector.cluster.nodes[1], collector.cluster.totals.copy()
+    drain = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "drain-node"),
+        *("--address", cluster.address, "--node-id", node.machine_id),
+        *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test"),
+        *("--deadline-remaining-seconds", "600"),
+    ]
+    subprocess.run(drain, check=True, capture_output=True, timeout=120)
+    train_until(collector, lambda: node.state is NodeState.DEAD, LEARNED)
+    for name in ("nodes_lost", "groups_resampled"):
+        assert collector.cluster.totals[name] == before[name]
+    cluster.add_node(num_cpus=1, **cluster.common)
+    train_until(collector, both_healthy(collector), LEARNED)
     nothing_lost(collector, LEARNED)
 
 

@@ -15,8 +15,8 @@ import pytest
 from torchrl_dvla import GroupConfig, TopologyAwareCollector
 from torchrl_dvla.collectors import InferenceConfig, WorkerConfig
 from torchrl_dvla.topology import NodePlacement, Placement
-from torchrl_dvla.topology.nodes import Machine, Node, difference
 from torchrl_dvla.topology.node_messages import NodeFacts
+from torchrl_dvla.topology.nodes import Machine, Node, difference
 from torchrl_dvla.topology.topology_aware import assign_machines
 
 from .counting_nodes import make_env, make_policy

@@ -26,7 +26,7 @@ def threads():
 
 @pytest.fixture
 def receivers(monkeypatch):
-    monkeypatch.setattr(chain, "_BUCKET_BYTES", 1024)
+    monkeypatch.setattr(chain, "BUCKET_BYTES", 1024)
     receivers = [ChainReceiver() for _ in range(4)]
     yield receivers
     for receiver in receivers:

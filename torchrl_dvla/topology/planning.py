@@ -15,6 +15,7 @@ from torchrl_dvla.data import GroupConfig
 from torchrl_dvla.memory import format_bytes
 from torchrl_dvla.topology.cluster import ClusterSpec, NodeSpec
 from torchrl_dvla.topology.cost_model import LaneCosts
+from torchrl_dvla.weight_update import BUCKET_BYTES
 
 __all__ = [
     "Load",
@@ -472,9 +473,11 @@ class _Model:
         self.update_decisions = rows / costs.learned_share
         networks = [node.network_bytes_per_s for node in cluster.nodes]
         self.network = min([speed for speed in networks if speed], default=math.inf)
-        num_others = len(cluster.nodes) - 1
-        self.version_s = num_others * costs.version_bytes / self.network
-        self.transfer_s = costs.publish_s + self.version_s
+        #: Of every link of the chain that a version goes along; each node adds a bucket's delay.
+        num_others, version_bytes = len(cluster.nodes) - 1, costs.version_bytes
+        self.version_s = version_bytes / self.network if num_others else 0.0
+        delay_s = max(0, num_others - 1) * min(BUCKET_BYTES, version_bytes) / self.network
+        self.transfer_s = costs.publish_s + self.version_s + delay_s
         self.rollouts = sum(loop.rollouts for loop in self.loops if loop)
         self.free_rates = self._free_rates()
         self.free_rate = sum(self.free_rates)

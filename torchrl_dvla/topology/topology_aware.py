@@ -41,7 +41,7 @@ __all__ = ["TopologyAwareCollector"]
 
 _log = logging.getLogger("torchrl_dvla")
 
-#: Of a node's object store that is started here, at least: groups on their way, and versions.
+#: Of a node's object store that is started here, at least: groups on their way.
 _MIN_STORE_BYTES = 128 << 20
 
 
@@ -178,14 +178,14 @@ class TopologyAwareCollector(DVLACollector):
 
     def _make_runtime(self) -> NodeRuntime:
         nodes = self.placement.nodes
-        # What travels at once: a version for each node, and as much for groups.
+        # The policy by value, and as much for groups.
         weights = [p for p in self.policy.parameters() if not is_lazy(p)]
-        version_bytes = sum(p.numel() * p.element_size() for p in weights)
+        policy_bytes = sum(p.numel() * p.element_size() for p in weights)
         runtime = RayRuntime(
             [node.host for node in nodes],
             [node.workers.num_workers for node in nodes],
             address=self._address,
-            object_store_bytes=max(_MIN_STORE_BYTES, 2 * (len(nodes) + 1) * version_bytes),
+            object_store_bytes=max(_MIN_STORE_BYTES, 2 * policy_bytes),
         )
         runtime.use(
             pickled(self._factories, "create_env_fn"),

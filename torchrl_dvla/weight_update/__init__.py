@@ -10,7 +10,13 @@ one between two of its batches; :class:`AsyncWeightUpdater` is both as a TorchRL
 each version, which go from node to node by :class:`ChainReceiver`.
 """
 
-from torchrl_dvla.weight_update.chain import Address, ChainReceiver, new_key, send_along_chain
+from torchrl_dvla.weight_update.chain import (
+    BUCKET_BYTES,
+    Address,
+    ChainReceiver,
+    new_key,
+    send_along_chain,
+)
 from torchrl_dvla.weight_update.reader import WeightReader
 from torchrl_dvla.weight_update.replica import WeightReplica, weight_digest
 from torchrl_dvla.weight_update.segment import Adoption, AdoptionStats
@@ -20,6 +26,7 @@ from torchrl_dvla.weight_update.updater import AsyncWeightUpdater
 from torchrl_dvla.weight_update.weight_layout import WeightLayout
 
 __all__ = [
+    "BUCKET_BYTES",
     "Address",
     "Adoption",
     "AdoptionStats",

@@ -22,13 +22,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-__all__ = ["Address", "ChainReceiver", "new_key", "send_along_chain"]
+__all__ = ["BUCKET_BYTES", "Address", "ChainReceiver", "new_key", "send_along_chain"]
 
 _log = logging.getLogger("torchrl_dvla")
 
 Address = tuple[str, int]
 #: Larger ones delay each node of a chain more, smaller ones cost calls.
-_BUCKET_BYTES = 4 << 20
+BUCKET_BYTES = 4 << 20
 _NONCE_BYTES = 32
 #: Seconds for whoever connects to show that it knows the key.
 _HANDSHAKE_S = 5.0
@@ -187,8 +187,8 @@ class _Forward:
 
 def _buckets(parts: Sequence[np.ndarray]) -> Iterator[memoryview]:
     for part in parts:
-        for start in range(0, len(part), _BUCKET_BYTES):
-            yield part.data[start : start + _BUCKET_BYTES]
+        for start in range(0, len(part), BUCKET_BYTES):
+            yield part.data[start : start + BUCKET_BYTES]
 
 
 def _connect(address: Address, key: bytes, timeout_s: float) -> socket.socket:
