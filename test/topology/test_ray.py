@@ -242,13 +242,11 @@ def test_a_node_that_is_drained_finishes_what_it_has(cluster, collector):
     collector.start()
     train_until(collector, both_healthy(collector), LEARNED)
     node, before = collector.cluster.nodes[1], collector.cluster.totals.copy()
-    drain = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "drain-node"),
-        *("--address", cluster.address, "--node-id", node.machine_id),
-        *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test"),
-        *("--deadline-remaining-seconds", "600"),
-    ]
-    subprocess.run(drain, check=True, capture_output=True, timeout=120)
+    # What `ray drain-node` does.
+    reason = ray.core.generated.autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION
+    deadline_ms = int(1000 * (time.time() + 600.0))
+    client = ray._raylet.GcsClient(address=cluster.address)
+    assert client.drain_node(node.machine_id, reason, "a test", deadline_ms) == (True, "")
     train_until(collector, lambda: node.state is NodeState.DEAD, LEARNED)
     for name in ("nodes_lost", "groups_resampled"):
         assert collector.cluster.totals[name] == before[name]
