@@ -250,8 +250,9 @@ class RayRuntime:
             self._init(self._cluster.address)
 
     def _init(self, address: str) -> None:
-        # Nodes report what they log; what Ray logs is in its own files.
+        # Nodes report what they log; what Ray logs, pages of it for a lost node, is in its files.
         self._ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        self._ray._private.worker._worker_logs_enabled = False
         self._is_ours = True
 
     def use(
@@ -316,5 +317,6 @@ class RayRuntime:
         if self._is_ours:
             self._is_ours = False
             self._ray.shutdown()
+            self._ray._private.worker._worker_logs_enabled = True
             if self._cluster is not None:
                 self._cluster.shutdown()
