@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from torchrl_dvla.collectors import EpisodeSpec
+from torchrl_dvla.topology import cluster_loop
 from torchrl_dvla.topology.node_messages import GroupDropped, LoopEnded, TaskQuarantined
 from torchrl_dvla.topology.nodes import Machine, NodeState
 
@@ -296,6 +297,26 @@ async def test_a_chain_that_breaks_goes_on_without_the_node_that_broke_it(cluste
     assert [cluster.node(k) is starts[k] for k in range(4)] == [True, False, True, True]
     assert cluster.node(1).versions == [1], "it was started again"
     assert cluster.loop.totals["nodes_lost"] == 1
+
+
+@on_a_cluster()
+async def test_a_version_that_is_published_during_a_transfer_is_sent_afterwards(cluster):
+    await cluster.until(lambda: len(cluster.groups.stored) == 4)
+    other, real = cluster.node(1), cluster_loop.weight_digest
+
+    def publish_meanwhile(parts):
+        if cluster.node(0) is not first and cluster.updater.store.version == 0:
+            cluster.updater.publish()
+        return real(parts)
+
+    first = cluster.node(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster_loop, "weight_digest", publish_meanwhile)
+        first.is_lost = True
+        await cluster.until(lambda: len(cluster.runtime.started) == 3)
+        await cluster.until(lambda: [node.version for node in cluster.nodes] == [1, 1])
+    assert cluster.node(0).versions == other.versions == [0, 1]
+    assert cluster.node(1) is other, "it was not sent what it had"
 
 
 @on_a_cluster()

@@ -370,25 +370,24 @@ class ClusterLoop(LoopThread):
 
     # -- weights --------------------------------------------------------------------------------
 
-    def _behind(self) -> list[Node]:
-        """Nodes that have an older version than the newest, new ones last."""
-        newest = self._store.visible_version
-        behind = [node for node in self.nodes if node.has_begun and node.version < newest]
+    def _behind(self, version: int) -> list[Node]:
+        """Nodes that have an older version, new ones last."""
+        behind = [node for node in self.nodes if node.has_begun and node.version < version]
         return sorted(behind, key=lambda node: node.state is NodeState.STALE)
 
     async def _distribute(self) -> None:
         """Send the newest version to all nodes that have an older one, again and again."""
         frozen_digest = ""
         while True:
-            await self._until(self._behind)
+            await self._until(lambda: self._behind(self._store.visible_version))
             number, live, frozen = self._reader.pin_bytes()
             frozen_digest = frozen_digest or await in_thread(weight_digest, frozen)
             digest = await in_thread(weight_digest, live)
             with self._distribution.span(f"send {number}"):
-                new = [node for node in self._behind() if not node.has_frozen]
+                new = [node for node in self._behind(number) if not node.has_frozen]
                 for node in await self._send_along(new, None, frozen, frozen_digest):
                     node.has_frozen = True
-                nodes = [node for node in self._behind() if node.has_frozen]
+                nodes = [node for node in self._behind(number) if node.has_frozen]
                 for node in await self._send_along(nodes, number, live, digest):
                     node.version = number
                     if node.state is NodeState.STALE:
