@@ -6,7 +6,7 @@
 
 The driver is the learner's process. It joins a cluster that is running, or starts one on this
 machine that nobody outside can reach. What belongs to the cluster, and who may join it, is Ray's
-business; this package opens no port.
+business. Weights go another way, see :mod:`~torchrl_dvla.weight_update.chain`.
 """
 
 from __future__ import annotations
