@@ -25,6 +25,8 @@ from torchrl_dvla.collectors import EpisodeSpec, Evaluation
 from torchrl_dvla.recipes.dvla_grpo import bookkeeping, train, utils, validation
 from torchrl_dvla.recording import DASHBOARD, RunCheckpoints
 
+from .. import named_memory
+
 ROOT = Path(__file__).resolve().parents[2]
 #: Seconds that one run may take; on two idle cores it takes fifteen.
 DEADLINE_S = 140
@@ -68,7 +70,7 @@ class Run:
         env = dict(os.environ, TMPDIR=str(self.tmp), OMP_NUM_THREADS="1", **{key: value})
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
         self.output = ""
-        self.named_before = set(os.listdir("/dev/shm"))
+        self.named_before = named_memory.named()
         self.process = subprocess.Popen(
             [sys.executable, *program, "train", *SMALL, f"log.dir={tmp_path / 'runs'}", *overrides],
             cwd=tmp_path,
@@ -110,29 +112,13 @@ class Run:
             except OSError:
                 continue  # gone, or another user's
         alive += [str(path) for path in self.tmp.rglob("*") if path.is_file()]
-        return alive + [f"/dev/shm/{name}" for name in _unused(self.named_before)]
+        return alive + [f"/dev/shm/{name}" for name in named_memory.left_behind(self.named_before)]
 
 
 def _state(checkpoint, component):
     """What a training checkpoint holds of a component."""
     (file,) = checkpoint.glob(f"components/*-{component}/state.pt")
     return torch.load(file, weights_only=True)
-
-
-def _unused(known):
-    """Named shared memory, beside what is known, that no process maps: nobody will free it.
-
-    Semaphores are mapped under another name; those of the run that leak are in its output.
-    """
-    pattern = re.compile(r"mp-|psm_|torch_|dvla")
-    names = {name for name in os.listdir("/dev/shm") if pattern.match(name)} - known
-    for maps in Path("/proc").glob("[0-9]*/maps") if names else ():
-        try:
-            mapped = maps.read_text()
-        except OSError:
-            continue  # gone, or another user's
-        names = {name for name in names if f"/dev/shm/{name}" not in mapped}
-    return names
 
 
 def _scalars(folder):
