@@ -13,6 +13,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,13 @@ def no_exploration_type_left() -> Iterator[None]:
     left = exploration_type()
     set_exploration_type(None).__enter__()  # for good
     assert left is None, f"the exploration type {left} was left set"
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder in whose subfolders sockets can be: their paths have at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="test-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

@@ -7,12 +7,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
+import weakref
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -64,8 +67,8 @@ class Run:
 
     def __init__(self, tmp_path, *overrides, program=("-m", "torchrl_dvla")):
         self.mark = f"DVLA_TEST_RUN={uuid.uuid4().hex}"
-        self.tmp = tmp_path / "tmp"
-        self.tmp.mkdir(exist_ok=True)
+        self.tmp = Path(tempfile.mkdtemp(prefix="run-"))  # the paths of sockets must be short
+        weakref.finalize(self, shutil.rmtree, self.tmp, ignore_errors=True)
         key, value = self.mark.split("=")
         env = dict(os.environ, TMPDIR=str(self.tmp), OMP_NUM_THREADS="1", **{key: value})
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
@@ -163,7 +166,6 @@ def interrupted_and_resumed(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 class TestRun:
     def test_sigterm_ends_it_within_ten_seconds_and_leaves_nothing(self, interrupted_and_resumed):
         first, _ = interrupted_and_resumed
@@ -302,7 +304,6 @@ def test_a_solved_task_ends_well_also_if_nobody_reads_what_it_says(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_a_learner_that_raises_leaves_a_checkpoint(tmp_path, settings):
     program = (FAILING, "learner")
     # No checkpoint is due before the error.
@@ -328,7 +329,6 @@ def test_a_learner_that_raises_leaves_a_checkpoint(tmp_path, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_a_last_evaluation_that_fails_leaves_checkpoint_and_report(tmp_path):
     arguments = ("train.num_updates=2", "eval.num_episodes=4", "eval.subset_episodes=0")
     run = Run(tmp_path, *arguments, program=(FAILING, "evaluation"))
@@ -397,7 +397,6 @@ def test_an_error_while_saving_does_not_hide_the_first(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_two_ranks_learn_and_one_goes_on_from_their_checkpoint(tmp_path):
     ranks = ["policy.kind=tiny", "learner.num_ranks=2", "eval.num_episodes=0"]
     runs = []
