@@ -13,6 +13,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ import torch
 from torchrl.envs.utils import exploration_type, set_exploration_type
 
 from torchrl_dvla.envs.maniskill_setup import find_vulkan_driver
+
+from . import named_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 HAS_LIBERO = importlib.util.find_spec("libero") is not None
@@ -49,6 +52,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(no_maniskill)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
+    if hasattr(config, "workerinput"):
+        # One of several workers, which take whole files in this order: those that take long begin.
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 @functools.cache
@@ -84,6 +91,13 @@ def no_exploration_type_left() -> Iterator[None]:
 
 
 @pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder in whose subfolders sockets can be: their paths have at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="test-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
 def run_python(tmp_path: Path) -> Callable[..., Any]:
     """Runs Python with arguments in a folder of its own, where it finds the package."""
 
@@ -104,13 +118,11 @@ def run_python(tmp_path: Path) -> Callable[..., Any]:
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left_in_shared_memory() -> Iterator[None]:
     """The suite leaves /dev/shm as it found it (torch's own files go with their processes)."""
-    folder = Path("/dev/shm")
-    before = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    before = named_memory.named()
     yield
     gc.collect()
-    after = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-    own = {name for name in after - before if "dvla" in name}
-    assert not own, f"left in /dev/shm: {sorted(own)}"
+    own = [name for name in named_memory.left_behind(before) if "dvla" in name]
+    assert not own, f"left in /dev/shm: {own}"
 
 
 @pytest.fixture(scope="session")

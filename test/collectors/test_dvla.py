@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 import multiprocessing
-import os
 
 import pytest
 import torch
@@ -19,15 +18,10 @@ from torchrl_dvla.collectors import EpisodeSpec, GroupConfig
 from torchrl_dvla.data import schema
 from torchrl_dvla.weight_update import AsyncWeightUpdater
 
+from .. import named_memory
 from .counting_task import make_env, make_initialised_policy, make_policy
 
 ONE_AT_A_TIME = GroupConfig(group_size=3, groups_per_update=1, max_policy_lag=0)
-
-
-def shared_memory_files() -> set[str]:
-    """Named segments; semaphores that a torchrl.ReplayBuffer makes go with the buffer."""
-    names = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
-    return {name for name in names if not name.startswith("sem.")}
 
 
 def rollouts_of(batches: list) -> dict[int, torch.Tensor]:
@@ -197,12 +191,12 @@ def test_pause_admits_no_group(start_collector):
 
 
 def test_shutdown_leaves_no_process_and_no_shared_memory(start_collector):
-    before = shared_memory_files()
+    before = named_memory.named()
     collector = start_collector(workers={"num_workers": 2})
     list(collector.replay_buffer)
     collector.shutdown()
     assert not [p for p in multiprocessing.active_children() if p.name.startswith("dvla")]
-    assert shared_memory_files() <= before
+    assert named_memory.left_behind(before) == set()
 
 
 def test_a_resumed_collector_begins_unfinished_groups_anew(make_collector, start_collector):

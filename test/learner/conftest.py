@@ -48,6 +48,9 @@ class Learners:
             if key == "sample_log_prob" or key[-1] == "log_probs":
                 rows.get(key).sub_(0.2 * torch.rand(rows.get(key).shape, generator=draw))
 
+    def close(self):
+        self.pool.close()
+
     def read(self, index):
         batch = RowFields(self.pool.rows, self.pool.layout).gather(index)
         batch.set("num_decisions", self.num_decisions[index].unsqueeze(-1))
@@ -113,4 +116,4 @@ def make_learners():
 
     yield make
     for learners in made:
-        learners.pool.close()
+        learners.close()

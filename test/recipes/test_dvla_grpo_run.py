@@ -7,12 +7,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
+import weakref
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -24,6 +27,8 @@ from tensordict import TensorDict
 from torchrl_dvla.collectors import EpisodeSpec, Evaluation
 from torchrl_dvla.recipes.dvla_grpo import bookkeeping, train, utils, validation
 from torchrl_dvla.recording import DASHBOARD, RunCheckpoints
+
+from .. import named_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Seconds that one run may take; on two idle cores it takes fifteen.
@@ -62,13 +67,13 @@ class Run:
 
     def __init__(self, tmp_path, *overrides, program=("-m", "torchrl_dvla")):
         self.mark = f"DVLA_TEST_RUN={uuid.uuid4().hex}"
-        self.tmp = tmp_path / "tmp"
-        self.tmp.mkdir(exist_ok=True)
+        self.tmp = Path(tempfile.mkdtemp(prefix="run-"))  # the paths of sockets must be short
+        weakref.finalize(self, shutil.rmtree, self.tmp, ignore_errors=True)
         key, value = self.mark.split("=")
         env = dict(os.environ, TMPDIR=str(self.tmp), OMP_NUM_THREADS="1", **{key: value})
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
         self.output = ""
-        self.named_before = set(os.listdir("/dev/shm"))
+        self.named_before = named_memory.named()
         self.process = subprocess.Popen(
             [sys.executable, *program, "train", *SMALL, f"log.dir={tmp_path / 'runs'}", *overrides],
             cwd=tmp_path,
@@ -110,29 +115,13 @@ class Run:
             except OSError:
                 continue  # gone, or another user's
         alive += [str(path) for path in self.tmp.rglob("*") if path.is_file()]
-        return alive + [f"/dev/shm/{name}" for name in _unused(self.named_before)]
+        return alive + [f"/dev/shm/{name}" for name in named_memory.left_behind(self.named_before)]
 
 
 def _state(checkpoint, component):
     """What a training checkpoint holds of a component."""
     (file,) = checkpoint.glob(f"components/*-{component}/state.pt")
     return torch.load(file, weights_only=True)
-
-
-def _unused(known):
-    """Named shared memory, beside what is known, that no process maps: nobody will free it.
-
-    Semaphores are mapped under another name; those of the run that leak are in its output.
-    """
-    pattern = re.compile(r"mp-|psm_|torch_|dvla")
-    names = {name for name in os.listdir("/dev/shm") if pattern.match(name)} - known
-    for maps in Path("/proc").glob("[0-9]*/maps") if names else ():
-        try:
-            mapped = maps.read_text()
-        except OSError:
-            continue  # gone, or another user's
-        names = {name for name in names if f"/dev/shm/{name}" not in mapped}
-    return names
 
 
 def _scalars(folder):
@@ -177,7 +166,6 @@ def interrupted_and_resumed(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 class TestRun:
     def test_sigterm_ends_it_within_ten_seconds_and_leaves_nothing(self, interrupted_and_resumed):
         first, _ = interrupted_and_resumed
@@ -316,7 +304,6 @@ def test_a_solved_task_ends_well_also_if_nobody_reads_what_it_says(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_a_learner_that_raises_leaves_a_checkpoint(tmp_path, settings):
     program = (FAILING, "learner")
     # No checkpoint is due before the error.
@@ -342,7 +329,6 @@ def test_a_learner_that_raises_leaves_a_checkpoint(tmp_path, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_a_last_evaluation_that_fails_leaves_checkpoint_and_report(tmp_path):
     arguments = ("train.num_updates=2", "eval.num_episodes=4", "eval.subset_episodes=0")
     run = Run(tmp_path, *arguments, program=(FAILING, "evaluation"))
@@ -411,7 +397,6 @@ def test_an_error_while_saving_does_not_hide_the_first(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_two_ranks_learn_and_one_goes_on_from_their_checkpoint(tmp_path):
     ranks = ["policy.kind=tiny", "learner.num_ranks=2", "eval.num_episodes=0"]
     runs = []

@@ -198,10 +198,9 @@ if __name__ == "__main__":
 """
 
 
-def test_a_parent_that_is_killed_leaves_neither_hung_processes_nor_files(tmp_path):
-    script, folder = tmp_path / "script.py", tmp_path / "tmp"
+def test_a_parent_that_is_killed_leaves_neither_hung_processes_nor_files(tmp_path, short_path):
+    script, folder = tmp_path / "script.py", short_path
     script.write_text(HUNG)
-    folder.mkdir()
     env = dict(os.environ, TMPDIR=str(folder))
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, env=env) as parent:
         handles = [os.pidfd_open(int(pid)) for pid in parent.stdout.readline().split()]

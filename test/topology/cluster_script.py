@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 from torchrl_dvla import GroupConfig, PooledReplayBuffer, TopologyAwareCollector, WorkerConfig
@@ -58,7 +57,7 @@ def main(way: str) -> None:
         collector.update_policy_weights_()
     print(json.dumps(descendants()), flush=True)
     if way == "wait":
-        time.sleep(600)
+        sys.stdin.read()  # until whoever has started it ends
 
 
 if __name__ == "__main__":

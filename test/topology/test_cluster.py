@@ -171,7 +171,7 @@ def test_the_nodes_of_a_ray_cluster():
         cluster.wait_for_nodes()
         with pytest.raises(TimeoutError, match="within 0.1 s, got nothing from"):
             ClusterSpec.from_ray(cluster.address, timeout_s=0.1)  # a worker takes longer to start
-        first, second = ClusterSpec.from_ray(cluster.address).nodes
+        first, second = ClusterSpec.from_ray(cluster.address, timeout_s=180.0).nodes
     finally:
         cluster.shutdown()
     local = NodeSpec.local()

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import connection
 from pathlib import Path
 
 import cloudpickle
@@ -261,6 +262,7 @@ def test_nothing_outlives_a_learner_that_is_killed_or_leaves(way):
     environment.pop("RAY_ADDRESS", None)
     process = subprocess.Popen(
         [sys.executable, SCRIPT, way],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -269,7 +271,7 @@ def test_nothing_outlives_a_learner_that_is_killed_or_leaves(way):
     try:
         line = process.stdout.readline()
         assert line, process.stderr.read()
-        family = json.loads(line)
+        family = handles_of(json.loads(line))
         if way == "wait":
             # Two raylets, two nodes, and of each worker, inference and their fork server.
             assert sum("Agent" not in command_of(pid)[1] for pid in family) > 9
@@ -280,18 +282,21 @@ def test_nothing_outlives_a_learner_that_is_killed_or_leaves(way):
         process.kill()
         process.communicate()
     deadline_s = time.monotonic() + 60.0
-    # Ray's two agents of each node look for the head for a minute before they end by themselves.
-    ours = [pid for pid in family if "Agent" not in command_of(pid)[1]]
-    while left := [pid for pid in ours if is_alive(pid)]:
-        assert time.monotonic() < deadline_s, [command_of(pid) for pid in left]
-        time.sleep(0.1)
+    for pid, handle in family.items():
+        # Ray's two agents of each node look for the head for a minute before they end.
+        if "Agent" not in command_of(pid)[1]:
+            ended = connection.wait([handle], max(0.0, deadline_s - time.monotonic()))
+            assert ended, command_of(pid)
+        os.close(handle)
 
 
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+def handles_of(pids):
+    """Descriptors that tell when a process ends, of those that have not yet."""
+    handles = {}
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            handles[pid] = os.pidfd_open(pid)
+    return handles
 
 
 def command_of(pid):
