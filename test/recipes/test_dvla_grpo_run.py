@@ -23,7 +23,7 @@ from tensordict import TensorDict
 
 from torchrl_dvla.collectors import EpisodeSpec, Evaluation
 from torchrl_dvla.recipes.dvla_grpo import bookkeeping, train, utils, validation
-from torchrl_dvla.recording import DASHBOARD, RunCheckpoints
+from torchrl_dvla.recording import DASHBOARD, RunCheckpoints, TrainingScenes
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Seconds that one run may take; on two idle cores it takes fifteen.
@@ -216,6 +216,10 @@ class TestRun:
         assert report["max_policy_lag"] <= 1
         final = RunCheckpoints(first.folder / "checkpoints").latest()
         assert _state(final, "run")["num_updates"] == report["num_updates"]
+        # The toy task does not say which scene it plays, and so the record says that.
+        for path in (first.checkpoint, final):
+            (policy,) = path.glob("components/*-policy")
+            assert TrainingScenes.load(policy) == TrainingScenes(gaps=["init states of toy"])
         assert _state(final, "optimizer")["state"][0]["step"] > first.num_steps
 
     def test_the_weight_version_goes_on(self, interrupted_and_resumed):

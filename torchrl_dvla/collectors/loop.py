@@ -17,6 +17,7 @@ import heapq
 import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -237,7 +238,9 @@ class CollectionLoop:
         while True:
             try:
                 async with self._environment(rollout, weights) as env:
+                    start_s = time.monotonic()
                     await self._play(rollout, env, weights)
+                    rollout.duration_s = time.monotonic() - start_s
                 break
             except WorkerLostError as lost:
                 if lost.action is not FailureAction.RETRY:

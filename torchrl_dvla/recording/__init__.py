@@ -17,6 +17,7 @@ from torchrl_dvla.recording.report import RunReport, SuccessRate, wilson_interva
 from torchrl_dvla.recording.run_lock import RunLock
 from torchrl_dvla.recording.signals import GracefulStop, StopRequested
 from torchrl_dvla.recording.tensorboard import DASHBOARD, TensorBoardRecorder
+from torchrl_dvla.recording.training_scenes import SceneOverlap, TrainingScenes
 
 __all__ = [
     "DASHBOARD",
@@ -26,9 +27,11 @@ __all__ = [
     "RunLock",
     "RunRecorder",
     "RunReport",
+    "SceneOverlap",
     "StopRequested",
     "SuccessRate",
     "TensorBoardRecorder",
+    "TrainingScenes",
     "check_backend",
     "check_writable",
     "draw_learning_curve",
