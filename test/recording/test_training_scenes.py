@@ -66,6 +66,17 @@ def test_it_is_saved_with_the_policy_and_found_again(tmp_path):
         RunCheckpoints(tmp_path, policy=torch.nn.Linear(2, 1)).load(path)
 
 
+@pytest.mark.parametrize("name", ["state.pt", "weights-0123abcd.safetensors"])
+def test_beside_other_weights_it_counts_for_nothing(tmp_path, name):
+    (tmp_path / name).write_bytes(b"old")
+    TrainingScenes({"a": {1}}).save(tmp_path)
+    assert TrainingScenes.load(tmp_path).overlap([2]).verdict == "none"
+    (tmp_path / name).write_bytes(b"new" if name == "state.pt" else b"newer")
+    overlap = TrainingScenes.load(tmp_path).overlap([2])
+    assert (overlap.verdict, overlap.num_known) == ("unknown", 0)
+    assert "its record is of other weights" in str(overlap)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": "another"}'])
 def test_a_damaged_record_is_refused(tmp_path, text):
     (tmp_path / "training_scenes.json").write_text(text)

@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torchrl_dvla.data import Group
 from torchrl_dvla.data.schema import NO_HASH
@@ -20,7 +21,9 @@ from torchrl_dvla.saved_state import require_form
 __all__ = ["SceneOverlap", "TrainingScenes"]
 
 _FORMAT = "torchrl_dvla.training_scenes.v1"
-_FORM = {"format": _FORMAT, "tasks": {str: [str]}, "gaps": [str]}
+_FORM = {"format": _FORMAT, "weights": {str: str}, "tasks": {str: [str]}, "gaps": [str]}
+#: Files of weights, and those whose name says what is in them.
+_WEIGHTS, _BY_CONTENT = {".safetensors", ".pt", ".bin"}, re.compile(r"weights-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class TrainingScenes:
     """Init states that a policy was trained from, each by its hash.
 
     The hash is an environment's own, as :func:`~torchrl_dvla.envs.libero_setup.hash_init_state`: it
-    finds the same state again, not a similar one. What is not known is a gap, and said.
+    finds the same state again, not a similar one. What is not known is a gap, and said. The file
+    names the weights that it belongs to: beside others it counts for nothing.
 
     Args:
         tasks (dict): hashes by task.
@@ -117,31 +121,18 @@ from, by their hashes; unknown for the rest. Not on record: init states of toy.
         found = tuple(k for k, number in enumerate(evaluated) if number in known)
         return SceneOverlap(found, len(evaluated), len(known), tuple(self.gaps))
 
-    def to_dict(self) -> dict[str, Any]:
-        """The record as plain data."""
-        return {
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write it into a policy's folder, in which the weights are already."""
+        data = {
             "format": _FORMAT,
+            "weights": _weights_in(Path(folder)),
             "tasks": {
                 task: [f"{number:016x}" for number in sorted(found)]
                 for task, found in sorted(self.tasks.items())
             },
             "gaps": list(self.gaps),
         }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> TrainingScenes:
-        """The record of :meth:`to_dict`.
-
-        Raises:
-            ValueError: if it is something else.
-        """
-        require_form(_FORM, data, "training_scenes")
-        tasks = {task: {int(text, 16) for text in found} for task, found in data["tasks"].items()}
-        return cls(tasks, list(data["gaps"]))
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write it into a policy's folder."""
-        (Path(folder) / self.FILE).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        (Path(folder) / self.FILE).write_text(json.dumps(data, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> TrainingScenes:
@@ -154,9 +145,29 @@ from, by their hashes; unknown for the rest. Not on record: init states of toy.
         if not path.is_file():
             return cls(gaps=[f"what the policy in {str(folder)!r} was trained from"])
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            data = json.loads(path.read_text(encoding="utf-8"))
+            require_form(_FORM, data, "training_scenes")
+            tasks = {task: {int(text, 16) for text in of} for task, of in data["tasks"].items()}
         except ValueError as error:
             raise ValueError(
                 f"{str(path)!r} must be the record of a policy's training scenes, got {error} "
                 "Copy it again, or delete it: the init states count as unknown then."
             ) from error
+        if data["weights"] != _weights_in(Path(folder)):
+            gap = "what the policy in {!r} was trained from, for its record is of other weights"
+            return cls(gaps=[gap.format(str(folder))])
+        return cls(tasks, list(data["gaps"]))
+
+
+def _weights_in(folder: Path) -> dict[str, str]:
+    """The files of weights of a policy's folder, with what tells them from others."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in _WEIGHTS:
+            continue
+        if _BY_CONTENT.fullmatch(path.stem):
+            found[path.name] = f"{path.stat().st_size} bytes"
+        else:
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
