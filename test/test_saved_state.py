@@ -12,7 +12,7 @@ import pickle
 import pytest
 import torch
 
-from torchrl_dvla.saved_state import COUNT, Number, form_of, form_problems, read_state
+from torchrl_dvla.saved_state import COUNT, MaybeAbsent, Number, form_of, form_problems, read_state
 
 MASK = torch.tensor([0.0, -math.inf])
 
@@ -57,6 +57,14 @@ def test_a_state_is_compared_with_an_objects_own(own, state, problems):
     found = form_problems(form_of(own), state, "s")
     assert len(found) == len(problems)
     assert all(line.startswith(start) for line, start in zip(found, problems))
+
+
+def test_an_entry_that_older_versions_did_not_write():
+    form = {"a": COUNT, "b": MaybeAbsent(COUNT)}
+    assert form_problems(form, {"a": 1}, "s") == form_problems(form, {"a": 1, "b": 2}, "s") == []
+    assert form_problems(form, {"b": 2}, "s") == ["'s.a' is missing"]
+    (problem,) = form_problems(form, {"a": 1, "b": -2}, "s")
+    assert problem.startswith("'s.b' must be a whole number in [0, inf], got -2")
 
 
 def test_forms_of_any_length():

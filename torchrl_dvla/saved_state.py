@@ -13,6 +13,7 @@ A *form* says what an entry must be; :func:`form_of` takes it from a live object
 ``[form]``            a list or tuple of any length
 ``{"key": form}``     a mapping with exactly these keys
 ``{type: form}``      a mapping with any keys of that type
+:class:`MaybeAbsent`  of a key: what older versions did not write
 a string              that string
 a type                an instance of it
 ====================  =============================================================
@@ -33,7 +34,16 @@ from torch.nn.parameter import is_lazy
 
 from torchrl_dvla.differences import join_some
 
-__all__ = ["COUNT", "Number", "form_of", "form_problems", "read_state", "require_form", "types_of"]
+__all__ = [
+    "COUNT",
+    "MaybeAbsent",
+    "Number",
+    "form_of",
+    "form_problems",
+    "read_state",
+    "require_form",
+    "types_of",
+]
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,13 @@ class Number:
 
     def __str__(self) -> str:
         return f"a {'whole' if self.whole else 'finite'} number in [{self.low:g}, {self.high:g}]"
+
+
+@dataclass(frozen=True)
+class MaybeAbsent:
+    """Form of an entry of a mapping that may be missing, and else is of ``form``."""
+
+    form: Any
 
 
 #: Remedy for a state that lacks what states hold now.
@@ -131,7 +148,8 @@ def _problems(form: Any, state: Any, name: str) -> Iterator[str]:
             kind = next(iter(form), None)
             if isinstance(kind, type):
                 form = {key: form[kind] for key in state if isinstance(key, kind)}
-            yield from (f"'{name}.{key}' is missing" for key in form if key not in state)
+            needed = (key for key, item in form.items() if not isinstance(item, MaybeAbsent))
+            yield from (f"'{name}.{key}' is missing" for key in needed if key not in state)
             yield from (f"'{name}.{key}' is unknown" for key in state if key not in form)
             for key in filter(form.__contains__, state):
                 yield from _problems(form[key], state[key], f"{name}.{key}")
@@ -153,6 +171,8 @@ def _problems(form: Any, state: Any, name: str) -> Iterator[str]:
             broken = ~state.isfinite()
             if broken.any() and (broken & form.isfinite().to(state.device)).any():
                 yield f"'{name}' must be finite, got NaN or infinity"
+    elif isinstance(form, MaybeAbsent):
+        yield from _problems(form.form, state, name)
     elif isinstance(form, Number):
         expected = None if form.admits(state) else str(form)
     elif isinstance(form, str):

@@ -107,7 +107,9 @@ class ScriptedWorkers:
             key = index, command.env_index
             if hasattr(command, "seed"):
                 self._left[key], self._tasks[key] = self.num_decisions, command.task
-                event: Any = ResetDone(command.env_index, command.task)
+                event: Any = ResetDone(
+                    command.env_index, command.task, init_state_hash=1000 + command.seed
+                )
             else:
                 self._left[key] -= 1
                 # Sums of few of them differ.

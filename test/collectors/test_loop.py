@@ -48,6 +48,8 @@ async def test_a_group_is_sampled_whole_from_one_scene_and_completed(bench):
     first, second = bench.groups.stored
     assert [rollout.rollout_id for rollout in first.rollouts] == [0, 1]
     assert [rollout.num_rows for rollout in second.rollouts] == [2, 2]
+    assert [rollout.init_state_hash for rollout in first.rollouts] == [1000, 1000]
+    assert (first.init_state_hash, second.init_state_hash) == (1000, 1001)
     rows = bench.pool.rows[first.row_index(bench.pool)]
     assert rows["rollout_id"].flatten().tolist() == [0, 0, 1, 1]
     assert rows["decision_index"].flatten().tolist() == [0, 1, 0, 1]
@@ -109,9 +111,13 @@ async def test_a_task_that_keeps_failing_is_quarantined(bench):
     assert bench.processes.first_task == "good"
     await bench.until(lambda: bench.groups.stored)
     assert {group.spec.task for group in bench.groups.stored} == {"good"}
-    evaluation = bench.evaluate(EpisodeSpec("good", 0))
+    evaluation = bench.evaluate(EpisodeSpec("good", 7))
+    assert evaluation.finished() == {}
     await bench.until(evaluation.done)
     assert len(evaluation.result().successes) == 1
+    ((number, (rollout, frames)),) = evaluation.finished().items()
+    assert (number, rollout.init_state_hash, frames) == (0, 1007, None)
+    assert 0 < rollout.duration_s < 60
 
 
 @on_a_bench(num_workers=2, refusals=(True, True), max_policy_lag=1, lockstep=True)

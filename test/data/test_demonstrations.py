@@ -4,6 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -53,6 +54,20 @@ def test_round_trip(tmp_path):
     assert loaded.rows["observation", "image"].dtype == torch.uint8
     # nothing but the file is left behind
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["5.safetensors"]
+
+
+def test_the_hash_of_the_init_state_is_kept_and_may_be_absent(tmp_path):
+    path, demo = tmp_path / "5.safetensors", make_demo(seed=5)
+    info = dataclasses.replace(demo.info, init_state_hash=2**63 - 1)
+    Demonstration(demo.rows, info).save(path)
+    assert Demonstration.load(path).info == info
+    with safe_open(path, framework="pt") as file:
+        names, metadata = list(file.keys()), file.metadata()
+        tensors = {name: file.get_tensor(name) for name in names}
+    old = {key: value for key, value in dataclasses.asdict(info).items() if key[:4] != "init"}
+    save_file(tensors, path, metadata={**metadata, "info": json.dumps(old)})
+    assert Demonstration.load(path).info == demo.info
+    assert demo.info.init_state_hash == -1
 
 
 def test_a_second_camera_is_kept(tmp_path):

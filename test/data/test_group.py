@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from torchrl_dvla.data import EpisodeSpec, Group, GroupConfig, GroupState, Rollout
 from torchrl_dvla.data.group import judge, max_variance_subset
+from torchrl_dvla.saved_state import require_form
 
 SPEC = EpisodeSpec("lift", seed=3, init_state_id=1)
 
@@ -138,12 +139,20 @@ def test_a_rare_success_is_rescued_from_the_candidates():
 def test_a_group_survives_json():
     group, _ = judged(0.0, 0.0, 1.0, 0.0, group_size=2, candidate_group_size=4)
     group.state = GroupState.IN_HAND
+    for rollout in group.candidates:
+        rollout.init_state_hash, rollout.duration_s = 2**63 - 1, 0.5
     state = json.loads(json.dumps(group.state_dict()))
+    require_form(Group.state_form(), state, "group")
     again = Group.from_state_dict(state)
     assert again.state_dict() == group.state_dict() == state
     assert (again.spec, again.state) == (SPEC, GroupState.IN_HAND)
     assert torch.equal(again.advantages, group.advantages)
     assert all(rollout in again.candidates and not rollout.pages for rollout in again.rollouts)
+    assert again.init_state_hash == 2**63 - 1
+    for rollout in state["candidates"]:
+        del rollout["init_state_hash"]  # as versions wrote it that did not know any
+    require_form(Group.state_form(), state, "group")
+    assert Group.from_state_dict(state).init_state_hash == -1
 
 
 @settings(max_examples=60, deadline=None)

@@ -17,6 +17,7 @@ from torchrl.envs import RewardSum, StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_dvla.envs.libero_env import LiberoChunkEnv
+from torchrl_dvla.envs.libero_setup import hash_init_state, libero_tasks, load_init_states
 
 pytestmark = pytest.mark.libero
 
@@ -140,6 +141,18 @@ def test_group_shares_its_scene_whatever_came_before(env, init_state_id: int | N
     assert np.array_equal(scene_of(env), scene)
     assert (again["observation"] == first["observation"]).all()
     assert (decide(env, again, LOWER)["observation"] == future["observation"]).all()
+
+
+def test_the_hash_is_that_of_the_init_state_and_of_no_other_scene(env):
+    states = load_init_states(libero_tasks(SUITE)[TASK])
+    # fixtures are placed by the seed, and are no part of it
+    for seed, index in ((3, 0), (4, 0), (3, 7)):
+        td = reset(env, seed, index)
+        assert int(td["init_state_hash"]) == hash_init_state(states[index])
+    assert decide(env, td, STAY)["init_state_hash"] == td["init_state_hash"]
+    sampled = [int(reset(env, seed)["init_state_hash"]) for seed in (3, 4, 3)]
+    assert sampled[0] == sampled[2] != sampled[1]
+    assert not {*sampled} & {hash_init_state(state) for state in states}
 
 
 def test_init_state_arrives_through_transforms(env):

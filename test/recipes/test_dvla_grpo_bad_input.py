@@ -14,7 +14,7 @@ from torchrl.data.vla import UniformActionTokenizer
 from torchrl_dvla.modules import TransformersVLA
 from torchrl_dvla.recipes.dvla_grpo import bookkeeping, train, utils, validation
 from torchrl_dvla.recipes.dvla_grpo import settings as settings_
-from torchrl_dvla.recording import GracefulStop, RunCheckpoints, RunLock
+from torchrl_dvla.recording import GracefulStop, RunCheckpoints, RunLock, TrainingScenes
 
 
 @pytest.fixture
@@ -245,6 +245,22 @@ def test_auto_goes_on_with_the_seeds_newest_run(settings, training_checkpoint, t
     path.write_text(path.read_text().replace('"num_updates"', '"num_steps"'))
     with pytest.raises(ValueError, match="update-.*' was written with other .*: train.num_steps"):
         bookkeeping.check_resumed(one, newer)  # of another version
+
+
+def test_the_record_of_training_scenes_goes_on(settings, training_checkpoint, tmp_path):
+    toy, libero = settings("toy"), settings("libero")
+    assert utils.find_training_scenes(toy, None) == TrainingScenes()  # it begins anew
+    shipped = utils.find_training_scenes(libero, None)
+    assert (shipped.num_known, shipped.gaps) == (96, [])
+    (policy,) = training_checkpoint.glob("components/*-policy")
+    (gap,) = utils.find_training_scenes(toy, training_checkpoint).gaps
+    assert gap.startswith("what the policy in '") and str(policy) in gap
+    TrainingScenes({"toy": {1}}).save(policy)
+    assert utils.find_training_scenes(toy, training_checkpoint).tasks == {"toy": {1}}
+    made = settings("toy", "policy=factory", "policy._target_=some.module.make")
+    assert utils.find_training_scenes(made, None).gaps == [
+        "what made the policy of some.module.make"
+    ]
 
 
 @pytest.mark.parametrize("part", ["runs/toy/2026-01-01_seed0", "", "auto"])

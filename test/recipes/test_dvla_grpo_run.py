@@ -26,7 +26,7 @@ from tensordict import TensorDict
 
 from torchrl_dvla.collectors import EpisodeSpec, Evaluation
 from torchrl_dvla.recipes.dvla_grpo import bookkeeping, train, utils, validation
-from torchrl_dvla.recording import DASHBOARD, RunCheckpoints
+from torchrl_dvla.recording import DASHBOARD, RunCheckpoints, TrainingScenes
 
 from .. import named_memory
 
@@ -204,6 +204,9 @@ class TestRun:
         assert report["max_policy_lag"] <= 1
         final = RunCheckpoints(first.folder / "checkpoints").latest()
         assert _state(final, "run")["num_updates"] == report["num_updates"]
+        # The toy task does not say which scene it plays, and so the record says that.
+        (policy,) = final.glob("components/*-policy")
+        assert TrainingScenes.load(policy) == TrainingScenes(gaps=["init states of toy"])
         assert _state(final, "optimizer")["state"][0]["step"] > first.num_steps
 
     def test_the_weight_version_goes_on(self, interrupted_and_resumed):

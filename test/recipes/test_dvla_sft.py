@@ -25,6 +25,7 @@ from torchrl_dvla.recipes.dvla_grpo.validation import check_policy
 from torchrl_dvla.recipes.dvla_sft import episodes, utils
 from torchrl_dvla.recipes.dvla_sft import train as sft
 from torchrl_dvla.recipes.dvla_sft.settings import settings_from
+from torchrl_dvla.recording import TrainingScenes
 
 INSTRUCTION = "follow the state"
 SIZE, CHUNK, ROWS, DEMOS = 32, 4, 16, 12
@@ -130,6 +131,9 @@ def test_a_flow_policy_learns_and_goes_on_in_the_main_recipe(run, settings, tmp_
     assert report["evaluation"][0]["success_rate"] == 1
     assert "accuracy" not in report["curve"][0]
     assert isinstance(load_policy(tmp_path / "step_00001"), FlowVLA)
+    # these demonstrations do not say what they started from
+    scenes = TrainingScenes.load(tmp_path / "policy")
+    assert (scenes.num_known, scenes.gaps) == (0, ["init states of libero_object/3"])
     # what it says to go on with
     told = utils.training_settings(cfg, "policy")
     assert shlex.join(told) in capsys.readouterr().out
@@ -137,6 +141,20 @@ def test_a_flow_policy_learns_and_goes_on_in_the_main_recipe(run, settings, tmp_
     policy = grpo.make_policy(trained)
     check_policy(trained, policy)
     assert policy.config.freeze_prefix and policy.config.sampler == "sde"
+
+
+def test_the_policy_keeps_the_record_of_its_demonstrations(tmp_path):
+    def demo(seed, init_state_hash):
+        info = DemonstrationInfo(INSTRUCTION, "suite", 3, seed, True, 8, init_state_hash)
+        return Demonstration(observation(torch.zeros(1, 9)), info)
+
+    scenes = utils.training_scenes(sft_settings(), [demo(0, 5), demo(1, 6)])
+    assert (scenes.tasks, scenes.gaps) == ({"suite/3": {5, 6}}, [])
+    # what goes on from a checkpoint was trained from that one's, too
+    TrainingScenes({"suite/1": {4}}, ["the rest"]).save(tmp_path)
+    cfg = sft_settings("policy=flow_checkpoint", f"policy.path={tmp_path}")
+    scenes = utils.training_scenes(cfg, [demo(0, 5)])
+    assert (scenes.tasks, scenes.gaps) == ({"suite/1": {4}, "suite/3": {5}}, ["the rest"])
 
 
 def test_the_same_noise_at_each_validation():

@@ -19,7 +19,7 @@ from torchrl_dvla.modules.formats import Stated
 from torchrl_dvla.recipes.dvla_grpo import train, utils
 from torchrl_dvla.recipes.dvla_grpo.settings import CONFIG, flat
 from torchrl_dvla.recipes.dvla_grpo.validation import check_policy
-from torchrl_dvla.recording import GracefulStop
+from torchrl_dvla.recording import GracefulStop, TrainingScenes
 
 KINDS = {"libero_pi0": "pi0", "libero_pi05": "pi05", "libero_smolvla": "smolvla"}
 #: A policy of LIBERO, but for its chunks.
@@ -131,6 +131,8 @@ def test_a_run_and_its_export(foreign, settings, tmp_path, capsys):
     policy = load_policy(out, stated=Stated(tokenizer=str(out / "tokenizer")))
     (own,) = run.glob("checkpoints/update-*/components/*-policy")
     trained = load_policy(own).state_dict()
+    gaps = [f"what the policy in '{folder}' was trained from", "init states of toy"]
+    assert TrainingScenes.load(own).gaps == TrainingScenes.load(out).gaps == gaps
     assert all(torch.equal(trained[name], tensor) for name, tensor in policy.state_dict().items())
     # It is all in the run: what it began with may be gone, but the export needs it.
     shutil.move(folder, tmp_path / "moved")

@@ -125,6 +125,29 @@ def test_two_environments_of_one_worker_do_not_mix(worker_and_rows):
     assert rows["observation", "image"][5, 0, 0, 0] == env.scene(3, 2).scene_id
 
 
+class NamingEnv(CountingChunkEnv):
+    """Says by a hash which initial state it plays: 100 and its id."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.observation_spec["init_state_hash"] = Unbounded((1,), dtype=torch.int64)
+
+    def _observe(self, *args, **kwargs):
+        out = super()._observe(*args, **kwargs)
+        return out | {"init_state_hash": 100 + out["init_state_id"]}
+
+
+def test_the_hash_of_the_initial_state_comes_with_the_reset():
+    with working(functools.partial(NamingEnv, chunk_size=4, max_env_steps=10)) as (worker, _):
+        assert worker.reset(reset(0, 7, row=0)).init_state_hash == 107
+        assert worker.reset(reset(0, 8, row=0)).init_state_hash == 108
+    # of a batch, that of each entry; -1 where the environment does not say
+    batch = TensorDict({"init_state_hash": torch.tensor([[5], [6], [7]])}, [3])
+    assert env_worker._hashes(batch, [2, 0]) == [7, 5]
+    assert env_worker._hashes(TensorDict({}, [3]), [2, 0]) == [-1, -1]
+    assert env_worker._hashes(TensorDict({}), None) == [-1]
+
+
 class BufferedEnv(CountingChunkEnv):
     """Draws into one buffer, step after step, as a renderer does; the buffer may be shared."""
 

@@ -139,6 +139,8 @@ class EnvSlot:
         command = Reset(self.env_index, spec.task, spec.seed, spec.init_state_id, *row)
         answer = await self._command(command, "reset_timeout_s")
         assert isinstance(answer, ResetDone)
+        if self.rollout is not None:
+            self.rollout.init_state_hash = answer.init_state_hash
         if not answer.has_success:
             self._slots.warn_without_success(spec.task)
         return answer.instruction

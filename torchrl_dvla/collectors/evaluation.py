@@ -73,6 +73,13 @@ class Evaluation:
         """Episodes that have ended."""
         return len(self._finished)
 
+    def finished(self) -> dict[int, tuple[Rollout, torch.Tensor | None]]:
+        """Episodes that have ended until now, by number, with the frames that they were to keep.
+
+        If the inference process has to be restarted, none has: all are played again.
+        """
+        return {k: (rollout, self._frames.get(k)) for k, rollout in list(self._finished.items())}
+
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Call ``callback()`` once the result is there, from the thread that has it."""
         self._future.add_done_callback(lambda _: callback())
@@ -101,9 +108,9 @@ class Evaluation:
         self, index: int, rollout: Rollout, frames: torch.Tensor | None = None
     ) -> None:
         """Called by the collector at the end of episode ``index``."""
-        self._finished[index] = rollout
         if frames is not None:
             self._frames[index] = frames
+        self._finished[index] = rollout  # last: other threads look for it
         if len(self._finished) < len(self.episodes) or self.done():
             return
         rollouts = [self._finished[k] for k in range(len(self.episodes))]

@@ -15,6 +15,7 @@ import asyncio
 import heapq
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -227,7 +228,9 @@ class CollectionLoop(LoopThread):
         while True:
             try:
                 async with self._environment(rollout, weights) as env:
+                    start_s = time.monotonic()
                     await self._play(rollout, env, weights)
+                    rollout.duration_s = time.monotonic() - start_s
                 break
             except WorkerLostError as lost:
                 if lost.action is not FailureAction.RETRY:

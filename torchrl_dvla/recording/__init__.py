@@ -16,19 +16,32 @@ from torchrl_dvla.recording.recorder import (
 from torchrl_dvla.recording.report import RunReport, SuccessRate, wilson_interval
 from torchrl_dvla.recording.run_lock import RunLock
 from torchrl_dvla.recording.signals import GracefulStop, StopRequested
+from torchrl_dvla.recording.suite_record import (
+    EpisodeKey,
+    EpisodeRecord,
+    SuiteRecord,
+    SuiteReport,
+)
 from torchrl_dvla.recording.tensorboard import DASHBOARD, TensorBoardRecorder
+from torchrl_dvla.recording.training_scenes import SceneOverlap, TrainingScenes
 
 __all__ = [
     "DASHBOARD",
+    "EpisodeKey",
+    "EpisodeRecord",
     "GracefulStop",
     "LogBackend",
     "RunCheckpoints",
     "RunLock",
     "RunRecorder",
     "RunReport",
+    "SceneOverlap",
     "StopRequested",
     "SuccessRate",
+    "SuiteRecord",
+    "SuiteReport",
     "TensorBoardRecorder",
+    "TrainingScenes",
     "check_backend",
     "check_writable",
     "draw_learning_curve",

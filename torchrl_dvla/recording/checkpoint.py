@@ -32,6 +32,7 @@ from torchrl.checkpoint import Checkpoint, CheckpointAdapter, CheckpointError, G
 from torchrl_dvla._version import __version__
 from torchrl_dvla.differences import differences, join_some
 from torchrl_dvla.recording.distributed_state import is_distributed, read_whole
+from torchrl_dvla.recording.training_scenes import TrainingScenes
 from torchrl_dvla.saved_state import COUNT, Number, form_of, form_problems, read_state, types_of
 
 __all__ = ["RunCheckpoints", "find_latest_checkpoint"]
@@ -65,7 +66,8 @@ class RunCheckpoints:
     A checkpoint is a folder ``update-00000042`` in the format of :mod:`torchrl.checkpoint`::
 
         manifest.json                update, configuration, versions, SHA-256 of each file
-        components/<n>-policy/       the policy by its own save_pretrained, or state.pt
+        components/<n>-policy/       the policy by its own save_pretrained, or state.pt; and
+                                     training_scenes.json, which init states it was trained from
         components/<n>-<component>/  state.pt, read with weights_only=True
         components/<n>-optimizer/    of several processes: torch.distributed.checkpoint's files
 
@@ -149,6 +151,7 @@ class RunCheckpoints:
         update: int,
         *,
         config: Mapping[str, Any] | None = None,
+        training_scenes: TrainingScenes | None = None,
         on_disk_error: Literal["raise", "warn"] = "raise",
     ) -> Path | None:
         """Write a checkpoint, then remove what it replaces.
@@ -161,6 +164,7 @@ class RunCheckpoints:
 
         Keyword Args:
             config (Mapping, optional): configuration of the run, as plain data.
+            training_scenes (TrainingScenes, optional): record for the policy's folder.
             on_disk_error (str): ``"warn"`` for a save that is followed by others: a disk that is
                 full or not writable is warned about, and training goes on. Defaults to ``"raise"``.
 
@@ -173,6 +177,8 @@ class RunCheckpoints:
             OSError: if the disk is full or not writable. Earlier checkpoints are whole, and no
                 partial folder stays.
         """
+        if "policy" in self._adapters:
+            self._adapters["policy"].scenes = training_scenes
         try:
             with self._lock():
                 return self._save(update, dict(config or {}))
@@ -316,12 +322,16 @@ class _DigestedAdapter(CheckpointAdapter):
         self._name, self._digests = name, digests
         #: What :meth:`read` has found, until it is loaded.
         self.state: Any = None
+        #: Which init states a policy was trained from.
+        self.scenes: TrainingScenes | None = None
         #: The component whose parameters an optimizer has.
         self.policy: Callable[[], Any] = lambda: None
 
     def save(self, component: Any, path: Path, *, args: Any, kwargs: Any) -> None:
         path.mkdir(parents=True)
         self._write(component, path)
+        if self.scenes is not None:
+            self.scenes.save(path)
         for file in sorted(path.rglob("*")):
             if file.is_file():
                 _flush_to_disk(file)

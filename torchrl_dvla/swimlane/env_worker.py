@@ -27,8 +27,10 @@ from torchrl_dvla.data.schema import (
     ACTION_IS_PAD_KEY,
     ACTION_MASK,
     DONE_KEY,
+    INIT_STATE_HASH_KEY,
     INIT_STATE_ID_KEY,
     INSTRUCTION_KEY,
+    NO_HASH,
     OBSERVATION_KEY,
     REWARD_KEY,
     SEED_KEY,
@@ -474,9 +476,10 @@ class EnvWorker:
         texts = _instructions(tensordict, rollouts, index)
         for rollout, text in zip(rollouts, texts, strict=True):
             rollout.instruction = text
+        hashes = _hashes(tensordict, index)
         return [
-            ResetDone(command.env_index, text, specs.has_success)
-            for command, text in zip(commands, texts, strict=True)
+            ResetDone(command.env_index, text, specs.has_success, number)
+            for command, text, number in zip(commands, texts, hashes, strict=True)
         ]
 
     def _record_step(
@@ -636,6 +639,15 @@ def _instructions(
                 "it in the environment."
             )
     return texts
+
+
+def _hashes(entries: Any, index: list[int] | None) -> list[int]:
+    """What each rollout starts from, as far as the environment says it."""
+    found = entries.get(INIT_STATE_HASH_KEY, None)
+    if found is None:
+        return [NO_HASH] * len(index or [0])
+    numbers = found.flatten().tolist()
+    return [int(numbers[at]) for at in index or [0]]
 
 
 def _require_fit(specs: EnvSpecs, layout: Mapping[NestedKey, Any], num_rollouts: int) -> None:

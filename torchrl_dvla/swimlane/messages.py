@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from torchrl_dvla.data.schema import NO_HASH
+
 __all__ = [
     "EnvSpecs",
     "Failed",
@@ -108,6 +110,8 @@ class ResetDone(NamedTuple):
     instruction: str
     #: As in :class:`EnvSpecs`, of this task.
     has_success: bool = True
+    #: ``"init_state_hash"`` of the reset, if it has one.
+    init_state_hash: int = NO_HASH
 
 
 class StepDone(NamedTuple):

@@ -123,6 +123,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
     state, failure = RunState(), None
     optimizer, scheduler, masters = utils.make_optimizer(cfg, loss, lambda: state.progress(cfg))
     held_out, subset = utils.make_evaluation_episodes(cfg)
+    scenes = utils.find_training_scenes(cfg, resumed)
     lock = lock or RunLock(utils.make_run_folder(cfg, None))  # until the end of the process
     run_folder = lock.folder
     make_checkpoints = functools.partial(
@@ -186,7 +187,14 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
 
         def save(on_disk_error: Literal["raise", "warn"] = "raise") -> None:
             config = to_dict(cfg)
-            path = checkpoints.save(state.num_updates, config=config, on_disk_error=on_disk_error)
+            # Stopped within an update, the policy has taken steps on these.
+            scenes.add_groups(groups_of(collector).in_hand)
+            path = checkpoints.save(
+                state.num_updates,
+                config=config,
+                training_scenes=scenes,
+                on_disk_error=on_disk_error,
+            )
             state.checkpoint = str(path or state.checkpoint)
 
         def show(name: str, result: EvaluationResult, **kwargs: Any) -> None:
@@ -231,6 +239,7 @@ def train(cfg: Settings, stop: GracefulStop) -> None:
                     metrics["weights/publish_s"] = time.monotonic() - published_s
                     metrics = meter.after_update(metrics, buffer.cohort)
                     nodes.after_update(buffer.cohort)
+                    scenes.add_groups(buffer.cohort)
                     recorder.scalars(metrics, step=state.num_updates, env_steps=state.num_env_steps)
                     if evaluation is None and subset and meter.evaluation_is_due():
                         evaluation = begin_evaluation(collector, subset)

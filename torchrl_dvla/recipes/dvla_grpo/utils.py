@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tensordict.nn import TensorDictModuleBase
 from torch.optim.lr_scheduler import LambdaLR
+from torchrl.checkpoint import Checkpoint
 from torchrl.data.vla import UniformActionTokenizer
 from torchrl.envs import EnvBase
 
@@ -42,7 +43,12 @@ from torchrl_dvla.recipes.dvla_grpo.settings import (
     PolicySettings,
     Settings,
 )
-from torchrl_dvla.recording import RunCheckpoints, check_writable, find_latest_checkpoint
+from torchrl_dvla.recording import (
+    RunCheckpoints,
+    TrainingScenes,
+    check_writable,
+    find_latest_checkpoint,
+)
 from torchrl_dvla.topology import NodePlacement, Placement
 
 RECIPES = Path(__file__).resolve().parents[1]
@@ -363,6 +369,20 @@ def find_resumed_checkpoint(cfg: Settings) -> Path | None:
             "into policy.path."
         )
     return path
+
+
+def find_training_scenes(cfg: Settings, resumed: Path | None) -> TrainingScenes:
+    """Init states that the policy has been trained from before this run, as far as is on record."""
+    if resumed is not None:
+        folder = resumed / Checkpoint.manifest(resumed)["components"]["policy"]["path"]
+    elif isinstance(cfg.policy, PolicySettings) and cfg.policy.kind != "checkpoint":
+        return TrainingScenes()  # it begins anew
+    elif isinstance(cfg.policy, PolicySettings):
+        assert cfg.policy.path is not None
+        folder = find_policy(cfg.policy.path)
+    else:
+        return TrainingScenes(gaps=[f"what made the policy of {cfg.policy.target}"])
+    return TrainingScenes.load(folder)
 
 
 def make_run_folder(cfg: Settings, resumed: Path | None) -> Path:

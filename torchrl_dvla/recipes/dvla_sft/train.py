@@ -86,6 +86,7 @@ def train(cfg: Settings) -> None:
             policy.save_pretrained(run_folder / f"step_{step:05d}")
     checkpoint = Path(cfg.checkpoint or run_folder / "policy")
     policy.save_pretrained(checkpoint)
+    utils.training_scenes(cfg, demonstrations).save(checkpoint)
 
     # -- closed loop ------------------------------------------------------------------------------
     rows = []

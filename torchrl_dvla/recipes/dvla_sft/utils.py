@@ -55,6 +55,7 @@ from torchrl_dvla.recipes.dvla_sft.settings import (
     TokenSettings,
 )
 from torchrl_dvla.recipes.terminal import override
+from torchrl_dvla.recording import TrainingScenes
 
 _MIN_STD = 0.02
 _QUANTILES = (0.01, 0.99)
@@ -195,6 +196,16 @@ def make_demonstrations(cfg: Settings, found: list[Demonstration]) -> list[Demon
         and demo.info.task_id in cfg.env.task_ids
         and demo.info.seed in seeds
     ]
+
+
+def training_scenes(cfg: Settings, demonstrations: list[Demonstration]) -> TrainingScenes:
+    """Init states that the policy was cloned from, those of validation included."""
+    scenes = TrainingScenes()
+    if isinstance(cfg.policy, FlowCheckpointSettings):
+        scenes = TrainingScenes.load(Path(cfg.policy.path).expanduser())
+    for info in (demo.info for demo in demonstrations):
+        scenes.add(f"{info.task_suite}/{info.task_id}", info.init_state_hash)
+    return scenes
 
 
 def make_tokenizer(settings: TokenSettings) -> UniformActionTokenizer:
