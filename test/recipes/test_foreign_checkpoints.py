@@ -133,7 +133,7 @@ def test_an_openvla_oft_as_its_configuration_says(foreign, settings, tmp_path):
     assert utils.make_policy(settings("libero_openvla_oft", *again)).config.dtype == "bfloat16"
 
 
-def test_a_head_that_regresses_is_evaluated_and_not_trained(foreign, settings, tmp_path):
+def test_a_head_that_regresses_is_evaluated_and_not_trained(foreign, settings, tmp_path, capsys):
     folder = foreign.write_openvla(tmp_path / "l1", l1=True, proprio=True)
     cfg = settings(
         "libero_openvla_oft", f"policy.path={folder}", "device=cpu", "policy.dtype=float32",
@@ -144,6 +144,12 @@ def test_a_head_that_regresses_is_evaluated_and_not_trained(foreign, settings, t
     check_policy(cfg, policy)
     with pytest.raises(ValueError, match="has no log-probabilities to form ratios of"):
         utils.make_loss(cfg, policy)
+    sizes = {"state_dim": 4, "action_dim": 2}
+    folder = foreign.write_openvla(tmp_path / "toy", l1=True, proprio=True, **sizes)
+    stated = ("cameras=[full_image]", "chunk_size=4", "image_size=[32,32]")
+    command = ["evaluate", str(folder), "--config-name", "toy", "policy=checkpoint", "--episodes=2"]
+    assert main([*command, *(f"policy.stated.{each}" for each in stated)]) == 0
+    assert "0/2" in capsys.readouterr().out  # its gripper is -1 or 1, out of the toy's reach
 
 
 def test_a_run_and_its_export(foreign, settings, tmp_path, capsys):
@@ -187,7 +193,7 @@ def test_a_run_of_an_openvla_oft_and_its_export(foreign, settings, tmp_path, cap
         *(f"policy.stated.{each}" for each in stated), "policy.freeze_vision=true",
         "group.group_size=4", "group.groups_per_update=1", "group.on_no_signal=keep",
         "workers.envs_per_worker=2", "workers.num_workers=1", "optim.minibatch_size=16",
-        "eval.num_episodes=4", "train.num_updates=1", "train.max_minutes=null",
+        "eval.num_episodes=0", "train.num_updates=1", "train.max_minutes=null",
         # The toy's targets are out of reach of a gripper: the entropy alone has a gradient.
         "loss.entropy_coeff=0.01", "group.max_no_signal_groups=1",
         f"log.dir={tmp_path / 'runs'}",

@@ -22,7 +22,6 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from torchrl_dvla.commands.saved_policy import SavedPolicy, add_settings, read_json
-from torchrl_dvla.differences import join_some
 from torchrl_dvla.memory import format_bytes
 from torchrl_dvla.modules import FlowVLAConfig, TransformersVLAConfig
 from torchrl_dvla.modules.config import PolicyConfig
@@ -139,8 +138,11 @@ def _foreign_rows(found: PolicyFolder) -> Iterator[tuple[str, str]]:
     yield from _size_rows(found.file.count(table.own.values()))
     if table.unread:
         left = sum(found.file.count(table.unread).values())
-        what = "of heads over words" if len(table.unread) < 4 else "on which no action depends"
-        yield "not read", f"{left:,} parameters {what}: {join_some(list(table.unread))}"
+        kinds = sorted({".".join(name.split(".")[:3]) for name in table.unread})
+        what, names = "of heads over words", ", ".join(table.unread)
+        if len(kinds) < len(table.unread):
+            what, names = "on which no action depends", ", ".join(kinds)
+        yield "not read", f"{left:,} parameters {what}: {names}"
     yield from _config_rows(config)
     yield "tokenizer", found.tokenizer
     names = zip(("image", "wrist_image"), found.cameras)

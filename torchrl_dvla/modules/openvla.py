@@ -226,7 +226,6 @@ class OpenVLABackbone(VLABackbone):
         return _TokenHead(self.hidden_size, (chunk_size, action_dim, vocab_size))
 
     def queries(self, head: nn.Module, num_queries: int) -> torch.Tensor:
-        words = self.model.get_input_embeddings().weight
-        return torch.cat(
-            [words[[_BEFORE]], words.new_zeros(num_queries, words.shape[1]), words[[_AFTER]]]
-        )
+        device = self.model.get_input_embeddings().weight.device
+        before, after = self.embed_tokens(torch.tensor([[_BEFORE], [_AFTER]], device=device))
+        return torch.cat([before, before.new_zeros(num_queries, before.shape[-1]), after])
