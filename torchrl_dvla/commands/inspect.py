@@ -139,10 +139,10 @@ def _foreign_rows(found: PolicyFolder) -> Iterator[tuple[str, str]]:
     if table.unread:
         left = sum(found.file.count(table.unread).values())
         kinds = sorted({".".join(name.split(".")[:3]) for name in table.unread})
-        what, names = "of heads over words", ", ".join(table.unread)
-        if len(kinds) < len(table.unread):
-            what, names = "on which no action depends", ", ".join(kinds)
-        yield "not read", f"{left:,} parameters {what}: {names}"
+        is_long = len(kinds) < len(table.unread)
+        what = "on which no action depends" if is_long else "of heads over words"
+        listed = ", ".join(kinds if is_long else table.unread)
+        yield "not read", f"{left:,} parameters {what}: {listed}"
     yield from _config_rows(config)
     yield "tokenizer", found.tokenizer
     names = zip(("image", "wrist_image"), found.cameras)
