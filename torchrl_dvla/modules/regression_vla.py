@@ -34,6 +34,9 @@ class RegressionVLA(TransformersVLA):
         **kwargs: see :class:`TransformersVLA`; what is about tokens has no effect.
     """
 
+    #: There is none: who asks for it is refused with the reason.
+    get_dist: Any = None
+
     def __init__(self, config: Any, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         self.action_head, self.output_mode = "continuous", "chunk"
@@ -42,9 +45,6 @@ class RegressionVLA(TransformersVLA):
     def _update_keys(self) -> None:
         super()._update_keys()
         self.out_keys = [self._tensor_keys.action_chunk, self._tensor_keys.log_probs]
-
-    #: There is none: who asks for it is refused with the reason.
-    get_dist: Any = None
 
     def _make_head(self) -> nn.Module:
         config = self.config

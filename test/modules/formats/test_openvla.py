@@ -16,9 +16,8 @@ from tensordict import NonTensorStack, TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_dvla import GRPOLoss
-from torchrl_dvla.modules import TransformersVLA, load_policy
+from torchrl_dvla.modules import RegressionVLA, TransformersVLA, load_policy
 from torchrl_dvla.modules.formats import Stated, export_policy, read_openvla, write_fingerprint
-from torchrl_dvla.modules.regression_vla import RegressionVLA
 
 from .foreign import UNNORM_KEY, l1_shapes, openvla_shapes, openvla_statistics, write_openvla
 
