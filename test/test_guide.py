@@ -59,7 +59,7 @@ def test_the_guide_calls_commands_that_exist_with_arguments_that_they_take() -> 
         overrides = [text for text in arguments if "=" in text and not text.startswith("-")]
         if name in ("train", "sft"):
             configs = {"--config-dir", "conf", "--config-name", "reach", "maniskill", "libero_pi0"}
-            configs |= {"libero_cluster", "libero_vla"}
+            configs |= {"libero_cluster", "libero_openvla_oft", "libero_vla"}
             assert set(arguments) - {*overrides, *configs} <= {"--quick", "-m"}, arguments
         else:
             command = importlib.import_module(f"torchrl_dvla.commands.{name}")
@@ -67,9 +67,9 @@ def test_the_guide_calls_commands_that_exist_with_arguments_that_they_take() -> 
             command.add_arguments(parser)
             parser.parse_intermixed_args(arguments)
         if name != "sft" and "-m" not in arguments:
-            named = ("maniskill", "libero_cluster", "libero_pi0")
+            named = ("maniskill", "libero_cluster", "libero_pi0", "libero_openvla_oft")
             config = next((each for each in named if each in arguments), "libero")
-            if config == "libero_pi0":  # `inspect` is given the folder itself
+            if config in named[2:]:  # `inspect` is given the folder itself
                 overrides = ["policy.path=my/pi0", *overrides]
             compose_settings("toy" if "--quick" in arguments else config, overrides)
 

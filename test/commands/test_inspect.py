@@ -78,7 +78,7 @@ OTHERS = {
     "another of LeRobot": ({"config.json": {"type": "act", "input_features": {}}}, "got 'act'"),
     "LeRobot data": ({"meta/info.json": {}}, "a LeRobot data set"),
     "PEFT": ({"adapter_config.json": {"base_model_name_or_path": "x"}}, "a PEFT adapter of 'x'"),
-    "OpenVLA": ({"config.json": {"model_type": "openvla"}}, "got model_type 'openvla'"),
+    "OpenVLA": ({"config.json": {"model_type": "openvla"}}, "model.safetensors.index.json or"),
     "transformers": ({"config.json": {"model_type": "qwen"}}, "TransformersVLA.from_backbone"),
     "openpi": ({"assets/x/norm_stats.json": {}, "model.safetensors": {}}, "a safetensors file"),
     "openpi JAX": ({"params/_METADATA": {}}, "openpi checkpoint (JAX)"),
@@ -155,6 +155,35 @@ def test_a_policy_of_lerobot(call, foreign, tmp_path):
     assert rows(out)["fits"] == "libero_pi0: a collector would take them together"
     code, _, err = call(*command, tokenizer)
     assert code == 1 and "got [6, 7]" in err
+
+
+def test_an_openvla_oft(call, foreign, tmp_path):
+    folder = foreign.write_openvla(tmp_path / "l1", l1=True, proprio=True)
+    both = "policy.stated.cameras=[full_image,wrist_image]"
+    command = ["inspect", folder, "--config-name", "libero_openvla_oft", "device=cpu", both,
+               "inference_device=cpu"]  # fmt: skip
+    code, out, err = call(*command, "env.cameras=[agentview,robot0_eye_in_hand]")
+    assert code == 0, err
+    found = rows(out)
+    assert found["format"] == "OpenVLA-OFT, regressing actions: for evaluation"
+    assert found["action head"] == "regression: it can be evaluated, not trained, 56 queries"
+    assert found["base model"] == (
+        "openvla, vision 32 wide and 2 layers, fused vision 48 wide and 2 layers, "
+        "text 32 wide and 2 layers, float32"
+    )
+    assert found["gripper"] == "the last dimension is rounded to -1 or 1 and inverted"
+    assert found["resizing"] == "lanczos, smoothed, padding none, 90% of the area from the middle"
+    assert (found["state"], found["tokenizer"]) == ("8 entries", ".")
+    assert found["not read"].endswith(
+        " parameters on which no action depends: language_model.lm_head.weight[actions], "
+        "language_model.lm_head.weight[padding], language_model.lm_head.weight[words], "
+        "vision_backbone.featurizer.blocks, vision_backbone.featurizer.norm, "
+        "vision_backbone.fused_featurizer.attn_pool, vision_backbone.fused_featurizer.blocks, "
+        "vision_backbone.fused_featurizer.norm"
+    )
+    assert found["fits"].startswith("libero_openvla_oft")
+    code, _, err = call("inspect", folder)
+    assert code == 1 and "stated.cameras must be given" in err
 
 
 def test_two_cameras_and_operational_words_are_shown(call, tmp_path):

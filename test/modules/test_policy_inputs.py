@@ -49,6 +49,25 @@ def test_resizes_with_antialiasing():
     torch.testing.assert_close(pixels, torch.zeros(1, 3, 2, 2), atol=0.05, rtol=0)
 
 
+def test_images_as_tensorflow_resizes_and_crops_them():
+    """The numbers are of TensorFlow 2.21: resize (lanczos3, antialias), crop_and_resize of 90 %."""
+    image = (torch.arange(144) * 37 % 256).to(torch.uint8).view(6, 8, 3).permute(2, 0, 1)[None]
+    resized = [[104, 159, 112, 71], [177, 138, 92, 136], [156, 127, 77, 108], [144, 109, 92, 173]]
+    cropped = [[113, 156, 111, 78], [173, 136, 92, 132], [154, 126, 78, 106], [142, 110, 91, 162]]
+    for crop, expected in ((1.0, resized), (0.9, cropped)):
+        # Two towers: pixels in [0, 1], and in [-1, 1].
+        style = PixelStyle(
+            mean=(0,) * 3 + (0.5,) * 3,
+            std=(1,) * 3 + (0.5,) * 3,
+            interpolation="lanczos",
+            crop=crop,
+        )
+        pixels = PixelNormalizer(style, image_size=(4, 4))(image)
+        assert pixels.shape == (1, 6, 4, 4)
+        assert (pixels[0, 0] * 255).round().tolist() == expected
+        torch.testing.assert_close(pixels[:, 3:], 2 * pixels[:, :3] - 1)
+
+
 @pytest.mark.parametrize(("height", "width"), [(2, 4), (4, 2)])
 def test_pads_instead_of_distorting(height, width):
     image = torch.full((1, 3, height, width), 255, dtype=torch.uint8)
@@ -149,7 +168,7 @@ def test_sine_table_tells_cells_apart():
     ("make", "message"),
     [
         (lambda: PromptStyle(instruction="do it"), r"must contain '{instruction}', got 'do it'"),
-        (lambda: PixelStyle(mean=(0.5,)), "three entries"),
+        (lambda: PixelStyle(mean=(0.5,)), "three or six entries"),
         (lambda: PixelStyle(interpolation="nearest"), r"one of \['bilinear', .* got 'nearest'"),
         (
             lambda: StateProjector(2, 8).set_statistics(torch.zeros(2), torch.tensor([1.0, 0.0])),

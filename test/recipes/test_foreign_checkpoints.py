@@ -108,6 +108,51 @@ def test_a_configuration_says_only_what_is_its_own(name):
     assert [setting for setting in own if own[setting] == shared[setting]] == []
 
 
+def test_an_openvla_oft_as_its_configuration_says(foreign, settings, tmp_path):
+    folder = foreign.write_openvla(tmp_path / "tokens")
+    given = (f"policy.path={folder}", "device=cpu", "inference_device=cpu")
+    cfg = settings("libero_openvla_oft", *given, "policy.dtype=float32")
+    policy = utils.make_policy(cfg)
+    check_policy(cfg, policy)  # calls the policy on what the environment's specs say
+    assert policy.temperature == 1.6 and policy.chunk_size == 8
+    loss = utils.make_loss(cfg, policy)
+    optimizer, *_ = utils.make_optimizer(cfg, loss, lambda: 0.0)
+    trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    assert trained == sum(p.numel() for p in policy.parameters())
+    for setting, message in (
+        ("env.cameras=[agentview,robot0_eye_in_hand]", "number of cameras must be 1"),
+        ("env.camera_width=224", r"image_shape must be \(3, 256, 256\)"),
+        ("policy.stated.unnorm_key=droid", "must be those of 'droid', got libero_spatial"),
+    ):
+        cfg = settings("libero_openvla_oft", *given, setting)
+        with pytest.raises(ValueError, match=message):
+            check_policy(cfg, utils.make_policy(cfg))
+    # One of ours says itself what is stated.
+    policy.save_pretrained(tmp_path / "saved")
+    again = (f"policy.path={tmp_path / 'saved'}", "device=cpu", "~policy.stated")
+    assert utils.make_policy(settings("libero_openvla_oft", *again)).config.dtype == "bfloat16"
+
+
+def test_a_head_that_regresses_is_evaluated_and_not_trained(foreign, settings, tmp_path, capsys):
+    folder = foreign.write_openvla(tmp_path / "l1", l1=True, proprio=True)
+    cfg = settings(
+        "libero_openvla_oft", f"policy.path={folder}", "device=cpu", "policy.dtype=float32",
+        "policy.stated.cameras=[full_image,wrist_image]",
+        "env.cameras=[agentview,robot0_eye_in_hand]",
+    )  # fmt: skip
+    policy = utils.make_policy(cfg)
+    check_policy(cfg, policy)
+    with pytest.raises(ValueError, match="has no log-probabilities to form ratios of"):
+        utils.make_loss(cfg, policy)
+    sizes = {"state_dim": 4, "action_dim": 2}
+    folder = foreign.write_openvla(tmp_path / "toy", l1=True, proprio=True, **sizes)
+    stated = ("cameras=[full_image]", "chunk_size=4", "image_size=[32,32]")
+    command = ["evaluate", str(folder), "--config-name", "toy", "policy=checkpoint", "--episodes=2"]
+    command += ["workers.num_workers=1", *(f"policy.stated.{each}" for each in stated)]
+    assert main(command) == 0
+    assert "0/2" in capsys.readouterr().out  # its gripper is -1 or 1, out of the toy's reach
+
+
 def test_a_run_and_its_export(foreign, settings, tmp_path, capsys):
     """From a folder of LeRobot through two updates on the toy task, and back to such a folder."""
     sizes = {"state_dim": 4, "action_dim": 2, "size": (32, 32), "chunk_size": 4}
@@ -139,4 +184,38 @@ def test_a_run_and_its_export(foreign, settings, tmp_path, capsys):
     assert main(["export", str(run), str(tmp_path / "again")]) == 1
     base = ["--base", str(tmp_path / "moved")]
     assert main(["export", str(run), str(tmp_path / "again"), *base]) == 0
+    assert main(["inspect", str(run)]) == 0
+
+
+def test_a_run_of_an_openvla_oft_and_its_export(foreign, settings, tmp_path, capsys):
+    sizes = {"state_dim": 4, "action_dim": 2}
+    folder = foreign.write_openvla(tmp_path / "openvla", **sizes)
+    stated = ("cameras=[full_image]", "chunk_size=4", "image_size=[32,32]")
+    cfg = settings(
+        "toy", "policy=checkpoint", f"policy.path={folder}",
+        *(f"policy.stated.{each}" for each in stated), "policy.freeze_vision=true",
+        "group.group_size=4", "group.groups_per_update=1", "group.on_no_signal=keep",
+        "workers.envs_per_worker=2", "workers.num_workers=1", "optim.minibatch_size=16",
+        "eval.num_episodes=0", "train.num_updates=1", "train.max_minutes=null",
+        # The toy's targets are out of reach of a gripper: the entropy alone has a gradient.
+        "loss.entropy_coeff=0.01", "group.max_no_signal_groups=1",
+        f"log.dir={tmp_path / 'runs'}",
+    )  # fmt: skip
+    train.train(cfg, GracefulStop())
+    (run,) = (tmp_path / "runs" / "toy").iterdir()
+    out = tmp_path / "out"
+    capsys.readouterr()
+    assert main(["export", str(run), str(out)]) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out == f"OpenVLA-OFT: {out}\n"
+    before, after = ({}, {})
+    for tensors, each in ((before, folder), (after, out)):
+        for file in each.glob("*.safetensors"):
+            tensors |= load_file(file)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "language_model.lm_head.weight" in changed and len(before) == len(after)
+    assert not any(name.startswith("vision_backbone") for name in changed)  # it was frozen
+    assert main(["inspect", str(out), "--config-name", "toy", "policy=checkpoint",
+                 *(f"policy.stated.{each}" for each in stated)]) == 0  # fmt: skip
+    found = capsys.readouterr().out
+    assert "rounded to -1 or 1 and inverted" in found and "90% of the area" in found
     assert main(["inspect", str(run)]) == 0

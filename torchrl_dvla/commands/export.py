@@ -4,9 +4,10 @@
 # LICENSE file in the root directory of this source tree.
 """Write a trained policy in the format of the checkpoint that it came from.
 
-PATH is a run of `train` that began with a pi0, pi0.5 or SmolVLA of LeRobot or openpi, or one of its
-checkpoints (update-*). OUT becomes a copy of the folder that it began with, with the trained
-weights: whatever read the one reads the other. What was not trained is the same bit for bit.
+PATH is a run of `train` that began with a pi0, pi0.5 or SmolVLA of LeRobot or openpi, or with an
+OpenVLA-OFT, or one of its checkpoints (update-*). OUT becomes a copy of the folder that it began
+with, with the trained weights: whatever read the one reads the other. What was not trained is the
+same bit for bit.
 Adapters are merged into the weights that they are on; those on a policy of this project give one
 that save_pretrained writes.
 
@@ -69,10 +70,10 @@ def run(args: argparse.Namespace) -> int:
             "it: copy it."
         )
     stated = from_mapping(Stated, settings.get("stated") or {}, "policy.stated")
-    assert isinstance(policy, FlowVLA)
+    assert policy is not None
     found = read_foreign(base, stated)
     export_policy(policy, found, args.out)
-    if policy.config.sampler == "noise":
+    if isinstance(policy, FlowVLA) and policy.config.sampler == "noise":
         print("left out: the head of the learned deviation, which the format has no place for")
     stated = dataclasses.replace(stated, tokenizer=str(saved.folder / "tokenizer"))
     write_fingerprint(read_foreign(Path(args.out), stated).load(), args.out)

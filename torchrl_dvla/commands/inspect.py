@@ -4,10 +4,10 @@
 # LICENSE file in the root directory of this source tree.
 """Say what a checkpoint is: format, sizes, action head, cameras, prompt, and what it needs.
 
-PATH is a folder that save_pretrained wrote, a pi0, pi0.5 or SmolVLA of LeRobot or openpi, a run of
-`train`, or one of its checkpoints (update-*). Of something else it says what that looks like.
-Weights are not loaded, unless --config-name or settings ask whether the policy fits an environment:
-then as a run's collector would check it.
+PATH is a folder that save_pretrained wrote, a pi0, pi0.5 or SmolVLA of LeRobot or openpi, an
+OpenVLA-OFT, a run of `train`, or one of its checkpoints (update-*). Of something else it says what
+that looks like. Weights are not loaded, unless --config-name or settings ask whether the policy
+fits an environment: then as a run's collector would check it.
 
   torchrl-dvla inspect my/pi0 --config-name libero_pi0
 """
@@ -25,7 +25,7 @@ from torchrl_dvla.commands.saved_policy import SavedPolicy, add_settings, read_j
 from torchrl_dvla.memory import format_bytes
 from torchrl_dvla.modules import FlowVLAConfig, TransformersVLAConfig
 from torchrl_dvla.modules.config import PolicyConfig
-from torchrl_dvla.modules.formats import FlowFolder, read_foreign
+from torchrl_dvla.modules.formats import PolicyFolder, read_foreign
 from torchrl_dvla.modules.load_policy import policy_class
 from torchrl_dvla.recipes.dvla_grpo.settings import PolicySettings
 from torchrl_dvla.recipes.dvla_grpo.validation import check_policy, check_settings
@@ -131,19 +131,23 @@ def _pretrained_rows(folder: Path) -> Iterator[tuple[str, str]]:
     yield "tokenizer", f"{tokenizer}, {len(words)} words"
 
 
-def _foreign_rows(found: FlowFolder) -> Iterator[tuple[str, str]]:
+def _foreign_rows(found: PolicyFolder) -> Iterator[tuple[str, str]]:
     """Of a folder that another project wrote."""
     config, table = found.config, found.table
     yield "format", found.format
     yield from _size_rows(found.file.count(table.own.values()))
     if table.unread:
         left = sum(found.file.count(table.unread).values())
-        yield "not read", f"{left:,} parameters of heads over words: {', '.join(table.unread)}"
+        kinds = sorted({".".join(name.split(".")[:3]) for name in table.unread})
+        is_long = len(kinds) < len(table.unread)
+        what = "on which no action depends" if is_long else "of heads over words"
+        listed = ", ".join(kinds if is_long else table.unread)
+        yield "not read", f"{left:,} parameters {what}: {listed}"
     yield from _config_rows(config)
     yield "tokenizer", found.tokenizer
     names = zip(("image", "wrist_image"), found.cameras)
     yield "camera names", ", ".join(f"{name} is {theirs!r}" for name, theirs in names)
-    chunk_size = config.backbone["chunk_size"]
+    chunk_size = getattr(config, "chunk_size", None) or config.backbone["chunk_size"]
     executed = found.replan_interval
     yield "replan interval", f"{executed} env steps" if executed else "not said"
     height, width = config.image_size
@@ -180,7 +184,8 @@ def _config_rows(config: PolicyConfig) -> Iterator[tuple[str, str]]:
     yield "cameras", f"{config.num_cameras} of {height} x {width}: {', '.join(cameras)}"
     style = config.pixel_style
     smoothing = "smoothed" if style.antialias else "not smoothed"
-    yield "resizing", f"{style.interpolation}, {smoothing}, padding {style.padding}"
+    crop = "" if style.crop == 1.0 else f", {style.crop:.0%} of the area from the middle"
+    yield "resizing", f"{style.interpolation}, {smoothing}, padding {style.padding}{crop}"
     yield "state", f"{config.state_dim} entries" if config.state_dim else "not read"
     prompt = config.prompt_style
     yield "prompt", ", ".join(f"{key} {value!r}" for key, value in vars(prompt).items() if value)
@@ -218,6 +223,8 @@ def _head_rows(config: PolicyConfig) -> Iterator[tuple[str, str]]:
         yield "frozen", ", ".join(names) or "nothing"
         tokenizer = config.action_tokenizer
         head = f"tokens, decoded in parallel: {tokenizer['num_bins']} bins ({tokenizer['kind']})"
+        if "l1_head_size" in config.backbone:
+            head = "regression: it can be evaluated, not trained"
         yield "action head", f"{head}, {config.num_queries} queries"
         yield "chunk size", f"{config.chunk_size} env steps"
         bounds = [name for name in ("low", "high", "norm_low", "norm_high") if name in tokenizer]
@@ -230,11 +237,11 @@ def _describe_backbone(config: PolicyConfig) -> str:
     parts = [config.backbone["model_type"]]
     backbone = {**config.backbone, **config.backbone.get("vlm_config", {})}
     backbone["expert_config"] = config.backbone.get("dit_config")
-    for tower in ("vision", "text", "expert"):
+    for tower in ("vision", "fused_vision", "text", "expert"):
         sizes = backbone.get(f"{tower}_config") or {}
         found = [f"{sizes[key]} {word}" for key, word in _SIZES.items() if key in sizes]
         if found:
-            parts.append(f"{tower} {' and '.join(found)}")
+            parts.append(f"{tower.replace('_', ' ')} {' and '.join(found)}")
     return f"{', '.join(parts)}, {config.dtype}"
 
 

@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     width = max(len(label) for label, _ in rows)
     print(f"{cfg.name}: fits.\n\n{plan}\n")
     print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
-    if isinstance(policy, TransformersVLA | FlowVLA):
+    # One that regresses actions is not learned.
+    if isinstance(policy, TransformersVLA | FlowVLA) and callable(policy.get_dist):
         title = "largest micro-batch with learner and inference on one GPU"
         print(f"\n{title}, in {policy.config.dtype}:")
         print("\n".join(_gpu_table(cfg, policy, plan.row_bytes * cfg.optim.minibatch_size)))

@@ -118,8 +118,10 @@ class SavedPolicy:
         if self.manifest and not (args.config_name or args.config_dir):
             source = self.manifest["metadata"]["config"]
         given: dict[str, Any] = {"kind": "checkpoint", "path": str(self.folder)}
-        if self.manifest:  # what is saved there holds all that was stated about its beginning
-            given |= {"stated": Stated(), "lora": LoraSettings()}
+        if not self.is_foreign:  # what is saved there holds all that was stated about its beginning
+            given["stated"] = Stated()
+        if self.manifest:
+            given["lora"] = LoraSettings()
         overrides = args.overrides
         if self.is_pretrained:  # whatever else the configuration is for
             overrides = ["++policy.kind=checkpoint", "++policy.path=given", *overrides]

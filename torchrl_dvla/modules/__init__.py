@@ -9,6 +9,7 @@ from torchrl_dvla.modules.config import FlowVLAConfig, TransformersVLAConfig
 from torchrl_dvla.modules.flow_vla import FlowVLA
 from torchrl_dvla.modules.load_policy import load_policy
 from torchrl_dvla.modules.prompt import word_tokenizer
+from torchrl_dvla.modules.regression_vla import RegressionVLA
 from torchrl_dvla.modules.tiny import TinyBackboneConfig, TinyFlowConfig, tiny_token_policy
 from torchrl_dvla.modules.transformers_vla import TransformersVLA
 
@@ -16,6 +17,7 @@ __all__ = [
     "FlowVLA",
     "FlowVLAConfig",
     "LoraConfig",
+    "RegressionVLA",
     "TinyBackboneConfig",
     "TinyFlowConfig",
     "TransformersVLA",

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from torchrl_dvla.validation import check_fields
+from torchrl_dvla.modules.action_head import ActionQueryHead
+from torchrl_dvla.validation import Range, check_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -33,6 +34,7 @@ class PromptStyle:
         image_start (str): what precedes the features of every image.
         image_end (str): what follows the features of every image.
         instruction (str): template of the text part; must contain ``"{instruction}"``.
+        lowercase (bool): whether the task is filled in in small letters.
 
     Raises:
         ValueError: if the template has no place for the instruction.
@@ -47,6 +49,7 @@ class PromptStyle:
     image_start: str = ""
     image_end: str = ""
     instruction: str = "{instruction}"
+    lowercase: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -62,26 +65,30 @@ class PixelStyle:
     """Pixel normalisation and resizing that a vision tower was trained with.
 
     Args:
-        mean (tuple of float): per-channel mean of pixels in [0, 1].
+        mean (tuple of float): per-channel mean of pixels in [0, 1]. Six of them, and of ``std``,
+            are of two towers that read the same image.
         std (tuple of float): per-channel standard deviation of pixels in [0, 1].
-        interpolation (str): ``"bilinear"`` or ``"bicubic"``, for cameras of another size.
+        interpolation (str): ``"bilinear"``, ``"bicubic"`` or ``"lanczos"``, for cameras of another
+            size.
         antialias (bool): whether a larger image is smoothed before it is sampled, as PIL does and
             ``torch.nn.functional.interpolate`` alone does not.
         padding (str): where images of another aspect ratio get black borders instead of being
             distorted: ``"center"`` (half on each side), ``"top_left"``, or ``"none"`` for neither.
+        crop (float): share of the area that is kept, from the middle, and enlarged again.
     """
 
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
     antialias: bool = True
     padding: Literal["none", "center", "top_left"] = "none"
+    crop: Annotated[float, Range(0.01, 1)] = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        if len(self.mean) not in (3, 6) or len(self.std) != len(self.mean) or min(self.std) <= 0:
             raise ValueError(
-                "mean and std must have three entries, be finite and std positive, got "
+                "mean and std must have three or six entries, be finite and std positive, got "
                 f"mean={self.mean}, std={self.std}. Copy them from the preprocessor_config.json "
                 "of the checkpoint."
             )
@@ -112,6 +119,14 @@ class VLABackbone(nn.Module):
     #: Names of the vision tower and of the decoder in the transformers model.
     vision_name: ClassVar[str] = "vision_tower"
     language_name: ClassVar[str] = "language_model"
+    #: What builds the network from its config and ``dtype``, if transformers does not.
+    network: ClassVar[Any] = None
+    #: Whether the prompt attends to the queries too, as they do to it.
+    prompt_sees_queries: ClassVar[bool] = False
+    #: Whether a state beyond the range of the statistics is cut off.
+    clip_state: ClassVar[bool] = False
+    #: Queries beside those of the action tokens.
+    num_extra_queries: ClassVar[int] = 0
     #: Position of the first token of the stream.
     first_position: ClassVar[int] = 0
     #: Rows of the position ids: 1, or 3 where rotary positions have time, height and width.
@@ -212,6 +227,22 @@ class VLABackbone(nn.Module):
                 hidden, attention_mask=attention_bias, position_embeddings=rotary, use_cache=False
             )
         return text.norm(hidden[:, -num_queries:])
+
+    def make_head(
+        self, *, chunk_size: int, action_dim: int, vocab_size: int, tokens_per_step: int
+    ) -> nn.Module:
+        """The action head, see :class:`~torchrl_dvla.modules.action_head.ActionQueryHead`."""
+        return ActionQueryHead(
+            self.hidden_size,
+            chunk_size=chunk_size,
+            action_dim=action_dim,
+            vocab_size=vocab_size,
+            tokens_per_step=tokens_per_step,
+        )
+
+    def queries(self, head: nn.Module, num_queries: int) -> torch.Tensor:
+        """Queries ``[num_queries + num_extra_queries, D]`` at the end of the stream."""
+        return head.queries  # type: ignore[return-value]
 
     def image_positions(self, start: int) -> tuple[torch.Tensor, int]:
         """Positions ``[axes, T]`` of one image from ``start`` on, and the next free one."""

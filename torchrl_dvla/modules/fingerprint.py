@@ -159,9 +159,7 @@ def _numbers(policy: Any, instruction: str) -> dict[str, list[float]]:
     was_training = policy.training
     policy.eval()
     try:
-        actions, log_probs = (_of_tokens if hasattr(policy, "action_logits") else _of_flow)(
-            policy, td, generator
-        )
+        actions, log_probs = _kind_of(policy)(policy, td, generator)
     finally:
         policy.train(was_training)
     kept = {"actions": actions, "log_probs": log_probs}
@@ -169,6 +167,12 @@ def _numbers(policy: Any, instruction: str) -> dict[str, list[float]]:
         name: [float(value) for value in values.double().flatten()[:_NUM_KEPT].tolist()]
         for name, values in kept.items()
     }
+
+
+def _kind_of(policy: Any) -> Any:
+    if policy.action_head == "continuous" and policy.get_dist is None:
+        return lambda policy, td, _: (policy(td)[_CHUNK], td["vla_action", "log_probs"])
+    return _of_tokens if hasattr(policy, "action_logits") else _of_flow
 
 
 def _of_tokens(policy: Any, td: TensorDict, generator: torch.Generator) -> tuple[Any, Any]:

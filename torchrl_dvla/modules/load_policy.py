@@ -14,10 +14,16 @@ from typing import Any
 
 from torchrl_dvla.modules.adapters import LoraConfig
 from torchrl_dvla.modules.flow_vla import FlowVLA
-from torchrl_dvla.modules.formats import Stated, is_foreign, read_foreign
+from torchrl_dvla.modules.formats import Stated, foreign_class, is_foreign, read_foreign
+from torchrl_dvla.modules.regression_vla import RegressionVLA
 from torchrl_dvla.modules.transformers_vla import TransformersVLA
 
 __all__ = ["load_policy", "policy_class"]
+
+
+_CLASSES: dict[str, type[TransformersVLA] | type[FlowVLA]] = {
+    each.__name__: each for each in (FlowVLA, RegressionVLA)
+}
 
 
 def policy_class(folder: str | os.PathLike[str]) -> type[TransformersVLA] | type[FlowVLA]:
@@ -32,8 +38,10 @@ def policy_class(folder: str | os.PathLike[str]) -> type[TransformersVLA] | type
         data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = data["architecture"]
     except (OSError, ValueError, KeyError, TypeError):
-        name = FlowVLA.__name__ if is_foreign(folder) else None
-    return FlowVLA if name == FlowVLA.__name__ else TransformersVLA
+        if is_foreign(folder):
+            return foreign_class(folder)
+        name = None
+    return _CLASSES.get(name, TransformersVLA)
 
 
 def load_policy(
@@ -46,7 +54,8 @@ def load_policy(
     """Policy of action tokens or of flow matching from a folder, of this project or another.
 
     Of this project is what ``save_pretrained`` wrote; of others are pi0, pi0.5 and SmolVLA as
-    LeRobot saves them, and pi0 and pi0.5 of openpi's PyTorch code. Settings, prompt, statistics,
+    LeRobot saves them, pi0 and pi0.5 of openpi's PyTorch code, and OpenVLA-OFT, whose head that
+    regresses actions makes a :class:`RegressionVLA`. Settings, prompt, statistics,
     cameras and the preparation of images are read from the files. What is missing, not known here
     or would be left out is refused by name. A folder of adapters is loaded on the checkpoint that
     they were trained on, which must be where it was, with the same weights.

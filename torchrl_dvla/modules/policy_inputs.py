@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ def _read(
 
 
 class PixelNormalizer(nn.Module):
-    """Scaling, resizing and normalisation of images in three tensor operations.
+    """Scaling, resizing and normalisation of images in a few tensor operations.
 
     Args:
         style (PixelStyle): mean, standard deviation, interpolation and padding.
@@ -142,8 +143,10 @@ class PixelNormalizer(nn.Module):
         self._interpolation = style.interpolation
         self._antialias = style.antialias
         self._padding = style.padding
-        mean = torch.tensor(style.mean).view(3, 1, 1)
-        std = torch.tensor(style.std).view(3, 1, 1)
+        self._crop = style.crop
+        self._num_copies = len(style.mean) // 3
+        mean = torch.tensor(style.mean).view(-1, 1, 1)
+        std = torch.tensor(style.std).view(-1, 1, 1)
         # (x / 255 - mean) / std == x * scale + shift
         self.register_buffer("scale", 1.0 / (255.0 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
@@ -157,7 +160,7 @@ class PixelNormalizer(nn.Module):
             dtype (torch.dtype): dtype of the result.
 
         Returns:
-            Normalised pixels ``[N, 3, height, width]``.
+            Normalised pixels ``[N, 3, height, width]``, or six channels for two towers.
         """
         # A copy in any case: it is changed in place below.
         pixels = images.to(torch.float32, copy=True)
@@ -166,7 +169,9 @@ class PixelNormalizer(nn.Module):
         size = self._image_size
         if self._padding != "none":
             size = _largest_inside(pixels.shape[-2:], size)
-        if pixels.shape[-2:] != size:
+        if pixels.shape[-2:] != size and self._interpolation == "lanczos":
+            pixels = _resample(pixels, size, _lanczos_matrix).round_().clamp_(0.0, 255.0)
+        elif pixels.shape[-2:] != size:
             pixels = F.interpolate(
                 pixels,
                 size=size,
@@ -176,8 +181,42 @@ class PixelNormalizer(nn.Module):
             ).clamp_(0.0, 255.0)
         if size != self._image_size:
             pixels = _pad(pixels, self._image_size, self._padding)
+        if self._crop != 1.0:
+            crop = partial(_crop_matrix, share=self._crop)
+            pixels = _resample(pixels, self._image_size, crop)
+            # TensorFlow's conversion to integers: 256 intervals of one width.
+            pixels = pixels.mul_(255.5 / 255.0).floor_()
+        if self._num_copies > 1:
+            pixels = torch.cat([pixels] * self._num_copies, 1)
         # The product is a new tensor: in an ensemble the buffers have one dimension more.
         return (pixels * self.scale).add_(self.shift).to(dtype)
+
+
+def _resample(
+    images: torch.Tensor, size: tuple[int, int], matrix: Callable[[int, int], torch.Tensor]
+) -> torch.Tensor:
+    """Images of another size: each pixel a weighted sum of pixels, by rows and then by columns."""
+    rows, columns = (matrix(images.shape[i - 2], size[i]).to(images.device) for i in (0, 1))
+    return rows @ images @ columns.T
+
+
+@lru_cache(maxsize=8)
+def _lanczos_matrix(size: int, new_size: int) -> torch.Tensor:
+    """Weights ``[new_size, size]`` of Lanczos' filter of radius 3, wider where pixels get fewer."""
+    scale = size / new_size
+    centers = (torch.arange(new_size, dtype=torch.float64) + 0.5) * scale - 0.5
+    distances = (torch.arange(size) - centers[:, None]) / max(scale, 1.0)
+    weights = torch.sinc(distances) * torch.sinc(distances / 3) * (distances.abs() < 3)
+    return (weights / weights.sum(-1, keepdim=True)).float()
+
+
+@lru_cache(maxsize=8)
+def _crop_matrix(size: int, new_size: int, *, share: float) -> torch.Tensor:
+    """Weights ``[new_size, size]`` of the middle, bilinearly; its corners are pixels' centres."""
+    side = share**0.5
+    places = torch.linspace((1 - side) / 2, (1 + side) / 2, new_size, dtype=torch.float64)
+    distances = (torch.arange(size) - places[:, None] * (size - 1)).abs()
+    return (1.0 - distances).clamp(min=0.0).float()
 
 
 def _largest_inside(shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int, int]:
@@ -319,6 +358,9 @@ class StateProjector(Standardizer):
         state_dim (int): size ``S`` of the vector.
         hidden_size (int): width ``D`` of the token stream.
 
+    Keyword Args:
+        clip (bool): whether a standardised state is cut off at -1 and 1.
+
     Examples:
         >>> import torch
         >>> from torchrl_dvla.modules.policy_inputs import StateProjector
@@ -328,15 +370,17 @@ class StateProjector(Standardizer):
         torch.Size([5, 1, 32])
     """
 
-    def __init__(self, state_dim: int, hidden_size: int) -> None:
+    def __init__(self, state_dim: int, hidden_size: int, *, clip: bool = False) -> None:
         super().__init__(state_dim)
+        self._clip = clip
         self.layers = nn.Sequential(
             nn.Linear(state_dim, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
         )
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
         """Tokens ``[B, 1, D]`` of states ``[B, S]``."""
-        return self.layers(self.standardize(state)).unsqueeze(1)
+        state = self.standardize(state)
+        return self.layers(state.clamp(-1.0, 1.0) if self._clip else state).unsqueeze(1)
 
 
 def _check_statistics(

@@ -544,7 +544,8 @@ def backbone_from_dict(data: dict[str, Any], *, dtype: torch.dtype) -> PreTraine
     from transformers import AutoModel
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    backbone_class(data["model_type"])
+    if (network := backbone_class(data["model_type"]).network) is not None:
+        return network(data, dtype=dtype)
     config = CONFIG_MAPPING[data["model_type"]].from_dict(dict(data))
     return AutoModel.from_config(
         config, dtype=dtype, attn_implementation=_attention(config), trust_remote_code=False

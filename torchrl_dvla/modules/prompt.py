@@ -53,6 +53,7 @@ class InstructionEncoder:
         template (str): text with ``"{instruction}"`` for the task and, perhaps, ``"{state}"``.
 
     Keyword Args:
+        lowercase (bool): whether the task is filled in in small letters.
         cache_size (int): number of distinct instructions cached.
 
     Examples:
@@ -63,9 +64,15 @@ class InstructionEncoder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str, *, cache_size: int = 256
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        *,
+        lowercase: bool = False,
+        cache_size: int = 256,
     ) -> None:
         self._tokenizer = tokenizer
+        self._lowercase = lowercase
         self._template = template
         self._cache_size = cache_size
         self._ids: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
@@ -80,7 +87,8 @@ class InstructionEncoder:
         """Token ids ``[L]`` of one instruction, and of a state in words, inside the template."""
         ids = self._ids.get((instruction, state))
         if ids is None:
-            ids = self._encode(self._template.format(instruction=instruction, state=state))
+            words = instruction.lower() if self._lowercase else instruction
+            ids = self._encode(self._template.format(instruction=words, state=state))
             if len(ids) == 0:
                 raise ValueError(
                     f"language_instruction must contain at least one token, got {instruction!r}. "
@@ -119,7 +127,7 @@ class PromptBuilder(InstructionEncoder):
 
     - a prompt token sees the prompt up to itself, or all of it if ``bidirectional``;
     - a query sees the whole prompt and every query: action tokens are decoded in parallel;
-    - no token sees padding, and the prompt does not see the queries.
+    - no token sees padding, and the prompt does not see the queries, if the family's does not.
 
     The positions of queries count from the end of their own instruction, so that a row does not
     depend on how long the others of its batch are.
@@ -152,9 +160,12 @@ class PromptBuilder(InstructionEncoder):
         bidirectional: bool,
         cache_size: int = 256,
     ) -> None:
-        super().__init__(tokenizer, style.instruction, cache_size=cache_size)
+        super().__init__(
+            tokenizer, style.instruction, lowercase=style.lowercase, cache_size=cache_size
+        )
         self._num_queries = num_queries
         self._bidirectional = bidirectional
+        self._sees_queries = backbone.prompt_sees_queries
         self._max_tokens = backbone.max_tokens
         self._prompts: OrderedDict[tuple, Prompt] = OrderedDict()
 
@@ -248,7 +259,7 @@ class PromptBuilder(InstructionEncoder):
         visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool)
         if not self._bidirectional:
             visible[:prompt_length, :prompt_length].tril_()
-        visible[:prompt_length, prompt_length:] = False
+        visible[:prompt_length, prompt_length:] = self._sees_queries
         visible = visible.expand(batch if lengths.min() < text_length else 1, 1, -1, -1)
         if len(visible) > 1:
             column = torch.arange(num_tokens)

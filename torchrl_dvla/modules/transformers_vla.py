@@ -15,10 +15,11 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import InteractionType
 from tensordict.nn.probabilistic import interaction_type
 from torch import distributions as torch_dist
+from torch import nn
 from torchrl.data.vla import ActionTokenizerBase, UniformActionTokenizer
 from torchrl.modules.vla import VLAWrapperBase
 
-from torchrl_dvla.modules.action_head import ActionQueryHead, inverse_cdf_sample
+from torchrl_dvla.modules.action_head import inverse_cdf_sample
 from torchrl_dvla.modules.backbones import backbone_class
 from torchrl_dvla.modules.config import (
     TransformersVLAConfig,
@@ -126,6 +127,8 @@ class TransformersVLA(PretrainedMixin, VLAWrapperBase):
     use_state: bool
     tensor_keys: Any
     _tensor_keys: Any
+    action_tokenizer: Any
+    query_head: Any
 
     def __init__(
         self,
@@ -166,21 +169,19 @@ class TransformersVLA(PretrainedMixin, VLAWrapperBase):
         self.backbone = adapter(model, image_size=image_size)
         width = self.backbone.hidden_size
         self.normalize = PixelNormalizer(config.pixel_style, image_size=image_size)
-        self.state_projector = StateProjector(config.state_dim, width) if self.use_state else None
-        self.query_head = ActionQueryHead(
-            width,
-            chunk_size=config.chunk_size,
-            action_dim=config.action_dim,
-            vocab_size=action_tokenizer.vocab_size,
-            tokens_per_step=config.tokens_per_step,
+        self.state_projector = (
+            StateProjector(config.state_dim, width, clip=adapter.clip_state)
+            if self.use_state
+            else None
         )
+        self.query_head = self._make_head()
         self.prompt = PromptBuilder(
             self.backbone,
             tokenizer,
             style=config.prompt_style,
             num_cameras=config.num_cameras,
             use_state=self.use_state,
-            num_queries=config.num_queries,
+            num_queries=config.num_queries + adapter.num_extra_queries,
             bidirectional=config.bidirectional_prompt,
         )
         self.backbone.freeze(vision=config.freeze_vision, language=config.freeze_language)
@@ -190,6 +191,15 @@ class TransformersVLA(PretrainedMixin, VLAWrapperBase):
             self._add_adapters(config.lora)
         if device is not None:
             self.to(device)
+
+    def _make_head(self) -> nn.Module:
+        """What reads the hidden states of the queries."""
+        return self.backbone.make_head(
+            chunk_size=self.config.chunk_size,
+            action_dim=self.config.action_dim,
+            vocab_size=self.action_tokenizer.vocab_size,
+            tokens_per_step=self.config.tokens_per_step,
+        )
 
     # -- construction ------------------------------------------------------
     @classmethod
@@ -340,6 +350,12 @@ class TransformersVLA(PretrainedMixin, VLAWrapperBase):
             ... ).requires_grad
             True
         """
+        hidden, batch_shape = self._read(tensordict)
+        logits = self.query_head(hidden)
+        return logits.reshape(*batch_shape, *logits.shape[1:])
+
+    def _read(self, tensordict: TensorDictBase) -> tuple[torch.Tensor, torch.Size]:
+        """Hidden states of the queries ``[rows, queries, D]``, and the batch shape."""
         keys = self.tensor_keys
         image_keys = [keys.image, keys.wrist_image][: self.config.num_cameras]
         cameras = read_images(tensordict, image_keys, self.config.image_size)
@@ -371,15 +387,14 @@ class TransformersVLA(PretrainedMixin, VLAWrapperBase):
             state = read_proprio(tensordict, keys.state, self.config.state_dim)
             stream.append(self.state_projector(state.reshape(num_rows, -1)))
         stream.append(backbone.embed_tokens(prompt.token_ids))
-        queries = self.query_head.queries
+        queries = backbone.queries(self.query_head, self.config.num_queries)
         stream.append(queries.expand(num_rows, -1, -1))
         embeddings = torch.cat([piece.to(dtype) for piece in stream], 1)
 
         hidden = backbone.decode(
             embeddings, prompt.position_ids, prompt.attention_bias, len(queries)
         )
-        logits = self.query_head(hidden)
-        return logits.reshape(*batch_shape, *logits.shape[1:])
+        return hidden, batch_shape
 
     _predict_logits = action_logits
 

@@ -126,19 +126,20 @@ def agreement_of(dtypes: Iterable[torch.dtype]) -> float:
 def check_actor(actor_network: nn.Module) -> None:
     """Refuse a policy that has no distribution of its actions."""
     get_dist = getattr(actor_network, "get_dist", None)
+    head = getattr(actor_network, "action_head", "tokens")
+    inherited = getattr(get_dist, "__func__", None) is VLAWrapperBase.get_dist
+    if head == "continuous" and (inherited or get_dist is None):
+        raise ValueError(
+            f"actor_network must have action_head='tokens', got {head!r}. Its head regresses one "
+            "action and has no log-probabilities to form ratios of: override get_dist, or use "
+            "another policy."
+        )
     if not callable(get_dist):
         raise ValueError(
             "actor_network must have a get_dist method that returns the distribution of its "
             f"actions, got {type(actor_network).__name__}. Pass a torchrl VLAWrapperBase with "
             "action_head='tokens', a ProbabilisticTensorDictSequential (a TensorDictSequential has "
             "none), or a module of yours with the method."
-        )
-    head = getattr(actor_network, "action_head", "tokens")
-    if head == "continuous" and getattr(get_dist, "__func__", None) is VLAWrapperBase.get_dist:
-        raise ValueError(
-            f"actor_network must have action_head='tokens', got {head!r}. Its head regresses one "
-            "action and has no log-probabilities to form ratios of: override get_dist, or use "
-            "another policy."
         )
 
 

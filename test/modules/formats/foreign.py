@@ -117,8 +117,9 @@ def make_weights(shapes, prefix=""):
         values = torch.randn(shape, generator=generator)
         if len(shape) == 1:
             values = 0.1 * values
-            is_gemma = "language_model" in name or "gemma_expert" in name  # its is 1 + weight
-            if "norm" in name and name.endswith("weight") and not is_gemma:
+            # Gemma's is 1 + weight.
+            is_gemma = "paligemma_with_expert" in name and "vision" not in name
+            if name.endswith((".weight", ".scale_factor")) and not is_gemma:
                 values = 1.0 + values
         elif "embed_tokens" in name or "lm_head" in name:
             values = 0.1 * values
@@ -279,6 +280,143 @@ def write_openpi(folder: Path, kind: str, *, converted: bool = True, **dims) -> 
         }  # fmt: skip
         (folder / "config.json").write_text(json.dumps(config, indent=2))
     write_tokenizer(folder / "tokenizer")
+    return folder
+
+
+# -- OpenVLA-OFT -----------------------------------------------------------------------------------
+#: Widths and layers; 16 heads each, as timm's towers have.
+_DINO, _SIGLIP_FUSED, _LLAMA = (32, 128, 3), (48, 60, 3), (32, 64, 2)
+UNNORM_KEY = "libero_spatial_no_noops"
+
+
+def _timm(name, width, mlp, layers, num_patches, *, scales):
+    shapes = {
+        f"{name}.pos_embed": (1, num_patches, width),
+        f"{name}.patch_embed.proj.weight": (width, 3, 14, 14),
+        f"{name}.patch_embed.proj.bias": (width,),
+        **_norm(f"{name}.norm", width, bias=True),
+    }
+    for i in range(layers):
+        block = f"{name}.blocks.{i}"
+        shapes |= _norm(f"{block}.norm1", width, bias=True)
+        shapes |= _linear(f"{block}.attn.qkv", 3 * width, width)
+        shapes |= _linear(f"{block}.attn.proj", width, width)
+        shapes |= _norm(f"{block}.norm2", width, bias=True)
+        shapes |= _linear(f"{block}.mlp.fc1", mlp, width) | _linear(f"{block}.mlp.fc2", width, mlp)
+        if scales:
+            shapes |= {f"{block}.ls{k}.scale_factor": (width,) for k in (1, 2)}
+    return shapes
+
+
+def openvla_shapes(dino=_DINO, siglip=_SIGLIP_FUSED, llama=_LLAMA, heads=4, num_patches=4):
+    """Names of a folder that transformers 4.40 saves, 32,064 words and all."""
+    tower, fused = "vision_backbone.featurizer", "vision_backbone.fused_featurizer"
+    pool = f"{fused}.attn_pool"
+    vision, width, siglip_width = dino[0] + siglip[0], llama[0], siglip[0]
+    return {
+        f"{tower}.cls_token": (1, 1, dino[0]),
+        f"{tower}.reg_token": (1, 4, dino[0]),
+        **_timm(tower, *dino, num_patches, scales=True),
+        **_timm(fused, *siglip, num_patches, scales=False),
+        f"{pool}.latent": (1, 1, siglip_width),
+        **_linear(f"{pool}.q", siglip_width, siglip_width),
+        **_linear(f"{pool}.kv", 2 * siglip_width, siglip_width),
+        **_linear(f"{pool}.proj", siglip_width, siglip_width),
+        **_norm(f"{pool}.norm", siglip_width, bias=True),
+        **_linear(f"{pool}.mlp.fc1", siglip[1], siglip_width),
+        **_linear(f"{pool}.mlp.fc2", siglip_width, siglip[1]),
+        **_linear("projector.fc1", 4 * vision, vision),
+        **_linear("projector.fc2", width, 4 * vision),
+        **_linear("projector.fc3", width, width),
+        "language_model.model.embed_tokens.weight": (32064, width),
+        **_decoder("language_model.model", *llama, heads, heads, width // heads),
+        "language_model.lm_head.weight": (32064, width),
+    }
+
+
+def l1_shapes(width, action_dim=7):
+    """Of the head that regresses actions; the names of a parallel module."""
+    head = "module.model"
+    shapes = _norm(f"{head}.layer_norm1", action_dim * width, bias=True)
+    shapes |= _linear(f"{head}.fc1", width, action_dim * width)
+    for i in range(2):
+        block = f"{head}.mlp_resnet_blocks.{i}.ffn"
+        shapes |= _norm(f"{block}.0", width, bias=True) | _linear(f"{block}.1", width, width)
+    shapes |= _norm(f"{head}.layer_norm2", width, bias=True)
+    return shapes | _linear(f"{head}.fc2", action_dim, width)
+
+
+def openvla_statistics(action_dim=7, state_dim=8):
+    stats = make_statistics(state_dim, action_dim)
+    names = {"action": "action", "proprio": "observation.state"}
+    kinds = ("mean", "std", "min", "max", "q01", "q99")
+    found = {
+        name: {kind: stats[f"{key}.{kind}"].tolist() for kind in kinds}
+        for name, key in names.items()
+    }
+    found["action"]["mask"] = [True] * (action_dim - 1) + [False]
+    return {**found, "num_transitions": 52970, "num_trajectories": 432}
+
+
+def openvla_config(image_size=28):
+    """``config.json`` as OpenVLA-OFT saves it, of a tiny Llama."""
+    return {
+        "_name_or_path": "openvla/openvla-7b", "arch_specifier": "no-align+fused-gelu-mlp",
+        "architectures": ["OpenVLAForActionPrediction"],
+        "auto_map": {"AutoConfig": "configuration_prismatic.OpenVLAConfig"},
+        "hf_llm_id": "meta-llama/Llama-2-7b-hf", "image_resize_strategy": "resize-naive",
+        "image_sizes": [image_size] * 2, "llm_backbone_id": "llama2-7b-pure",
+        "llm_max_length": 2048, "model_type": "openvla", "n_action_bins": 256,
+        "norm_stats": {"bridge_orig": openvla_statistics(7, 7)}, "output_projector_states": False,
+        "pad_to_multiple_of": 64, "pad_token_id": 32000,
+        "text_config": {
+            "hidden_size": 32, "intermediate_size": 64, "model_type": "llama",
+            "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 4,
+            "pad_token_id": 32000, "torch_dtype": "float32", "vocab_size": 32064,
+        },
+        "timm_model_ids": [
+            "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224",
+        ],
+        "timm_override_act_layers": [None, None], "torch_dtype": "float32",
+        "transformers_version": "4.40.1", "use_fused_vision_backbone": True,
+        "vision_backbone_id": "dinosiglip-vit-so-224px",
+    }  # fmt: skip
+
+
+def write_openvla(
+    folder: Path, *, l1=False, proprio=False, action_dim=7, state_dim=8, num_shards=2
+) -> Path:
+    """A folder as OpenVLA-OFT leaves it, merged; with ``l1`` and ``proprio`` the files beside."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = make_weights(openvla_shapes())
+    names = list(weights)
+    shards = [names[i::num_shards] for i in range(num_shards)]
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{num_shards:05d}.safetensors"
+        tensors = {name: weights[name] for name in shard}
+        save_file(tensors, str(folder / file), metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(openvla_config(), indent=2))
+    images = {
+        "image_processor_type": "PrismaticImageProcessor", "image_resize_strategy": "resize-naive",
+        "input_sizes": [[3, 28, 28]] * 2, "interpolations": ["bicubic"] * 2,
+        "means": [[0.484375, 0.455078125, 0.40625], [0.5] * 3],
+        "stds": [[0.228515625, 0.2236328125, 0.224609375], [0.5] * 3],
+        "use_fused_vision_backbone": True,
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    stats = {UNNORM_KEY: openvla_statistics(action_dim, state_dim)}
+    (folder / "dataset_statistics.json").write_text(json.dumps(stats))
+    if l1:
+        head = make_weights(l1_shapes(32, action_dim))
+        torch.save(head, folder / "action_head--150000_checkpoint.pt")
+    if proprio:
+        shapes = _linear("module.fc1", 32, state_dim) | _linear("module.fc2", 32, 32)
+        torch.save(make_weights(shapes), folder / "proprio_projector--150000_checkpoint.pt")
     return folder
 
 

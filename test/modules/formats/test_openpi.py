@@ -137,10 +137,6 @@ def test_sizes_of_another_policy(copy):
 
 
 def test_what_cannot_be_loaded_says_why(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "openvla"}))
-    (tmp_path / "action_head--10_checkpoint.pt").touch()
-    with pytest.raises(ValueError, match="no version of transformers.*has no probability"):
-        load_policy(tmp_path)
     jax = tmp_path / "jax"
     (jax / "params").mkdir(parents=True)
     (jax / "assets" / "x").mkdir(parents=True)

@@ -12,20 +12,21 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from torchrl_dvla.differences import differences, join_some
 from torchrl_dvla.modules.adapters import merged_weights
 from torchrl_dvla.modules.fingerprint import take_fingerprint
 from torchrl_dvla.modules.flow_vla import FlowVLA
-from torchrl_dvla.modules.formats.flow_folder import FINGERPRINT, FlowFolder
+from torchrl_dvla.modules.formats.policy_folder import FINGERPRINT, PolicyFolder
+from torchrl_dvla.modules.transformers_vla import TransformersVLA
 
 __all__ = ["export_policy", "write_fingerprint"]
 
 
 @torch.no_grad()
-def export_policy(policy: FlowVLA, base: FlowFolder, folder: str | os.PathLike[str]) -> None:
+def export_policy(
+    policy: FlowVLA | TransformersVLA, base: PolicyFolder, folder: str | os.PathLike[str]
+) -> None:
     """Write a policy as a copy of the folder that it came from, with its own weights.
 
     What was not trained is copied bit for bit: other files, tensors that are not read here, and
@@ -33,8 +34,8 @@ def export_policy(policy: FlowVLA, base: FlowFolder, folder: str | os.PathLike[s
     into the weights that they are on.
 
     Args:
-        policy (FlowVLA): the trained policy.
-        base (FlowFolder): the checkpoint that it came from.
+        policy (FlowVLA or TransformersVLA): the trained policy.
+        base (PolicyFolder): the checkpoint that it came from.
         folder (path): where to; must be empty or not there.
 
     Raises:
@@ -65,8 +66,6 @@ def export_policy(policy: FlowVLA, base: FlowFolder, folder: str | os.PathLike[s
             f"the policy must be one that came from {str(base.folder)!r}, got differences: "
             f"{join_some(problems)}. Name the checkpoint that its training began with."
         )
-    with safe_open(base.file.path, "pt") as file:
-        metadata = file.metadata()
     tensors = base.file.read(base.file.shapes)
     for name, there in table.items():
         trained, before = own[name].detach().cpu(), tensors[there]
@@ -75,12 +74,12 @@ def export_policy(policy: FlowVLA, base: FlowFolder, folder: str | os.PathLike[s
             tensors[there] = trained.to(before.dtype).contiguous()
     for copy, there in base.table.copies.items():
         tensors[copy] = tensors[there].clone()
-    replaced = shutil.ignore_patterns(base.file.path.name, FINGERPRINT)
+    replaced = shutil.ignore_patterns(*(path.name for path in base.file.files), FINGERPRINT)
     shutil.copytree(base.folder, folder, ignore=replaced, dirs_exist_ok=True)
-    save_file(tensors, str(folder / base.file.path.name), metadata=metadata)
+    base.file.write(tensors, folder)
 
 
-def write_fingerprint(policy: FlowVLA, folder: str | os.PathLike[str]) -> None:
+def write_fingerprint(policy: FlowVLA | TransformersVLA, folder: str | os.PathLike[str]) -> None:
     """Write what a policy that was loaded from an exported folder does, for its next reader."""
     text = json.dumps(take_fingerprint(policy), indent=2) + "\n"
     (Path(folder) / FINGERPRINT).write_text(text, encoding="utf-8")

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+
+from torchrl_dvla.modules.formats.tensor_file import TensorFile
 
 __all__ = [
     "NameTable",
-    "TensorFile",
     "paligemma_sizes",
     "pi_names",
     "smolvla_names",
@@ -81,46 +80,6 @@ _SMOLVLM_HEADS = {
 _OLD_STATISTICS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-
-
-class TensorFile:
-    """Names, shapes and dtypes of a safetensors file; tensors are read when asked for.
-
-    Args:
-        path (Path): the file.
-
-    Raises:
-        ValueError: if it is none, or a part of one.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  # it is no mapping
-                    entry = file.get_slice(name)
-                    self.shapes[name] = tuple(entry.get_shape())
-                    self.dtypes[name] = entry.get_dtype()
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} must be a safetensors file, got an error: {error}. It is truncated, or a "
-                "Git LFS pointer: copy the checkpoint again, with all its files."
-            ) from error
-
-    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Tensors by name."""
-        with safe_open(self.path, "pt") as file:
-            return {name: file.get_tensor(name) for name in names}
-
-    def count(self, names: Iterable[str]) -> dict[str, int]:
-        """Number of elements of each dtype."""
-        counts: dict[str, int] = {}
-        for name in names:
-            dtype = self.dtypes[name]
-            counts[dtype] = counts.get(dtype, 0) + math.prod(self.shapes[name])
-        return counts
 
 
 @dataclass(frozen=True)

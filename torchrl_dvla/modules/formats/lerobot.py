@@ -14,21 +14,21 @@ import torch
 
 from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle
 from torchrl_dvla.modules.config import FlowVLAConfig
-from torchrl_dvla.modules.formats.flow_folder import (
-    FlowFolder,
-    Stated,
-    read_json,
-    settle,
-    statistics_of,
-)
 from torchrl_dvla.modules.formats.flow_weights import (
-    TensorFile,
     paligemma_sizes,
     pi_names,
     smolvla_names,
     smolvla_sizes,
     weights_dtype,
 )
+from torchrl_dvla.modules.formats.policy_folder import (
+    PolicyFolder,
+    Stated,
+    read_json,
+    settle,
+    statistics_of,
+)
+from torchrl_dvla.modules.formats.tensor_file import TensorFile
 from torchrl_dvla.modules.pi0 import Pi0
 from torchrl_dvla.modules.pi05 import Pi05
 
@@ -111,7 +111,7 @@ _PROMPTS = {
 _MODES = ("IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILES")
 
 
-def read_lerobot(folder: Path, stated: Stated) -> FlowFolder:
+def read_lerobot(folder: Path, stated: Stated) -> PolicyFolder:
     """What a folder that LeRobot saved holds; its weights are not read yet.
 
     It has ``config.json``, ``model.safetensors``, ``policy_preprocessor.json`` and
@@ -219,7 +219,7 @@ def read_lerobot(folder: Path, stated: Stated) -> FlowFolder:
         added = 1e-8 if entry == "state" and mode == "MEAN_STD" else 0.0
         source = f"the statistics in {folder}"
         statistics |= statistics_of(entry, mode, found, size, source, added=added)
-    return FlowFolder(
+    return PolicyFolder(
         format=f"LeRobot {kind}",
         file=file,
         table=table,

@@ -13,19 +13,19 @@ import torch
 
 from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle
 from torchrl_dvla.modules.config import FlowVLAConfig
-from torchrl_dvla.modules.formats.flow_folder import (
-    FlowFolder,
+from torchrl_dvla.modules.formats.flow_weights import (
+    paligemma_sizes,
+    pi_names,
+    weights_dtype,
+)
+from torchrl_dvla.modules.formats.policy_folder import (
+    PolicyFolder,
     Stated,
     read_json,
     settle,
     statistics_of,
 )
-from torchrl_dvla.modules.formats.flow_weights import (
-    TensorFile,
-    paligemma_sizes,
-    pi_names,
-    weights_dtype,
-)
+from torchrl_dvla.modules.formats.tensor_file import TensorFile
 from torchrl_dvla.modules.pi0 import Pi0
 from torchrl_dvla.modules.pi05 import Pi05
 
@@ -45,7 +45,7 @@ def norm_stats_files(folder: Path) -> list[Path]:
     return sorted({*folder.glob("assets/**/norm_stats.json"), *folder.glob("*/norm_stats.json")})
 
 
-def read_openpi(folder: Path, stated: Stated) -> FlowFolder:
+def read_openpi(folder: Path, stated: Stated) -> PolicyFolder:
     """What a folder of openpi's PyTorch code holds; its weights are not read yet.
 
     It has ``model.safetensors`` and ``assets/<data set>/norm_stats.json``. The converter also
@@ -122,7 +122,7 @@ def read_openpi(folder: Path, stated: Stated) -> FlowFolder:
     for entry, key, length in (("state", "state", state_dim), ("action", "actions", action_dim)):
         source = str(files[0])
         statistics |= statistics_of(entry, mode, stats[key], length, source, added=_EPS)
-    return FlowFolder(
+    return PolicyFolder(
         format=f"openpi {kind}",
         file=file,
         table=table,

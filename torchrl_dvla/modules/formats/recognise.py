@@ -10,19 +10,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torchrl_dvla.modules.formats.flow_folder import FlowFolder, Stated
+from torchrl_dvla.modules.flow_vla import FlowVLA
 from torchrl_dvla.modules.formats.lerobot import read_lerobot
 from torchrl_dvla.modules.formats.openpi import norm_stats_files, read_openpi
+from torchrl_dvla.modules.formats.openvla import L1_HEAD, read_openvla
+from torchrl_dvla.modules.formats.policy_folder import PolicyFolder, Stated
+from torchrl_dvla.modules.regression_vla import RegressionVLA
+from torchrl_dvla.modules.transformers_vla import TransformersVLA
 
-__all__ = ["is_foreign", "read_foreign"]
-
-_OPENVLA = (
-    "an OpenVLA checkpoint cannot be loaded: its network, two fused vision towers of timm before a "
-    "Llama 2, is part of no version of transformers, and its own code runs on transformers 4.40 "
-    "only"
-)
-#: Files of the head that OpenVLA-OFT regresses actions with, which has no distribution.
-_L1_HEAD = "action_head--*_checkpoint.pt"
+__all__ = ["foreign_class", "is_foreign", "read_foreign"]
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -52,7 +48,14 @@ def _is_openpi(folder: Path, config: dict[str, Any]) -> bool:
     return (has_weights or is_jax) and (has_sizes or bool(norm_stats_files(folder)))
 
 
-def read_foreign(folder: Path, stated: Stated | None = None) -> FlowFolder:
+def foreign_class(folder: Path) -> type[FlowVLA] | type[TransformersVLA]:
+    """Class of the policy in a folder of another project."""
+    if _config(folder).get("model_type") != "openvla":
+        return FlowVLA
+    return RegressionVLA if any(folder.glob(L1_HEAD)) else TransformersVLA
+
+
+def read_foreign(folder: Path, stated: Stated | None = None) -> PolicyFolder:
     """What a folder of another project holds, by the reader of its format.
 
     Args:
@@ -68,14 +71,7 @@ def read_foreign(folder: Path, stated: Stated | None = None) -> FlowFolder:
     if "input_features" in config:
         return read_lerobot(folder, stated)
     if config.get("model_type") == "openvla":
-        head = ""
-        if any(folder.glob(_L1_HEAD)):
-            head = " Its head regresses actions and has no probability to learn from, either."
-        raise ValueError(
-            f"the policy in {str(folder)!r} must be of a known network, got model_type 'openvla': "
-            f"{_OPENVLA}.{head} Take a pi0, pi0.5 or SmolVLA, or clone demonstrations with "
-            "TransformersVLA.from_backbone."
-        )
+        return read_openvla(folder, stated)
     if not (folder / "model.safetensors").is_file():
         raise ValueError(
             f"the policy in {str(folder)!r} must be one of PyTorch, got openpi's JAX parameters. "

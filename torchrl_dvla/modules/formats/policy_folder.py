@@ -2,13 +2,13 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Folder of a flow policy of another project: what was found in it, and the policy made of it."""
+"""Folder of a policy of another project: what was found in it, and the policy made of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchrl_dvla.differences import differences, join_some
-from torchrl_dvla.modules.backbones import PromptStyle
-from torchrl_dvla.modules.config import FlowVLAConfig
+from torchrl_dvla.modules.config import PolicyConfig
 from torchrl_dvla.modules.fingerprint import check_fingerprint
 from torchrl_dvla.modules.flow_vla import FlowVLA
-from torchrl_dvla.modules.formats.flow_weights import NameTable, TensorFile
+from torchrl_dvla.modules.formats.flow_weights import NameTable
+from torchrl_dvla.modules.formats.tensor_file import TensorFile
+from torchrl_dvla.modules.transformers_vla import TransformersVLA
 from torchrl_dvla.validation import Count, check_fields
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FINGERPRINT",
-    "FlowFolder",
+    "PolicyFolder",
     "Stated",
     "load_tokenizer",
     "read_json",
@@ -57,6 +58,7 @@ class Stated:
         state_dim (int, optional): size of the state without padding.
         state_in_prompt (bool, optional): whether a pi0.5 was trained with its state in the prompt.
         padded_state (bool, optional): whether that state was padded to the network's size first.
+        unnorm_key (str, optional): the data set of an OpenVLA whose statistics are taken.
 
     Raises:
         ValueError: if a number is out of range.
@@ -70,6 +72,7 @@ class Stated:
     state_dim: Count | None = None
     state_in_prompt: bool | None = None
     padded_state: bool | None = None
+    unnorm_key: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -110,35 +113,39 @@ def settle(name: str, said: Any, stated: Any, folder: Path) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowFolder:
-    """A pi0, pi0.5 or SmolVLA in the format of another project, before its weights are read.
+class PolicyFolder:
+    """A policy in the format of another project, before its weights are read.
 
     Args:
         format (str): project and kind, for messages.
         file (TensorFile): the weights.
         table (NameTable): entries of the policy and the tensors that they are read from.
-        config (FlowVLAConfig): architecture; its prompt lacks what the tokenizer puts first.
+        config (PolicyConfig): architecture; its prompt lacks what the tokenizer puts first.
         statistics (Mapping): entries of the policy's state dict that no weight is read into.
         tokenizer (str): folder or hub name.
         cameras (tuple of str): the file's names of what becomes ``"image"`` and ``"wrist_image"``.
         replan_interval (int, optional): env steps executed per decision, if the files say so.
+        policy_class (type): class of the policy.
+        first_entry (str): entry of the prompt style that begins with what the tokenizer puts first.
     """
 
     format: str
     file: TensorFile
     table: NameTable
-    config: FlowVLAConfig
+    config: PolicyConfig
     statistics: Mapping[str, torch.Tensor] = field(repr=False)
     tokenizer: str
     cameras: tuple[str, ...]
     replan_interval: int | None = None
+    policy_class: Callable[..., FlowVLA | TransformersVLA] = FlowVLA
+    first_entry: str = "instruction"
 
     @property
     def folder(self) -> Path:
         """The folder."""
         return self.file.path.parent
 
-    def load(self, **kwargs: Any) -> FlowVLA:
+    def load(self, **kwargs: Any) -> Any:
         """The policy.
 
         Keyword Args:
@@ -152,14 +159,15 @@ class FlowFolder:
         """
         from transformers.initialization import no_init_weights
 
-        given = {name: kwargs.pop(name, None) for name in FlowVLAConfig.changeable}
+        given = {name: kwargs.pop(name, None) for name in self.config.changeable}
         given = {name: value for name, value in given.items() if value is not None}
         tokenizer = load_tokenizer(self.tokenizer, self.folder)
-        template = _first_ids(tokenizer) + self.config.prompt_style.instruction
-        given["prompt_style"] = PromptStyle(instruction=template)
+        style = self.config.prompt_style
+        first = _first_ids(tokenizer) + getattr(style, self.first_entry)
+        given["prompt_style"] = dataclasses.replace(style, **{self.first_entry: first})
         with torch.random.fork_rng(devices=[]), no_init_weights():
             config = dataclasses.replace(self.config, **given)
-            policy = FlowVLA(config, tokenizer=tokenizer, **kwargs)
+            policy = self.policy_class(config, tokenizer=tokenizer, **kwargs)
         policy.load_state_dict(self._weights(policy))
         path = self.folder / FINGERPRINT
         prompt = dataclasses.replace(self.config, prompt_style=policy.config.prompt_style)
@@ -167,11 +175,13 @@ class FlowFolder:
             check_fingerprint(policy, read_json(path), repr(str(self.folder)))
         return policy
 
-    def _weights(self, policy: FlowVLA) -> dict[str, torch.Tensor]:
+    def _weights(self, policy: FlowVLA | TransformersVLA) -> dict[str, torch.Tensor]:
         """State dict of the policy."""
         table, own = self.table.own, policy.state_dict()
-        # Exploration by a learned deviation needs a head that no other project has.
-        added = {name: own[name] for name in own if name.startswith("noise_head.")}
+        # Exploration by a learned deviation needs a head that no other project has; what decodes
+        # tokens is described in the config.
+        made_here = ("noise_head.", "action_tokenizer.")
+        added = {name: own[name] for name in own if name.startswith(made_here)}
         added.update(self.statistics)
         expected = {
             self.table.name_in_file(name): list(tensor.shape)
@@ -187,7 +197,7 @@ class FlowFolder:
         ]
         if problems:
             raise ValueError(
-                f"{self.file.path} must hold the weights of a {self.format}, got "
+                f"{self.file.path} must hold the weights of {self.format}, got "
                 f"{len(problems)} difference(s): {join_some(problems)}. It is incomplete, of "
                 "another version, or another model's."
             )
@@ -264,11 +274,13 @@ def load_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         OSError: if it can be had from neither.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     beside = folder / name
+    # One in the checkpoint's own folder is read as it is: transformers knows the family of none.
+    kind: Any = PreTrainedTokenizerFast if beside == folder else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(
+        return kind.from_pretrained(
             str(beside) if beside.is_dir() else name, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
