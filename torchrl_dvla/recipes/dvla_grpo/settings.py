@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import hydra
-import torch
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -31,6 +30,7 @@ from torchrl_dvla.modules import LoraConfig, TinyBackboneConfig
 from torchrl_dvla.modules.formats import Stated
 from torchrl_dvla.objectives.grpo import ROLLOUT_LEVELS, KLEstimator, RatioLevel
 from torchrl_dvla.objectives.validation import check_trust_region
+from torchrl_dvla.recipes.device import check_device_name
 from torchrl_dvla.recipes.libero_tasks import LiberoTasks
 from torchrl_dvla.recording import LogBackend
 from torchrl_dvla.validation import (
@@ -386,14 +386,8 @@ class Settings(Section):
                 f"name must be the name of one folder, got {self.name!r}. The folder that it is "
                 "made in is log.dir."
             )
-        for name in ("device", "inference_device"):
-            wanted = getattr(self, name)
-            try:
-                torch.device("cpu" if wanted is None else wanted)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"{name} must be a torch device, got {wanted!r}. Use cpu or cuda:0."
-                ) from error
+        check_device_name("device", self.device)
+        check_device_name("inference_device", self.inference_device or "cpu")
         try:
             self.inference.is_deterministic(self.group.max_policy_lag)
         except ValueError as error:
