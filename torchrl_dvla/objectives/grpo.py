@@ -310,7 +310,12 @@ class GRPOLoss(LossModule):
         # loss.parameters() must never see them, yet loss.to(device) must move them.
         self.__dict__["reference_network"] = reference_network
         if reference_network is not None:
-            params = TensorDict.from_module(reference_network).data
+            # What is frozen may be one parameter of both, which moves with the actor. A second name
+            # for its values would keep them where they were when a store takes them over.
+            shared = {id(parameter) for parameter in actor_network.parameters()}
+            params = TensorDict.from_module(reference_network)
+            names = [name for name, value in params.items(True, True) if id(value) in shared]
+            params = params.exclude(*names).data
             self.reference_network_params = TensorDictParams(params, no_convert=True)
         self.dual_clip = dual_clip
         self.trust_std = trust_std
