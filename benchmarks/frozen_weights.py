@@ -2,14 +2,15 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""How many times is a model in memory while it is trained: with LoRA, and in full?
+"""How many times is a model in memory while it is trained: with LoRA, a reference too, and in full?
 
 The toy task by the recipe's parts: a real DVLACollector with learner, weight store and inference
 process on one machine, measured after an update was learned and published. What the memory of all
 processes together (Pss: a shared page counts once) has more than the same with a tiny policy is
 what the model takes; over the bytes of the model that is ``resident_over_model``, 1 for a model
-that is there once. The full training has gradients and two moments besides, the slots of the store
-and what inference reads.
+that is there once. A reference policy (``loss.kl_to_ref_coeff``) is the same model with the
+adapters of the start. The full training has gradients and two moments besides, the slots of the
+store and what inference reads.
 
     python benchmarks/frozen_weights.py
     python benchmarks/frozen_weights.py --quick
@@ -29,7 +30,9 @@ from _machine import arguments, in_process, log, report, spread
 QUICK, WHOLE = (768, 2), (1536, 5)
 
 
-def measure(width: int, layers: int, rank: int | None) -> dict[str, Any]:
+def measure(
+    width: int, layers: int, rank: int | None, has_reference: bool = False
+) -> dict[str, Any]:
     """Bytes of the model, and of all processes after an update."""
     from torchrl.data.vla import UniformActionTokenizer
 
@@ -43,7 +46,8 @@ def measure(width: int, layers: int, rank: int | None) -> dict[str, Any]:
         "optim.minibatch_size=4", "optim.num_epochs=1", "workers.max_decisions=2",
         "workers.start_timeout_s=300", "group.max_policy_lag=0", "group.max_no_signal_groups=1000",
     )  # fmt: skip
-    cfg = compose_settings("toy", overrides)
+    reference = ("loss.kl_to_ref_coeff=0.1",) if has_reference else ()
+    cfg = compose_settings("toy", [*overrides, *reference])
     utils.make_deterministic(cfg)
     policy = TransformersVLA.tiny(
         utils.make_instructions(cfg),
@@ -95,12 +99,13 @@ def _descendants(pid: int) -> list[int]:
 def main() -> None:
     args = arguments(__doc__ or "", "50 MB and one repeat instead of 490 MB and five", rank=8)
     size = QUICK if args.quick else WHOLE
-    runs: dict[str, list[float]] = {"lora": [], "full": []}
+    settings = {"lora": (args.rank,), "reference": (args.rank, True), "full": (None,)}
+    runs: dict[str, list[float]] = {name: [] for name in settings}
     model_bytes = 0
     for repeat in range(1 if args.quick else 5):
         tiny = in_process(measure, 32, 1, None)
-        for name, rank in (("lora", args.rank), ("full", None)):
-            large = in_process(measure, *size, rank)
+        for name, given in settings.items():
+            large = in_process(measure, *size, *given)
             model_bytes = large["model_bytes"] - tiny["model_bytes"]
             runs[name].append((large["pss_bytes"] - tiny["pss_bytes"]) / model_bytes)
             log(f"repeat {repeat}: {name} {runs[name][-1]:.2f}")
@@ -108,6 +113,7 @@ def main() -> None:
         "model_bytes": model_bytes,
         "rank": args.rank,
         "resident_over_model": spread(runs["lora"]),
+        "resident_over_model_reference": spread(runs["reference"]),
         "resident_over_model_full": spread(runs["full"]),
     }
     report("frozen_weights", result, args.quick, "transformers", "peft")

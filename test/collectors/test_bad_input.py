@@ -17,7 +17,7 @@ from tensordict.nn import TensorDictModule
 from torchrl.data import Composite
 from torchrl.envs import ToyVLAEnv
 
-from torchrl_dvla import DVLACollector, InferenceConfig
+from torchrl_dvla import DVLACollector, InferenceConfig, PooledReplayBuffer
 from torchrl_dvla.collectors import EpisodeSpec, GroupConfig, InitStateSchedule
 from torchrl_dvla.collectors.validation import (
     check_episodes,
@@ -250,6 +250,13 @@ def test_pages_for_the_groups_but_not_for_an_evaluation(refuse, make_collector, 
     for _ in range(3):
         list(collector.replay_buffer)
         collector.update_policy_weights_()
+
+
+def test_minibatches_that_cannot_hold_the_longest_rollout(refuse):
+    refuse(
+        "batch_size must be at least max_decisions=4 with whole_rollouts, got 3: a minibatch could",
+        replay_buffer=PooledReplayBuffer(batch_size=3, whole_rollouts=True),
+    )
 
 
 def test_a_buffer_of_another_collector(refuse, make_collector):

@@ -74,6 +74,65 @@ def test_each_row_of_an_update_knows_how_many_decisions_its_rollout_has(make_pla
         assert batch["num_decisions"].flatten().tolist() == [sizes[x] for x in xs(batch)]
 
 
+def test_minibatches_of_whole_rollouts_by_hand(make_plane):
+    plane = make_plane(shuffle=False, whole_rollouts=True, batch_size=5)
+    plane.add(2, sizes=(3, 2))
+    assert plane.update() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    plane.publish()
+    plane.add(2, sizes=(3, 4))
+    # Of 3, 4, 3 and 4 rows no two fit into 5.
+    assert plane.update() == [[10, 11, 12], [13, 14, 15, 16], [17, 18, 19], [20, 21, 22, 23]]
+
+
+def test_whole_rollouts_come_in_seeded_permutations_and_an_update_is_taken_up_again(make_plane):
+    options = {"whole_rollouts": True, "batch_size": 6, "num_epochs": 2}
+    first, other, again = (make_plane(seed=seed, **options) for seed in (0, 1, 0))
+    rollouts = [[0, 1, 2], [3, 4], [5, 6, 7], [8, 9]]
+    seen = []
+    for plane in (first, other):
+        plane.add(2)
+        seen.append(plane.update())
+        rows = list(chain(*seen[-1]))
+        assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
+        assert max(len(batch) for batch in seen[-1]) <= 6
+        for batch in seen[-1]:
+            assert all(set(batch) >= set(one) for one in rollouts if set(batch) & set(one))
+    assert seen[0] != seen[1]
+    again.add(2)
+    update = iter(again.buffer)
+    begun = [xs(next(update)) for _ in range(2)]
+    state = copy.deepcopy(again.buffer.state_dict())
+    resumed = make_plane(**options)
+    resumed.buffer.load_state_dict(state)
+    assert begun + resumed.update() == seen[0]
+    with pytest.raises(ValueError, match="whole_rollouts must be True, as in the checkpoint, got"):
+        make_plane(**{**options, "whole_rollouts": False}).buffer.load_state_dict(state)
+    state["_plan"]["rollout_sizes"] = [3, 2, 2, 3]
+    with pytest.raises(ValueError, match="rollout_sizes' must be the .* in the learner's hand"):
+        make_plane(**options).buffer.load_state_dict(state)
+
+
+def test_a_checkpoint_of_before_there_were_whole_rollouts_is_read(make_plane):
+    plane = make_plane(shuffle=False)
+    plane.add(2)
+    update = iter(plane.buffer)
+    next(update)
+    state = copy.deepcopy(plane.buffer.state_dict())
+    del state["_plan"]["rollout_sizes"]
+    resumed = make_plane(shuffle=False)
+    resumed.buffer.load_state_dict(state)
+    assert resumed.update() == [[4, 5, 6, 7], [8, 9]]
+
+
+def test_a_minibatch_that_cannot_hold_the_longest_rollout_is_refused(make_plane):
+    plane = make_plane(whole_rollouts=True, batch_size=3)
+    plane.add(2, sizes=(3, 4))
+    with pytest.raises(ValueError, match="batch_size must be at least 4, the decisions of the lon"):
+        plane.update()
+    with pytest.raises(ValueError, match="whole_rollouts must be true or false, got 1"):
+        PooledReplayBuffer(whole_rollouts=1)
+
+
 def test_epochs_are_seeded_permutations(make_plane):
     first, again, other = (make_plane(num_epochs=2, seed=seed) for seed in (0, 0, 1))
     seen = []

@@ -44,6 +44,7 @@ class Learners:
                 rows.set_(key, sampled.get(key))
         rows["advantage"].normal_(generator=draw)
         rows["action_is_pad"][3:5, 1:] = True
+        rows["rollout_id"][:, 0] = torch.tensor([0, 1, 1, 2, 2, 2, 3, 4, 5, 5, 5, 5])
         for key in self.pool.layout:
             if key == "sample_log_prob" or key[-1] == "log_probs":
                 rows.get(key).sub_(0.2 * torch.rand(rows.get(key).shape, generator=draw))

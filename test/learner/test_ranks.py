@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from torchrl_dvla import PooledReplayBuffer
 from torchrl_dvla.learner import LearnerRanks, check_same_on_all_ranks
 from torchrl_dvla.recipes.dvla_grpo import utils
 from torchrl_dvla.recipes.dvla_grpo.settings import compose_settings
@@ -58,6 +59,28 @@ def check_steps(learners, ranks):
     begun = dict(utils.make_policy(learners.cfg).named_parameters())
     assert max(float((found[name] - begun[name].data).abs().max()) for name in expected) > 1e-4
     for name, parameter in expected.items():
+        torch.testing.assert_close(found[name], parameter.data, rtol=0, atol=1e-6)
+
+
+def test_two_ranks_keep_rollouts_whole_for_a_ratio_of_each(make_learners):
+    learners = make_learners(
+        "optim.lr=1e-4",
+        "optim.micro_batch_size=4",
+        "loss.ratio_level=trajectory_mean",
+        "loss.reduction=trajectory_mean",
+    )
+    # Rollouts of 4 and 2 decisions, and of 3, 1 and 1.
+    minibatches = [torch.tensor([8, 9, 10, 11, 1, 2]), torch.tensor([3, 4, 5, 0, 6])]
+    policy, _, norms = learners.learn_alone(minibatches)
+    with learners.ranks(2, "ddp") as ranks:
+        steps = learners.learn(ranks, minibatches)
+        found = weights_of(ranks)
+        split = PooledReplayBuffer(batch_size=6)
+        with pytest.raises(ValueError, match="whole_rollouts must be True for a loss with one"):
+            ranks.bind(split)
+    assert [norm for _, norm in steps] == pytest.approx(norms, rel=1e-5)
+    assert [[size for size, *_ in parts] for parts, _ in steps] == [[4, 2], [3, 2]]
+    for name, parameter in policy.named_parameters():
         torch.testing.assert_close(found[name], parameter.data, rtol=0, atol=1e-6)
 
 

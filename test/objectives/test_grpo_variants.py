@@ -158,8 +158,66 @@ def test_every_rollout_weighs_the_same_however_it_is_split():
         loss(batch)
 
 
+def test_one_ratio_for_a_rollout_by_hand():
+    # a rollout of two decisions, whose ratios multiply to 2.4 and 0.5, and one of one, 0.9
+    ratios = [[1.2, 2.0], [0.9, 1.0], [0.5, 99.0]]
+    pad = [[False, False], [False, False], [False, True]]
+    ids, decisions = torch.tensor([[4], [1], [4]]), torch.tensor([[2], [1], [2]])
+    entries = {"rollout_id": ids, "num_decisions": decisions}
+    policy, batch = make_decisions(ratios, [1.0, -1.0, 1.0], pad, **entries)
+    options = {"clip_epsilon": (0.2, 0.28), "reduction": "trajectory_mean"}
+    loss = GRPOLoss(policy, ratio_level="trajectory", **options)
+    assert loss.needs_whole_rollouts and {"rollout_id", "num_decisions"} < set(loss.in_keys)
+    out = loss(batch)
+    product = 1.2 * 2.0 * 0.5
+    assert out["loss_objective"].item() == pytest.approx(-(product - 0.9) / 2, rel=1e-5)
+    assert out["max_ratio"].item() == pytest.approx(product, rel=1e-5)
+    out["loss_objective"].backward()
+    # the gradient of a product is itself, times that of each log-prob: half a unit of its logit
+    expected = [-product / 2 / 2] * 2 + [0.9 / 2 / 2] * 2 + [-product / 2 / 2, 0.0]
+    assert policy.logits.grad[..., 0].flatten().tolist() == pytest.approx(expected, rel=1e-5)
+    mean = product ** (1 / 3)  # of three executed tokens
+    loss = GRPOLoss(policy, ratio_level="trajectory_mean", **options)
+    assert loss(batch)["loss_objective"].item() == pytest.approx(-(mean - 0.9**0.5) / 2, rel=1e-5)
+    # without that reduction, each decision weighs the same
+    loss = GRPOLoss(policy, ratio_level="trajectory", clip_epsilon=(0.2, 0.28))
+    objective = loss(batch)["loss_objective"].item()
+    assert objective == pytest.approx(-(2 * product - 0.9) / 3, rel=1e-5)
+
+
+def test_micro_batches_of_whole_rollouts_add_up_and_others_are_refused():
+    ratios = [[1.2, 1.1], [0.9, 1.0], [0.8, 1.05]]
+    entries = {
+        "rollout_id": torch.tensor([[4], [4], [1]]),
+        "num_decisions": torch.tensor([[2], [2], [1]]),
+    }
+    policy, batch = make_decisions(ratios, [1.0, 1.0, -1.0], **entries)
+    options = {"ratio_level": "trajectory", "reduction": "trajectory_mean"}
+    loss = GRPOLoss(policy, **options)
+    whole, total = loss(batch)["loss_objective"], loss.normaliser(batch)
+    parts = [
+        GRPOLoss(TablePolicy(policy.logits[part].detach()), **options)(
+            batch[part], normaliser=total
+        )["loss_objective"]
+        for part in (slice(0, 2), slice(2, 3))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+    policy, split = TablePolicy(torch.zeros(2, 2, 1, 2)), batch[1:]
+    for check_finite in (True, False):
+        with pytest.raises(ValueError, match=r"got 1 of the 2 of rollout 4 \(1 of 2 rollouts are"):
+            GRPOLoss(policy, check_finite=check_finite, **options)(split)
+    twice = batch[[0, 0]]
+    twice["num_decisions"] = torch.ones(2, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"got 2 of the 1 of rollout 4 .*whole_rollouts=True"):
+        GRPOLoss(policy, **options)(twice)
+    for key in ("rollout_id", "num_decisions"):
+        with pytest.raises(KeyError, match=f"hold {key} under '{key}'.* writes it"):
+            GRPOLoss(policy, **options)(split.exclude(key))
+
+
 # -- a NumPy reference in float64 ------------------------------------------------------------------
 LEVELS = {"token": (), "env_step": (2,), "sequence": (1, 2), "sequence_mean": (1, 2)}
+LEVELS |= {"trajectory": (1, 2), "trajectory_mean": (1, 2)}
 VARIANTS = {
     "clip": {"clip_epsilon": (0.125, 0.25)},  # exact in float32, of which the range is
     "dual": {"clip_epsilon": (0.125, 0.25), "dual_clip": 1.5},
@@ -185,7 +243,12 @@ def numpy_loss(logits, batch, level, reduction, variant, centre):
     def to_level(log_ratio):
         dims = LEVELS[level]
         total = np.where(mask, log_ratio, 0.0).sum(dims, keepdims=True)
-        return total / mask.sum(dims, keepdims=True) if level == "sequence_mean" else total
+        count = mask.sum(dims, keepdims=True)
+        if level.startswith("trajectory"):
+            for rollout in np.unique(ids := batch["rollout_id"].numpy()[:, 0]):
+                total[ids == rollout] = total[ids == rollout].sum()
+                count[ids == rollout] = count[ids == rollout].sum()
+        return total / count if level.endswith("_mean") else total
 
     is_decoupled = options.get("importance") == "decoupled"
     trust = recorded["proximal" if is_decoupled else "behavior"]
@@ -240,7 +303,8 @@ def test_as_the_formula_in_numpy_and_its_gradient(float64, level, variant):
             "proximal_log_prob": (log_prob + noise[1]).clamp_max(0),
             "advantage": torch.randn(5, 1, generator=generator),
             "action_is_pad": torch.arange(3) >= torch.tensor([3, 1, 3, 2, 3])[:, None],
-            "num_decisions": torch.tensor([[1], [4], [2], [2], [4]]),
+            "num_decisions": torch.tensor([[1], [2], [2], [2], [2]]),
+            "rollout_id": torch.tensor([[7], [3], [9], [9], [3]]),
         },
         [5],
     )
@@ -348,7 +412,7 @@ def test_same_loss_gradient_and_metrics_as_torchrls_for_llms(clip, ours, theirs)
             {"mask_behavior_weight": True, "behavior_weight_cap": None},
             "behavior_weight_cap must be a number with mask_behavior_weight, got None",
         ),
-        ({"ratio_level": "trajectory"}, "ratio_level must be one of"),
+        ({"ratio_level": "group"}, "ratio_level must be one of"),
     ],
 )
 def test_options_that_have_no_meaning(options, message):

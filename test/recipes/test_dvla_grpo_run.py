@@ -26,7 +26,7 @@ from tensordict import TensorDict
 
 from torchrl_dvla.collectors import EpisodeSpec, Evaluation
 from torchrl_dvla.recipes.dvla_grpo import bookkeeping, train, utils, validation
-from torchrl_dvla.recording import DASHBOARD, RunCheckpoints, TrainingScenes
+from torchrl_dvla.recording import DASHBOARD, GracefulStop, RunCheckpoints, TrainingScenes
 
 from .. import named_memory
 
@@ -389,6 +389,30 @@ def test_an_environment_without_a_camera_has_no_videos(observed, num_kept):
     episodes = [EpisodeSpec("task", 0)]
     train.begin_evaluation(collector, episodes, num_videos=2)
     collector.evaluate.assert_called_once_with(episodes, num_frames_episodes=num_kept)
+
+
+def test_micro_batches_of_a_minibatch_hold_whole_rollouts_where_a_ratio_needs_them():
+    batch = TensorDict({"num_decisions": torch.tensor([3, 3, 3, 2, 2, 4, 4, 4, 4])[:, None]}, [9])
+    whole, rows = (MagicMock(needs_whole_rollouts=needed) for needed in (True, False))
+    assert [len(part) for part in train.micro_batches(batch, 4, rows)] == [4, 4, 1]
+    assert [len(part) for part in train.micro_batches(batch, None, rows)] == [9]
+    assert [len(part) for part in train.micro_batches(batch, 5, whole)] == [5, 4]
+    assert [len(part) for part in train.micro_batches(batch, None, whole)] == [9]
+    with pytest.raises(ValueError, match="micro_batch_size must be at least 4"):
+        train.micro_batches(batch, 3, whole)
+
+
+def test_an_update_of_whole_rollouts_through_the_recipe(settings, capsys):
+    cfg = settings(
+        "toy", "policy.kind=tiny_vla", "group.group_size=4", "group.groups_per_update=1",
+        "workers.envs_per_worker=4", "workers.num_workers=1", "eval.num_episodes=0",
+        "optim.minibatch_size=8", "optim.micro_batch_size=4", "train.num_updates=2",
+        "group.on_no_signal=keep", "group.max_no_signal_groups=1",
+        "loss.ratio_level=trajectory", "loss.reduction=trajectory_mean",
+    )  # fmt: skip
+    with GracefulStop() as stop:
+        train.train(cfg, stop)
+    assert re.search(r"updates +2\n", capsys.readouterr().out)
 
 
 def test_an_error_while_saving_does_not_hide_the_first(capsys):

@@ -7,9 +7,18 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
+import signal
+import subprocess
+import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing.connection import wait
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +26,10 @@ from hydra import compose, initialize_config_dir
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from torchrl_dvla.__main__ import main
 from torchrl_dvla.data.demonstrations import Demonstration, DemonstrationInfo
 from torchrl_dvla.modules import FlowVLA, TransformersVLA, load_policy
-from torchrl_dvla.modules.formats import export_policy, read_foreign
+from torchrl_dvla.modules.formats import Stated
 from torchrl_dvla.recipes.dvla_grpo import utils as grpo
 from torchrl_dvla.recipes.dvla_grpo.validation import check_policy
 from torchrl_dvla.recipes.dvla_sft import episodes, utils
@@ -54,7 +64,7 @@ def observation(state, cameras=("image",)):
     return TensorDict({"observation": {**images, "state": state}}, [len(state)])
 
 
-def write_demonstrations(folder, *, state_dim=9, cameras=("image",), num=DEMOS):
+def write_demonstrations(folder, *, state_dim=9, cameras=("image",), num=DEMOS, success=True):
     """Of a task whose expert answers a normal state by its first entries, each env step alike."""
     for seed in range(num):
         state = torch.randn(ROWS, state_dim, generator=torch.Generator().manual_seed(seed))
@@ -62,7 +72,7 @@ def write_demonstrations(folder, *, state_dim=9, cameras=("image",), num=DEMOS):
         rows["vla_action", "chunk"] = (SCALE * state[:, None, :7]).repeat(1, CHUNK, 1)
         rows["action_is_pad"] = torch.zeros(ROWS, CHUNK, dtype=torch.bool)
         rows["action_is_pad"][-1, 1:] = True
-        info = DemonstrationInfo(INSTRUCTION, "libero_object", 3, seed, True, ROWS * CHUNK)
+        info = DemonstrationInfo(INSTRUCTION, "libero_object", 3, seed, success, ROWS * CHUNK)
         Demonstration(rows, info).save(folder / "libero_object_3" / f"{seed:06d}.safetensors")
 
 
@@ -229,7 +239,7 @@ def of_lerobot(foreign, folder, kind="pi0"):
 @pytest.mark.parametrize("kind", ["pi0", "smolvla"])
 @pytest.mark.parametrize("statistics", ["checkpoint", "demonstrations"])
 def test_an_expert_is_trained_on_from_a_checkpoint(
-    run, foreign, settings, tmp_path, monkeypatch, statistics, kind
+    run, foreign, settings, tmp_path, monkeypatch, capsys, statistics, kind
 ):
     cameras = ("image", "wrist_image")
     write_demonstrations(tmp_path / "demonstrations", state_dim=8, cameras=cameras)
@@ -251,9 +261,14 @@ def test_an_expert_is_trained_on_from_a_checkpoint(
         assert end.action_statistics.std.tolist() == pytest.approx([SCALE] * 7, rel=0.2)
     trained = settings("libero", *utils.training_settings(cfg, "policy"))
     check_policy(trained, grpo.make_policy(trained))
-    base = read_foreign(tmp_path / "start", cfg.policy.stated)
-    with nullcontext() if kept else pytest.raises(ValueError, match="statistics.* differs"):
-        export_policy(end, base, tmp_path / "exported")
+    # The policy knows where it came from.
+    out = tmp_path / "exported"
+    assert main(["export", str(tmp_path / "policy"), str(out)]) == (0 if kept else 1)
+    said = capsys.readouterr()
+    assert said.out.endswith(f"{kind}: {out}\n") if kept else "statistics.mean' differs" in said.err
+    if kept:
+        again = load_policy(out, stated=Stated(tokenizer=str(out / "tokenizer"))).state_dict()
+        assert all(torch.equal(again[name], after[name]) for name in again)
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -275,6 +290,7 @@ def test_an_expert_is_trained_on_from_a_checkpoint(
         ),
         (["+evaluation.temperature=1"], "evaluation.temperature must be a setting"),
         (["env.cameras=[a,a]"], "env.cameras must be one or two different names"),
+        (["device=gpu"], "device must be a torch device, got 'gpu'. Use cpu or cuda:0"),
     ],
     ids=str,
 )
@@ -341,6 +357,75 @@ def test_demonstrations_of_other_sizes(run, tmp_path, override, message):
     write_demonstrations(tmp_path / "demonstrations", num=1)
     with pytest.raises(ValueError, match=f"^demonstrations.folder must hold .*{message}"):
         run("policy=flow", *TINY, override)
+
+
+def test_a_device_that_is_not_there(run, tmp_path):
+    with pytest.raises(ValueError, match=r"^device must be one that torch sees, got 'cuda:64' and"):
+        run("policy=flow", *TINY, "device=cuda:64")
+    assert list(tmp_path.iterdir()) == []  # before anything is recorded
+
+
+@pytest.mark.parametrize(("num", "success"), [(DEMOS, False), (1, True)])
+def test_too_few_demonstrations_that_reached_the_goal(run, tmp_path, monkeypatch, num, success):
+    folder = tmp_path / "demonstrations"
+    monkeypatch.setattr(sft, "record_missing", lambda *args: None)
+    write_demonstrations(folder, num=num, success=success)
+    message = rf"at least two in which the expert reached the goal, got {int(success)} of {num} in "
+    with pytest.raises(ValueError, match=f"^demonstrations must hold {message}.*num_per_task"):
+        run("policy=flow", *TINY)
+
+
+def test_demonstrations_of_other_tasks_are_not_read(tmp_path):
+    write_demonstrations(tmp_path, num=4)
+    broken = Demonstration.load(tmp_path / "libero_object_3" / "000001.safetensors")
+    broken.rows["observation", "state"][:] = torch.nan
+    for suite, task_id, seed in (("libero_goal", 3, 0), ("libero_object", 4, 0)):
+        info = replace(broken.info, task_suite=suite, task_id=task_id, seed=seed)
+        Demonstration(broken.rows, info).save(tmp_path / suite / f"{task_id}.safetensors")
+    cfg = sft_settings("demonstrations.num_per_task=3")
+    assert [demo.info.seed for demo in utils.make_demonstrations(cfg, tmp_path)] == [0, 1, 2]
+
+
+# -- signals ---------------------------------------------------------------------------------------
+@pytest.mark.slow  # three processes that import everything
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_during_an_evaluation_leaves_no_process(tmp_path, number):
+    write_demonstrations(tmp_path / "demonstrations")
+    program = Path(__file__).with_name("hanging_clone.py")
+    process = subprocess.Popen(
+        [sys.executable, program, "policy=flow", *SMALL, *TINY, "training.num_steps=1",
+         "demonstrations.folder=demonstrations", "evaluation.num_processes=2"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)), start_new_session=True,
+    )  # fmt: skip
+    watchdog = threading.Timer(250, os.killpg, (process.pid, signal.SIGKILL))
+    watchdog.start()
+    try:
+        output = []
+        for line in process.stdout:
+            output.append(line)
+            if sum("playing in process" in line for line in output) == 2:
+                break
+        pids = [int(pid) for pid in re.findall(r"playing in process (\d+)", "".join(output))]
+        assert len(pids) == 2, "".join(output)
+        handles = [os.pidfd_open(pid) for pid in pids]
+        process.send_signal(number)
+        status = process.wait()
+        output += process.stdout.readlines()  # to its end: nobody holds it any more
+        assert status == (-number if number == signal.SIGKILL else 128 + number), "".join(output)
+        if number == signal.SIGTERM:
+            assert "SIGTERM: ended; what was recorded is kept" in "".join(output)
+            assert "Traceback" not in "".join(output)
+        for handle in handles:  # readable once its process has ended
+            assert wait([handle], 10) == [handle]
+            os.close(handle)
+    finally:
+        watchdog.cancel()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        process.stdout.close()
 
 
 def test_a_greedy_flow_is_the_same_each_time():

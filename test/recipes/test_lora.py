@@ -11,14 +11,24 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensordict import NonTensorStack, TensorDict
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_dvla.__main__ import main
-from torchrl_dvla.modules import LoraConfig, TinyBackboneConfig, TransformersVLA, load_policy
+from torchrl_dvla.modules import (
+    FlowVLA,
+    LoraConfig,
+    TinyBackboneConfig,
+    TinyFlowConfig,
+    TransformersVLA,
+    load_policy,
+)
 from torchrl_dvla.modules.adapters import weights_checksum
 from torchrl_dvla.recipes.dvla_grpo import train, utils
 from torchrl_dvla.recipes.dvla_grpo.settings import LoraSettings, settings_from, to_dict
 from torchrl_dvla.recipes.dvla_grpo.validation import check_policy, check_settings
 from torchrl_dvla.recording import GracefulStop, RunCheckpoints
+from torchrl_dvla.weight_update import WeightStore
 
 pytest.importorskip("peft", reason="of the extra 'lora'")
 
@@ -44,6 +54,23 @@ def base(tmp_path_factory):
     )
     policy.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def flow_base(tmp_path_factory):
+    """A checkpoint of a tiny pi0 of the toy task."""
+    folder = tmp_path_factory.mktemp("flow_base")
+    backbone = TinyFlowConfig(image_size=32, vision_size=32, text_size=32, expert_size=32)
+    sizes = {"action_dim": 2, "chunk_size": 4, "state_dim": 4}
+    FlowVLA.tiny([utils.TOY_INSTRUCTION], backbone=backbone, **sizes).save_pretrained(folder)
+    return folder
+
+
+def of_flow(folder):
+    return (
+        "policy=flow_checkpoint", f"policy.path={folder}", "policy.lora.rank=2",
+        "policy.num_steps=2", "loss.ratio_level=sequence",
+    )  # fmt: skip
 
 
 def contents(folder):
@@ -119,6 +146,51 @@ def test_what_is_trained_alone_is_published(settings, base):
     assert sizes["adapters"] < sizes["language"] < sizes["all"]
 
 
+def test_of_a_flow_policy_the_adapters_alone_have_versions(settings, flow_base):
+    cfg = settings("toy", *SMALL[2:], *of_flow(flow_base))
+    policy = utils.make_policy(cfg)
+    check_policy(cfg, policy)
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    frozen_bytes = sum(p.nbytes for p in policy.parameters() if not p.requires_grad)
+    before = {p.data_ptr() for p in policy.parameters() if not p.requires_grad}
+    updater = utils.make_updater(cfg, policy)  # held: with it goes its store
+    with options_store(updater, policy) as store:
+        versioned = {name for e in store.layout.entries if not e.is_frozen for name in e.names}
+        assert set(trained) <= versioned <= set(trained) | {n for n, _ in policy.named_buffers()}
+        assert frozen_bytes <= store.layout.frozen_bytes < 1.1 * frozen_bytes + 4096
+        # They are in memory once: the learner's are the store's.
+        now = {p.data_ptr() for p in policy.parameters() if not p.requires_grad}
+        assert now and not now & before
+        reader, served = store.reader("lane"), utils.make_policy(cfg)
+        for parameter in trained.values():
+            parameter.data.add_(1.0)
+        assert store.publish(policy) == 1
+        reader.adopt_into(served)
+        for name, parameter in served.named_parameters():
+            assert torch.equal(parameter, policy.get_parameter(name)), name
+        del parameter, served
+        reader.close()
+
+
+@pytest.mark.slow
+def test_an_update_of_a_flow_policy_with_adapters(settings, flow_base, tmp_path):
+    before = contents(flow_base)
+    cfg = settings("toy", *SMALL[2:], *of_flow(flow_base), "train.num_updates=1")
+    with GracefulStop() as stop:
+        train.train(cfg, stop)
+    (run,) = (tmp_path / "runs" / "toy").iterdir()
+    (saved,) = run.glob("checkpoints/update-*/components/*-policy")
+    (weights,) = saved.glob("*.safetensors")
+    tensors = load_file(weights)
+    assert tensors and all("lora_" in name for name in tensors)
+    assert any(t.abs().max() > 0 for name, t in tensors.items() if "lora_B" in name)
+    assert contents(flow_base) == before
+    policy = load_policy(saved)
+    data = json.loads((saved / "config.json").read_text())
+    assert weights_checksum(policy) == data["base"]["checksum"]
+
+
 def options_store(updater, policy):
     updater.init_on_sender(model=policy, num_workers=0)
     return updater.store
@@ -127,9 +199,38 @@ def options_store(updater, policy):
 def test_a_reference_policy_has_the_same_base(settings, base):
     cfg = settings("toy", *SMALL, f"policy.path={base}", "loss.kl_to_ref_coeff=0.1")
     policy = utils.make_policy(cfg)
-    reference = utils.make_loss(cfg, policy).reference_network
+    loss = utils.make_loss(cfg, policy)
+    reference = loss.reference_network
     pairs = list(zip(policy.named_parameters(), reference.parameters(), strict=True))
     assert all((own is other) == ("lora_" not in name) for (name, own), other in pairs)
+    batch = observe(policy)
+    before = loss(batch)
+    # A store takes the frozen weights over; the loss keeps no other copy of them.
+    old = {p.untyped_storage().data_ptr() for p in policy.parameters() if not p.requires_grad}
+    with WeightStore(policy, trainable_only=True):
+        held = [*loss.parameters(), *loss.buffers(), *reference.parameters()]
+        assert not old & {tensor.untyped_storage().data_ptr() for tensor in held}
+        after = loss(batch)
+        assert before["kl_to_ref"] == after["kl_to_ref"] == 0  # it is the policy as it is now
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_()
+        assert loss(batch)["kl_to_ref"] > 0  # the adapters are its own
+
+
+def observe(policy):
+    """Three decisions of the toy task."""
+    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    batch = TensorDict(
+        {
+            "observation": {"image": images, "state": torch.randn(3, 4)},
+            "advantage": torch.ones(3, 1),
+        },
+        [3],
+    )
+    batch.set("language_instruction", NonTensorStack(*[utils.TOY_INSTRUCTION] * 3))
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+        return policy(batch)
 
 
 @pytest.mark.parametrize(

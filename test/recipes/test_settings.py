@@ -103,6 +103,18 @@ REFUSED = [
     ("toy", "learner.num_ranks=0", "learner.num_ranks must be at least 1, got 0"),
     ("toy", "learner.num_ranks=65", "optim.minibatch_size must be at least learner.num_ranks=65"),
     ("toy", "learner.strategy=zero", "learner.strategy must be one of .*fsdp.*ddp.*, got 'zero'"),
+    (
+        "toy",
+        "loss.ratio_level=trajectory optim.minibatch_size=3",
+        "optim.minibatch_size must be at "
+        "least workers.max_decisions=4 with loss.ratio_level=trajectory, got 3: no rollout may be",
+    ),
+    (
+        "toy",
+        "loss.ratio_level=trajectory_mean optim.micro_batch_size=3",
+        "optim.micro_batch_size "
+        "must be at least workers.max_decisions=4 with loss.ratio_level=trajectory_mean, got 3",
+    ),
     ("toy", "optim.micro_batch_size=65", "optim.micro_batch_size must be at most minibatch_size"),
     ("toy", "optim.betas=[0.9,1]", r"optim.betas must be below 1, got \[0.9, 1\]"),
     ("toy", "policy.temperature=inf", "policy.temperature must be a finite number, got inf"),
@@ -142,7 +154,7 @@ REFUSED = [
 @pytest.mark.parametrize(("config", "override", "message"), REFUSED, ids=lambda text: text)
 def test_what_is_refused(settings, config, override, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        settings(config, override)
+        settings(config, *override.split())
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,13 @@ def plan_memory(
         batch_size=replay_buffer.batch_size or 0,
         num_staging=replay_buffer.num_staging,
     )
+    batch_size = replay_buffer.batch_size
+    if replay_buffer.whole_rollouts and batch_size and batch_size < workers.max_decisions:
+        raise ValueError(
+            f"batch_size must be at least max_decisions={workers.max_decisions} with "
+            f"whole_rollouts, got {batch_size}: a minibatch could not hold the longest rollout. "
+            "Raise it or lower WorkerConfig.max_decisions."
+        )
     pages_per_rollout = plan.pages_per_group // group.num_candidates
     needed = group.groups_per_update * plan.pages_per_group + pages_per_rollout
     if plan.num_pages < needed:

@@ -5,9 +5,10 @@
 """Write a trained policy in the format of the checkpoint that it came from.
 
 PATH is a run of `train` that began with a pi0, pi0.5 or SmolVLA of LeRobot or openpi, or with an
-OpenVLA-OFT, or one of its checkpoints (update-*). OUT becomes a copy of the folder that it began
-with, with the trained weights: whatever read the one reads the other. What was not trained is the
-same bit for bit.
+OpenVLA-OFT, one of its checkpoints (update-*), or a policy that `sft` has trained further. OUT
+becomes a copy of the folder that it began with, with the trained weights: whatever read the one
+reads the other. What was not trained is the same bit for bit. The policy knows where it came from,
+through any number of runs.
 Adapters are merged into the weights that they are on; those on a policy of this project give one
 that save_pretrained writes.
 
@@ -45,8 +46,16 @@ def run(args: argparse.Namespace) -> int:
     """Writes it."""
     saved = SavedPolicy.find(args.path)
     settings = saved.manifest.get("metadata", {}).get("config", {}).get("policy", {})
+    policy = load_policy(saved.folder) if saved.is_pretrained and not saved.is_foreign else None
+    origin = None if policy is None else policy.origin
+    if origin is not None:
+        settings = {"path": origin.path, "stated": origin.stated}
     given = args.base or settings.get("path")
-    policy = load_policy(saved.folder) if saved.is_pretrained else None
+    if origin is not None and not utils.find_policy(given).exists():
+        raise FileNotFoundError(
+            f"the checkpoint that {args.path!r} came from must be there, got {given!r}, where "
+            "nothing is. If it has been moved, name its folder by --base."
+        )
     of_ours = given is None or not is_foreign(utils.find_policy(given))
     if policy is not None and policy.config.lora is not None and of_ours:
         if Path(args.out).exists():
@@ -72,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
     stated = from_mapping(Stated, settings.get("stated") or {}, "policy.stated")
     assert policy is not None
     found = read_foreign(base, stated)
+    if origin is not None:
+        origin.check_same(found.file.path)
     export_policy(policy, found, args.out)
     if isinstance(policy, FlowVLA) and policy.config.sampler == "noise":
         print("left out: the head of the learned deviation, which the format has no place for")

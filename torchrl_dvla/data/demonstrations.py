@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -130,30 +131,41 @@ class Demonstration:
         Raises:
             ValueError: if the file is damaged or is not a demonstration.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(
-                        f"path must be a demonstration file ({_FORMAT}), got {path} of format "
-                        f"{metadata.get('format')!r}. Record it with Demonstration.save."
-                    )
-                entries = _ENTRIES | (_WRIST if _WRIST.keys() <= set(file.keys()) else {})
-                tensors = {name: file.get_tensor(name) for name in entries}
-            info = json.loads(metadata["info"])
-            _check(tensors, info)
-        except (SafetensorError, ValueError, KeyError) as err:
-            raise ValueError(
-                f"path must be a whole demonstration file, got {path} ({err}). "
-                "Delete it and record it again."
-            ) from err
+        with _opened(path) as (file, info):
+            entries = _ENTRIES | (_WRIST if _WRIST.keys() <= set(file.keys()) else {})
+            tensors = {name: file.get_tensor(name) for name in entries}
+            _check(tensors)
         rows = TensorDict({}, batch_size=[len(tensors["state"])])
         for name, key in entries.items():
             rows.set(key, tensors[name])
-        return cls(rows, DemonstrationInfo(**info))
+        return cls(rows, info)
 
 
-def _check(tensors: dict[str, torch.Tensor], info: Any) -> None:
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, DemonstrationInfo]]:
+    """A file whose tensors can be read, and its origin; errors inside are told of the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(
+                    f"path must be a demonstration file ({_FORMAT}), got {path} of format "
+                    f"{metadata.get('format')!r}. Record it with Demonstration.save."
+                )
+            info = json.loads(metadata["info"])
+            form: dict[str, Any] = {"instruction": str, "task_suite": str, "task_id": COUNT}
+            form |= {"seed": COUNT, "success": bool, "num_env_steps": COUNT}
+            form["init_state_hash"] = MaybeAbsent(Number(NO_HASH, whole=True))
+            require_form(form, info, "info")
+            yield file, DemonstrationInfo(**info)
+    except (SafetensorError, ValueError, KeyError) as err:
+        raise ValueError(
+            f"path must be a whole demonstration file, got {path} ({err}). "
+            "Delete it and record it again."
+        ) from err
+
+
+def _check(tensors: dict[str, torch.Tensor]) -> None:
     """Require that the entries of a file are those of one episode."""
     image, state, chunk, pad = (tensors[name] for name in _ENTRIES)
     rows = chunk.shape[:1]
@@ -167,22 +179,24 @@ def _check(tensors: dict[str, torch.Tensor], info: Any) -> None:
     ):
         found = {name: (str(t.dtype), list(t.shape)) for name, t in tensors.items()}
         raise ValueError(f"its rows must be finite and belong together, got {found}")
-    form: dict[str, Any] = {"instruction": str, "task_suite": str, "task_id": COUNT, "seed": COUNT}
-    form |= {"success": bool, "num_env_steps": COUNT}
-    form["init_state_hash"] = MaybeAbsent(Number(NO_HASH, whole=True))
-    require_form(form, info, "info")
 
 
 def load_demonstrations(
-    folder: str | os.PathLike[str], *, only_success: bool = True
+    folder: str | os.PathLike[str],
+    *,
+    only_success: bool = True,
+    select: Callable[[DemonstrationInfo], bool] = lambda info: True,
 ) -> list[Demonstration]:
-    """Read every demonstration of a folder, in the order of the file names.
+    """Read the demonstrations of a folder, in the order of the file names.
+
+    Of those that are left out only the origin is read.
 
     Args:
         folder (path): folder of ``*.safetensors`` files; sub-folders are read too.
 
     Keyword Args:
         only_success (bool): leave out episodes that missed their goal. Defaults to ``True``.
+        select (Callable): whether one of this origin is wanted. Defaults to all.
 
     Returns:
         List of :class:`Demonstration`.
@@ -191,8 +205,12 @@ def load_demonstrations(
         FileNotFoundError: if the folder has no usable demonstration.
     """
     files = sorted(Path(folder).rglob("*.safetensors"))
-    found = [Demonstration.load(file) for file in files]
-    kept = [demo for demo in found if demo.info.success or not only_success]
+    kept = []
+    for file in files:
+        with _opened(file) as (_, info):
+            is_wanted = (info.success or not only_success) and select(info)
+        if is_wanted:
+            kept.append(Demonstration.load(file))
     if not kept:
         raise FileNotFoundError(
             f"folder must hold demonstrations, got {folder} with {len(files)} files, "

@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.writers import RoundRobinWriter
 from torchrl.envs.transforms import Transform
 
+from torchrl_dvla.data.cohort_plan import CohortPlan
 from torchrl_dvla.data.group import Group, GroupState
 from torchrl_dvla.data.group_queue import GroupQueue
 from torchrl_dvla.data.instructions import InstructionTable, InstructionTransform
@@ -91,6 +92,11 @@ def _copies_under_way() -> list[torch.cuda.Event]:
     return [torch.cuda.current_stream(device).record_event() for device in devices]
 
 
+def _rollout_sizes(groups: Sequence[Group]) -> list[int]:
+    """Rows of each kept rollout, in the order in which the cohort counts them."""
+    return [rollout.num_rows for group in groups for rollout in group.rollouts]
+
+
 def _require_stateless(sampler: Sampler) -> None:
     if not isinstance(sampler, (RandomSampler, StalenessAwareSampler)):
         raise TypeError(
@@ -98,58 +104,6 @@ def _require_stateless(sampler: Sampler) -> None:
             f"{type(sampler).__name__}: it keeps state by position and cannot follow groups that "
             "leave. `for batch in buffer` needs no sampler."
         )
-
-
-@dataclass
-class CohortPlan:
-    """Which rows each minibatch of an update takes; it can be stopped and taken up again anywhere.
-
-    Each epoch is a permutation of the cohort's rows, cut into minibatches of ``batch_size``; the
-    last one may be smaller. Permutations depend on ``(seed, update, epoch)`` alone, so a resumed
-    run sees the minibatches it has not seen yet, and no other.
-
-    Args:
-        num_rows (int): rows of the cohort.
-        batch_size (int): rows of a minibatch.
-        num_epochs (int): passes.
-        seed (int): seed of the permutations.
-        update (int): number of the update in the run.
-        shuffle (bool): permute; else rows come in the order they were stored.
-        position (int): minibatches handed out.
-
-    Examples:
-        >>> plan = CohortPlan(5, batch_size=2, num_epochs=1, seed=0, update=0, shuffle=False)
-        >>> while not plan.is_over:
-        ...     print(plan.row_ordinals().tolist())
-        ...     plan.position += 1
-        [0, 1]
-        [2, 3]
-        [4]
-    """
-
-    num_rows: int
-    batch_size: int
-    num_epochs: int
-    seed: int
-    update: int
-    shuffle: bool = True
-    position: int = 0
-
-    @property
-    def is_over(self) -> bool:
-        """Whether every minibatch was handed out."""
-        return self.position >= self.num_epochs * -(-self.num_rows // self.batch_size)
-
-    def row_ordinals(self) -> torch.Tensor:
-        """Rows of the next minibatch, int64 ``[<= batch_size]``, counted in the cohort."""
-        epoch, number = divmod(self.position, -(-self.num_rows // self.batch_size))
-        start = number * self.batch_size
-        if not self.shuffle:
-            return torch.arange(start, min(start + self.batch_size, self.num_rows))
-        # Odd multipliers keep (seed, update, epoch) apart for all counts a run can reach.
-        mixed = (self.seed * 0x9E3779B97F4A7C15 + self.update * 1_000_003 + epoch) % 2**63
-        order = torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(mixed))
-        return order[start : start + self.batch_size]
 
 
 class PooledReplayBuffer(ReplayBuffer):
@@ -187,13 +141,20 @@ class PooledReplayBuffer(ReplayBuffer):
     streams of that thread, are waited for before their batch is written anew. No row is allocated.
     Beside the rows a batch has ``"num_decisions"`` ``[B, 1]``, the decisions of each row's rollout.
 
+    **Whole rollouts.** A loss with one ratio for each rollout, as that of
+    ``GRPOLoss(ratio_level="trajectory")``, needs all decisions of a rollout in one minibatch: with
+    *whole_rollouts*, one takes as many rollouts as have no more than ``batch_size`` rows together,
+    rollout after rollout.
+
     Keyword Args:
         batch_size (int, optional): rows of a minibatch.
         num_epochs (int): passes over a cohort. Defaults to 1.
         timeout_s (float, optional): how long an update waits for its cohort. ``None`` waits for
             ever.
         seed (int): seed of the minibatch permutations.
-        shuffle (bool): permute rows within an epoch. Defaults to ``True``.
+        shuffle (bool): permute rows, or whole rollouts, within an epoch. Defaults to ``True``.
+        whole_rollouts (bool): split no rollout over minibatches of an update, of which
+            ``batch_size`` is then the most rows. Defaults to ``False``.
         num_staging (int): persistent batches. Defaults to 2: one travels to the device while the
             next is gathered.
         max_size (int): rows by value that a buffer holds that is not bound.
@@ -221,6 +182,7 @@ class PooledReplayBuffer(ReplayBuffer):
         timeout_s: float | None = None,
         seed: int = 0,
         shuffle: bool = True,
+        whole_rollouts: bool = False,
         num_staging: int = 2,
         max_size: int = 1000,
         sampler: Sampler | None = None,
@@ -233,6 +195,7 @@ class PooledReplayBuffer(ReplayBuffer):
         self.timeout_s = check("timeout_s", timeout_s, Seconds | None)
         self.seed = check("seed", seed, int)
         self.shuffle = check("shuffle", shuffle, bool)
+        self.whole_rollouts = check("whole_rollouts", whole_rollouts, bool)
         self.num_staging = check("num_staging", num_staging, int, Range(1, remedy=staging))
         max_size = check("max_size", max_size, Count)
         self._own: list[str] = []
@@ -397,8 +360,8 @@ class PooledReplayBuffer(ReplayBuffer):
         try:
             plan = self._plan = self._current_plan(groups)
             rows = torch.cat([group.row_index(groups.pool) for group in groups.cohort])
-            sizes = [rollout.num_rows for group in groups.cohort for rollout in group.rollouts]
-            num_decisions = torch.tensor(sizes).repeat_interleave(torch.tensor(sizes))
+            sizes = torch.tensor(_rollout_sizes(groups.cohort))
+            num_decisions = sizes.repeat_interleave(sizes)
             while not plan.is_over:
                 self._require_current(plan, groups)
                 ordinals = plan.row_ordinals()
@@ -426,6 +389,13 @@ class PooledReplayBuffer(ReplayBuffer):
                 "minibatch."
             )
         cohort = groups.wait_cohort(self.timeout_s)
+        sizes = _rollout_sizes(cohort) if self.whole_rollouts else None
+        if sizes is not None and max(sizes) > self._batch_size:
+            raise ValueError(
+                f"batch_size must be at least {max(sizes)}, the decisions of the longest rollout, "
+                f"with whole_rollouts, got {self._batch_size}. Raise it, or lower "
+                "WorkerConfig.max_decisions."
+            )
         return CohortPlan(
             num_rows=sum(group.num_rows for group in cohort),
             batch_size=self._batch_size,
@@ -433,6 +403,7 @@ class PooledReplayBuffer(ReplayBuffer):
             seed=self.seed,
             update=groups.num_updates,
             shuffle=self.shuffle,
+            rollout_sizes=sizes,
         )
 
     def _require_current(self, plan: CohortPlan, groups: GroupQueue) -> None:
@@ -528,7 +499,7 @@ class PooledReplayBuffer(ReplayBuffer):
             return {
                 **super().state_dict(),
                 "_groups": self.groups.state_dict(),
-                "_plan": None if self._plan is None else vars(self._plan).copy(),
+                "_plan": None if self._plan is None else asdict(self._plan),
             }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -561,6 +532,9 @@ class PooledReplayBuffer(ReplayBuffer):
                 f"{self._batch_size}. An update that was begun goes on with its own minibatches."
             )
         own, plan = super().state_dict(), state_dict.get("_plan")
+        if isinstance(plan, dict):  # older versions dealt no whole rollouts
+            plan = {"rollout_sizes": None, **plan}
+            state_dict = {**state_dict, "_plan": plan}
         form = form_of(own) | dict.fromkeys(("_storage", "_groups", "_batch_size", "_plan"), object)
         form["_transforms"] = {
             # Instructions are added as they come.
@@ -570,17 +544,14 @@ class PooledReplayBuffer(ReplayBuffer):
             for key, value in own["_transforms"].items()
         }
         if plan is not None:
-            form["_plan"] = form_of(vars(CohortPlan(1, 1, 1, 0, 0)))
+            form["_plan"] = form_of(asdict(CohortPlan(1, 1, 1, 0, 0)))
             form["_plan"] |= dict.fromkeys(("batch_size", "num_epochs"), Number(1, whole=True))
             form["_plan"] |= {"seed": Number(whole=True), "shuffle": bool}
+            form["_plan"]["rollout_sizes"] = list | None
         require_form(form, state_dict, "buffer")
-        in_hand = sum(group.num_rows for group in groups if group.state is GroupState.IN_HAND)
         num_updates = state_dict["_groups"]["counts"]["updates"]
-        if plan is not None and plan["update"] == num_updates and plan["num_rows"] != in_hand:
-            raise ValueError(
-                f"'buffer._plan.num_rows' must be the {in_hand} rows in the learner's hand, got "
-                f"{plan['num_rows']}. The checkpoint is damaged: load an older one."
-            )
+        if plan is not None and plan["update"] == num_updates:
+            self._check_plan(plan, [group for group in groups if group.state is GroupState.IN_HAND])
         ids = dict(zip(self.pool.layout, state_dict["_storage"]["fields"])).get(INSTRUCTION_ID_KEY)
         for key in [key for key, value in form["_transforms"].items() if value == {"texts": [str]}]:
             num_texts = len(state_dict["_transforms"][key]["texts"])
@@ -592,6 +563,24 @@ class PooledReplayBuffer(ReplayBuffer):
         self.groups.load_state_dict(state_dict["_groups"])
         super().load_state_dict(state_dict)
         self._plan = None if plan is None else CohortPlan(**plan)
+
+    def _check_plan(self, plan: Mapping[str, Any], in_hand: Sequence[Group]) -> None:
+        """Refuse the saved plan of an update that does not fit its groups, or these settings."""
+        sizes = _rollout_sizes(in_hand)
+        if (plan["rollout_sizes"] is not None) != self.whole_rollouts:
+            raise ValueError(
+                f"whole_rollouts must be {not self.whole_rollouts}, as in the checkpoint, got "
+                f"{self.whole_rollouts}. An update that was begun goes on with its own minibatches."
+            )
+        for name, found, expected in (
+            ("num_rows", plan["num_rows"], sum(sizes)),
+            ("rollout_sizes", plan["rollout_sizes"], sizes if self.whole_rollouts else None),
+        ):
+            if found != expected:
+                raise ValueError(
+                    f"'buffer._plan.{name}' must be the {expected} rows in the learner's hand, got "
+                    f"{found}. The checkpoint is damaged: load an older one."
+                )
 
     def dumps(self, path: Path | str) -> None:
         """Write a checkpoint folder; that of a bound buffer holds one file."""

@@ -18,6 +18,7 @@ from torchrl_dvla.functional.chunk import (
     masked_quantile,
     reduction_normaliser,
     reduction_weights,
+    rollout_sum,
 )
 from torchrl_dvla.functional.flow import (
     bounded_std,
@@ -69,6 +70,7 @@ __all__ = [
     "outside_clip",
     "reduction_normaliser",
     "reduction_weights",
+    "rollout_sum",
     "sde_step",
     "transition_entropy",
     "transition_log_prob",

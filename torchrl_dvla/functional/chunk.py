@@ -17,6 +17,7 @@ __all__ = [
     "masked_quantile",
     "reduction_normaliser",
     "reduction_weights",
+    "rollout_sum",
 ]
 
 #: How a loss over ``[*B, chunk, A]`` becomes a scalar; see :func:`reduction_weights`.
@@ -109,6 +110,28 @@ def masked_quantile(
     low, high = in_order.gather(0, below), in_order.gather(0, above)
     found = low + (high - low) * (position - below)
     return torch.where(last < 0, torch.zeros_like(found), found)
+
+
+def rollout_sum(values: torch.Tensor, rollout_id: torch.Tensor) -> torch.Tensor:
+    """Sum over all decisions of the same rollout, for each of them.
+
+    By the matrix ``[B, B]`` that says which decisions belong together: shapes do not depend on the
+    ids, so an accelerator is not waited for.
+
+    Args:
+        values (torch.Tensor): values of decisions ``[B]``.
+        rollout_id (torch.Tensor): integers ``[B]``, in any order.
+
+    Returns:
+        torch.Tensor: sums ``[B]``, the same for all decisions of a rollout.
+
+    Examples:
+        >>> import torch
+        >>> rollout_sum(torch.tensor([1.0, 10.0, 2.0]), torch.tensor([7, 5, 7]))
+        tensor([ 3., 10.,  3.])
+    """
+    together = rollout_id.unsqueeze(-1) == rollout_id
+    return torch.where(together, values, torch.zeros_like(values)).sum(-1)
 
 
 def reduction_weights(mask: torch.Tensor, reduction: Reduction) -> torch.Tensor:

@@ -4,7 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 """A learner of several processes under ``torch.distributed``."""
 
-from torchrl_dvla.learner.dealing import MicroBatch, deal
+from torchrl_dvla.learner.dealing import MicroBatch, deal, deal_rollouts
 from torchrl_dvla.learner.rank import (
     LearnerFactory,
     LearnerRank,
@@ -23,6 +23,7 @@ __all__ = [
     "Strategy",
     "check_same_on_all_ranks",
     "deal",
+    "deal_rollouts",
     "launched_rank",
     "serve_launched_rank",
 ]

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from torchrl_dvla.data.instructions import InstructionTable, InstructionTransform
 from torchrl_dvla.data.schema import NUM_DECISIONS_KEY
-from torchrl_dvla.learner.dealing import deal
+from torchrl_dvla.learner.dealing import deal, deal_rollouts
 from torchrl_dvla.memory.row_access import RowFields
 from torchrl_dvla.modules import TransformersVLA
 from torchrl_dvla.objectives import GRPOLoss
@@ -211,7 +211,16 @@ class LearnerRank:
             group["lr"] = rate
         num_rows = len(minibatch.rows)
         parts: PartLosses = []
-        for part in deal(num_rows, self.num_ranks, self.rank, minibatch.micro_batch_size):
+        if self.loss.needs_whole_rollouts:
+            dealt = deal_rollouts(
+                minibatch.num_decisions.tolist(),
+                self.num_ranks,
+                self.rank,
+                minibatch.micro_batch_size,
+            )
+        else:
+            dealt = deal(num_rows, self.num_ranks, self.rank, minibatch.micro_batch_size)
+        for part in dealt:
             batch = self._gather(minibatch, part.start, part.stop)
             losses = self._root(functools.partial(self._losses, batch, minibatch.normaliser))
             total = sum(value for key, value in losses.items() if key.startswith("loss_"))

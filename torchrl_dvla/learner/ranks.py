@@ -152,7 +152,16 @@ class LearnerRanks:
     # -- learning --------------------------------------------------------------------------------
 
     def bind(self, buffer: PooledReplayBuffer) -> None:
-        """Learn from a buffer that is bound to a collector: every rank maps its pages."""
+        """Learn from a buffer that is bound to a collector: every rank maps its pages.
+
+        Raises:
+            ValueError: if the loss needs whole rollouts and the buffer splits them.
+        """
+        if self.own.loss.needs_whole_rollouts and not buffer.whole_rollouts:
+            raise ValueError(
+                "whole_rollouts must be True for a loss with one ratio per rollout, got False. "
+                "Make the PooledReplayBuffer with it."
+            )
         self._buffer = buffer
         tables = [t.table for t in buffer._transform if isinstance(t, InstructionTransform)]
         self.attach(buffer.pool, tables[0] if tables else None)

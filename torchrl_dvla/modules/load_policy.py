@@ -15,6 +15,7 @@ from typing import Any
 from torchrl_dvla.modules.adapters import LoraConfig
 from torchrl_dvla.modules.flow_vla import FlowVLA
 from torchrl_dvla.modules.formats import Stated, foreign_class, is_foreign, read_foreign
+from torchrl_dvla.modules.origin import Origin
 from torchrl_dvla.modules.regression_vla import RegressionVLA
 from torchrl_dvla.modules.transformers_vla import TransformersVLA
 
@@ -83,7 +84,9 @@ def load_policy(
         'FlowVLA'
     """
     if is_foreign(Path(folder)):
-        policy = read_foreign(Path(folder), stated).load(**kwargs)
+        found = read_foreign(Path(folder), stated)
+        policy = found.load(**kwargs)
+        policy.origin = Origin.of(found.file.path, asdict(stated) if stated else None)
         if lora is not None:
             policy.add_adapters(lora, path=folder, stated=asdict(stated) if stated else None)
         return policy
@@ -93,8 +96,8 @@ def load_policy(
             f"{stated}. It is for checkpoints of other projects."
         )
     kind = policy_class(folder)
-    if (found := kind.read_base(folder)) is not None:
-        config, base = found
+    if (adapters := kind.read_base(folder)) is not None:
+        config, base = adapters
         saved = {name: getattr(config, name) for name in config.changeable}
         given = {name: value for name, value in kwargs.items() if value is not None}
         frozen = {n: saved[n] for n in given if n.startswith("freeze_") and given[n] != saved[n]}

@@ -44,6 +44,7 @@ from torchrl_dvla.modules.adapters import (
 from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle, backbone_class
 from torchrl_dvla.modules.config import PolicyConfig
 from torchrl_dvla.modules.fingerprint import check_fingerprint, take_fingerprint
+from torchrl_dvla.modules.origin import Origin
 from torchrl_dvla.modules.prompt import word_tokenizer
 from torchrl_dvla.saved_state import COUNT, require_form
 
@@ -78,6 +79,8 @@ class PretrainedMixin(nn.Module):
     tokenizer: PreTrainedTokenizerBase
     #: The checkpoint that the adapters are on; a folder of the policy then holds them alone.
     base: BaseCheckpoint | None = None
+    #: The checkpoint of another project that it came from; ``export`` writes one like it.
+    origin: Origin | None = None
 
     def add_adapters(
         self,
@@ -124,6 +127,7 @@ class PretrainedMixin(nn.Module):
                 tokenizer=self.tokenizer,
             )
         policy.load_state_dict(merged_weights(self))
+        policy.origin = self.origin
         return policy
 
     def _add_adapters(self, lora: LoraConfig) -> None:
@@ -176,6 +180,8 @@ class PretrainedMixin(nn.Module):
         }
         if self.base is not None:
             data["base"] = dataclasses.asdict(self.base)
+        if self.origin is not None:
+            data["origin"] = dataclasses.asdict(self.origin)
         (scratch / _CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save_pretrained(str(scratch / _TOKENIZER))
 
@@ -237,6 +243,8 @@ class PretrainedMixin(nn.Module):
             with torch.random.fork_rng(devices=[]), no_init_weights():
                 policy = cls(dataclasses.replace(config, **given), tokenizer=tokenizer, **kwargs)
         policy.load_state_dict(policy._checked(weights, source=folder))
+        if (origin := _read_config(Path(folder), cls.__name__).get("origin")) is not None:
+            policy.origin = Origin(**origin)
         # Of another dtype or sampler it is another policy.
         if fingerprint is not None and policy.config == config:
             check_fingerprint(policy, fingerprint, repr(str(folder)))
@@ -454,7 +462,9 @@ def _read_config(folder: Path, architecture: str) -> dict[str, Any]:
             "of torchrl_dvla that wrote the checkpoint."
         )
     weights = {"file": str, "num_bytes": COUNT, "crc32": str}
-    form = {"weights": weights, "config": {str: object}}
+    form: dict[str, Any] = {"weights": weights, "config": {str: object}}
+    if data.get("origin") is not None:
+        form["origin"] = {"path": str, "fingerprint": str, "stated": {str: object}}
     require_form(form, {key: data.get(key) for key in form}, str(path))
     if not _WEIGHTS_FILE.fullmatch(data["weights"]["file"]):
         raise ValueError(

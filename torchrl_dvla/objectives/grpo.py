@@ -37,15 +37,18 @@ from torchrl_dvla.objectives.validation import (
     check_reference,
     check_rows,
     check_trust_region,
+    check_whole_rollouts,
     depends_on_mode,
     executed_tokens,
     leaves_of,
 )
 from torchrl_dvla.validation import check
 
-__all__ = ["GRPOLoss"]
+__all__ = ["ROLLOUT_LEVELS", "GRPOLoss"]
 
-RatioLevel = Literal["token", "env_step", "sequence", "sequence_mean"]
+RatioLevel = Literal[
+    "token", "env_step", "sequence", "sequence_mean", "trajectory", "trajectory_mean"
+]
 Importance = Literal["behavior", "decoupled"]
 KLEstimator = Literal["k1", "k2", "k3", "exact"]
 
@@ -53,12 +56,16 @@ KLEstimator = Literal["k1", "k2", "k3", "exact"]
 #: gradients are then finite in float32 and bfloat16.
 _LARGEST = 1e6
 _KL = {"k1": F.kl_k1, "k2": F.kl_k2, "k3": F.kl_k3}
+#: Levels with one ratio for a rollout: all of its decisions have to be in one batch.
+ROLLOUT_LEVELS = ("trajectory", "trajectory_mean")
 #: Dimensions of ``[*B, chunk, A]`` over which log-ratios are put together.
 _LEVEL_DIMS: dict[str, tuple[int, ...]] = {
     "token": (),
     "env_step": (-1,),
     "sequence": (-2, -1),
     "sequence_mean": (-2, -1),
+    "trajectory": (-2, -1),
+    "trajectory_mean": (-2, -1),
 }
 
 #: Who writes what the loss reads, for the error of an entry that is missing.
@@ -74,8 +81,10 @@ _WRITERS = {
     ),
     "ref_log_prob": "Pass reference_network, or write the reference's log-probabilities beforehand",
     "num_decisions": (
-        "Iterating a PooledReplayBuffer writes it; only reduction='trajectory_mean' needs it"
+        "Iterating a PooledReplayBuffer writes it; only reduction='trajectory_mean' and "
+        "ratio_level='trajectory' or 'trajectory_mean' need it"
     ),
+    "rollout_id": "The collector writes it; only a ratio of each rollout needs it",
     "weight": "It was asked for by set_keys(weight=...); set_keys(weight=None) turns it off",
 }
 
@@ -113,6 +122,9 @@ class GRPOLoss(LossModule):
             losses = loss(part, normaliser=total)
             (losses["loss_objective"] + losses["loss_entropy"]).backward()
 
+    With one ratio per rollout, micro-batches must hold whole ones, too:
+    :func:`~torchrl_dvla.learner.deal_rollouts` says where to cut.
+
     Args:
         actor_network (TensorDictModuleBase): a policy whose ``get_dist`` returns the distribution
             of what it samples, ``[*B, chunk, A]``: a categorical one of tokens, as any token
@@ -127,8 +139,12 @@ class GRPOLoss(LossModule):
             clip range then only says what ``clip_fraction`` counts.
         ratio_level (str): ``"token"`` (one ratio per token or action dimension), ``"env_step"``
             (one per env step: the product over its action dimensions), ``"sequence"`` (one per
-            decision: the product over its executed env steps) or ``"sequence_mean"`` (the geometric
-            mean of its recorded log-probabilities, GSPO). Defaults to ``"token"``.
+            decision: the product over its executed env steps), ``"sequence_mean"`` (the geometric
+            mean of its recorded log-probabilities, GSPO), ``"trajectory"`` or
+            ``"trajectory_mean"`` (one per rollout, the same of all of its decisions, which must be
+            in one batch: ``PooledReplayBuffer(whole_rollouts=True)``). Each decision then has the
+            ratio of its rollout; with ``reduction="trajectory_mean"`` each rollout has one say.
+            Defaults to ``"token"``.
         importance (str): centre of the clip range. ``"behavior"``: the policy that took the action.
             ``"decoupled"``: a recent proximal policy, the age of the data being corrected by a
             bounded weight (:func:`~torchrl_dvla.functional.behavior_weight`); needs
@@ -216,7 +232,8 @@ class GRPOLoss(LossModule):
             policy_version (NestedKey): optional ``[*B, 1]``, or ``[*B]``, as TorchRL's servers
                 stamp it.
             num_decisions (NestedKey): decisions of the rollout, integers ``[*B, 1]``; read if each
-                rollout weighs the same.
+                rollout weighs the same, or has one ratio.
+            rollout_id (NestedKey): integers ``[*B, 1]``; read if each rollout has one ratio.
             weight (NestedKey, optional): weight of each decision ``[*B, 1]``; off by default.
         """
 
@@ -228,6 +245,7 @@ class GRPOLoss(LossModule):
         ref_log_prob: NestedKey = "ref_log_prob"
         policy_version: NestedKey = schema.POLICY_VERSION_KEY
         num_decisions: NestedKey = schema.NUM_DECISIONS_KEY
+        rollout_id: NestedKey = schema.ROLLOUT_ID_KEY
         weight: NestedKey | None = None
 
     tensor_keys: _AcceptedKeys
@@ -292,7 +310,12 @@ class GRPOLoss(LossModule):
         # loss.parameters() must never see them, yet loss.to(device) must move them.
         self.__dict__["reference_network"] = reference_network
         if reference_network is not None:
-            params = TensorDict.from_module(reference_network).data
+            # What is frozen may be one parameter of both, which moves with the actor. A second name
+            # for its values would keep them where they were when a store takes them over.
+            shared = {id(parameter) for parameter in actor_network.parameters()}
+            params = TensorDict.from_module(reference_network)
+            names = [name for name, value in params.items(True, True) if id(value) in shared]
+            params = params.exclude(*names).data
             self.reference_network_params = TensorDictParams(params, no_convert=True)
         self.dual_clip = dual_clip
         self.trust_std = trust_std
@@ -321,6 +344,11 @@ class GRPOLoss(LossModule):
     def clip_epsilon(self, value: Any) -> None:
         low_and_high = check_trust_region(value, dual_clip=self.dual_clip)
         self.clip_epsilon_low, self.clip_epsilon_high = low_and_high
+
+    @property
+    def needs_whole_rollouts(self) -> bool:
+        """Whether a batch must hold every decision of each of its rollouts."""
+        return self.ratio_level in ROLLOUT_LEVELS
 
     def make_value_estimator(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: there is no critic whose value could be estimated."""
@@ -354,8 +382,10 @@ class GRPOLoss(LossModule):
             wanted.append(keys.proximal_log_prob)
         if self.kl_to_ref_coeff is not None and self.reference_network is None:
             wanted.append(keys.ref_log_prob)
-        if self.reduction == "trajectory_mean":
+        if self.reduction == "trajectory_mean" or self.needs_whole_rollouts:
             wanted.append(keys.num_decisions)
+        if self.needs_whole_rollouts:
+            wanted.append(keys.rollout_id)
         if keys.weight is not None:
             wanted.append(keys.weight)
         return list(dict.fromkeys([*self.actor_network.in_keys, *wanted]))
@@ -414,6 +444,7 @@ class GRPOLoss(LossModule):
             version = version.unsqueeze(-1)  # as TorchRL's inference servers stamp it
         check_rows(behavior, advantage, version)
         mask = self._mask(tensordict, behavior)
+        rollouts = self._rollouts(tensordict, advantage.shape)
         dist = self._dist(tensordict, self.actor_network, self.actor_network_params)
         log_prob, ranges = log_prob_of(action, dist, mask, check=self.check_finite)
         highest = ranges[-1].high
@@ -426,7 +457,7 @@ class GRPOLoss(LossModule):
 
         behavior = masked("sample_log_prob", behavior)
         log_ratio = F.log_ratio(log_prob, behavior)
-        behavior_log_ratio = self._to_level(log_ratio, mask)
+        behavior_log_ratio = self._to_level(log_ratio, mask, rollouts)
         level_mask = self._level_mask(mask)
         row_weight, weight_ranges = self._row_weight(tensordict)
         total = self.normaliser(tensordict) if normaliser is None else normaliser
@@ -448,8 +479,8 @@ class GRPOLoss(LossModule):
         trust_log_ratio, weight = behavior_log_ratio, None
         if self.importance == "decoupled":
             proximal = masked("proximal_log_prob", self._log_prob(tensordict, "proximal_log_prob"))
-            trust_log_ratio = self._to_level(F.log_ratio(log_prob, proximal), mask)
-            proximal_log_ratio = self._to_level(F.log_ratio(proximal, behavior), mask)
+            trust_log_ratio = self._to_level(F.log_ratio(log_prob, proximal), mask, rollouts)
+            proximal_log_ratio = self._to_level(F.log_ratio(proximal, behavior), mask, rollouts)
             cap = self.behavior_weight_cap
             weight = F.behavior_weight(proximal_log_ratio, cap=cap, mask=self.mask_behavior_weight)
             out["behavior_weight"] = F.masked_mean(weight, level_mask)
@@ -532,13 +563,29 @@ class GRPOLoss(LossModule):
         shares = {key: value.to(log_ratio.dtype) for key, value in found.items()}
         return {f"clip_fraction{key}": F.masked_mean(shares[key], mask) for key in shares}
 
-    # -- one ratio per token, env step or decision -----------------------------------------------
-    def _to_level(self, log_ratio: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    # -- one ratio per token, env step, decision or rollout --------------------------------------
+    def _to_level(
+        self, log_ratio: torch.Tensor, mask: torch.Tensor, rollouts: torch.Tensor | None
+    ) -> torch.Tensor:
         dims = _LEVEL_DIMS[self.ratio_level]
         if not dims or self.ratio_level == "sequence_mean":
             return self._level_mean(log_ratio, mask)
         total = log_ratio.sum(dims, keepdim=True)
+        if rollouts is not None:
+            total = F.rollout_sum(total.flatten(), rollouts).view_as(total)
+        if self.ratio_level == "trajectory_mean" and rollouts is not None:
+            count = mask.sum(dims, keepdim=True)
+            count = F.rollout_sum(count.flatten(), rollouts).view_as(count)
+            total = total / count.clamp_min(1)
         return total.clamp(-F.LOG_RATIO_BOUND, F.LOG_RATIO_BOUND)
+
+    def _rollouts(self, tensordict: TensorDictBase, shape: torch.Size) -> torch.Tensor | None:
+        """Rollout of each decision ``[B]``, all of whose decisions are there; if it is needed."""
+        if not self.needs_whole_rollouts:
+            return None
+        ids = self._get(tensordict, "rollout_id", shape).flatten()
+        check_whole_rollouts(ids, self._get(tensordict, "num_decisions", shape).flatten())
+        return ids
 
     def _level_mask(self, mask: torch.Tensor) -> torch.Tensor:
         for dim in _LEVEL_DIMS[self.ratio_level]:
@@ -563,7 +610,7 @@ class GRPOLoss(LossModule):
                 f"the batch must hold {name} under {key!r}, got {leaves_of(tensordict)}. "
                 f"{_WRITERS[name]}."
             )
-        is_real = value.is_floating_point() or name in ("action", "num_decisions")
+        is_real = value.is_floating_point() or name in ("action", "num_decisions", "rollout_id")
         if not is_real or (shape is not None and value.shape != shape):
             of_shape = "" if shape is None else f" of shape {list(shape)}"
             raise ValueError(
@@ -597,7 +644,7 @@ class GRPOLoss(LossModule):
             )
         if self.ratio_level == "token" and action.shape[-1] > 1:
             raise ValueError(
-                "ratio_level must be 'env_step', 'sequence' or 'sequence_mean' for "
+                "ratio_level must be 'env_step', or one of a decision or rollout, for "
                 f"log-probabilities {list(log_prob.shape)}, one an env step, of actions "
                 f"{list(action.shape)}, got 'token'. Set it, or let the policy record one for each "
                 "action dimension."

@@ -17,7 +17,7 @@ from torchrl.modules.vla import VLAWrapperBase
 from torchrl.objectives.utils import RANDOM_MODULE_LIST
 
 from torchrl_dvla.data.schema import GROUP_ID_KEY, ROLLOUT_ID_KEY
-from torchrl_dvla.functional import executed_mask
+from torchrl_dvla.functional import executed_mask, rollout_sum
 from torchrl_dvla.validation import Positive, Range, check
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "check_reference",
     "check_rows",
     "check_trust_region",
+    "check_whole_rollouts",
     "depends_on_mode",
     "executed_tokens",
     "leaves_of",
@@ -220,6 +221,27 @@ def check_reference(
             "It would follow the training and the divergence would stay zero: pass "
             "copy.deepcopy(policy)."
         )
+
+
+@torch.no_grad()
+def check_whole_rollouts(rollout_id: torch.Tensor, num_decisions: torch.Tensor) -> None:
+    """Refuse decisions ``[B]`` of which others of the same rollout are missing, or there twice.
+
+    Raises:
+        ValueError: naming the first such rollout.
+    """
+    found = rollout_sum(torch.ones_like(num_decisions), rollout_id)
+    if not can_check() or bool((found == num_decisions).all()):
+        return
+    index = int((found != num_decisions).nonzero()[0])
+    split = int(rollout_id[found != num_decisions].unique().numel())
+    raise ValueError(
+        "the batch must hold each decision of its rollouts once for one ratio per rollout, got "
+        f"{found[index]} of the {num_decisions[index]} of rollout {rollout_id[index]} ({split} of "
+        f"{rollout_id.unique().numel()} rollouts are split). Make the buffer with "
+        "PooledReplayBuffer(whole_rollouts=True), and cut micro-batches by "
+        "torchrl_dvla.learner.deal_rollouts; or use a ratio_level up to 'sequence_mean'."
+    )
 
 
 def check_rows(

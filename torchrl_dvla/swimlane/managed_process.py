@@ -381,16 +381,8 @@ def stop_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def _run(
-    pipes: tuple[Connection, Connection, tuple[Connection, ...]],
-    num_threads: int,
-    env_vars: Mapping[str, str],
-    target: Callable[..., None],
-    args: tuple[Any, ...],
-) -> None:
-    """What every process does first, then its work."""
-    connection, stacks, outputs = pipes
-    use_workers_output(outputs)
+def leave_signals_to_parent() -> None:
+    """Called in a process: what asks a run to stop is for its parent, with which it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A handler, unlike SIG_IGN and a blocked signal, is not passed on to the programs that an
     # environment starts: those can still be terminated.
@@ -401,6 +393,19 @@ def _run(
         learner = multiprocessing.parent_process()
         if os.getppid() == 1 and learner is not None and learner.pid != 1:
             os._exit(1)  # the parent died before prctl took effect; process 1 takes all along
+
+
+def _run(
+    pipes: tuple[Connection, Connection, tuple[Connection, ...]],
+    num_threads: int,
+    env_vars: Mapping[str, str],
+    target: Callable[..., None],
+    args: tuple[Any, ...],
+) -> None:
+    """What every process does first, then its work."""
+    connection, stacks, outputs = pipes
+    use_workers_output(outputs)
+    leave_signals_to_parent()
     # The fork server ends once nobody holds this: with the learner, though this process may hang.
     if _server._forkserver_alive_fd is not None:
         os.close(_server._forkserver_alive_fd)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import filecmp
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from torchrl_dvla.__main__ import main
 from torchrl_dvla.modules import FlowVLA, LoraConfig, load_policy
 from torchrl_dvla.modules.formats import (
     Stated,
@@ -20,6 +22,7 @@ from torchrl_dvla.modules.formats import (
     read_foreign,
     write_fingerprint,
 )
+from torchrl_dvla.modules.origin import fingerprint_of_file
 
 from .foreign import denoise, make_observation, write_lerobot, write_openpi
 
@@ -110,6 +113,65 @@ def test_the_fingerprint_is_compared(tmp_path):
     with pytest.raises(ValueError, match="must do what it did when it was saved.*actions differ"):
         load_policy(out, stated=stated(out))
     load_policy(out, stated=stated(out), num_steps=2)  # is another policy
+
+
+def test_a_policy_knows_where_it_came_from_through_any_number_of_trainings(tmp_path, capsys):
+    folder = write_lerobot(tmp_path / "pi0", "pi0")
+    given = stated(folder)
+    policy = load_policy(folder, stated=given)
+    for name in ("first", "second"):  # each goes on from the one before
+        policy.network.model.action_out_proj.bias.data.add_(1.0)
+        policy.save_pretrained(tmp_path / name)
+        policy = load_policy(tmp_path / name)
+    assert policy.origin.path == str(folder) and policy.origin.stated["tokenizer"]
+    second = str(tmp_path / "second")
+    assert main(["export", second, str(tmp_path / "out")]) == 0
+    before, after = (load_file(each / "model.safetensors") for each in (folder, tmp_path / "out"))
+    bias = "model.action_out_proj.bias"
+    assert torch.equal(after[bias], before[bias] + 1 + 1)
+    capsys.readouterr()
+    # Another one at the same place, of the same names, shapes and statistics.
+    shutil.move(folder, tmp_path / "moved")
+    assert main(["export", second, str(tmp_path / "x")]) == 1
+    assert "where nothing is. If it has been moved, name its folder by" in said(capsys)
+    shutil.copytree(tmp_path / "moved", folder)
+    before[bias] += 1
+    save_file(before, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main(["export", second, str(tmp_path / "x")]) == 1
+    assert "must be exported to the checkpoint that it came from" in said(capsys)
+    assert main(["export", second, str(tmp_path / "x"), "--base", str(tmp_path / "moved")]) == 0
+
+
+def said(capsys):
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_policy_that_does_not_know_where_it_came_from(tmp_path, capsys):
+    folder = write_lerobot(tmp_path / "pi0", "pi0")
+    policy = read_foreign(folder, stated(folder)).load()
+    policy.save_pretrained(tmp_path / "own")  # as one saved before there were origins
+    assert main(["export", str(tmp_path / "own"), str(tmp_path / "out")]) == 1
+    assert "--base must be given for" in said(capsys)
+    base = ["--base", str(folder)]
+    path = tmp_path / "own" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"origin": {"path": str(folder)}}))
+    with pytest.raises(ValueError, match="'.*origin.fingerprint' is missing"):
+        load_policy(tmp_path / "own")
+    assert main(["export", str(tmp_path / "own"), str(tmp_path / "out"), *base]) == 1
+
+
+def test_files_are_told_apart_by_a_megabyte_of_them(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(3 << 20))
+    zeros = fingerprint_of_file(path)
+    assert zeros.endswith(f"-{3 << 20}")
+    for position, is_read in ((0, True), (4095, True), (4096, False), (12288 + 5, True)):
+        data = bytearray(3 << 20)
+        data[position] = 1  # every 12 KiB, 4 KiB are read
+        path.write_bytes(data)
+        assert (fingerprint_of_file(path) != zeros) == is_read
+    path.write_bytes(bytes((3 << 20) + 1))
+    assert fingerprint_of_file(path) != zeros
 
 
 def test_what_did_not_come_from_there(tmp_path):

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import hydra
-import torch
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -29,8 +28,9 @@ from torchrl_dvla.learner import Strategy
 from torchrl_dvla.memory import DualPool
 from torchrl_dvla.modules import LoraConfig, TinyBackboneConfig
 from torchrl_dvla.modules.formats import Stated
-from torchrl_dvla.objectives.grpo import KLEstimator, RatioLevel
+from torchrl_dvla.objectives.grpo import ROLLOUT_LEVELS, KLEstimator, RatioLevel
 from torchrl_dvla.objectives.validation import check_trust_region
+from torchrl_dvla.recipes.device import check_device_name
 from torchrl_dvla.recipes.libero_tasks import LiberoTasks
 from torchrl_dvla.recording import LogBackend
 from torchrl_dvla.validation import (
@@ -223,6 +223,11 @@ class LossSettings(Section):
         if self.reduction == "none":
             raise ValueError("reduction must not be 'none', got 'none'. A step needs one loss.")
 
+    @property
+    def needs_whole_rollouts(self) -> bool:
+        """Whether a minibatch must hold every decision of each of its rollouts."""
+        return self.ratio_level in ROLLOUT_LEVELS
+
 
 @dataclass(frozen=True)
 class OptimSettings(Section):
@@ -367,20 +372,22 @@ class Settings(Section):
                 f" got {self.optim.minibatch_size}: a rank would have no row. Raise one or lower "
                 "the other."
             )
+        sizes = {n: getattr(self.optim, n) for n in ("minibatch_size", "micro_batch_size")}
+        for name, size in sizes.items() if self.loss.needs_whole_rollouts else ():
+            if size is not None and size < self.workers.max_decisions:
+                raise ValueError(
+                    f"optim.{name} must be at least workers.max_decisions="
+                    f"{self.workers.max_decisions} with loss.ratio_level={self.loss.ratio_level}, "
+                    f"got {size}: no rollout may be split. Raise one or lower the other."
+                )
         is_folder_name = self.name.isprintable() and not set("/\\") & set(self.name)
         if not is_folder_name or self.name.strip(". ") == "" or len(self.name.encode()) > 200:
             raise ValueError(
                 f"name must be the name of one folder, got {self.name!r}. The folder that it is "
                 "made in is log.dir."
             )
-        for name in ("device", "inference_device"):
-            wanted = getattr(self, name)
-            try:
-                torch.device("cpu" if wanted is None else wanted)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"{name} must be a torch device, got {wanted!r}. Use cpu or cuda:0."
-                ) from error
+        check_device_name("device", self.device)
+        check_device_name("inference_device", self.inference_device or "cpu")
         try:
             self.inference.is_deterministic(self.group.max_policy_lag)
         except ValueError as error:

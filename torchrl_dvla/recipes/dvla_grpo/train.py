@@ -34,10 +34,11 @@ from torchrl.checkpoint import GlobalRNGState
 
 from torchrl_dvla import DVLACollector, EpisodeSpec, GRPOLoss
 from torchrl_dvla.collectors import Evaluation, EvaluationResult
-from torchrl_dvla.data.schema import IMAGE_KEY
+from torchrl_dvla.data.schema import IMAGE_KEY, NUM_DECISIONS_KEY
 from torchrl_dvla.learner import (
     LearnerRanks,
     check_same_on_all_ranks,
+    deal_rollouts,
     launched_rank,
     serve_launched_rank,
 )
@@ -345,7 +346,7 @@ def steps_alone(
         normaliser = loss.normaliser(batch)
         parts: list[tuple[int, int, TensorDictBase]] = []
         # Gradients of micro-batches add up to that of the minibatch.
-        for part in batch.split(cfg.optim.micro_batch_size or len(batch)):
+        for part in micro_batches(batch, cfg.optim.micro_batch_size, loss):
             losses = loss(part, normaliser=normaliser)
             sum(value for key, value in losses.items() if key.startswith("loss_")).backward()
             parts.append((len(part), len(batch), losses.detach().cpu()))
@@ -354,6 +355,16 @@ def steps_alone(
         optimizer.step()
         optimizer.zero_grad()
         yield parts, float(norm)
+
+
+def micro_batches(
+    batch: TensorDictBase, size: int | None, loss: GRPOLoss
+) -> Sequence[TensorDictBase]:
+    """Parts of a minibatch of at most ``size`` rows: of whole rollouts, if the loss needs them."""
+    if not loss.needs_whole_rollouts:
+        return batch.split(size or len(batch))
+    parts = deal_rollouts(batch[NUM_DECISIONS_KEY].flatten().tolist(), 1, 0, size)
+    return batch.split([part.stop - part.start for part in parts])
 
 
 def publish(collector: DVLACollector, ranks: LearnerRanks | None) -> None:

@@ -290,7 +290,10 @@ def make_memory(cfg: Settings) -> DualPool:
 def make_replay_buffer(cfg: Settings) -> PooledReplayBuffer:
     """The buffer between collection and learning."""
     return PooledReplayBuffer(
-        batch_size=cfg.optim.minibatch_size, num_epochs=cfg.optim.num_epochs, seed=cfg.seed
+        batch_size=cfg.optim.minibatch_size,
+        num_epochs=cfg.optim.num_epochs,
+        seed=cfg.seed,
+        whole_rollouts=cfg.loss.needs_whole_rollouts,
     )
 
 

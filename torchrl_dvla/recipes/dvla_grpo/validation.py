@@ -24,6 +24,7 @@ from torchrl_dvla.learner import launched_rank
 from torchrl_dvla.memory import Plan
 from torchrl_dvla.modules.adapters import import_peft
 from torchrl_dvla.modules.config import PolicyConfig
+from torchrl_dvla.recipes.device import check_device
 from torchrl_dvla.recipes.dvla_grpo import utils
 from torchrl_dvla.recipes.dvla_grpo.settings import (
     FactorySettings,
@@ -47,15 +48,8 @@ def check_settings(cfg: Settings) -> None:
         ImportError: if LIBERO, PEFT for adapters, or what ``log.backend`` needs, is not installed.
     """
     check_backend(cfg.log.backend)
-    found = torch.accelerator.current_accelerator()
-    for name, wanted in (("device", cfg.device), ("inference_device", cfg.inference_device)):
-        device = torch.device(wanted or "cpu")
-        count = torch.accelerator.device_count() if found and found.type == device.type else 0
-        if device.type != "cpu" and (device.index or 0) >= count:
-            raise ValueError(
-                f"{name} must be one that torch sees, got {wanted!r} and {count} of its kind. Use "
-                f"{name}=cpu, or a build of torch for the GPUs of this machine."
-            )
+    check_device("device", cfg.device)
+    check_device("inference_device", cfg.inference_device or "cpu")
     if isinstance(cfg.policy, PolicySettings) and cfg.policy.lora.rank is not None:
         import_peft()
     _check_ranks(cfg)

@@ -29,6 +29,7 @@ from torchrl_dvla.modules import FlowVLA, TransformersVLA
 from torchrl_dvla.recipes.dvla_sft import utils
 from torchrl_dvla.recipes.dvla_sft.settings import Settings
 from torchrl_dvla.streams import use_workers_output, workers_output
+from torchrl_dvla.swimlane.managed_process import leave_signals_to_parent
 
 # between two states of a progress bar: a terminal is redrawn, a log file grows
 PAUSE_S = 0.2 if sys.stderr.isatty() else 10.0
@@ -85,6 +86,7 @@ def _pool(
     cfg: Settings, task_id: int, checkpoint: Path | None, num_processes: int
 ) -> Iterator[ProcessPoolExecutor]:
     # spawn: a simulator's GL context does not survive a fork
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         num_processes,
         mp_context=multiprocessing.get_context("spawn"),
@@ -93,6 +95,11 @@ def _pool(
     )
     try:
         yield pool
+    except BaseException:
+        # Nobody waits for an episode that is not wanted any more: it may take minutes.
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -113,6 +120,7 @@ def _start(
 ) -> None:
     global _env, _policy
     use_workers_output(outputs)
+    leave_signals_to_parent()
     torch.set_num_threads(1)
     _env = utils.make_env(cfg, task_id, recording=checkpoint is None)
     _policy = None
@@ -140,8 +148,8 @@ def _play(cfg: Settings, task_id: int, number: int, greedy: bool) -> EpisodeResu
     num_env_steps, done = 0, False
     while not done:
         with torch.no_grad(), set_exploration_type(exploration):
-            decision = _policy(tensordict.unsqueeze(0)).squeeze(0)
-        tensordict = _env.step(decision)["next"]
+            decision = _policy(tensordict.unsqueeze(0).to(cfg.device)).squeeze(0)
+        tensordict = _env.step(decision.to("cpu"))["next"]
         num_env_steps += int((~tensordict[ACTION_IS_PAD_KEY]).sum())
         done = bool(tensordict["done"])
     return EpisodeResult(task_id, number, bool(tensordict["success"]), num_env_steps)

@@ -21,6 +21,7 @@ from torchrl_dvla.envs.libero_expert import ActionNoise
 from torchrl_dvla.modules import TinyBackboneConfig
 from torchrl_dvla.modules.formats import Stated
 from torchrl_dvla.modules.tiny import TinyFlowConfig
+from torchrl_dvla.recipes.device import check_device_name
 from torchrl_dvla.recipes.libero_tasks import LiberoTasks
 from torchrl_dvla.validation import (
     Count,
@@ -196,10 +197,12 @@ class Settings(Section):
     training: TrainingSettings
     evaluation: EvaluationSettings
     checkpoint: str | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_path("checkpoint", self.checkpoint)
+        check_device_name("device", self.device)
         start = getattr(self.policy, "path", None)
         if start and self.checkpoint and _absolute(start) == _absolute(self.checkpoint):
             raise ValueError(

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,12 +27,13 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from torchrl_dvla.data.demonstrations import load_demonstrations
 from torchrl_dvla.data.schema import STATE_KEY
+from torchrl_dvla.recipes.device import check_device
 from torchrl_dvla.recipes.dvla_sft import utils
 from torchrl_dvla.recipes.dvla_sft.episodes import PAUSE_S, evaluate, record_missing
 from torchrl_dvla.recipes.dvla_sft.settings import Settings, settings_from
 from torchrl_dvla.recipes.terminal import command, messages_only, shortened
+from torchrl_dvla.recording import GracefulStop, StopRequested
 from torchrl_dvla.streams import share_terminal
 
 CONFIG = Path(__file__).parent / "config"
@@ -40,12 +43,19 @@ CONFIG = Path(__file__).parent / "config"
 def main(config: DictConfig) -> None:
     """Records demonstrations, clones them, and plays the policy that comes out."""
     share_terminal()
-    with messages_only():
-        train(settings_from(config))
+    with messages_only(), GracefulStop() as stop:
+        try:
+            with stop.interruptible():
+                train(settings_from(config))
+        except StopRequested:
+            print(f"{stop.reason}: ended; what was recorded is kept", flush=True)
+    if stop.requested:
+        sys.exit(128 + signal.Signals[str(stop.reason)])  # as the main recipe
 
 
 def train(cfg: Settings) -> None:
     """The three stages, with checked settings."""
+    check_device("device", cfg.device)
     utils.check_tasks(cfg)
     utils.check_policy(cfg)
     torch.manual_seed(cfg.seed)
@@ -56,21 +66,22 @@ def train(cfg: Settings) -> None:
     # -- demonstrations ---------------------------------------------------------------------------
     utils.check_demonstrations(cfg, demonstration_folder)
     record_missing(cfg, demonstration_folder)
-    demonstrations = utils.make_demonstrations(cfg, load_demonstrations(demonstration_folder))
+    demonstrations = utils.make_demonstrations(cfg, demonstration_folder)
 
     # -- behaviour cloning ------------------------------------------------------------------------
     training, validation, instructions = utils.make_splits(cfg, demonstrations)
     state_dim = training.get(STATE_KEY).shape[-1]
     policy = utils.make_policy(cfg, list(instructions.since(0).values()), state_dim=state_dim)
     utils.set_statistics(cfg, policy, training)
+    policy.to(cfg.device)
     buffer = utils.make_buffer(cfg, training, instructions)
-    validation_batch = utils.make_validation_batch(validation, instructions)
+    validation_batch = utils.make_validation_batch(validation, instructions).to(cfg.device)
     loss = utils.make_loss(policy)
     optimizer, scheduler = utils.make_optimizer(cfg, loss)
     curve = []
     steps = range(1, cfg.training.num_steps + 1)
     for step in tqdm(steps, desc="cloning", unit="step", mininterval=PAUSE_S):
-        losses = loss(buffer.sample())
+        losses = loss(buffer.sample().to(cfg.device))
         losses["loss_bc"].backward()
         max_norm = cfg.training.max_grad_norm or math.inf
         torch.nn.utils.clip_grad_norm_(loss.parameters(), max_norm)

@@ -24,6 +24,8 @@ from torchrl.data.vla import UniformActionTokenizer
 from torchrl_dvla.data.augmentation import RandomShift, StateNoise
 from torchrl_dvla.data.demonstrations import (
     Demonstration,
+    DemonstrationInfo,
+    load_demonstrations,
     make_demonstration_buffer,
     stack_demonstrations,
 )
@@ -186,16 +188,28 @@ def make_env(cfg: Settings, task_id: int, *, recording: bool) -> LiberoChunkEnv 
     return LiberoChunkEnv(cfg.env.task_suite, task_id, **kwargs)
 
 
-def make_demonstrations(cfg: Settings, found: list[Demonstration]) -> list[Demonstration]:
-    """Those of the folder that this run asks for."""
+def make_demonstrations(cfg: Settings, folder: Path) -> list[Demonstration]:
+    """Those of the folder that this run asks for and that reached the goal.
+
+    Raises:
+        ValueError: if there are none but one: with nothing to train on, or to validate on.
+    """
     seeds = seeds_of(cfg)
-    return [
-        demo
-        for demo in found
-        if demo.info.task_suite == cfg.env.task_suite
-        and demo.info.task_id in cfg.env.task_ids
-        and demo.info.seed in seeds
-    ]
+
+    def is_asked_for(info: DemonstrationInfo) -> bool:
+        is_of_env = info.task_suite == cfg.env.task_suite and info.task_id in cfg.env.task_ids
+        return is_of_env and info.seed in seeds
+
+    found = load_demonstrations(folder, only_success=False, select=is_asked_for)
+    successes = [demo for demo in found if demo.info.success]
+    if len(successes) < 2:
+        raise ValueError(
+            f"demonstrations must hold at least two in which the expert reached the goal, got "
+            f"{len(successes)} of {len(found)} in {folder} of {cfg.env.task_suite} "
+            f"{list(cfg.env.task_ids)}. Raise demonstrations.num_per_task, lower "
+            "demonstrations.noise, or choose other tasks."
+        )
+    return successes
 
 
 def training_scenes(cfg: Settings, demonstrations: list[Demonstration]) -> TrainingScenes:
@@ -280,10 +294,12 @@ def _load_flow(settings: FlowCheckpointSettings) -> FlowVLA:
 
 
 def load_clone(cfg: Settings, checkpoint: Path) -> TransformersVLA | FlowVLA:
-    """The policy that came out, as GRPO will sample from it."""
+    """The policy that came out, on its device, as GRPO will sample from it."""
     if isinstance(cfg.policy, TokenSettings):
-        return load_policy(checkpoint, temperature=cfg.policy.temperature).eval()
-    return load_policy(checkpoint).eval()
+        policy = load_policy(checkpoint, temperature=cfg.policy.temperature)
+    else:
+        policy = load_policy(checkpoint)
+    return policy.to(cfg.device).eval()
 
 
 def set_statistics(cfg: Settings, policy: TransformersVLA | FlowVLA, rows: TensorDictBase) -> None:
@@ -346,7 +362,8 @@ def validate(loss: ActionTokenBCLoss | FlowMatchingLoss, batch: TensorDictBase) 
 
     A flow's noises and times are the same at each call, in all runs: curves can be compared.
     """
-    with torch.random.fork_rng(devices=[]):
+    devices = [batch.device] if batch.device is not None and batch.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
         torch.manual_seed(_VALIDATION_SEED)
         return {name: float(value) for name, value in loss(batch).items()}
 
