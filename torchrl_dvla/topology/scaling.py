@@ -98,9 +98,8 @@ class Assumptions:
 
     def lines(self) -> list[str]:
         """Each of them: value, name, meaning."""
-        shown = [(getattr(self, each.name), each) for each in fields(self)]
         return [
-            f"{value:<12.6g}  {each.name:<22}  {each.metadata['text']}" for value, each in shown
+            f"{getattr(self, name):<12.6g}  {name:<22}  {text}" for name, text in MEANINGS.items()
         ]
 
     def node(self, name: str) -> NodeSpec:
@@ -140,7 +139,10 @@ class Assumptions:
         memory, rate = self.memory(num_parameters), self.gpu_flops * self.achieved
         row_s = 2 * num_parameters * self.tokens / rate
         per_rank = max(1, self.micro_batch(num_parameters, num_ranks))
-        lanes = self.gpus_per_node * self.host_link_bytes_per_s
+        # The first node's GPUs write it to main memory; what other nodes have comes there first.
+        publish_s = memory.trained / (self.gpus_per_node * self.host_link_bytes_per_s)
+        if num_ranks > self.gpus_per_node:
+            publish_s += memory.trained / self.network_bytes_per_s
         return LaneCosts(
             f"{num_parameters:.3g} parameters",
             env_step_s=self.env_s,
@@ -152,7 +154,7 @@ class Assumptions:
             version_bytes=memory.trained,
             # Each call reads the weights; where they are sharded, the GPUs read them together.
             call_s=memory.weights / self._shards(memory) / self.gpu_bytes_per_s,
-            publish_s=memory.trained / lanes,
+            publish_s=publish_s,
             optimizer_steps_per_row=1 / (per_rank * num_ranks),
             env_device="cuda",
             policy_device="cuda",
@@ -221,6 +223,7 @@ def predict(
     num_learner_gpus: int = 0,
     max_policy_lag: int | None = None,
     most: int = 8,
+    bound: float = math.inf,
 ) -> Prediction:
     """The run with the least lag beyond which a further version of lag brings less than 1 %.
 
@@ -232,10 +235,11 @@ def predict(
         num_nodes (int), num_learner_gpus (int): for the result.
         max_policy_lag (int, optional): the one that is simulated; no search.
         most (int): largest lag that is tried.
+        bound (float): decisions a second that no lag exceeds; within 1 % of it the search ends.
     """
     lag = 1 if max_policy_lag is None else max_policy_lag
     run = simulate(lag)
-    while max_policy_lag is None and lag < most:
+    while max_policy_lag is None and lag < most and run.decisions_per_s < 0.99 * bound:
         further = simulate(lag + 1)
         if further.decisions_per_s < 1.01 * run.decisions_per_s:
             break
@@ -330,6 +334,7 @@ def predict_policy(
         num_nodes=num_nodes,
         num_learner_gpus=best * num_gpus,
         max_policy_lag=max_policy_lag,
+        bound=rate(best),
     )
     assert found.run is not None
     work_s = costs.sample_s + costs.call_seconds(given.rollouts_per_gpu / 2) + costs.learn_row_s

@@ -132,11 +132,13 @@ def simulate_run(
     check("hop_s", hop_s, NonNegative)
     check("num_updates", num_updates, Count)
     check("seed", seed, Natural)
-    if (costs.policy_device == "cuda") != (1 <= num_learner_gpus <= cluster.num_gpus):
+    most = min(cluster.num_gpus, max(1, cluster.num_gpus - 1))
+    least, most = (1, most) if costs.policy_device == "cuda" else (0, 0)
+    if not least <= num_learner_gpus <= most:
         raise ValueError(
-            f"num_learner_gpus must be from 1 to the {cluster.num_gpus} GPUs of the cluster for a "
-            f"policy on GPUs, and 0 for one on a CPU, got {num_learner_gpus} for "
-            f"policy_device={costs.policy_device!r}. Correct it."
+            f"num_learner_gpus must be from {least} to {most} for policy_device="
+            f"{costs.policy_device!r} and {cluster.num_gpus} GPUs, got {num_learner_gpus}. On "
+            "GPUs, one at least has to learn and one to sample."
         )
     try:
         simpy = importlib.import_module("simpy")
