@@ -135,10 +135,11 @@ def test_the_network_bounds_by_rows_and_by_versions():
     assert plan.decisions_per_s == pytest.approx(20 / 1.6)
     assert plan.bounded_by.what == "network, versions"
     assert plan.transfer_s == pytest.approx(1.6)
-    # Two more nodes get two more versions.
+    # Two more nodes of the chain have it a bucket later each, here of all its bytes.
     nodes += [node(host, network_bytes_per_s=1e4) for host in "cd"]
     plan = plan_run(cluster(*nodes), few, group=SMALL, **TWO_BY_FOUR)
-    assert plan.decisions_per_s == pytest.approx(20 / 4.8)
+    assert plan.decisions_per_s == pytest.approx(20 / 1.6)
+    assert plan.transfer_s == pytest.approx(1.6 + 2 * 1.6)
 
 
 def test_admission_bounds_and_the_lag_that_does_not():

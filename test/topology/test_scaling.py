@@ -85,6 +85,11 @@ def test_the_lag_that_is_needed():
     assert predict("x", lambda lag: run(10.0**lag), most=3).max_policy_lag == 3
 
 
+def test_rates_have_three_digits():
+    rates = [Prediction("x", 8, run(rate)).rate for rate in (103_444.0, 790.9, 8.999)]
+    assert rates == ["103,000", "791", "9"] and Prediction("x", 8, problem="no").rate == ""
+
+
 def test_efficiency_is_over_the_smallest_feasible_cluster():
     row = [Prediction("x", 8, problem="no"), Prediction("x", 16, run(32.0))]
     row.append(Prediction("x", 64, run(64.0)))

@@ -139,12 +139,12 @@ def _table(predictions: list[Prediction]) -> list[str]:
         if each.run is None:
             rows.append((*start, "-", "-", f"no room: {each.problem}"))
             continue
-        rate, run = f"{each.run.decisions_per_s:,.4g}", each.run
+        run = each.run
         shares = ("-" if x is None else f"{x:.2f}" for x in (each.efficiency, each.work_share))
         times = f"{run.update_s:.3g} s", f"{run.transfer_s:.3g} s"
         rows.append(
             (
-                *start, str(each.num_learner_gpus), rate, run.bounded_by.what, *shares,
+                *start, str(each.num_learner_gpus), each.rate, run.bounded_by.what, *shares,
                 str(each.max_policy_lag), *times,
             )
         )  # fmt: skip

@@ -26,6 +26,8 @@ __all__ = [
     "plan_run",
 ]
 
+#: Bytes that a node of the chain receives before it passes them on.
+BUCKET_BYTES = 4 << 20
 #: Of the best rate: a plan with fewer workers, or fewer learning GPUs, that is this good is taken.
 _GOOD_ENOUGH = 0.99
 
@@ -283,7 +285,7 @@ def plan_run(
     - cores: all that runs on the cores of a node, the learner included where it does;
     - gradient lane: the ranks, which gather weights twice and reduce gradients once an optimizer
       step, over the GPUs' links on one node and over the network on several, not overlapped;
-    - network: rows to the learner's node, a version from it to each other node;
+    - network: rows to the learner's node, a version from it along the chain of the others;
     - admission: cohorts between their first decision and their publication, of which
       ``max_policy_lag + 1`` may be under way, so that by Little's law each may take that many times
       as long as an update.
@@ -468,8 +470,11 @@ class _Model:
         networks = [node.network_bytes_per_s for node in cluster.nodes]
         self.network = min([speed for speed in networks if speed], default=math.inf)
         num_others = len(cluster.nodes) - 1
-        self.version_s = num_others * costs.version_bytes / self.network
-        self.transfer_s = costs.publish_s + self.version_s
+        # Along a chain: it leaves the first node once, and is late by a bucket at each further one.
+        self.version_s = min(1, num_others) * costs.version_bytes / self.network
+        bucket = min(BUCKET_BYTES, costs.version_bytes)
+        late_s = max(0, num_others - 1) * bucket / self.network
+        self.transfer_s = costs.publish_s + self.version_s + late_s
         self.rollouts = sum(loop.rollouts for loop in self.loops if loop)
         self.free_rates = self._free_rates()
         self.free_rate = sum(self.free_rates)

@@ -214,6 +214,11 @@ class Prediction:
     efficiency: float | None = None
     work_share: float | None = None
 
+    @property
+    def rate(self) -> str:
+        """Decisions a second, of which three digits are shown; empty if it is not feasible."""
+        return "" if self.run is None else f"{float(f'{self.run.decisions_per_s:.3g}'):,.6g}"
+
 
 def predict(
     policy: str,

@@ -74,7 +74,7 @@ def _cell(each: Prediction, x: float, y: float) -> list[str]:
     lines = [f"no room: {each.problem.partition(':')[0]}"]
     if each.run:
         efficiency = "" if each.efficiency is None else f"{each.efficiency:.2f}; "
-        lines = [f"{each.run.decisions_per_s:,.3g}", f"{efficiency}lag {each.max_policy_lag}"]
+        lines = [each.rate, f"{efficiency}lag {each.max_policy_lag}"]
     return [
         f'<rect x="{x + 2:g}" y="{y + 2:g}" width="{_WIDTH - 4}" height="{_HEIGHT - 4}" '
         f'fill="{colour}" opacity="0.75"><title>{tip}</title></rect>',

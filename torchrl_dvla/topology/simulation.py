@@ -23,7 +23,7 @@ from torchrl_dvla.collectors import InferenceConfig, WorkerConfig
 from torchrl_dvla.data import GroupConfig
 from torchrl_dvla.topology.cluster import ClusterSpec, NodeSpec
 from torchrl_dvla.topology.cost_model import LaneCosts
-from torchrl_dvla.topology.planning import Load, reduce_seconds, split_gpus
+from torchrl_dvla.topology.planning import BUCKET_BYTES, Load, reduce_seconds, split_gpus
 from torchrl_dvla.validation import Count, Natural, NonNegative, check
 
 __all__ = ["SimulatedRun", "StepLaw", "simulate_run"]
@@ -32,8 +32,6 @@ Process = Generator[Any, Any, None]
 #: Makes the factors, of mean 1, by which the env steps of one worker are longer than the mean.
 StepLaw = Callable[[random.Random], Iterator[float]]
 
-#: Bytes that a node of the chain receives before it passes them on.
-BUCKET_BYTES = 4 << 20
 #: A lane or link that is busy for this share bounds a run; else what has to wait for its turn does.
 _BOUND = 0.9
 #: Parts of an update between which others get the core or GPU that the learner shares with them.
