@@ -11,6 +11,9 @@ as on nodes with a simulator and an accelerator of their own. All nodes are node
 machine, over the loopback interface: the figures are of the schedule, of no hardware, no network.
 All else is real: actors, workers, inference processes, pages, admission, grants, versions.
 
+decisions_per_s, kept_share
+    decisions a second of groups that are kept, and the share of groups that are: others are
+    without contrast.
 scaling_efficiency
     decisions a second on 2 and 4 nodes over 2 and 4 times those of one. The goal is 0.95 at 4.
 ratio_one_node_vs_local
@@ -146,6 +149,11 @@ class Learner:
         after = next(entry for entry in updates if entry[0] >= end_s)
         return (after[1] - before[1]) / (after[0] - before[0])
 
+    def judged(self) -> tuple[float, float]:
+        """Groups kept and dropped so far."""
+        stats = self.collector.replay_buffer.groups.stats()
+        return stats["groups_kept"], stats["groups_dropped"]
+
     def _count(self) -> int:
         # Of whole groups: those that a lost node had begun do not count.
         stats = self.collector.replay_buffer.groups.stats()
@@ -159,11 +167,13 @@ def measure(num_nodes: int, seconds: float, emulated: bool = True) -> dict[str, 
         learner.run(2.0)
         wait_healthy(collector, learner)
         learner.publish_s.clear()
-        before = collector.stats()
+        before, judged = collector.stats(), learner.judged()
         rate = learner.run(seconds)
         after = collector.stats()
+        kept, dropped = (now - then for now, then in zip(learner.judged(), judged))
         out = {
             "decisions_per_s": rate,
+            "kept_share": kept / (kept + dropped),
             "publish_s": statistics.median(learner.publish_s),
             "max_lag": learner.max_lag,
         }
@@ -278,6 +288,11 @@ def main() -> None:
     result = {
         "emulated": {"env_step_s": STEP_S, "policy_call_s": INFER_S},
         "decisions_per_s": {name: spread(found, 1) for name, found in rates.items()},
+        "kept_share": {
+            name: spread(run["kept_share"] for run in found)
+            for name, found in runs.items()
+            if "kept_share" in found[0]
+        },
         "scaling_efficiency": {
             str(n): spread(b / a / n for a, b in zip(rates["nodes_1"], rates[f"nodes_{n}"]))
             for n in counts[1:]

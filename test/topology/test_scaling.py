@@ -136,5 +136,5 @@ def test_picture():
     svg = draw_scaling([*row, Prediction("1 T", 8, problem="learner: <1 TiB")], "a title")
     assert "Predicted, not measured: a title" in svg and svg.count("<rect") == 1 + 3 + 2
     assert ">8 nodes<" in svg and ">64 nodes<" in svg and ">0.25; lag 1<" in svg
-    assert "no room: learner" in svg and "learner: &lt;1 TiB" in svg
+    assert ">no room:<" in svg and ">learner<" in svg and "learner: &lt;1 TiB" in svg
     assert svg.index("bounded by: gradient lane") > 0 and ">FSDP traffic<" in svg
