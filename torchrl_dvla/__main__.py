@@ -27,6 +27,7 @@ COMMANDS = {
     "topology": "print what a cluster consists of: this machine, Ray's nodes, or a file's",
     "calibrate": "measure the lane costs of a configuration on this machine",
     "plan": "memory, processes and speed of a configuration, before anything is started",
+    "simulate": "predict a run on clusters and with policies that are not there",
     "info": "say what the folder of a run holds, and how to go on",
     "timeline": "draw a stretch of a run's timeline.json as an SVG picture",
     "curve": "draw the learning curve of runs as an SVG picture",

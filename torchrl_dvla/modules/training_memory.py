@@ -72,6 +72,23 @@ class TrainingMemory:
     fixed: int
     decision: int
 
+    @classmethod
+    def of_parameters(
+        cls,
+        weights: int,
+        trained: int,
+        num_trained: int,
+        num_narrow: int,
+        fixed: int,
+        decision: int,
+    ) -> TrainingMemory:
+        """What so many trained parameters take, *num_narrow* of them in less than float32.
+
+        Gradients, the two moments of AdamW and masters of what is narrow are float32.
+        """
+        sizes = weights, trained, 4 * num_trained, 8 * num_trained, 4 * num_narrow
+        return cls(*sizes, fixed, decision)
+
     @property
     def states(self) -> int:
         """What the learner holds between two passes."""
@@ -181,12 +198,11 @@ def training_memory(
             for rows in (2, 4)
         )
     decision = (many - few) // 2
-    return TrainingMemory(
+    return TrainingMemory.of_parameters(
         weights=sum(parameter.nbytes for parameter in parameters),
         trained=sum(parameter.nbytes for parameter in trained),
-        gradients=4 * num_trained,
-        optimizer=8 * num_trained,
-        masters=4 * narrow,
+        num_trained=num_trained,
+        num_narrow=narrow,
         fixed=few - 2 * decision,
         decision=decision,
     )

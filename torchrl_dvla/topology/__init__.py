@@ -20,6 +20,7 @@ from torchrl_dvla.topology.planning import (
     plan_placement,
     plan_run,
 )
+from torchrl_dvla.topology.simulation import SimulatedRun, simulate_run
 from torchrl_dvla.topology.topology_aware import TopologyAwareCollector
 
 __all__ = [
@@ -32,8 +33,10 @@ __all__ = [
     "NodeSpec",
     "Placement",
     "RunPlan",
+    "SimulatedRun",
     "TopologyAwareCollector",
     "draw_plan",
     "plan_placement",
     "plan_run",
+    "simulate_run",
 ]

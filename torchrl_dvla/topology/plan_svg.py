@@ -11,10 +11,10 @@ from xml.sax.saxutils import escape
 from torchrl_dvla.swimlane.timeline_svg import svg_text
 from torchrl_dvla.topology.planning import NodePlan, RunPlan
 
-__all__ = ["draw_plan"]
+__all__ = ["draw_plan", "load_colour"]
 
 _COLOURS = {"sampling": "#3b7dd8", "inference": "#e08a1e", "gradient": "#2e9e5b"}
-_COLOURS |= {"network": "#c23b5a"}
+_COLOURS |= {"network": "#c23b5a", "FSDP": "#c23b5a"}
 _WIDTH, _LEFT, _RIGHT, _TOP = 1000, 280, 70, 66
 _ROW, _LABEL, _GAP = 22, 26, 10
 #: Nodes that are drawn; further ones are counted.
@@ -53,8 +53,8 @@ def draw_plan(plan: RunPlan) -> str:
         body.append(svg_text(_LEFT, y + 18, carries, size=14))
         y += _LABEL
         for load in (load for load in plan.loads if load.where == where):
+            colour = load_colour(load.what)
             width = min(1.0, load.share) * (_WIDTH - _LEFT - _RIGHT)
-            colour = next((c for word, c in _COLOURS.items() if word in load.what), "#7a7a7a")
             body += [
                 svg_text(_LEFT - 8, y + 16, load.what, anchor="end"),
                 f'<rect x="{_LEFT}" y="{y + 2:g}" width="{_WIDTH - _LEFT - _RIGHT}" '
@@ -73,6 +73,11 @@ def draw_plan(plan: RunPlan) -> str:
         f'font-family="sans-serif"><rect width="{_WIDTH}" height="{y:g}" fill="white"/>'
     )
     return "\n".join([head, *body, "</svg>", ""])
+
+
+def load_colour(what: str) -> str:
+    """Colour of a lane or device, by its name."""
+    return next((colour for word, colour in _COLOURS.items() if word in what), "#7a7a7a")
 
 
 def _carries(node: NodePlan) -> str:

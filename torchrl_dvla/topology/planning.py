@@ -284,7 +284,7 @@ def plan_run(
     - cores: all that runs on the cores of a node, the learner included where it does;
     - gradient lane: the ranks, which gather weights twice and reduce gradients once an optimizer
       step, over the GPUs' links on one node and over the network on several, not overlapped;
-    - network: rows to the learner's node, a version from it to each other node;
+    - network: rows to the learner's node, a version from it along the chain of the others;
     - admission: cohorts between their first decision and their publication, of which
       ``max_policy_lag + 1`` may be under way, so that by Little's law each may take that many times
       as long as an update.
@@ -445,17 +445,8 @@ class _Model:
     ) -> None:
         self.cluster, self.costs = cluster, costs
         self.shares_gpu = num_learner_gpus == cluster.num_gpus > 0
-        self.learner_gpus, left = [], num_learner_gpus
-        for node in cluster.nodes:
-            self.learner_gpus.append(min(left, node.num_gpus))
-            left -= self.learner_gpus[-1]
+        self.learner_gpus, self.rollout_gpus = split_gpus(cluster, costs, num_learner_gpus)
         self.num_ranks = max(1, num_learner_gpus)
-        self.rollout_gpus = [
-            (node.num_gpus - learning if not self.shares_gpu else node.num_gpus)
-            if costs.policy_device == "cuda"
-            else 0
-            for node, learning in zip(cluster.nodes, self.learner_gpus, strict=True)
-        ]
         self.loops: list[_Loop | None] = []
         for node, num_gpus in zip(cluster.nodes, self.rollout_gpus, strict=True):
             if costs.policy_device == "cuda" and not num_gpus:
@@ -465,7 +456,11 @@ class _Model:
             count = min(num_workers, most)
             self.loops.append(_Loop(node, costs, count, num_gpus, workers, inference))
         learned_s = costs.learned_share * costs.learn_row_s / self.num_ranks
-        others_s = costs.learned_share * costs.optimizer_steps_per_row * self._reduce_seconds()
+        others_s = (
+            costs.learned_share
+            * costs.optimizer_steps_per_row
+            * reduce_seconds(cluster, costs, self.learner_gpus)
+        )
         #: Seconds of the learner behind a decision, and how much of them is work.
         self.learn_s, self.efficiency = learned_s + others_s, learned_s / (learned_s + others_s)
         rows = group.group_size * group.groups_per_update * costs.decisions_per_rollout
@@ -481,17 +476,6 @@ class _Model:
         self.rollouts = sum(loop.rollouts for loop in self.loops if loop)
         self.free_rates = self._free_rates()
         self.free_rate = sum(self.free_rates)
-
-    def _reduce_seconds(self) -> float:
-        """Seconds of an optimizer step in which ranks gather weights and reduce gradients."""
-        costs, ranks = self.costs, self.num_ranks
-        used = [n for n, learning in zip(self.cluster.nodes, self.learner_gpus) if learning]
-        speeds = [node.network_bytes_per_s for node in used]
-        if len(used) <= 1:
-            speeds = [gpu.link_bytes_per_s for node in used for gpu in node.gpus]
-        slowest = min([speed for speed in speeds if speed], default=math.inf)
-        moved = (2 * costs.version_bytes + (costs.trained_bytes or 0)) * (ranks - 1) / ranks
-        return moved / slowest
 
     def _free_rates(self) -> list[float]:
         """Decisions per second of each node, if the learner is as fast as that.
@@ -574,6 +558,37 @@ class _Model:
             self.transfer_s,
             max(1, math.ceil(cohort_s * rate / update - 1e-9) - 1),
         )
+
+
+def split_gpus(
+    cluster: ClusterSpec, costs: LaneCosts, num_learner_gpus: int
+) -> tuple[list[int], list[int]]:
+    """GPUs of each node that learn, the first nodes first, and those that sample.
+
+    Where all of them learn, all sample as well.
+    """
+    learning, left = [], num_learner_gpus
+    for node in cluster.nodes:
+        learning.append(min(left, node.num_gpus))
+        left -= learning[-1]
+    if costs.policy_device == "cpu":
+        return learning, [0] * len(learning)
+    is_shared = num_learner_gpus == cluster.num_gpus
+    return learning, [
+        node.num_gpus - (0 if is_shared else mine) for node, mine in zip(cluster.nodes, learning)
+    ]
+
+
+def reduce_seconds(cluster: ClusterSpec, costs: LaneCosts, learner_gpus: list[int]) -> float:
+    """Seconds of an optimizer step in which ranks gather weights twice and reduce gradients."""
+    used = [(node, count) for node, count in zip(cluster.nodes, learner_gpus) if count]
+    ranks = max(1, sum(learner_gpus))
+    speeds = [node.network_bytes_per_s for node, _ in used]
+    if len(used) <= 1:
+        speeds = [gpu.link_bytes_per_s for node, _ in used for gpu in node.gpus]
+    slowest = min([speed for speed in speeds if speed], default=math.inf)
+    moved = (2 * costs.version_bytes + (costs.trained_bytes or 0)) * (ranks - 1) / ranks
+    return moved / slowest
 
 
 def _most_workers(
