@@ -19,8 +19,9 @@ ratio_one_node_vs_local
     one node by way of Ray over ``DVLACollector``. The goal is 0.97.
 ratio_vs_ray_collector
     decisions a second on 2 nodes over those of TorchRL's ``RayCollector``, asynchronous, with as
-    many environments and updates; an update lasts a stated time, too, and ends with a publication.
-    The rival takes the better of two sizes of its batches. The goal is 3.
+    many environments, a process each, and updates; an update lasts a stated time, too, and ends
+    with a publication. The rival takes the better of two sizes of its batches. The goal is 3. All
+    else has the four environments of a node in one process, where their steps take turns.
 data_bytes_ratio, weight_bytes_ratio
     bytes of groups that came over those of their rows; of versions that went over one a node. Both
     are counted where they are sent; the goal is 1 within 5 %.
@@ -39,6 +40,8 @@ import functools
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import cloudpickle
@@ -51,12 +54,15 @@ from torchrl_dvla.collectors import InferenceConfig, WorkerConfig
 from torchrl_dvla.modules import tiny_token_policy
 from torchrl_dvla.testing import CountingChunkEnv, emulate_latency
 from torchrl_dvla.topology import NodePlacement, Placement
-from torchrl_dvla.topology.nodes import NodeState
+from torchrl_dvla.topology.nodes import NodeState, apart
 from torchrl_dvla.topology.ray_runtime import RayRuntime, stay_private
 
 STEP_S, INFER_S, UPDATE_S = 0.04, 0.01, 0.3
 ENVS_PER_NODE, GROUP_SIZE, DECISIONS = 4, 4, 6
 WORKERS = WorkerConfig(envs_per_worker=ENVS_PER_NODE, num_workers=1, max_decisions=DECISIONS)
+
+#: As many environments, each in a process of its own, as the rival has them.
+ONE_EACH = replace(WORKERS, num_workers=ENVS_PER_NODE, envs_per_worker=1)
 
 make_env = functools.partial(
     CountingChunkEnv,
@@ -77,7 +83,7 @@ def make_policy(infer_s: float = INFER_S) -> TensorDictModuleBase:
     return emulate_latency(policy, infer_s)
 
 
-def make_collector(num_nodes: int) -> DVLACollector:
+def make_collector(num_nodes: int, workers: WorkerConfig = WORKERS) -> DVLACollector:
     """A collector of so many nodes; of 0, on this machine without Ray."""
     # In a process of its own the script is no __main__, and nodes cannot import it.
     cloudpickle.register_pickle_by_value(sys.modules[make_policy.__module__])
@@ -93,9 +99,9 @@ def make_collector(num_nodes: int) -> DVLACollector:
     }
     policy = make_policy(0.0)  # the learner only publishes: its own calls do not matter
     if not num_nodes:
-        return DVLACollector(make_env, policy, workers=WORKERS, **common)
+        return DVLACollector(make_env, policy, workers=workers, **common)
     nodes = [
-        NodePlacement("localhost", WORKERS, InferenceConfig(), learner=index == 0)
+        NodePlacement("localhost", workers, InferenceConfig(), learner=index == 0)
         for index in range(num_nodes)
     ]
     if num_nodes == 1:  # without an address it would not go by way of Ray
@@ -152,9 +158,11 @@ class Learner:
         return int(num_groups) * GROUP_SIZE * DECISIONS
 
 
-def measure(num_nodes: int, seconds: float, update_s: float = 0.0) -> dict[str, float]:
+def measure(
+    num_nodes: int, seconds: float, update_s: float = 0.0, workers: WorkerConfig = WORKERS
+) -> dict[str, float]:
     """One arrangement, in a process of its own."""
-    with make_collector(num_nodes) as collector:
+    with make_collector(num_nodes, workers) as collector:
         learner = Learner(collector, update_s)
         learner.run(2.0)
         wait_healthy(collector, learner)
@@ -188,6 +196,14 @@ def wait_healthy(collector: DVLACollector, learner: Learner) -> None:
             learner.run(0.2)
 
 
+def beside(learner: Learner, function: Callable[[], Any]) -> Any:
+    """Call what takes seconds, while the learner goes on."""
+    future = apart(function)
+    while not future.done():
+        learner.run(0.1)
+    return future.result()
+
+
 def measure_killed(seconds: float, absent_s: float) -> dict[str, float]:
     """Four nodes, of which one is killed and comes back."""
     with make_collector(4) as collector:
@@ -195,10 +211,11 @@ def measure_killed(seconds: float, absent_s: float) -> dict[str, float]:
         learner.run(2.0)
         wait_healthy(collector, learner)
         before = learner.run(seconds)
-        add_again = collector.cluster.runtime.kill_machine()
         killed_s = time.monotonic()
+        add_again = beside(learner, collector.cluster.runtime.kill_machine)
         learner.run(absent_s)
-        add_again()
+        again_s = time.monotonic()
+        beside(learner, add_again)
         wait_healthy(collector, learner)
         history = collector.cluster.history
         back_s = time.monotonic()
@@ -212,7 +229,7 @@ def measure_killed(seconds: float, absent_s: float) -> dict[str, float]:
             "rate_without": learner.rate(lost_s, lost_s + min(10.0, absent_s)) / before,
             "rate_after": after / before,
             "noticed_after_s": lost_s - killed_s,
-            "healthy_after_s": back_s - killed_s - absent_s,
+            "healthy_after_s": back_s - again_s,
             "groups_resampled": collector.cluster.totals["groups_resampled"],
             "groups_lost": stats["groups_admitted"] - sum(stats[f"groups_{p}"] for p in places),
             "groups_learned_twice": len(learner.learned) - len(set(learner.learned)),
@@ -265,7 +282,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {}
     for repeat in range(repeats):
         jobs = [("local", measure, 0), *((f"nodes_{n}", measure, n) for n in counts)]
-        jobs += [("updates_2", measure, 2, UPDATE_S)]
+        jobs += [("updates_2", measure, 2, UPDATE_S, ONE_EACH)]
         jobs += [
             (f"ray_{frames}", measure_rival, 2, frames)
             for frames in (ENVS_PER_NODE * DECISIONS, 4 * ENVS_PER_NODE * DECISIONS)
@@ -274,7 +291,7 @@ def main() -> None:
             found = in_process(function, args[0], seconds, *args[1:])
             runs.setdefault(name, []).append(found)
             log(f"{name}: {found}")
-        killed = in_process(measure_killed, seconds, 6.0 if options.quick else 12.0)
+        killed = in_process(measure_killed, seconds, 6.0 if options.quick else 15.0)
         runs.setdefault("killed", []).append(killed)
         log(f"killed: {killed}")
     rates = {name: [run["decisions_per_s"] for run in found] for name, found in runs.items()
