@@ -39,6 +39,7 @@ from __future__ import annotations
 import functools
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -197,11 +198,19 @@ def wait_healthy(collector: DVLACollector, learner: Learner) -> None:
 
 
 def beside(learner: Learner, function: Callable[[], Any]) -> Any:
-    """Call what takes seconds, while the learner goes on."""
-    future = apart(function)
-    while not future.done():
-        learner.run(0.1)
-    return future.result()
+    """Call what takes seconds, here, where Ray sets signal handlers, while the learner goes on."""
+    over = threading.Event()
+
+    def learn() -> None:
+        while not over.is_set():
+            learner.run(0.1)
+
+    learning = apart(learn)
+    try:
+        return function()
+    finally:
+        over.set()
+        learning.result()
 
 
 def measure_killed(seconds: float, absent_s: float) -> dict[str, float]:
