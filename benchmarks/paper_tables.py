@@ -93,11 +93,10 @@ Case = tuple[str, int, int, float]
 Policies = dict[str, Policy]
 
 
-def predict(case: Case, rollout_s: float, tflops: float, policies: Policies) -> float:
-    """Steps per second of the planner."""
-    name, num_gpus, learning, _ = case
+def lane_costs(name: str, rollout_s: float, tflops: float, policies: Policies) -> LaneCosts:
+    """A policy of the paper, whose environments simulate on GPUs."""
     policy = policies[name]
-    costs = LaneCosts(
+    return LaneCosts(
         name,
         env_step_s=rollout_s,
         env_steps_per_decision=1,
@@ -109,6 +108,12 @@ def predict(case: Case, rollout_s: float, tflops: float, policies: Policies) -> 
         env_device="cuda",
         policy_device="cuda",
     )
+
+
+def predict(case: Case, rollout_s: float, tflops: float, policies: Policies) -> float:
+    """Steps per second of the planner."""
+    name, num_gpus, learning, _ = case
+    costs = lane_costs(name, rollout_s, tflops, policies)
     gpus = tuple(GPUSpec("GPU") for _ in range(8))
     nodes = tuple(NodeSpec(f"node {k}", 128, 2**40, gpus=gpus) for k in range(num_gpus // 8))
     # Environments enough for every GPU: how many the paper's 8-GPU runs had is not known.

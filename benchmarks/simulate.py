@@ -161,19 +161,7 @@ def paper() -> dict[str, Any]:
     _, rollout_s = paper_tables.fit(tflops)
     rows = []
     for name, num_gpus, learning, reported in paper_tables.FITTED + paper_tables.PREDICTED:
-        policy = paper_tables.POLICIES[name]
-        costs = LaneCosts(
-            name,
-            env_step_s=rollout_s,
-            env_steps_per_decision=1,
-            decisions_per_rollout=16,
-            call_row_s=policy.call / tflops,
-            learn_row_s=policy.learn / tflops,
-            row_bytes=1,
-            version_bytes=1,
-            env_device="cuda",
-            policy_device="cuda",
-        )
+        costs = paper_tables.lane_costs(name, rollout_s, tflops, paper_tables.POLICIES)
         gpus, count = (GPUSpec(),) * 8, num_gpus // 8
         found = simulate_run(
             ClusterSpec(tuple(NodeSpec(f"node {k}", 1, 2**40, gpus=gpus) for k in range(count))),
