@@ -10,7 +10,6 @@ import contextlib
 import copy
 import errno
 import fcntl
-import hashlib
 import logging
 import os
 import random
@@ -32,7 +31,7 @@ from torchrl.checkpoint import Checkpoint, CheckpointAdapter, CheckpointError, G
 from torchrl_dvla._version import __version__
 from torchrl_dvla.differences import differences, join_some
 from torchrl_dvla.recording.distributed_state import is_distributed, read_whole
-from torchrl_dvla.recording.training_scenes import TrainingScenes
+from torchrl_dvla.recording.training_scenes import TrainingScenes, sha256_of_file
 from torchrl_dvla.saved_state import COUNT, Number, form_of, form_problems, read_state, types_of
 
 __all__ = ["RunCheckpoints", "find_latest_checkpoint"]
@@ -335,7 +334,7 @@ class _DigestedAdapter(CheckpointAdapter):
         for file in sorted(path.rglob("*")):
             if file.is_file():
                 _flush_to_disk(file)
-                self._digests[file.relative_to(path.parents[1]).as_posix()] = _sha256(file)
+                self._digests[file.relative_to(path.parents[1]).as_posix()] = sha256_of_file(file)
 
     @abstractmethod
     def _write(self, component: Any, path: Path) -> None: ...
@@ -550,7 +549,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 def _verify(path: Path, digests: Mapping[str, str]) -> None:
     files = (file for file in (path / "components").rglob("*") if file.is_file())
-    found = {file.relative_to(path).as_posix(): _sha256(file) for file in files}
+    found = {file.relative_to(path).as_posix(): sha256_of_file(file) for file in files}
     problems = differences(digests, found)
     if problems:
         raise CheckpointError(
@@ -564,11 +563,6 @@ def _without_rest(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
     is_view = tensor.untyped_storage().nbytes() != tensor.nbytes
     return tensor.clone() if is_view else tensor
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush_to_disk(path: Path) -> None:

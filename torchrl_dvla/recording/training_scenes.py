@@ -168,6 +168,11 @@ def _weights_in(folder: Path) -> dict[str, str]:
         if _BY_CONTENT.fullmatch(path.stem):
             found[path.name] = f"{path.stat().st_size} bytes"
         else:
-            with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[path.name] = sha256_of_file(path)
     return found
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
