@@ -451,12 +451,21 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
                 "every decision: record both."
             )
         shape = (self.chunk_size, self.config.num_stochastic + 1, self._max_action_dim)
+        remedy = (
+            "Learn with the sampler that the decisions were taken with: num_steps="
+            f"{self.config.num_steps} and stochastic_step={self.config.stochastic_step!r} are the "
+            "present ones."
+        )
         if path.shape[-3:] != shape:
             raise ValueError(
                 f"{keys.path} must have shape [*B, {', '.join(map(str, shape))}], got "
-                f"{list(path.shape)}. Learn with the sampler that the decisions were taken with: "
-                f"num_steps={self.config.num_steps} and stochastic_step="
-                f"{self.config.stochastic_step!r} are the present ones."
+                f"{list(path.shape)}. {remedy}"
+            )
+        last = self.config.num_candidates - self.config.num_stochastic
+        outside = first[(first < 0) | (first > last)]
+        if outside.numel():
+            raise ValueError(
+                f"{keys.path_step} must be from 0 to {last}, got {int(outside[0])}. {remedy}"
             )
         return path.reshape(-1, *shape), first.reshape(-1)
 
