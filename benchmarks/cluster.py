@@ -26,7 +26,10 @@ data_bytes_ratio, weight_bytes_ratio
     bytes of groups that came over those of their rows; of versions that went over one a node. Both
     are counted where they are sent; the goal is 1 within 5 %.
 learner_stall_ratio
-    duration of a publish with 8 nodes over that with one. The goal is 1.15.
+    duration of a publish with 8 nodes over that with one. The goal is 1.15. A publish also frees
+    the pages of what was learned, eight times as many groups with 8 nodes:
+    ``learner_stall_ratio_equal_work`` is over one node that has all 32 environments and the same
+    groups an update. ``publish_ms`` is the duration, ``publish_cpu_ms`` the core time of it.
 killed
     one of four nodes is killed and comes back: rates over the rate before, in the ten seconds after
     the loss and from 15 s after its return (goals 0.7 and 0.95); groups lost and learned twice (0).
@@ -84,7 +87,9 @@ def make_policy(infer_s: float = INFER_S) -> TensorDictModuleBase:
     return emulate_latency(policy, infer_s)
 
 
-def make_collector(num_nodes: int, workers: WorkerConfig = WORKERS) -> DVLACollector:
+def make_collector(
+    num_nodes: int, workers: WorkerConfig = WORKERS, groups_per_update: int | None = None
+) -> DVLACollector:
     """A collector of so many nodes; of 0, on this machine without Ray."""
     # In a process of its own the script is no __main__, and nodes cannot import it.
     cloudpickle.register_pickle_by_value(sys.modules[make_policy.__module__])
@@ -93,7 +98,7 @@ def make_collector(num_nodes: int, workers: WorkerConfig = WORKERS) -> DVLAColle
         "replay_buffer": PooledReplayBuffer(batch_size=96, timeout_s=120.0),
         "group": GroupConfig(
             group_size=GROUP_SIZE,
-            groups_per_update=max(2, 2 * num_nodes),
+            groups_per_update=groups_per_update or max(2, 2 * num_nodes),
             on_no_signal="keep",  # the policy learns nothing
             max_no_signal_groups=1,
         ),
@@ -106,7 +111,7 @@ def make_collector(num_nodes: int, workers: WorkerConfig = WORKERS) -> DVLAColle
         for index in range(num_nodes)
     ]
     if num_nodes == 1:  # without an address it would not go by way of Ray
-        RayRuntime(["localhost"], [1], object_store_bytes=128 << 20)
+        RayRuntime(["localhost"], [workers.num_workers], object_store_bytes=128 << 20)
     return TopologyAwareCollector(
         make_env,
         policy,
@@ -123,7 +128,7 @@ class Learner:
     def __init__(self, collector: DVLACollector, update_s: float = 0.0) -> None:
         self.collector, self._update_s = collector, update_s
         self.learned: list[int] = []
-        self.max_lag, self.publish_s = 0, []
+        self.max_lag, self.publish_s, self.publish_cpu_s = 0, [], []
         #: Decisions sampled until the end of each update.
         self.times_s: list[float] = []
         self.decisions: list[int] = []
@@ -138,9 +143,10 @@ class Learner:
             groups = self.collector.replay_buffer.cohort
             self.learned += [group.group_id for group in groups]
             time.sleep(self._update_s)
-            published_s = time.monotonic()
+            published_s, cpu_s = time.monotonic(), time.thread_time()
             self.collector.update_policy_weights_()
             self.publish_s.append(time.monotonic() - published_s)
+            self.publish_cpu_s.append(time.thread_time() - cpu_s)
             self.times_s.append(time.monotonic())
             self.decisions.append(self._count())
         return (self._count() - before) / (time.monotonic() - start_s)
@@ -160,20 +166,26 @@ class Learner:
 
 
 def measure(
-    num_nodes: int, seconds: float, update_s: float = 0.0, workers: WorkerConfig = WORKERS
+    num_nodes: int,
+    seconds: float,
+    update_s: float = 0.0,
+    workers: WorkerConfig = WORKERS,
+    groups_per_update: int | None = None,
 ) -> dict[str, float]:
     """One arrangement, in a process of its own."""
-    with make_collector(num_nodes, workers) as collector:
+    with make_collector(num_nodes, workers, groups_per_update) as collector:
         learner = Learner(collector, update_s)
         learner.run(2.0)
         wait_healthy(collector, learner)
         learner.publish_s.clear()
+        learner.publish_cpu_s.clear()
         before = collector.stats()
         rate = learner.run(seconds)
         after = collector.stats()
         out = {
             "decisions_per_s": rate,
             "publish_s": statistics.median(learner.publish_s),
+            "publish_cpu_s": statistics.median(learner.publish_cpu_s),
             "max_lag": learner.max_lag,
         }
         if num_nodes:
@@ -253,7 +265,7 @@ def measure_rival(num_nodes: int, seconds: float, frames_per_batch: int) -> dict
     from torchrl.envs import ParallelEnv
 
     stay_private()
-    ray.init(num_cpus=num_nodes, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=num_nodes, include_dashboard=False, log_to_driver=False)
     collector = RayCollector(
         [functools.partial(ParallelEnv, ENVS_PER_NODE, make_env)] * num_nodes,
         make_policy(),
@@ -292,6 +304,7 @@ def main() -> None:
     for repeat in range(repeats):
         jobs = [("local", measure, 0), *((f"nodes_{n}", measure, n) for n in counts)]
         jobs += [("updates_2", measure, 2, UPDATE_S, ONE_EACH)]
+        jobs += [("nodes_1_of_8_workers", measure, 1, 0.0, replace(WORKERS, num_workers=8), 16)]
         jobs += [
             (f"ray_{frames}", measure_rival, 2, frames)
             for frames in (ENVS_PER_NODE * DECISIONS, 4 * ENVS_PER_NODE * DECISIONS)
@@ -306,7 +319,10 @@ def main() -> None:
     rates = {name: [run["decisions_per_s"] for run in found] for name, found in runs.items()
              if name != "killed"}  # fmt: skip
     rivals = [max(pair) for pair in zip(*(r for name, r in rates.items() if "ray_" in name))]
-    stalls = {n: [run["publish_s"] for run in runs[f"nodes_{n}"]] for n in counts}
+    wall, cpu = (
+        {name: [1e3 * run[key] for run in runs[name]] for name in runs if "nodes_" in name}
+        for key in ("publish_s", "publish_cpu_s")
+    )
     result = {
         "emulated": {"env_step_s": STEP_S, "policy_call_s": INFER_S, "update_s": UPDATE_S},
         "decisions_per_s": {name: spread(found, 1) for name, found in rates.items()},
@@ -316,7 +332,12 @@ def main() -> None:
         },
         "ratio_one_node_vs_local": paired_ratio(rates["nodes_1"], rates["local"]),
         "ratio_vs_ray_collector": paired_ratio(rates["updates_2"], rivals),
-        "learner_stall_ratio": paired_ratio(stalls[8], stalls[1]),
+        "learner_stall_ratio": paired_ratio(wall["nodes_8"], wall["nodes_1"]),
+        "learner_stall_ratio_equal_work": paired_ratio(
+            wall["nodes_8"], wall["nodes_1_of_8_workers"]
+        ),
+        "publish_ms": {name: spread(found) for name, found in wall.items()},
+        "publish_cpu_ms": {name: spread(found) for name, found in cpu.items()},
         "data_bytes_ratio": spread(run["data_bytes_ratio"] for run in runs["nodes_4"]),
         "weight_bytes_ratio": spread(run["weight_bytes_ratio"] for run in runs["nodes_4"]),
         "max_lag": max(run["max_lag"] for name in runs for run in runs[name] if "max_lag" in run),
