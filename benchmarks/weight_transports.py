@@ -35,6 +35,7 @@ import contextlib
 import functools
 import json
 import os
+import secrets
 import statistics
 import subprocess
 import sys
@@ -364,6 +365,7 @@ def measure(cases: Sequence[tuple[int, int]], num_repeats: int, mbit: int | None
 
 def main() -> None:
     args = arguments(__doc__ or "", "two cases, two repeats", emulated_mbit=int)
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     run = functools.partial(measure, QUICK if args.quick else FULL, 2 if args.quick else 5)
     result: dict[str, Any] = {"loopback": run(None)}
     if args.emulated_mbit:
