@@ -17,7 +17,7 @@ PARALLEL = $(shell awk '/^MemAvailable/ && $$2 > 10e6 \
 export VENV PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor train quick cluster test test-gpu lint format docs bench bench-gpu pins clean distclean
+.PHONY: help setup doctor train quick cluster test test-gpu lint format docs bench bench-gpu results pins clean distclean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1|/' | awk -F '|' '{printf "%-20s%s\n", $$1, $$2}'
@@ -68,6 +68,9 @@ bench: setup ## run every benchmark but gpu.py and maniskill_env.py; each prints
 
 bench-gpu: setup ## decisions, publication and memory with learner and policy on one GPU
 	$(PY) benchmarks/gpu.py $(ARGS)
+
+results: setup ## the tables of results from docs/results; ARGS='--keep FILE' keeps a benchmark's output or a run first
+	@$(PY) scripts/results.py $(ARGS)
 
 pins: ## write requirements/constraints.txt anew from .venv, after an upgrade
 	@bash scripts/pins.sh

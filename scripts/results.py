@@ -1,0 +1,200 @@
+# Copyright (c) the torchrl_dvla authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Results tables of the README and the guide, made from the raw results in ``docs/results``.
+
+    python scripts/results.py [--check]             # make them anew, or say whether they are
+    python scripts/results.py --keep FILE|RUN ...   # first keep benchmarks' outputs, runs' folders
+
+``docs/results/rows.toml`` says what is in them. A row without its files is left out, and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import re
+import statistics
+import sys
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "source" / "guide" / "results.md"
+SPREAD = ("median", "min", "max")
+MARKERS = "<!-- results -->\n", "<!-- end of results -->"
+#: The folders of an absolute path, which are the machine's; its last name stays.
+FOLDERS = re.compile(r"(?<![\w.:/])/(?:[\w.@+-]+/)*(?=[\w.@+-])")
+
+
+# -- from a benchmark or a run to raw results ------------------------------------------------------
+def keep(path: Path, results: Path = RESULTS) -> Path:
+    """Keep the output of a benchmark, or the folder of a run of this machine; returns the JSON."""
+    return keep_run(path, results) if path.is_dir() else keep_benchmark(path, results)
+
+
+def keep_benchmark(file: Path, results: Path) -> Path:
+    """The last line as it was printed, in place of an earlier one."""
+    line = file.read_text().strip().splitlines()[-1]
+    kept = results / "benchmarks" / f"{json.loads(line)['benchmark']}.json"
+    kept.write_text(FOLDERS.sub("", line) + "\n")
+    return kept
+
+
+def keep_run(folder: Path, results: Path) -> Path:
+    """Report, commands and curve of greedy success; another run of its seed is kept beside it."""
+    sys.path.append(str(ROOT / "benchmarks"))
+    from _machine import machine
+
+    report = json.loads((folder / "report.json").read_text())
+    settings = (folder / "settings.yaml").read_text().splitlines()
+    report["commands"] = [line[2:] for line in settings if line.startswith("# torchrl-dvla")]
+    report["machine"] = {key: value for key, value in machine().items() if key != "load"}
+    del report["checkpoint"]
+    curve = ["evaluation,update,success_rate"]
+    for file in sorted(folder.glob("scalars/eval*/success_rate.csv")):
+        curve += [f"{file.parent.name},{point}" for point in file.read_text().split()]
+    if len(curve) == 1:
+        raise ValueError(f"{folder} must have its scalars as CSV. Run it with log.backend=csv.")
+    kept = results / "runs" / f"{report['name'].replace(', seed ', '_seed')}.json"
+    text = FOLDERS.sub("", json.dumps(report, indent=2)) + "\n"
+    while kept.exists() and kept.read_text() != text:
+        kept = kept.with_stem(f"{kept.stem}_again")
+    kept.write_text(text)
+    kept.with_name(f"{kept.stem}_success.csv").write_text("\n".join(curve) + "\n")
+    return kept
+
+
+# -- from raw results to values --------------------------------------------------------------------
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Median and range, as benchmarks have them."""
+    values = list(values)
+    return dict(zip(SPREAD, (statistics.median(values), min(values), max(values))))
+
+
+def of_benchmark(path: Path, options: str) -> dict[str, Any]:
+    """What a benchmark found; ``reach`` is how many nodes keep an efficiency of 0.9, by policy."""
+    found, reach = json.loads(path.read_text()), {}
+    for policy, rows in itertools.groupby(found.get("predicted", ()), lambda row: row["policy"]):
+        feasible = (row for row in rows if row["feasible"])
+        for row in itertools.takewhile(lambda row: row["efficiency"] >= 0.9, feasible):
+            reach[policy] = f"{row['nodes']:,} nodes with {policy}"
+    command = f".venv/bin/python benchmarks/{path.stem}.py {options}".strip()
+    values = {"reach": ", ".join(reach.values()), "command": command}
+    return {**found, **values, "machines": [found["machine"]]}
+
+
+def of_runs(paths: list[Path]) -> dict[str, Any]:
+    """What the runs of a configuration found, those of a seed again included."""
+    runs, curves = [json.loads(path.read_text()) for path in paths], []
+    for path in paths:
+        with open(path.with_name(f"{path.stem}_success.csv"), newline="") as file:
+            points = [row for row in csv.DictReader(file) if row["evaluation"] == "eval_subset"]
+        curves.append([float(point["success_rate"]) for point in points])
+    drops = [[best - x for best, x in zip(itertools.accumulate(c, max), c)] for c in curves]
+    whole = [run for run in runs if run["before"] and run["after"]]
+    seeds = ",".join(sorted({run["name"].rpartition(" ")[2] for run in runs}, key=int))
+    own = {re.sub(r" (seed=|log\.|--config-name libero\b)\S*", "", r["commands"][0]) for r in runs}
+    if len(own) > 1:
+        raise ValueError(f"Runs must differ in seeds alone, got {own}. Name others by name=NAME.")
+    settings = own.pop().replace("torchrl-dvla train", "--multirun")
+    return {
+        **{key: spread(run[key]["num_successes"] for run in whole) for key in ("before", "after")},
+        **{key: spread(run[key] for run in runs) for key in ("num_env_steps", "num_episodes")},
+        "num_scenes": whole[0]["after"]["num_episodes"],
+        "minutes": spread(run["training_s"] / 60 for run in runs),
+        "worst_drop": spread(max(drop, default=0.0) for drop in drops),
+        "num_looks": spread(map(len, curves)),
+        "runs": f"{len(runs)} runs, {len(runs) - len(whole)} of them broken off; seeds {seeds}",
+        "machines": [run["machine"] for run in runs],
+        "command": f"make train ARGS='{settings} seed={seeds} log.backend=csv'",
+    }
+
+
+# -- from values to tables -------------------------------------------------------------------------
+def filled(answer: str, values: dict[str, Any]) -> str:
+    """Answer with its values: median and range of a spread, the names in what else has some."""
+
+    def shown(match: re.Match[str]) -> str:
+        value: Any = values
+        for key in match[1].split("."):
+            if key not in value:
+                raise KeyError(
+                    f"{match[0]} is not in the raw file. Measure it anew: {values['command']}"
+                )
+            value = value[key]
+        if not isinstance(value, dict):
+            return format(value, match[2])
+        if not value.keys() >= {*SPREAD}:
+            return ", ".join(value) or "none"
+        return "{} ({} to {})".format(*(format(value[key], match[2]) for key in SPREAD))
+
+    return re.sub(r"\{([^{}:]+):?([^{}]*)\}", shown, " ".join(answer.split()))
+
+
+def machine_name(machine: dict[str, Any]) -> str:
+    """Cores, processor and, of a benchmark, the load."""
+    cpu = re.sub(r"\(R\)|\(TM\)| Processor| CPU", "", machine["cpu"])
+    load = f", load {machine['load']}" if "load" in machine else ""
+    return f"{machine['cores']} cores, {cpu}{load}"
+
+
+def table(page: Path, results: Path = RESULTS) -> tuple[str, list[str]]:
+    """Table of a page in Markdown, and the files that further rows need."""
+    lines = ["| question | answer | command | machine, raw file |", "|---|---|---|---|"]
+    missing: list[str] = []
+    for row in tomllib.loads((results / "rows.toml").read_text())["row"]:
+        files, folder = row["files"], row["files"].partition("/")[0]
+        paths = sorted(results.glob(files))
+        if page == README and not row.get("readme"):
+            continue
+        if not paths:
+            missing.append(files)
+            continue
+        options = row.get("options", "")
+        values = of_runs(paths) if folder == "runs" else of_benchmark(paths[0], options)
+        machines = " and ".join(sorted({*map(machine_name, values["machines"])}))
+        machines += ", **quick run**" if values.get("quick") else ""
+        source = f"`docs/results/{files}`"  # the guide is built without this folder
+        if page == README:
+            source = f"[`{Path(files).name}`](docs/results/{folder if folder == 'runs' else files})"
+        cells = row["question"], filled(row["answer"], values), f"`{values['command']}`"
+        lines.append(f"| {' | '.join(cells)} | {machines}: {source} |")
+    return "\n".join(lines) + "\n", missing
+
+
+def with_table(text: str, made: str) -> str:
+    """Text of a page, with the table between its markers."""
+    (before, _), (_, after) = text.split(MARKERS[0]), text.split(MARKERS[1])
+    return f"{before}{MARKERS[0]}\n{made}\n{MARKERS[1]}{after}"
+
+
+def main() -> None:
+    """Keep what is given; write or check the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--keep", nargs="+", type=Path, default=[], metavar="FILE|RUN")
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if there is need to")
+    args = parser.parse_args()
+    for path in args.keep:
+        print(f"kept {keep(path).relative_to(ROOT)}")
+    old = []
+    for page in (README, PAGE):
+        made, missing = table(page)
+        text = with_table(page.read_text(), made)
+        if text != page.read_text():
+            old.append(page.name)
+            if not args.check:
+                page.write_text(text)
+    print(f"rows left out, for want of {', '.join(dict.fromkeys(missing)) or 'nothing'}")
+    print(f"{'not up to date' if args.check else 'made anew'}: {', '.join(old) or 'none'}")
+    sys.exit(bool(args.check and old))
+
+
+if __name__ == "__main__":
+    main()
