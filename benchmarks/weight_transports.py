@@ -78,15 +78,16 @@ def hosts(number: int, mbit: int | None) -> Iterator[list[tuple[list[str], str]]
     if mbit is None:
         yield [([], "127.0.0.1")] * number
         return
-    names = [f"dvla{index}" for index in range(number)]
+    # Of their own for each number: links of those before may still be going.
+    bridge, names = f"{_BRIDGE}{number}", [f"dvla{number}n{index}" for index in range(number)]
     shape = f"rate {mbit}mbit burst 256kb latency 50ms".split()
     try:
-        _run("ip", "link", "add", _BRIDGE, "type", "bridge")
-        _run("ip", "link", "set", _BRIDGE, "up")
+        _run("ip", "link", "add", bridge, "type", "bridge")
+        _run("ip", "link", "set", bridge, "up")
         for index, name in enumerate(names):
             _run("ip", "netns", "add", name)
             _run("ip", "link", "add", f"{name}b", "type", "veth", "peer", "eth0", "netns", name)
-            _run("ip", "link", "set", f"{name}b", "master", _BRIDGE, "up")
+            _run("ip", "link", "set", f"{name}b", "master", bridge, "up")
             inside = ["ip", "netns", "exec", name]
             _run(*inside, "ip", "addr", "add", f"10.77.0.{index + 1}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
@@ -98,7 +99,7 @@ def hosts(number: int, mbit: int | None) -> Iterator[list[tuple[list[str], str]]
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
-        subprocess.run(["ip", "link", "del", _BRIDGE], capture_output=True)
+        subprocess.run(["ip", "link", "del", bridge], capture_output=True)
 
 
 # -- torch.distributed -----------------------------------------------------------------------------
