@@ -111,7 +111,7 @@ def of_runs(paths: list[Path]) -> dict[str, Any]:
         "minutes": spread(run["training_s"] / 60 for run in runs),
         "worst_drop": spread(max(drop, default=0.0) for drop in drops),
         "num_looks": spread(map(len, curves)),
-        "runs": f"{len(runs)} runs, {len(runs) - len(whole)} of them broken off; seeds {seeds}",
+        "runs": f"runs: {len(runs)}, broken off: {len(runs) - len(whole)}; seeds {seeds}",
         "machines": [run["machine"] for run in runs],
         "command": f"make train ARGS='{settings} seed={seeds} log.backend=csv'",
     }
@@ -133,7 +133,8 @@ def filled(answer: str, values: dict[str, Any]) -> str:
             return format(value, match[2])
         if not value.keys() >= {*SPREAD}:
             return ", ".join(value) or "none"
-        return "{} ({} to {})".format(*(format(value[key], match[2]) for key in SPREAD))
+        median, low, high = (format(value[key], match[2]) for key in SPREAD)
+        return median if low == high else f"{median} ({low} to {high})"
 
     return re.sub(r"\{([^{}:]+):?([^{}]*)\}", shown, " ".join(answer.split()))
 

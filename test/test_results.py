@@ -166,7 +166,7 @@ def test_runs_by_hand(folder: Path) -> None:
     cells = made.splitlines()[2].split(" | ")
     assert cells[1] == (
         "3 (2 to 4) of 50, 45 (40 to 50); 4,000 (2,000 to 4,000); 4.0 (2.0 to 4.0); "
-        "0% (0% to 50%); 2 (0 to 4); 3 runs, 1 of them broken off; seeds 0,1"
+        "0% (0% to 50%); 2 (0 to 4); runs: 3, broken off: 1; seeds 0,1"
     )
     assert cells[2] == (
         "`make train ARGS='--multirun --config-name toy lr=1 seed=0,1 log.backend=csv'`"

@@ -152,12 +152,16 @@ def check_updater(schemes: Mapping[str, WeightSyncScheme]) -> AsyncWeightUpdater
     return updater
 
 
-def match_policy(policy: TensorDictModuleBase, specs: EnvSpecs) -> RowLayout:
+def match_policy(
+    policy: TensorDictModuleBase, specs: EnvSpecs, instruction: str = "."
+) -> RowLayout:
     """Call ``policy`` once on zeros and compare what it writes with what the environment takes.
 
     Args:
         policy (TensorDictModuleBase): the policy; lazy parameters are initialised by the call.
         specs (EnvSpecs): what the environment reads and writes.
+        instruction (str): what the policy is told. By default no word, since a tokenizer need not
+            know any.
 
     Returns:
         RowLayout: the row of one decision.
@@ -175,7 +179,7 @@ def match_policy(policy: TensorDictModuleBase, specs: EnvSpecs) -> RowLayout:
         },
         batch_size=[1],
     )
-    zeros.set(INSTRUCTION_KEY, NonTensorStack("."))  # no word: a tokenizer need not know it
+    zeros.set(INSTRUCTION_KEY, NonTensorStack(instruction))
     decisions = decide(policy, zeros)
     require_protocol(policy, decisions, specs)
     recorded = {}
