@@ -93,7 +93,7 @@ def measured_rate(cfg: Settings, seconds: float, num_warm_ups: int) -> dict[str,
     utils.make_deterministic(cfg)
     policy, buffer = utils.make_policy(cfg), utils.make_replay_buffer(cfg)
     loss = utils.make_loss(cfg, policy)
-    optimizer, scheduler = utils.make_optimizer(cfg, loss, lambda: 0.0)
+    optimizer, scheduler, _ = utils.make_optimizer(cfg, loss, lambda: 0.0)
     stop = GracefulStop()
     with utils.make_collector(cfg, policy, buffer) as collector:
 

@@ -78,16 +78,15 @@ def hosts(number: int, mbit: int | None) -> Iterator[list[tuple[list[str], str]]
     if mbit is None:
         yield [([], "127.0.0.1")] * number
         return
-    # Of their own for each number: links of those before may still be going.
-    bridge, names = f"{_BRIDGE}{number}", [f"dvla{number}n{index}" for index in range(number)]
+    names = [f"dvla{index}" for index in range(number)]
     shape = f"rate {mbit}mbit burst 256kb latency 50ms".split()
     try:
-        _run("ip", "link", "add", bridge, "type", "bridge")
-        _run("ip", "link", "set", bridge, "up")
+        _run("ip", "link", "add", _BRIDGE, "type", "bridge")
+        _run("ip", "link", "set", _BRIDGE, "up")
         for index, name in enumerate(names):
             _run("ip", "netns", "add", name)
             _run("ip", "link", "add", f"{name}b", "type", "veth", "peer", "eth0", "netns", name)
-            _run("ip", "link", "set", f"{name}b", "master", bridge, "up")
+            _run("ip", "link", "set", f"{name}b", "master", _BRIDGE, "up")
             inside = ["ip", "netns", "exec", name]
             _run(*inside, "ip", "addr", "add", f"10.77.0.{index + 1}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
@@ -98,8 +97,10 @@ def hosts(number: int, mbit: int | None) -> Iterator[list[tuple[list[str], str]]
         yield [(["ip", "netns", "exec", name], f"10.77.0.{i + 1}") for i, name in enumerate(names)]
     finally:
         for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
-        subprocess.run(["ip", "link", "del", bridge], capture_output=True)
+            # Agents of Ray's may stay for a while, and keep a namespace with its link.
+            for what in (["link", "del", f"{name}b"], ["netns", "del", name]):
+                subprocess.run(["ip", *what], capture_output=True)
+        subprocess.run(["ip", "link", "del", _BRIDGE], capture_output=True)
 
 
 # -- torch.distributed -----------------------------------------------------------------------------

@@ -398,7 +398,9 @@ def test_a_path_of_another_sampler_is_refused():
         make_flow_policy(stochastic_step="all").get_dist(td)
     for step in (-1, 4):
         late = td.clone().set(STEP, torch.tensor([[0], [step], [3]]))
-        with pytest.raises(ValueError, match=rf"path_step.* must be from 0 to 3, got {step}\. Learn"):
+        with pytest.raises(
+            ValueError, match=rf"path_step.* must be from 0 to 3, got {step}\. Learn"
+        ):
             make_flow_policy().get_dist(late)
     for key in (PATH, STEP):
         with pytest.raises(KeyError, match="the batch must hold .*path.* record both"):

@@ -394,6 +394,53 @@ class RecordingEnv(CountingChunkEnv):
         return super()._step(tensordict)
 
 
+class ClosingEnv(CountingChunkEnv):
+    """Says when it is closed."""
+
+    closed: ClassVar[list] = []
+
+    def __init__(self, name):
+        super().__init__(chunk_size=4, max_env_steps=10)
+        self._name = name
+
+    def close(self, *, raise_if_closed=True):
+        self.closed.append(self._name)
+        super().close(raise_if_closed=raise_if_closed)
+
+
+def test_the_environment_of_the_task_unused_for_longest_is_closed_for_another():
+    ClosingEnv.closed.clear()
+    names = ("a", "b", "c")
+    worker = EnvWorker({n: functools.partial(ClosingEnv, n) for n in names}, 2, max_tasks=2)
+    first = worker.build(0, "a")
+    worker.build(0, "b")
+    assert worker.build(0, "a") is first
+    worker.build(1, "c")
+    worker.build(1, "b")
+    assert ClosingEnv.closed == [], "two tasks each"
+    worker.build(0, "c")
+    assert ClosingEnv.closed == ["b"]
+    assert worker.build(0, "a") is first
+    worker.build(0, "b")
+    assert ClosingEnv.closed == ["b", "c"]
+    worker.close()
+    assert sorted(ClosingEnv.closed) == ["a", "b", "b", "b", "c", "c"]
+
+
+def test_an_environment_with_a_rollout_under_way_is_not_closed():
+    ClosingEnv.closed.clear()
+    factories = {n: functools.partial(ClosingEnv, n) for n in ("a", "b")}
+    with EnvironmentPool(layout_of(factories["a"]()), 1, rows_per_page=4) as pool:
+        pool.lease("w")
+        worker = OneByOne(factories, 1, max_tasks=1)
+        worker.use_pool(pool.worker_view())
+        worker.reset(Reset(0, "a", 0, 1, 0, generation=0))
+        worker.build(0, "b")
+        assert ClosingEnv.closed == []
+        worker._open[0] = None
+        worker.close()
+
+
 @pytest.mark.parametrize("bounds", [Bounded(-1.0, 1.0, (4, 1)), Unbounded((4, 1))])
 def test_actions_outside_of_the_action_spec_are_clipped_and_counted(bounds):
     def make():

@@ -26,6 +26,9 @@ class WorkerConfig:
         num_workers (int): processes.
         envs_per_worker (int): environments of a worker, of which one is simulated while others wait
             for their decision. Each holds one rollout open; one of batch size ``[N]``, ``N``.
+        max_tasks (int, optional): tasks of which each of them is kept built, so that memory does
+            not grow with the number of tasks; the one unused for longest is closed for another.
+            Defaults to all. A simulator of LIBERO takes 0.9 GB, and 1.7 s to build again.
         max_decisions (int): decisions after which a rollout is truncated.
         reset_timeout_s (float): seconds after which a reset counts as hung and its worker is
             replaced.
@@ -52,6 +55,7 @@ class WorkerConfig:
 
     num_workers: Count = 2
     envs_per_worker: Count = 1
+    max_tasks: Count | None = None
     max_decisions: Count = 64
     reset_timeout_s: Seconds = 120.0
     step_timeout_s: Seconds = 60.0

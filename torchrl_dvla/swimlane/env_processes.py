@@ -33,6 +33,7 @@ class EnvProcesses:
     Keyword Args:
         envs_per_worker (int): environments of one worker, so that it can simulate one while another
             waits for its decision.
+        max_tasks (int, optional): tasks of which each of them is kept built; all by default.
         num_threads (int): intra-op torch threads of a worker.
         env_vars (Mapping, optional): environment variables of the workers.
         start_method (str): how the processes are started.
@@ -44,6 +45,7 @@ class EnvProcesses:
         num_workers: int,
         *,
         envs_per_worker: int = 1,
+        max_tasks: int | None = None,
         num_threads: int = 1,
         env_vars: Mapping[str, str] | None = None,
         start_method: str = "forkserver",
@@ -52,7 +54,7 @@ class EnvProcesses:
         self.tasks = tuple(factories)
         #: The task whose environment a new worker builds before it sends its specs.
         self.first_task = self.tasks[0]
-        self._envs_per_worker = envs_per_worker
+        self._envs = envs_per_worker, max_tasks
         self._options: dict[str, Any] = {
             "num_threads": num_threads,
             "env_vars": env_vars,
@@ -69,7 +71,7 @@ class EnvProcesses:
             raise
 
     def _start(self, index: int) -> ManagedProcess:
-        args = (self._payload, self.first_task, self._envs_per_worker)
+        args = (self._payload, self.first_task, *self._envs)
         return ManagedProcess(run_env_worker, args, name=f"dvla-env-{index}", **self._options)
 
     def wait_ready(self, timeout_s: float) -> EnvSpecs:

@@ -296,11 +296,17 @@ class EnvWorker:
         factories (Mapping): environment factory by task name. An environment is built when its task
             is first asked for, and kept.
         num_envs (int): environments of one task.
+        max_tasks (int, optional): tasks of which each of these environments is kept; that of the
+            task unused for longest is closed before another's is built. Defaults to all.
     """
 
-    def __init__(self, factories: EnvFactories, num_envs: int) -> None:
+    def __init__(
+        self, factories: EnvFactories, num_envs: int, max_tasks: int | None = None
+    ) -> None:
         self._factories = factories
         self._num_envs, self._num_rollouts = num_envs, 1
+        self._max_tasks = max_tasks or len(factories)
+        #: Those used last come last.
         self._envs: dict[tuple[int, str], _BuiltEnv] = {}
         self._open: list[_OpenRollout | None] = [None] * num_envs
         self._chunks = torch.empty(0)
@@ -311,13 +317,24 @@ class EnvWorker:
         self._outcomes: RowWriter | None = None
 
     def build(self, index: int, task: str) -> _BuiltEnv:
-        """Environment ``index`` for ``task``, built at most once."""
+        """Environment ``index`` for ``task``, built if it is not there."""
         key = (index, task)
-        if key not in self._envs:
+        built = self._envs.pop(key, None)
+        if built is None:
+            self._make_room(index)
             env = self._factories[task]()
             specs = describe_env(env)  # that of every task is checked
-            self._envs[key] = _BuiltEnv(env, specs, _action_bounds(env))
-        return self._envs[key]
+            built = _BuiltEnv(env, specs, _action_bounds(env))
+        self._envs[key] = built
+        return built
+
+    def _make_room(self, index: int) -> None:
+        """Close what is more than ``max_tasks`` allow, but for what a rollout is open in."""
+        in_use = {id(rollout.built) for rollout in self._open if rollout is not None}
+        kept = [key for key in self._envs if key[0] == index]
+        idle = [key for key in kept if id(self._envs[key]) not in in_use]
+        for key in idle[: max(0, len(kept) + 1 - self._max_tasks)]:
+            self._close(key)
 
     def use_pool(self, view: WorkerView, num_rollouts: int = 1) -> None:
         """Take the rows that chunks are read from and observations and outcomes written to.
@@ -567,10 +584,12 @@ class EnvWorker:
 
     def close(self) -> None:
         """Close every environment."""
-        for built in self._envs.values():
-            if not built.env.is_closed:
-                built.env.close()
-        self._envs.clear()
+        for key in list(self._envs):
+            self._close(key)
+
+    def _close(self, key: tuple[int, str]) -> None:
+        # TorchRL's is_closed is no guide: it is True of many that are open.
+        self._envs.pop(key).env.close(raise_if_closed=False)
 
 
 def _partial_reset(built: _BuiltEnv, commands: Sequence[Reset], index: list[int]) -> TensorDictBase:
@@ -719,12 +738,16 @@ def _execute(commands: WorkerCommands, worker: EnvWorker, sender: _EventSender) 
 
 
 def run_env_worker(
-    connection: Connection, pickled_factories: bytes, first_task: str, num_envs: int
+    connection: Connection,
+    pickled_factories: bytes,
+    first_task: str,
+    num_envs: int,
+    max_tasks: int | None = None,
 ) -> None:
     """Entry point of the worker process: build, describe, then serve until told to stop."""
     worker, sender = None, _EventSender(connection)
     try:
-        worker = EnvWorker(cloudpickle.loads(pickled_factories), num_envs)
+        worker = EnvWorker(cloudpickle.loads(pickled_factories), num_envs, max_tasks)
         connection.send(worker.build(0, first_task).specs)
         while True:
             message = connection.recv()

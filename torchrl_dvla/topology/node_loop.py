@@ -132,6 +132,7 @@ class NodeLoop:
             cloudpickle.loads(factories),
             workers.num_workers,
             envs_per_worker=workers.envs_per_worker,
+            max_tasks=workers.max_tasks,
             num_threads=workers.num_threads,
             env_vars=workers.env_vars,
             start_method=workers.start_method,
