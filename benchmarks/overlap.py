@@ -188,7 +188,8 @@ class Loop:
 
     A sequential one admits the groups of one update at a time: with a lag of 0 there is nothing
     left to admit until they are learned from and published. Policy calls and learner's step are
-    emulated, but for a ``policy`` and its ``learn`` that are given.
+    emulated, but for a ``policy`` and its ``learn`` that are given. Further options are the
+    collector's.
     """
 
     def __init__(
@@ -198,6 +199,8 @@ class Loop:
         sequential: bool = False,
         policy: TensorDictModuleBase | None = None,
         learn: Callable[[TensorDictBase], int] | None = None,
+        make_env: Callable[[Mix, Draws], Any] = make_env,
+        **options: Any,
     ) -> None:
         self.mix, self._draws = mix, Draws()
         self._lag = 0 if sequential else mix.max_policy_lag
@@ -213,10 +216,12 @@ class Loop:
                 num_workers=mix.num_workers,
                 envs_per_worker=mix.envs_per_worker,
                 max_decisions=DECISIONS_PER_ROLLOUT,
+                step_timeout_s=600.0,  # its processes may be stopped while others take turns
             ),
             inference=InferenceConfig(
                 max_batch_size=mix.max_batch_size, max_wait_s=mix.max_wait_s, deterministic=False
             ),
+            **options,
         )
         self._learn = learn or emulate_latency(
             lambda batch: len(batch), Latency(0, per_row_s=mix.learn_row_s)
