@@ -23,7 +23,7 @@ from torchrl_dvla.recording import GracefulStop, TrainingScenes
 
 KINDS = {"libero_pi0": "pi0", "libero_pi05": "pi05", "libero_smolvla": "smolvla"}
 #: A policy of LIBERO, but for its chunks.
-SIZES = {"state_dim": 8, "action_dim": 7, "size": (256, 256)}
+SIZES = {"state_dim": 8, "action_dim": 7, "size": (256, 256), "max_tokens": 200}
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,13 @@ def test_a_pi05_of_openpi_as_its_configuration_says(foreign, settings, tmp_path)
 def test_an_environment_that_does_not_fit(settings, folders, setting, message):
     cfg = settings("libero_pi0", *overrides(folders["pi0"], "env.chunk_size=6", setting))
     with pytest.raises(ValueError, match=message):
+        check_policy(cfg, utils.make_policy(cfg))
+
+
+def test_an_instruction_that_is_too_long_for_the_policy(foreign, settings, tmp_path):
+    folder = foreign.write_lerobot(tmp_path / "pi0", "pi0", **SIZES | {"max_tokens": 48})
+    cfg = settings("libero_pi0", *overrides(folder, "env.chunk_size=6"))
+    with pytest.raises(ValueError, match=r"must have at most 48 tokens .*, got \d+\. The network"):
         check_policy(cfg, utils.make_policy(cfg))
 
 

@@ -161,7 +161,7 @@ _SMOLVLA = {
 
 def lerobot_config(
     kind, *, state_dim=STATE_DIM, action_dim=ACTION_DIM, size=(HEIGHT, WIDTH),
-    cameras=("image", "image2"), chunk_size=CHUNK_SIZE,
+    cameras=("image", "image2"), chunk_size=CHUNK_SIZE, max_tokens=None,
 ):  # fmt: skip
     """``config.json`` as LeRobot 0.6.1 writes it."""
     mode = "QUANTILES" if kind == "pi05" else "MEAN_STD"
@@ -181,6 +181,7 @@ def lerobot_config(
         **_ALL,
         **(_SMOLVLA if kind == "smolvla" else own),
         "chunk_size": chunk_size,
+        **({"tokenizer_max_length": max_tokens} if max_tokens else {}),
     }
 
 
