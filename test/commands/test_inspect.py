@@ -128,7 +128,7 @@ def test_a_flow_policy(call, tmp_path):
 
 def test_a_policy_of_lerobot(call, foreign, tmp_path):
     sizes = {"state_dim": 8, "action_dim": 7, "size": (256, 256)}
-    folder = foreign.write_lerobot(tmp_path / "pi0", "pi0", **sizes)
+    folder = foreign.write_lerobot(tmp_path / "pi0", "pi0", max_tokens=200, **sizes)
     code, out, err = call("inspect", folder)
     assert code == 0, err
     found = rows(out)

@@ -229,7 +229,7 @@ def test_quantiles_for_a_pi05():
 # -- from a checkpoint -----------------------------------------------------------------------------
 def of_lerobot(foreign, folder, kind="pi0"):
     sizes = {"state_dim": 8, "action_dim": 7, "size": (SIZE, SIZE), "chunk_size": CHUNK}
-    foreign.write_lerobot(folder, kind, **sizes)
+    foreign.write_lerobot(folder, kind, max_tokens=200, **sizes)
     return (
         f"policy.path={folder}", f"policy.stated.tokenizer={folder / 'tokenizer'}",
         "env.replan_interval=2",

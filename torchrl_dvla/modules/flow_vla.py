@@ -462,8 +462,7 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
                 f"{list(path.shape)}. {remedy}"
             )
         last = self.config.num_candidates - self.config.num_stochastic
-        outside = first[(first < 0) | (first > last)]
-        if outside.numel():
+        if not first.is_meta and (outside := first[(first < 0) | (first > last)]).numel():
             raise ValueError(
                 f"{keys.path_step} must be from 0 to {last}, got {int(outside[0])}. {remedy}"
             )
