@@ -10,6 +10,7 @@ import faulthandler
 import functools
 import gc
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -73,6 +74,15 @@ def _why_not_maniskill() -> str:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device that a policy may be on."""
     return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def log_handlers() -> Iterator[None]:
+    """Hydra gives the root logger one that writes to the stream of the test, which is closed."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    root.handlers[:] = before
 
 
 @pytest.fixture(autouse=True)

@@ -101,7 +101,7 @@ def test_what_cannot_be_played_is_said_before_a_worker_starts(
     monkeypatch.setattr(utils, "make_collector", None)
     code, out, err = call("evaluate", trained, *arguments)
     assert code == 1 and out == ""
-    assert "error: " in err and any(text in err for text in message.split("|"))
+    assert err.startswith("error: ") and any(text in err for text in message.split("|"))
 
 
 def test_a_run_without_a_checkpoint(call, tmp_path):
