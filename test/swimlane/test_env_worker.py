@@ -408,23 +408,35 @@ class ClosingEnv(CountingChunkEnv):
         super().close(raise_if_closed=raise_if_closed)
 
 
-def test_the_environment_of_the_task_unused_for_longest_is_closed_for_another():
+def test_the_environment_of_the_task_played_last_is_closed_for_another():
     ClosingEnv.closed.clear()
     names = ("a", "b", "c")
     worker = EnvWorker({n: functools.partial(ClosingEnv, n) for n in names}, 2, max_tasks=2)
     first = worker.build(0, "a")
     worker.build(0, "b")
-    assert worker.build(0, "a") is first
     worker.build(1, "c")
     worker.build(1, "b")
     assert ClosingEnv.closed == [], "two tasks each"
     worker.build(0, "c")
     assert ClosingEnv.closed == ["b"]
-    assert worker.build(0, "a") is first
+    assert worker.build(0, "a") is first, "whose turn came next"
     worker.build(0, "b")
-    assert ClosingEnv.closed == ["b", "c"]
+    assert ClosingEnv.closed == ["b", "a"]
     worker.close()
     assert sorted(ClosingEnv.closed) == ["a", "b", "b", "b", "c", "c"]
+
+
+@pytest.mark.parametrize(("max_tasks", "num_built"), [(1, 30), (5, 20), (8, 14), (9, 12), (10, 10)])
+def test_tasks_in_turn_find_most_of_what_is_kept(max_tasks, num_built):
+    built = []
+    factories = {
+        str(task): lambda task=task: built.append(task) or ClosingEnv(task) for task in range(10)
+    }
+    worker = EnvWorker(factories, 1, max_tasks=max_tasks)
+    for group in range(30):
+        worker.build(0, str(group % 10))
+    worker.close()
+    assert len(built) == num_built
 
 
 def test_an_environment_with_a_rollout_under_way_is_not_closed():

@@ -27,7 +27,7 @@ class WorkerConfig:
         envs_per_worker (int): environments of a worker, of which one is simulated while others wait
             for their decision. Each holds one rollout open; one of batch size ``[N]``, ``N``.
         max_tasks (int, optional): tasks of which each of them is kept built, so that memory does
-            not grow with the number of tasks; the one unused for longest is closed for another.
+            not grow with the number of tasks; the one played last is closed for another.
             Defaults to all. A simulator of LIBERO takes 0.9 GB, and 1.7 s to build again.
         max_decisions (int): decisions after which a rollout is truncated.
         reset_timeout_s (float): seconds after which a reset counts as hung and its worker is

@@ -297,7 +297,8 @@ class EnvWorker:
             is first asked for, and kept.
         num_envs (int): environments of one task.
         max_tasks (int, optional): tasks of which each of these environments is kept; that of the
-            task unused for longest is closed before another's is built. Defaults to all.
+            task played last is closed before another's is built, since tasks come in turn.
+            Defaults to all.
     """
 
     def __init__(
@@ -333,7 +334,8 @@ class EnvWorker:
         in_use = {id(rollout.built) for rollout in self._open if rollout is not None}
         kept = [key for key in self._envs if key[0] == index]
         idle = [key for key in kept if id(self._envs[key]) not in in_use]
-        for key in idle[: max(0, len(kept) + 1 - self._max_tasks)]:
+        # in turn, the one just played is asked for last
+        for key in idle[::-1][: max(0, len(kept) + 1 - self._max_tasks)]:
             self._close(key)
 
     def use_pool(self, view: WorkerView, num_rollouts: int = 1) -> None:
