@@ -50,7 +50,7 @@ def measure(
     cfg = compose_settings("toy", [*overrides, *reference])
     utils.make_deterministic(cfg)
     policy = TransformersVLA.tiny(
-        utils.make_instructions(cfg),
+        utils.known_instructions(cfg),
         action_dim=2,
         chunk_size=4,
         state_dim=4,

@@ -59,7 +59,7 @@ def test_the_guide_calls_commands_that_exist_with_arguments_that_they_take() -> 
         overrides = [text for text in arguments if "=" in text and not text.startswith("-")]
         if name in ("train", "sft"):
             configs = {"--config-dir", "conf", "--config-name", "reach", "maniskill", "libero_pi0"}
-            configs |= {"libero_cluster", "libero_openvla_oft", "libero_vla"}
+            configs |= {"libero_cluster", "libero_openvla_oft", "libero_suite", "libero_vla"}
             assert set(arguments) - {*overrides, *configs} <= {"--quick", "-m"}, arguments
         else:
             command = importlib.import_module(f"torchrl_dvla.commands.{name}")

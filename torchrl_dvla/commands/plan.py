@@ -32,7 +32,6 @@ from torchrl_dvla.modules.training_memory import memory_table
 from torchrl_dvla.recipes.dvla_grpo import utils
 from torchrl_dvla.recipes.dvla_grpo.calibration import cost_settings
 from torchrl_dvla.recipes.dvla_grpo.settings import (
-    FactorySettings,
     LiberoSettings,
     Settings,
     compose_settings,
@@ -110,7 +109,7 @@ def _plan_speed(args: argparse.Namespace, cfg: Settings) -> tuple[RunPlan, str] 
 
 def _gpu_table(cfg: Settings, policy: TransformersVLA | FlowVLA, batch_bytes: int) -> list[str]:
     """What each way to train takes."""
-    known = [] if isinstance(cfg.env, FactorySettings) else utils.make_instructions(cfg)
+    known = utils.known_instructions(cfg)
     instruction = max(known, key=len, default="pick up the object and place it")
     return memory_table(policy.config, policy.tokenizer, instruction, batch_bytes=batch_bytes)
 

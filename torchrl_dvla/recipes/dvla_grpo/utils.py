@@ -42,6 +42,7 @@ from torchrl_dvla.recipes.dvla_grpo.settings import (
     LiberoSettings,
     PolicySettings,
     Settings,
+    ToySettings,
 )
 from torchrl_dvla.recording import (
     RunCheckpoints,
@@ -79,10 +80,12 @@ def find_policy(path: str) -> Path:
 # -- environments ---------------------------------------------------------------------------------
 
 
-def make_instructions(cfg: Settings) -> list[str]:
-    """What the policy will be told, in an environment of our own."""
-    if not isinstance(cfg.env, LiberoSettings):
+def known_instructions(cfg: Settings) -> list[str]:
+    """What the policy will be told; nothing if only the environment knows."""
+    if isinstance(cfg.env, ToySettings):
         return [TOY_INSTRUCTION]
+    if not isinstance(cfg.env, LiberoSettings):
+        return []
     tasks = libero_tasks(cfg.env.task_suite)
     return [tasks[task_id].instruction for task_id in cfg.env.task_ids]
 
@@ -154,7 +157,7 @@ def make_policy(cfg: Settings, device: str | None = None) -> TensorDictModuleBas
         raise AssertionError("Settings refuses what is built for an environment that it can read")
     elif settings.kind == "tiny":
         policy = TransformersVLA.tiny(
-            make_instructions(cfg),
+            known_instructions(cfg) or [TOY_INSTRUCTION],
             action_dim=settings.action_dim,
             chunk_size=cfg.env.chunk_size,
             state_dim=settings.state_dim,

@@ -212,8 +212,8 @@ def check_policy(cfg: Settings, policy: TensorDictModuleBase) -> Plan:
             f"policy.dtype must be float32 with learner.num_ranks={cfg.learner.num_ranks}, got "
             f"{sorted(map(str, narrow))}: ranks step no float32 masters. Use one rank, or float32."
         )
-    known = isinstance(cfg.env, (LiberoSettings, ToySettings))
-    longest = {"instruction": max(utils.make_instructions(cfg), key=len)} if known else {}
+    known = utils.known_instructions(cfg)
+    longest = {"instruction": max(known, key=len)} if known else {}
     layout = match_policy(policy, specs, **longest)  # a prompt may be too long for the policy
     try:
         return plan_memory(
