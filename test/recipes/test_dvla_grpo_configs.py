@@ -17,6 +17,7 @@ from torchrl_dvla.objectives import GRPOLoss
 from torchrl_dvla.recipes.dvla_grpo import bookkeeping, utils
 from torchrl_dvla.recipes.dvla_grpo.settings import LiberoSettings, LossSettings, ToySettings, flat
 from torchrl_dvla.recipes.dvla_grpo.train import CONFIG
+from torchrl_dvla.recording import SuccessRate
 
 SHARED = "common/settings"
 
@@ -101,3 +102,13 @@ def test_libero_is_evaluated_on_the_benchmark_and_trained_on_sampled_scenes(sett
     assert sorted(e.init_state_id for e in subset) == sorted([0, 10, 20, 30, 40] * 2)
     other = dataclasses.replace(cfg, seed=1)  # two seeds of a run evaluate the same scenes
     assert utils.make_evaluation_episodes(other)[0] == held_out
+
+
+def test_the_report_has_the_success_of_each_of_several_tasks(settings):
+    state = bookkeeping.RunState(before=[True, False, False, True, True])
+    several = bookkeeping.report_of(settings("libero", "env.task_ids=[3,0]"), state)
+    assert several.tasks == {
+        "libero_object/3": {"before": SuccessRate(2, 3)},
+        "libero_object/0": {"before": SuccessRate(1, 2)},
+    }
+    assert bookkeeping.report_of(settings("libero"), state).tasks == {}

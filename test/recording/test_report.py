@@ -47,10 +47,13 @@ def test_the_table_says_what_was_and_was_not_measured(tmp_path):
         training_s=125.4,
         ended_by="SIGTERM",
         checkpoint="",
+        tasks={"pick": {"before": SuccessRate(1, 5)}, "place": {}},
     )
     text = report.to_text()
     assert "greedy success before  10.0 % (1/10, 95 % interval 1.8-40.4)" in text
     assert "greedy success after   not evaluated" in text
+    assert "  pick                 1/5 -> -" in text
+    assert "  place                - -> -" in text
     assert "lanes busy             sampling 91 %, gradient 50 %" in text
     assert "policy lag             mean 0.76, max 1" in text
     assert "training time          2 min 05 s (ended by SIGTERM)" in text
@@ -59,4 +62,5 @@ def test_the_table_says_what_was_and_was_not_measured(tmp_path):
     loaded = json.loads((tmp_path / "report.json").read_text())
     assert loaded["before"] == {"num_successes": 1, "num_episodes": 10}
     assert loaded["after"] is None
+    assert loaded["tasks"]["pick"] == {"before": loaded["before"] | {"num_episodes": 5}}
     assert "| updates | 12 |" in report.to_markdown()

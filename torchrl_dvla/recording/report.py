@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 __all__ = ["RunReport", "SuccessRate", "wilson_interval"]
@@ -117,6 +117,7 @@ class RunReport:
         training_s (float): duration of the training, evaluations before and after not included.
         ended_by (str): why training ended.
         checkpoint (str): path of the last checkpoint; empty if none was written.
+        tasks (Mapping): of a run of several tasks ``before`` and ``after`` of each, by its name.
     """
 
     name: str
@@ -133,6 +134,7 @@ class RunReport:
     training_s: float
     ended_by: str
     checkpoint: str
+    tasks: Mapping[str, Mapping[str, SuccessRate]] = field(default_factory=dict)
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the table."""
@@ -140,6 +142,7 @@ class RunReport:
         return [
             ("greedy success before", "not evaluated" if self.before is None else str(self.before)),
             ("greedy success after", "not evaluated" if self.after is None else str(self.after)),
+            *[(f"  {name}", _before_and_after(found)) for name, found in self.tasks.items()],
             ("env steps/s", f"{self.env_steps_per_s:.1f} ({self.decisions_per_s:.1f} decisions/s)"),
             ("lanes busy", lanes),
             ("updates", str(self.num_updates)),
@@ -166,6 +169,11 @@ class RunReport:
         """Write the figures as JSON."""
         data = asdict(self) | {"lane_shares": dict(self.lane_shares)}
         Path(path).write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _before_and_after(found: Mapping[str, SuccessRate]) -> str:
+    shown = (found.get(name) for name in ("before", "after"))
+    return " -> ".join(f"{s.num_successes}/{s.num_episodes}" if s else "-" for s in shown)
 
 
 def _clock(seconds: float) -> str:

@@ -30,6 +30,7 @@ from torchrl_dvla.collectors import EvaluationResult
 from torchrl_dvla.data import Group, GroupQueue
 from torchrl_dvla.differences import differences, join_some
 from torchrl_dvla.recipes.dvla_grpo.settings import Settings, flat, settings_from, to_dict
+from torchrl_dvla.recipes.dvla_grpo.utils import make_env_factories
 from torchrl_dvla.recipes.terminal import command, resume_command, shortened, watch_command
 from torchrl_dvla.recording import RunRecorder, RunReport, SuccessRate, TensorBoardRecorder
 from torchrl_dvla.saved_state import Number, form_of, require_form
@@ -429,7 +430,24 @@ def report_of(cfg: Settings, state: RunState) -> RunReport:
         training_s=state.training_s,
         ended_by=state.ended_by,
         checkpoint=state.checkpoint,
+        tasks=_by_task(cfg, state),
     )
+
+
+def _by_task(cfg: Settings, state: RunState) -> dict[str, dict[str, SuccessRate]]:
+    """Success of each of several tasks, whose held-out episodes come in turn."""
+    names = list(make_env_factories(cfg))
+    if len(names) < 2:
+        return {}
+    outcomes = {"before": state.before, "after": state.after}
+    return {
+        name: {
+            when: SuccessRate.of(own)
+            for when, successes in outcomes.items()
+            if (own := successes[k :: len(names)])
+        }
+        for k, name in enumerate(names)
+    }
 
 
 def watch_it(cfg: Settings, run_folder: Path) -> list[tuple[str, str]]:
