@@ -42,7 +42,8 @@ SIZE, CHUNK, ROWS, DEMOS = 32, 4, 16, 12
 #: Standard deviation of the task's actions.
 SCALE = 0.3
 SMALL = (
-    f"env.image_size={SIZE}", f"env.chunk_size={CHUNK}", "demonstrations.first_seed=0",
+    f"env.image_size={SIZE}", f"env.chunk_size={CHUNK}", "env.task_ids=[3]",
+    "demonstrations.first_seed=0",
     f"demonstrations.num_per_task={DEMOS}", "training.num_validation_demonstrations=2",
     "training.num_threads=1", "training.max_shift=0", "evaluation.num_episodes=4",
 )  # fmt: skip
