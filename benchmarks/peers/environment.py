@@ -29,12 +29,18 @@ class ReachEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     others compete for the core, as a simulator does. What it computes releases the GIL, as the
     bindings of simulators do.
 
+    Args:
+        config (dict, optional): keyword arguments, as RLlib hands them over.
+
     Keyword Args:
         channels_first (bool): whether images are ``[3, H, W]``, for libraries that do not turn them
             by themselves. Defaults to ``False``.
     """
 
-    def __init__(self, *, channels_first: bool = False) -> None:
+    def __init__(
+        self, config: dict[str, Any] | None = None, *, channels_first: bool = False
+    ) -> None:
+        channels_first = channels_first or bool(config and config["channels_first"])
         self._channels_first = channels_first
         shape = (3, IMAGE_SIZE, IMAGE_SIZE) if channels_first else (IMAGE_SIZE, IMAGE_SIZE, 3)
         self.observation_space = gymnasium.spaces.Box(0, 255, shape, np.uint8)

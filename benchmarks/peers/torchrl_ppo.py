@@ -35,7 +35,7 @@ from network import (
     GaussianHead,
     Torso,
 )
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule as Mod
 from tensordict.nn import TensorDictSequential
 from torch import nn
@@ -174,7 +174,7 @@ def main() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
         if chosen["arrangement"] != "sync":  # there the collector calls the very policy
-            collector.update_policy_weights_()
+            collector.update_policy_weights_(TensorDict.from_module(policy).data.clone())
         if is_over := clock.learned(len(rows)):
             break
     collector.shutdown()
