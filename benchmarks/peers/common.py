@@ -15,11 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from environment import STEP_S
+
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-
-
-class Done(Exception):
-    """The clock has run down; libraries without a way to be stopped are left by it."""
 
 
 class Clock:
@@ -65,12 +63,15 @@ class Clock:
             cpu_s = {pid: spent - before.get(pid, 0.0) for pid, spent in after.items()}
             self.result = {
                 "decisions_per_s": self._decisions / duration_s,
+                "share_of_env_limit": self._decisions / duration_s * STEP_S / (os.cpu_count() or 1),
                 "decisions": self._decisions,
                 "updates": self._updates,
                 "seconds": duration_s,
                 "cpu_s": sum(cpu_s.values()),
                 "cpu_s_of_others": max(0.0, busy_s - sum(cpu_s.values())),
-                "cpu_s_of_processes": sorted((round(s, 2) for s in cpu_s.values() if s > 0.1))[::-1],
+                "cpu_s_of_processes": sorted((round(s, 2) for s in cpu_s.values() if s > 0.1))[
+                    ::-1
+                ],
             }
         return True
 

@@ -5,7 +5,8 @@
 """``DVLACollector`` with ``GRPOLoss`` and ``PooledReplayBuffer``.
 
 Settings: ``num_workers``, ``envs_per_worker``, ``groups_per_update``, ``group_size``,
-``max_policy_lag``, ``max_batch_size``, ``max_wait_s``, ``inference_threads``, ``learner_threads``.
+``max_policy_lag``, ``max_batch_size``, ``max_wait_s``, ``inference_threads``, ``learner_threads``,
+``check_finite``. Beside the result it tells what the lanes did in the stretch.
 """
 
 from __future__ import annotations
@@ -27,6 +28,15 @@ from torchrl_dvla import (
     WorkerConfig,
 )
 from torchrl_dvla.envs import ChunkEnv
+
+COUNTS = (
+    "collector/decisions",
+    "collector/inference_batches",
+    "buffer/groups_kept",
+    "buffer/no_signal_groups",
+    "buffer/groups_dropped",
+    "buffer/wait_s",
+)
 
 
 class Policy(nn.Module):
@@ -64,7 +74,7 @@ def main() -> None:
     chosen = asked["settings"]
     torch.set_num_threads(chosen["learner_threads"])
     policy = make_policy().eval()
-    loss = GRPOLoss(policy, clip_epsilon=CLIP)
+    loss = GRPOLoss(policy, clip_epsilon=CLIP, check_finite=chosen["check_finite"])
     optimizer = torch.optim.Adam(policy.parameters(), LEARNING_RATE)
     buffer = PooledReplayBuffer(batch_size=MINIBATCH, num_epochs=EPOCHS)
     clock = Clock(asked["warm_up_s"], asked["seconds"])
@@ -98,16 +108,13 @@ def main() -> None:
                 optimizer.zero_grad()
                 rows += len(batch)
             collector.update_policy_weights_()
+            had_started = clock.has_started
             is_over = clock.learned(rows // EPOCHS)
-            if not clock.has_started:
+            if clock.has_started and not had_started:
                 usage, before = collector.timeline.usage(), collector.stats()
         stretch, after = collector.timeline.usage().since(usage), collector.stats()
         lanes = {name: round(value, 3) for name, value in stretch.scalars().items()}
-        counts = {
-            name: round(after[name] - before.get(name, 0), 3)
-            for name in after
-            if isinstance(after[name], int | float) and name.startswith(("collector/", "buffer/"))
-        }
+        counts = {name: after[name] - before[name] for name in COUNTS}
     report(clock, "torch", "torchrl", "tensordict", lanes=lanes, counts=counts)
 
 

@@ -82,10 +82,17 @@ def _inputs(mean_and_std: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     return torch.cat([mean, std.log()], -1)
 
 
-def trained_rows(result: dict[str, Any]) -> int:
-    """Rows that optimiser steps were taken on so far, each epoch anew."""
+def learned_decisions(result: dict[str, Any]) -> int:
+    """Decisions learned from so far.
+
+    The learner counts rows: those after the end of each fragment, which are there for their value,
+    and those that fill up the last minibatch as well. So no more count than were sampled; where
+    batches are dropped because the learner is behind, the count is up to an eighth too large.
+    """
     learners = result.get("learners", {}).get("__all_modules__", {})
-    return int(learners.get("num_module_steps_trained_lifetime", 0))
+    num_rows = int(learners.get("num_module_steps_trained_lifetime", 0))
+    num_sampled = int(result.get("env_runners", {}).get("num_env_steps_sampled_lifetime", 0))
+    return min(num_rows // EPOCHS, num_sampled)
 
 
 def main() -> None:
@@ -123,7 +130,11 @@ def main() -> None:
             clip_param=CLIP,
             entropy_coeff=0.0,
             # Every decision is learned from twice, by the epochs.
-            **({"use_circular_buffer": False} if is_appo else {"kl_coeff": 0.0, "use_kl_loss": False}),
+            **(
+                {"use_circular_buffer": False}
+                if is_appo
+                else {"kl_coeff": 0.0, "use_kl_loss": False}
+            ),
         )
         .rl_module(rl_module_spec=RLModuleSpec(module_class=Module))
         .reporting(min_time_s_per_iteration=0, metrics_num_episodes_for_smoothing=10)
@@ -131,12 +142,12 @@ def main() -> None:
     )
     clock = Clock(asked["warm_up_s"], asked["seconds"])
     algorithm = config.build_algo()
-    rows, is_over = 0, False
+    learned, is_over = 0, False
     while not is_over:
-        now = trained_rows(algorithm.train())
-        if now > rows:
-            is_over = clock.learned((now - rows) // EPOCHS)
-        rows = now
+        now = learned_decisions(algorithm.train())
+        if now > learned:
+            is_over = clock.learned(now - learned)
+        learned = now
     algorithm.stop()
     ray.shutdown()
     report(clock, "ray", "torch", "gymnasium")

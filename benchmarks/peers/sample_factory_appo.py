@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 
 from common import Clock, report, settings
 from environment import EPISODE_STEPS, ReachEnv
@@ -39,18 +40,18 @@ from sample_factory.train import make_runner
 class TorsoEncoder(Encoder):
     """The torso; images come as floats between 0 and 1."""
 
-    def __init__(self, cfg, obs_space) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, cfg: Any, obs_space: Any) -> None:
         super().__init__(cfg)
         self.torso = Torso()
 
-    def forward(self, observations):  # type: ignore[no-untyped-def]
+    def forward(self, observations: dict[str, Any]) -> Any:
         return self.torso(observations["obs"])
 
     def get_out_size(self) -> int:
         return NUM_FEATURES
 
 
-def make_env(name, cfg, env_config, render_mode=None):  # type: ignore[no-untyped-def]
+def make_env(name: str, cfg: Any, env_config: Any, render_mode: Any = None) -> ReachEnv:
     env = ReachEnv(channels_first=True)
     env.render_mode = render_mode
     return env
@@ -94,7 +95,7 @@ def main() -> None:
     clock = Clock(asked["warm_up_s"], asked["seconds"])
     learned = 0
 
-    def count(runner, message, policy_id) -> None:  # type: ignore[no-untyped-def]
+    def count(runner: Any, message: dict[str, Any], policy_id: int) -> None:
         nonlocal learned
         now = message[LEARNER_ENV_STEPS]
         if now > learned and clock.learned(now - learned):

@@ -10,6 +10,7 @@ Settings: ``num_workers``, ``n_steps``, ``learner_threads``.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from common import Clock, report, settings
@@ -34,12 +35,13 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 class Extractor(BaseFeaturesExtractor):
     """The torso; images come as floats between 0 and 1."""
 
-    def __init__(self, observation_space) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, observation_space: Any) -> None:
         super().__init__(observation_space, features_dim=NUM_FEATURES)
         self.torso = Torso()
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        return self.torso(observations)
+        features: torch.Tensor = self.torso(observations)
+        return features
 
 
 class Watch(BaseCallback):

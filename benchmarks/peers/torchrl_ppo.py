@@ -11,7 +11,7 @@ sync         ``Collector`` in this process, on ``SerialEnv`` or ``ParallelEnv`` 
 multi_sync   ``MultiSyncCollector``: collecting processes with a policy each, in step.
 multi_async  ``MultiAsyncCollector``: the same, while the learner learns from an earlier batch.
 async        ``AsyncBatchedCollector``: environments in processes, the policy in one of its own
-             (``transport`` auto) or in a thread of this one (driver); ``max_batch_size``.
+             (``transport`` auto) or in a thread of this one (driver); ``max_batch_size``, ``server_timeout``.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ def make_collector(chosen: dict[str, Any], policy: TensorDictSequential) -> Any:
             env_backend="multiprocessing",
             transport=chosen["transport"],
             max_batch_size=chosen["max_batch_size"],
+            server_timeout=chosen["server_timeout"],
             **shared,
         )
     make = functools.partial(make_batched_env, SerialEnv, chosen["envs_per_worker"])
