@@ -309,7 +309,7 @@ def _call(command: list[str]) -> str:
 
 
 def _last_words(text: str) -> str:
-    """What an error says in its last line, with the time that logs put before it left out."""
+    """The last line, where an error says what it is."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:300] if lines else "it ended without a word"
 
@@ -331,25 +331,30 @@ def run(python: Path, row: Row, settings: dict[str, Any], seconds: float) -> dic
         "OMP_NUM_THREADS": "1",
     }
     command = [str(python), str(HERE / "peers" / row.script), json.dumps(asked)]
-    process = subprocess.Popen(
-        command,
-        cwd=scratch,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    stdout, stderr = Path(scratch, "stdout"), Path(scratch, "stderr")
     try:
-        stdout, stderr = process.communicate(timeout=seconds + PATIENCE_S)
+        # Files, for a process that outlives the script would hold a pipe open.
+        with open(stdout, "w") as out, open(stderr, "w") as err:
+            process = subprocess.Popen(
+                command,
+                cwd=scratch,
+                env=environment,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+        try:
+            process.wait(seconds + PATIENCE_S)
+        finally:
+            _end(process)
+        lines = stdout.read_text(errors="replace").splitlines()
+        lines = [line for line in lines if line.startswith('{"decisions_per_s"')]
+        if not lines:
+            raise RuntimeError(_last_words(stderr.read_text(errors="replace")))
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"it took more than {seconds + PATIENCE_S:.0f} s") from None
     finally:
-        _end(process)
         shutil.rmtree(scratch, ignore_errors=True)
-    lines = [line for line in stdout.splitlines() if line.startswith('{"decisions_per_s"')]
-    if not lines:
-        raise RuntimeError(_last_words(stderr))
     found: dict[str, Any] = json.loads(lines[-1])
     return found
 
@@ -359,8 +364,8 @@ def _adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """Kill what is left of a run: all that this process has below it, for runs are one at a time."""
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of a run: all that is below this process, for there is one run a time."""
     if process.poll() is None:
         process.kill()
         process.wait()

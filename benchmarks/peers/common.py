@@ -69,9 +69,7 @@ class Clock:
                 "seconds": duration_s,
                 "cpu_s": sum(cpu_s.values()),
                 "cpu_s_of_others": max(0.0, busy_s - sum(cpu_s.values())),
-                "cpu_s_of_processes": sorted((round(s, 2) for s in cpu_s.values() if s > 0.1))[
-                    ::-1
-                ],
+                "cpu_s_of_processes": sorted(round(s, 2) for s in cpu_s.values())[-5:],
             }
         return True
 

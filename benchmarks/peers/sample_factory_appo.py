@@ -91,7 +91,7 @@ def main() -> None:
     global_model_factory().register_encoder_factory(TorsoEncoder)
     argv = [f"--{name}={value}" for name, value in chosen.items()]
     parser, _ = parse_sf_args(argv)
-    cfg, runner = make_runner(parse_full_cfg(parser, argv))
+    _, runner = make_runner(parse_full_cfg(parser, argv))
     clock = Clock(asked["warm_up_s"], asked["seconds"])
     learned = 0
 

@@ -11,7 +11,8 @@ sync         ``Collector`` in this process, on ``SerialEnv`` or ``ParallelEnv`` 
 multi_sync   ``MultiSyncCollector``: collecting processes with a policy each, in step.
 multi_async  ``MultiAsyncCollector``: the same, while the learner learns from an earlier batch.
 async        ``AsyncBatchedCollector``: environments in processes, the policy in one of its own
-             (``transport`` auto) or in a thread of this one (driver); ``max_batch_size``, ``server_timeout``.
+             (``transport`` auto) or in a thread of this one (driver); ``max_batch_size``,
+             ``server_timeout``.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def make_collector(chosen: dict[str, Any], policy: TensorDictSequential) -> Any:
 
 def by_environment(batch: TensorDictBase) -> Iterator[TensorDictBase]:
     """Consecutive decisions ``[T]`` of one environment at a time, whatever shape batches have."""
-    if "env_index" in batch.keys():
+    if "env_index" in batch:
         index = batch["env_index"]
         index = index.flatten() if isinstance(index, torch.Tensor) else torch.tensor(list(index))
         for env in index.unique():
@@ -164,7 +165,6 @@ def main() -> None:
     optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
     collector = make_collector(chosen, policy)
     clock = Clock(asked["warm_up_s"], asked["seconds"])
-    is_over = False
     for batch in collector:
         rows = with_advantages(batch, torso, critic)
         for _ in range(EPOCHS):
@@ -176,7 +176,7 @@ def main() -> None:
                 optimizer.zero_grad()
         if chosen["arrangement"] != "sync":  # there the collector calls the very policy
             collector.update_policy_weights_(TensorDict.from_module(policy).data.clone())
-        if is_over := clock.learned(len(rows)):
+        if clock.learned(len(rows)):
             break
     collector.shutdown()
     report(clock, "torchrl", "tensordict", "torch", "gymnasium")
