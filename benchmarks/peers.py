@@ -41,6 +41,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,8 @@ QUICK_REPEATS, QUICK_SECONDS = 2, 6.0
 SEARCH_SECONDS, SEARCH_PASSES = 8.0, 2
 #: Of a run beyond its stretch: start, warm-up, a slow update, the end.
 PATIENCE_S = 180.0
+#: That what a script leaves behind has to end by itself.
+GRACE_S = 5.0
 #: What each library's virtual environment holds beside PyTorch; ours holds what the package needs.
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "ours": (),
@@ -369,17 +372,27 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.kill()
         process.wait()
+    # Trackers that take away what others have left in shared memory end by themselves.
+    end_s = time.monotonic() + GRACE_S
+    while _below(os.getpid()) and time.monotonic() < end_s:
+        _reap(os.WNOHANG)
+        time.sleep(0.05)
     while left := _below(os.getpid()):
         for pid in left:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-        try:
-            while True:
-                os.waitpid(-1, 0)
-        except ChildProcessError:
+        _reap(0)
+
+
+def _reap(options: int) -> None:
+    """Take note of the ends of adopted processes; with 0, wait for all of them."""
+    try:
+        while os.waitpid(-1, options)[0]:
             pass
+    except ChildProcessError:  # there are none
+        pass
 
 
 def _below(root: int) -> set[int]:
