@@ -89,7 +89,7 @@ class Row:
     search: dict[str, tuple[Any, ...]]
 
 
-_WORKERS, _ENVS, _THREADS, _FRAMES = (1, 2, 3, 4), (1, 2, 4, 8), (1, 2), (256, 512, 1024, 2048)
+_WORKERS, _ENVS, _THREADS, _FRAMES = (1, 2, 3, 4), (1, 2, 4, 8, 16), (1, 2), (256, 512, 1024, 2048)
 _MULTI = {
     "num_workers": _WORKERS,
     "envs_per_worker": _ENVS,
@@ -210,7 +210,7 @@ ROWS: dict[str, Row] = {
         {
             "async_rl": (True, False),
             "num_workers": _WORKERS,
-            "num_envs_per_worker": (2, 4, 8),
+            "num_envs_per_worker": (2, 4, 8, 16),
             "worker_num_splits": (1, 2),
             "num_batches_per_epoch": (2, 4, 8),
             "policy_workers_per_policy": (1, 2),
