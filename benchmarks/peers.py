@@ -22,6 +22,7 @@ ratio                ours over each row, within each repeat.
 spread               ours over the fastest other row of each repeat.
 share_of_others      CPU time that processes of neither this script nor its rows took, over that
                      of the machine, in the worst run. Rates are worth nothing where it is large.
+settings_searched    whether the settings are those of a search, see below.
 failed               rows whose library cannot be installed or run, with the reason.
 
 ``--search`` measures the alternatives in ``ROWS``, one setting after another from the constants
@@ -79,7 +80,7 @@ class Row:
     Args:
         library (str): whose virtual environment.
         script (str): under ``peers/``.
-        settings (dict): the best that were found.
+        settings (dict): those that are measured, and from which the search starts.
         search (dict): alternatives of each setting, in the order in which they are tried.
     """
 
@@ -105,6 +106,9 @@ _RLLIB = {
     "num_learners": (0, 1),
     "learner_threads": _THREADS,
 }
+#: Whether the settings in ``ROWS`` are those that ``--search all`` found on an idle machine. They are
+#: not yet: each is the first that was tried, of a size that fits two cores. The result says so.
+SEARCHED = False
 ROWS: dict[str, Row] = {
     "ours": Row(
         "ours",
@@ -411,8 +415,8 @@ def _below(root: int) -> set[int]:
 
 
 # -- measuring -------------------------------------------------------------------------------------
-def search(name: str, python: Path) -> dict[str, Any]:
-    """Best settings of a row, one setting after another, twice, and all rates measured."""
+def search(name: str, python: Path, num_passes: int) -> dict[str, Any]:
+    """Best settings of a row, one setting after another, and all rates measured."""
     row = ROWS[name]
     best, trials = dict(row.settings), dict[str, float]()
 
@@ -427,7 +431,7 @@ def search(name: str, python: Path) -> dict[str, Any]:
             log(f"{name} {settings}: {trials[key]:.0f}")
         return trials[key]
 
-    for _ in range(SEARCH_PASSES):
+    for _ in range(num_passes):
         for setting, alternatives in row.search.items():
             candidates = [best, *({**best, setting: value} for value in alternatives)]
             best = max(candidates, key=rate)
@@ -436,7 +440,11 @@ def search(name: str, python: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Measure or search."""
-    args = arguments(__doc__ or "", f"{QUICK_REPEATS} repeats of {QUICK_SECONDS:.0f} s", search="")
+    args = arguments(
+        __doc__ or "",
+        f"{QUICK_REPEATS} repeats of {QUICK_SECONDS:.0f} s; a search of one pass",
+        search="",
+    )
     names = list(ROWS) if args.search in ("", "all") else [args.search]
     _adopt_orphans()
     # Whoever ends this process means the runs too: SIGTERM unwinds, which ends the run under way.
@@ -452,7 +460,8 @@ def main() -> None:
                     failed[name] = f"cannot be installed: {error}"
     names = [name for name in names if name not in failed]
     if args.search:
-        found = {name: search(name, pythons[ROWS[name].library]) for name in names}
+        num_passes = 1 if args.quick else SEARCH_PASSES
+        found = {name: search(name, pythons[ROWS[name].library], num_passes) for name in names}
         report("peers_search", {"rows": found, "failed": failed}, args.quick)
         return
 
@@ -498,6 +507,7 @@ def main() -> None:
             for lane in runs["ours"][0]["lanes"]
             if lane.endswith("_busy")
         },
+        "settings_searched": SEARCHED,
         "settings": {name: row.settings for name, row in ROWS.items()},
         "versions": {name: found[-1]["versions"] for name, found in runs.items()},
     }
