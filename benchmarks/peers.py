@@ -106,8 +106,8 @@ _RLLIB = {
     "num_learners": (0, 1),
     "learner_threads": _THREADS,
 }
-#: Whether the settings in ``ROWS`` are those that ``--search all`` found on an idle machine. Not yet:
-#: each is the first that was tried, of a size that fits two cores. The result says so.
+#: Whether the settings in ``ROWS`` are those that ``--search all`` found on an idle machine.
+#: So far they are the first that were tried, of a size that fits two cores. The result says so.
 SEARCHED = False
 ROWS: dict[str, Row] = {
     "ours": Row(
