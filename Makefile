@@ -61,9 +61,9 @@ docs: ## build the documentation into docs/build/html
 	$(PY) -m sphinx -q -W --keep-going -b html docs/source docs/build/html $(ARGS)
 	@echo "open docs/build/html/index.html"
 
-bench: setup ## run every benchmark but gpu.py and maniskill_env.py; each prints one JSON object as its last line
+bench: setup ## run every benchmark but gpu.py, maniskill_env.py and peers.py; each prints one JSON object as its last line
 	@set -e; for file in benchmarks/*.py; do \
-	  case "$$file" in */_* | */gpu.py | */maniskill_env.py) continue;; esac; \
+	  case "$$file" in */_* | */gpu.py | */maniskill_env.py | */peers.py) continue;; esac; \
 	  echo "== $$file"; $(PY) "$$file" $(ARGS); done
 
 bench-gpu: setup ## decisions, publication and memory with learner and policy on one GPU
