@@ -115,7 +115,8 @@ ROWS: dict[str, Row] = {
         "ours.py",
         {
             "num_workers": 2,
-            "envs_per_worker": 8,
+            "envs_per_worker": 1,
+            "num_scenes": 16,
             "group_size": 8,
             "groups_per_update": 4,
             "max_policy_lag": 2,
@@ -127,6 +128,7 @@ ROWS: dict[str, Row] = {
         },
         {
             "num_workers": _WORKERS,
+            "num_scenes": (0, 4, 8, 16, 32),
             "envs_per_worker": _ENVS,
             "groups_per_update": (2, 4, 8, 16),
             "max_policy_lag": (0, 1, 2, 4),

@@ -24,6 +24,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from torchrl_dvla.recording import wilson_interval
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "source" / "guide" / "results.md"
@@ -104,6 +106,7 @@ def of_runs(paths: list[Path]) -> dict[str, Any]:
     if len(own) > 1:
         raise ValueError(f"Runs must differ in seeds alone, got {own}. Name others by name=NAME.")
     settings = own.pop().replace("torchrl-dvla train", "--multirun")
+    worse = [sum(is_worse(**found) for found in run.get("tasks", {}).values()) for run in whole]
     return {
         **{key: spread(run[key]["num_successes"] for run in whole) for key in ("before", "after")},
         **{key: spread(run[key] for run in runs) for key in ("num_env_steps", "num_episodes")},
@@ -111,10 +114,17 @@ def of_runs(paths: list[Path]) -> dict[str, Any]:
         "minutes": spread(run["training_s"] / 60 for run in runs),
         "worst_drop": spread(max(drop, default=0.0) for drop in drops),
         "num_looks": spread(map(len, curves)),
+        "tasks_worse": spread(worse),
         "runs": f"runs: {len(runs)}, broken off: {len(runs) - len(whole)}; seeds {seeds}",
         "machines": [run["machine"] for run in runs],
         "command": f"make train ARGS='{settings} seed={seeds} log.backend=csv'",
     }
+
+
+def is_worse(before: dict[str, int], after: dict[str, int]) -> bool:
+    """Whether the success rate of a task fell below its 95 % interval from before."""
+    low, _ = wilson_interval(before["num_successes"], before["num_episodes"])
+    return after["num_successes"] / after["num_episodes"] < low
 
 
 # -- from values to tables -------------------------------------------------------------------------

@@ -195,3 +195,12 @@ def test_no_path_of_a_machine_is_kept() -> None:
     files = [path for path in RESULTS.rglob("*") if path.suffix in (".json", ".csv")]
     assert len(files) > 10
     assert [path.name for path in files if results.FOLDERS.search(path.read_text())] == []
+
+
+@pytest.mark.parametrize(("before", "after", "is_worse"), [(16, 12, False), (16, 11, True)])
+def test_a_task_is_worse_below_its_interval_from_before(
+    before: int, after: int, is_worse: bool
+) -> None:
+    """The interval of 16 of 20 is 58.4 to 91.9 %."""
+    counts = [{"num_successes": number, "num_episodes": 20} for number in (before, after)]
+    assert results.is_worse(*counts) is is_worse

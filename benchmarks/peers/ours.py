@@ -4,20 +4,26 @@
 # LICENSE file in the root directory of this source tree.
 """``DVLACollector`` with ``GRPOLoss`` and ``PooledReplayBuffer``.
 
-Settings: ``num_workers``, ``envs_per_worker``, ``groups_per_update``, ``group_size``,
+Settings: ``num_workers``, ``envs_per_worker``, ``num_scenes`` (of a batched environment; 0: single
+ones), ``groups_per_update``, ``group_size``,
 ``max_policy_lag``, ``max_batch_size``, ``max_wait_s``, ``inference_threads``, ``learner_threads``,
 ``check_finite``. Beside the result it tells what the lanes did in the stretch.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from common import Clock, report, settings
 from environment import ACTION_DIM, EPISODE_STEPS, ReachEnv
 from network import CLIP, EPOCHS, LEARNING_RATE, MINIBATCH, GaussianHead, Torso
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential
 from tensordict.nn import TensorDictModule as Mod
 from torch import distributions, nn
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase
 
 from torchrl_dvla import (
     DVLACollector,
@@ -51,7 +57,58 @@ class Policy(nn.Module):
         return mean.unsqueeze(-2), std.unsqueeze(-2)
 
 
-def make_env() -> ChunkEnv:
+class BatchedReach(EnvBase):
+    """``N`` scenes that are stepped one after the other, for one command and one answer.
+
+    Args:
+        num_scenes (int): how many.
+    """
+
+    def __init__(self, num_scenes: int) -> None:
+        super().__init__(batch_size=[num_scenes])
+        self._scenes = [ReachEnv(channels_first=True) for _ in range(num_scenes)]
+        shape = self._scenes[0].observation_space.shape
+        assert shape is not None
+        flag = Categorical(2, dtype=torch.bool, shape=(num_scenes, 1))
+        image = Unbounded((num_scenes, *shape), dtype=torch.uint8)
+        self.observation_spec = Composite(pixels=image, success=flag, shape=self.batch_size)
+        self.action_spec = Bounded(-1.0, 1.0, (num_scenes, ACTION_DIM))
+        self.reward_spec = Unbounded((num_scenes, 1))
+        self.full_done_spec = Composite(done=flag, terminated=flag.clone(), shape=self.batch_size)
+        seeds = Unbounded((num_scenes, 1), dtype=torch.int64)
+        self.state_spec = Composite(seed=seeds, shape=self.batch_size)
+        self._pixels = torch.zeros(num_scenes, *shape, dtype=torch.uint8)
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDictBase:
+        request = TensorDict({}, self.batch_size) if tensordict is None else tensordict
+        everyone = torch.ones(*self.batch_size, 1, dtype=torch.bool)
+        seeds = request.get("seed", self.state_spec["seed"].zero()).flatten()
+        for k in request.get("_reset", everyone).flatten().nonzero().flatten().tolist():
+            image, _ = self._scenes[k].reset(seed=int(seeds[k]))
+            self._pixels[k] = torch.from_numpy(image)
+        no = torch.zeros(*self.batch_size, 1, dtype=torch.bool)
+        entries = {"pixels": self._pixels, "success": no, "done": no, "terminated": no}
+        return TensorDict({name: value.clone() for name, value in entries.items()}, self.batch_size)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        reward = torch.zeros(*self.batch_size, 1)
+        done, success = torch.zeros(2, *self.batch_size, 1, dtype=torch.bool)
+        everyone = torch.ones(self.batch_size, dtype=torch.bool)
+        actions = tensordict["action"].numpy()
+        for k in tensordict.get("_step", everyone).flatten().nonzero().flatten().tolist():
+            image, reward[k], done[k], _, info = self._scenes[k].step(actions[k])
+            success[k] = info["success"]
+            self._pixels[k] = torch.from_numpy(image)
+        entries = {"pixels": self._pixels.clone(), "success": success, "reward": reward}
+        return TensorDict({**entries, "done": done, "terminated": done.clone()}, self.batch_size)
+
+    def _set_seed(self, seed: int | None) -> None:
+        """Each episode has one of its own."""
+
+
+def make_env(num_scenes: int) -> ChunkEnv:
+    if num_scenes:
+        return ChunkEnv(BatchedReach(num_scenes), chunk_size=1)
     return ChunkEnv(ReachEnv(), chunk_size=1)
 
 
@@ -79,7 +136,7 @@ def main() -> None:
     buffer = PooledReplayBuffer(batch_size=MINIBATCH, num_epochs=EPOCHS)
     clock = Clock(asked["warm_up_s"], asked["seconds"])
     with DVLACollector(
-        make_env,
+        functools.partial(make_env, chosen["num_scenes"]),
         policy,
         replay_buffer=buffer,
         group=GroupConfig(
