@@ -158,7 +158,7 @@ UNFIT = {
     "policy.path=null",
     "libero_openvla_oft": GRPO,
     "libero_object": "seed env demonstrations.folder training.lr training.num_steps policy.num_bins"
-    " demonstrations.label_interval=9 training.decay_steps=999 policy.tokens_per_step=2 "
+    " demonstrations.label_interval=9 training.decay_steps=799 policy.tokens_per_step=2 "
     "training.num_validation_demonstrations=320",
 }
 OF_A_POLICY = [dvla.GRPOLoss, ActionTokenBCLoss, WeightStore]
