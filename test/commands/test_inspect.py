@@ -26,14 +26,14 @@ def test_the_shipped_policy(call):
     code, out, err = call("inspect", "dvla_sft/checkpoints/libero_object")
     assert code == 0, err
     found = rows(out)
-    assert found["parameters"] == "1,047,035, with buffers"
-    assert found["bytes"] == "4.0 MiB float32"  # 1047035 * 4 / 2**20 = 3.994
+    assert found["parameters"] == "1,048,827, with buffers"
+    assert found["bytes"] == "4.0 MiB float32"  # 1048827 * 4 / 2**20 = 4.001
     assert found["action head"] == "tokens, decoded in parallel: 33 bins (uniform), 8 queries"
     assert (found["chunk size"], found["action dimension"]) == ("8 env steps", "7")
     assert (found["cameras"], found["state"]) == ("1 of 128 x 128: image", "9 entries")
     assert found["base model"].startswith("smolvlm, vision 128 wide and 3 layers, text 128 wide")
     assert found["prompt"] == "instruction '{instruction}'"
-    assert found["tokenizer"].endswith(", 12 words")
+    assert found["tokenizer"].endswith(", 26 words")
     assert found["statistics"].startswith("actions: low -1.03, high 1.03; state: mean")
 
 

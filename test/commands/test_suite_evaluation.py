@@ -111,7 +111,7 @@ def test_every_init_state_is_played_once_and_reported(call, fake, tmp_path):
     assert "0 lift 0         25.0 %   1/4   4.6-69.9" in out
     assert "mean over tasks  25.0 %   3/12  8.9-53.2" in out
     assert "mean over tasks  100.0 %  12/12  75.8-100.0" in out
-    assert "None of the 12 evaluated init states is among the 96 on record" in out
+    assert "None of the 12 evaluated init states is among the 313 on record" in out
     data = json.loads((tmp_path / "out/report.json").read_text())
     assert data["is_over"] and data["training_scenes"]["verdict"] == "none"
     assert data["episodes"][1] == {
@@ -264,7 +264,7 @@ def test_on_the_simulator_episodes_start_from_the_init_states(call, tmp_path, mo
     arguments = ("--tasks", "3", "--episodes", 2, "--horizon", 8, "--rendering", "fast")
     code, out, err = call("evaluate", SHIPPED, *SUITE[:2], "--out", tmp_path, *arguments)
     assert code == 0, err
-    assert "0/2" in out and "None of the 2 evaluated init states is among the 96" in out
+    assert "0/2" in out and "None of the 2 evaluated init states is among the 313" in out
     episodes = json.loads((tmp_path / "report.json").read_text())["episodes"]
     assert sorted(f"{number:016x}" for number in started) == sorted(
         episode["init_state_hash"] for episode in episodes

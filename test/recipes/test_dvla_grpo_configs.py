@@ -112,3 +112,5 @@ def test_the_report_has_the_success_of_each_of_several_tasks(settings):
         "libero_object/0": {"before": SuccessRate(1, 2)},
     }
     assert bookkeeping.report_of(settings("libero"), state).tasks == {}
+    not_evaluated = settings("libero", "env.task_ids=[3,0]")
+    assert bookkeeping.report_of(not_evaluated, bookkeeping.RunState()).tasks == {}

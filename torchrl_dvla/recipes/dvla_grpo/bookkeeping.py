@@ -437,17 +437,12 @@ def report_of(cfg: Settings, state: RunState) -> RunReport:
 def _by_task(cfg: Settings, state: RunState) -> dict[str, dict[str, SuccessRate]]:
     """Success of each of several tasks, whose held-out episodes come in turn."""
     names = list(make_env_factories(cfg))
-    if len(names) < 2:
-        return {}
-    outcomes = {"before": state.before, "after": state.after}
-    return {
-        name: {
-            when: SuccessRate.of(own)
-            for when, successes in outcomes.items()
-            if (own := successes[k :: len(names)])
-        }
-        for k, name in enumerate(names)
-    }
+    out: dict[str, dict[str, SuccessRate]] = {}
+    for when, successes in {"before": state.before, "after": state.after}.items():
+        for k, name in enumerate(names):
+            if len(names) > 1 and (own := successes[k :: len(names)]):
+                out.setdefault(name, {})[when] = SuccessRate.of(own)
+    return out
 
 
 def watch_it(cfg: Settings, run_folder: Path) -> list[tuple[str, str]]:
