@@ -6,26 +6,34 @@
 
     python benchmarks/staleness.py [--quick] [--csv staleness.csv] [--repeats 5]
 
-The toy task from scratch, greedy success on held-out scenes over equal numbers of updates (so of
-decisions, all groups counted), seed by seed:
+The toy task from scratch (``staleness_libero.py``: LIBERO), greedy success on held-out scenes over
+equal numbers of updates (so of decisions, all groups counted), seed by seed:
 
 forced     the learner begins an update only when admission lets nothing more in, so the lag *is*
            the bound (0, 1, 2, 4), whatever is faster; with the plain clip (``behavior``) and with
-           the decoupled loss (``decoupled``). ``success`` is greedy, at the end; ``area`` is the
-           mean over the evaluations; ``lag`` is what the rows had.
-as it is   the learner never waits for more than a cohort: seconds until ``SOLVED`` of the held-out
-           scenes are solved, with bound 0 (the synchronous loop) and bound 1, in turns.
+           the decoupled loss (``decoupled``), which has nothing to correct without a lag.
+           ``success`` is greedy, at the end; ``area`` is the mean over all evaluations; ``lag`` is
+           what the rows had.
+as it is   with bound 1 the learner waits for nothing but its groups. ``seconds`` are those of all
+           updates, beside those of the synchronous loop, which is bound 0;
+           ``seconds_until_solved`` those until ``SOLVED`` of the held-out scenes are solved, by
+           seed.
 
-``worst_loss`` is the largest drop of the median success against bound 0, by loss. The last line of
+What is evaluated are snapshots, afterwards: whoever samples meanwhile would get ahead for nothing.
+``worst_loss`` is the largest drop of the median ``area`` against bound 0, by loss. The last line of
 stdout is one JSON object.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import csv
 import functools
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -44,44 +52,65 @@ from torchrl_dvla.modules import tiny_token_policy
 
 LAGS = (0, 1, 2, 4)
 LOSSES = ("behavior", "decoupled")
-UPDATES, EVERY, SOLVED = 60, 6, 0.9
-GROUPS, GROUP_SIZE, EPOCHS = 8, 8, 2
-HELD_OUT = [EpisodeSpec("default", seed=1_000_000 + k) for k in range(50)]
-
-make_env = functools.partial(
-    ToyChunkEnv, chunk_size=4, action_dim=2, image_size=16, success_steps=2, success_tol=0.35
-)
+SOLVED, EPOCHS, GROUP_SIZE = 0.9, 2, 8
 
 
-def train(lag: int, importance: str, seed: int, num_updates: int, forced: bool) -> dict[str, Any]:
-    """One run: what every evaluation found, and when."""
+@dataclass(frozen=True)
+class Task:
+    """What is learned, and in what amounts."""
+
+    make_env: Callable[[], Any]
+    make_policy: Callable[[], Any]
+    held_out: Sequence[EpisodeSpec]
+    workers: WorkerConfig
+    num_updates: int
+    evaluate_every: int
+    groups_per_update: int
+    lr: float
+    entropy_coeff: float = 0.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Under which bound, with which loss, and whether the lag is made to be the bound."""
+
+    lag: int
+    importance: str = "behavior"
+    is_forced: bool = True
+
+
+def train(task: Task, kind: Kind, seed: int, num_updates: int) -> dict[str, Any]:
+    """One run: how good it was at which update, and when."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    policy = tiny_token_policy(2, 4, vocab_size=16, hidden_dim=128)
+    policy = task.make_policy()
     buffer = PooledReplayBuffer(batch_size=128, num_epochs=EPOCHS, timeout_s=300.0)
-    success, times_s, lags, decisions = [], [], [], 0
+    snapshots, times_s, lags, decisions = [], [], [], 0
     with DVLACollector(
-        make_env,
+        task.make_env,
         policy,
         replay_buffer=buffer,
         group=GroupConfig(
             group_size=GROUP_SIZE,
-            groups_per_update=GROUPS,
-            max_policy_lag=lag,
+            groups_per_update=task.groups_per_update,
+            max_policy_lag=kind.lag,
             on_no_signal="keep",  # equal data: no group is sampled for nothing
         ),
-        workers=WorkerConfig(num_workers=2, envs_per_worker=8, max_decisions=4),
+        workers=task.workers,
         seed=seed,
     ) as collector:
-        loss = GRPOLoss(policy, importance=importance, entropy_coeff=0.01)
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3)
-        groups, learned_s = buffer.groups, 0.0
+        loss = GRPOLoss(policy, importance=kind.importance, entropy_coeff=task.entropy_coeff)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=task.lr)
+        num_admissible = task.groups_per_update * (kind.lag + 1)
+        collector.start()
+        start_s = time.monotonic()
         for update in range(num_updates + 1):
-            if update % EVERY == 0:
-                success.append(collector.evaluate(HELD_OUT, greedy=True).result(300.0).success_rate)
-                times_s.append(learned_s)
-            start_s = time.monotonic()
-            while forced and len(groups.stored) < GROUPS * (lag + 1):
+            if update % task.evaluate_every == 0:
+                snapshots.append(copy.deepcopy(policy.state_dict()))
+                times_s.append(time.monotonic() - start_s)
+            if update == num_updates:
+                break
+            while kind.is_forced and len(buffer.groups.stored) < num_admissible:
                 time.sleep(0.002)
             loss.version = collector.policy_version
             batches = list(buffer)
@@ -89,45 +118,57 @@ def train(lag: int, importance: str, seed: int, num_updates: int, forced: bool) 
                 lags.append(
                     float((collector.policy_version - batch["policy_version"]).float().mean())
                 )
-                if importance == "decoupled":
+                if kind.importance == "decoupled":
                     loss.write_proximal_log_prob(batch)
             for batch in batches:
                 decisions += len(batch)
                 losses = loss(batch)
-                (losses["loss_objective"] + losses["loss_entropy"]).backward()
+                sum(v for key, v in losses.items() if key.startswith("loss_")).backward()
                 torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
             collector.update_policy_weights_()
-            learned_s += time.monotonic() - start_s
+        sampled = collector.stats()
     return {
-        "success": success,
+        "success": evaluate(task, policy, snapshots),
         "times_s": times_s,
         "lag": statistics.mean(lags[len(lags) // 4 :]),  # the first cohorts are of one version
         "decisions": decisions // EPOCHS,
+        "env_steps": sampled["collector/env_steps"],
     }
 
 
-def seconds_until(run: dict[str, Any], num_updates: int) -> float:
-    """Seconds of sampling and learning until the held-out scenes are solved; inf if never."""
-    solved = [t for t, rate in zip(run["times_s"], run["success"]) if rate >= SOLVED]
-    return solved[0] if solved else float("inf")
+def evaluate(task: Task, policy: Any, snapshots: list[dict[str, Any]]) -> list[float]:
+    """Greedy success of each; afterwards, for whoever samples meanwhile gets ahead for nothing."""
+    success = []
+    with contextlib.ExitStack() as stack:
+        collector = DVLACollector(task.make_env, policy, workers=task.workers)
+        stack.push(collector)  # shuts it down; it samples nothing for training
+        for weights in snapshots:
+            policy.load_state_dict(weights)
+            collector.update_policy_weights_()
+            found = collector.evaluate(task.held_out, greedy=True).result(600.0)
+            success.append(found.success_rate)
+    return success
 
 
-def main() -> None:
-    options = arguments(__doc__ or "", "two seeds, a few updates", repeats=5, csv=str)
-    repeats, num_updates = (2, 12) if options.quick else (options.repeats, UPDATES)
-    kinds = [(lag, name, True) for lag in LAGS for name in LOSSES]
-    kinds += [(lag, "behavior", False) for lag in (0, 1)]
-    runs: dict[tuple[int, str, bool], list[dict[str, Any]]] = {kind: [] for kind in kinds}
+def seconds_until_solved(run: dict[str, Any]) -> float | None:
+    """Seconds of sampling and learning until the held-out scenes are solved, if they ever are."""
+    solved = (t for t, rate in zip(run["times_s"], run["success"]) if rate >= SOLVED)
+    return next(solved, None)
+
+
+def measure(
+    task: Task, kinds: Sequence[Kind], repeats: int, num_updates: int, csv_file: str | None
+) -> dict[str, Any]:
+    """What every kind came to, seed by seed, every other seed backwards."""
+    runs: dict[Kind, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     for seed in range(repeats):
         for kind in kinds if seed % 2 == 0 else kinds[::-1]:
-            lag, name, forced = kind
-            run = in_process(train, lag, name, seed, num_updates, forced)
-            runs[kind].append(run)
-            log(f"seed {seed}, {kind}: {run}")
-    if options.csv:
-        with open(options.csv, "w", newline="") as file:
+            runs[kind].append(in_process(train, task, kind, seed, num_updates))
+            log(f"seed {seed}, {kind}: {runs[kind][-1]}")
+    if csv_file:
+        with open(csv_file, "w", newline="") as file:
             table = csv.writer(file)
             table.writerow(
                 ["max_policy_lag", "loss", "forced", "seed", "update", "seconds", "success"]
@@ -135,38 +176,62 @@ def main() -> None:
             for kind, found in runs.items():
                 for seed, run in enumerate(found):
                     for k, rate in enumerate(run["success"]):
-                        table.writerow([*kind, seed, k * EVERY, round(run["times_s"][k], 2), rate])
+                        update, seconds = k * task.evaluate_every, round(run["times_s"][k], 2)
+                        table.writerow([*astuple(kind), seed, update, seconds, rate])
     forced = {
-        f"{name}, lag {lag}": {
-            "success": spread(run["success"][-1] for run in runs[lag, name, True]),
-            "area": spread(statistics.mean(run["success"]) for run in runs[lag, name, True]),
-            "lag": spread(run["lag"] for run in runs[lag, name, True]),
+        kind: {
+            "success": spread(run["success"][-1] for run in found),
+            "area": spread(statistics.mean(run["success"]) for run in found),
+            "lag": spread(run["lag"] for run in found),
         }
-        for name in LOSSES
-        for lag in LAGS
+        for kind, found in runs.items()
+        if kind.is_forced
     }
-    seconds = {
-        lag: [seconds_until(run, num_updates) for run in runs[lag, "behavior", False]]
-        for lag in (0, 1)
-    }
-    result = {
+    area = {kind: values["area"]["median"] for kind, values in forced.items()}
+    timed = {"lag 0": runs[Kind(0)], "lag 1": runs[Kind(1, is_forced=False)]}
+    seconds = {name: [run["times_s"][-1] for run in found] for name, found in timed.items()}
+    return {
         "updates": num_updates,
-        "decisions": runs[0, "behavior", True][0]["decisions"],
-        "forced": forced,
+        "decisions": spread((run["decisions"] for run in runs[Kind(0)]), 0),
+        "env_steps": spread((run["env_steps"] for run in runs[Kind(0)]), 0),
+        "forced": {f"{kind.importance}, lag {kind.lag}": found for kind, found in forced.items()},
         "worst_loss": {
             name: round(
-                max(
-                    forced[f"{name}, lag 0"]["area"]["median"]
-                    - forced[f"{name}, lag {lag}"]["area"]["median"]
-                    for lag in LAGS
-                ),
+                max(area[Kind(0)] - rate for kind, rate in area.items() if kind.importance == name),
                 3,
             )
             for name in LOSSES
         },
-        "seconds_until_solved": {f"lag {lag}": spread(found) for lag, found in seconds.items()},
-        "time_sync_over_async": spread(a / b for a, b in zip(seconds[0], seconds[1])),
+        "seconds": {name: spread(found) for name, found in seconds.items()},
+        "seconds_until_solved": {
+            name: [seconds_until_solved(run) for run in found] for name, found in timed.items()
+        },
+        "time_sync_over_async": spread(a / b for a, b in zip(seconds["lag 0"], seconds["lag 1"])),
     }
+
+
+make_toy = functools.partial(
+    ToyChunkEnv, chunk_size=4, action_dim=2, image_size=16, success_steps=2, success_tol=0.35
+)
+TOY = Task(
+    make_env=make_toy,
+    make_policy=functools.partial(tiny_token_policy, 2, 4, vocab_size=16, hidden_dim=128),
+    held_out=[EpisodeSpec("default", seed=1_000_000 + k) for k in range(50)],
+    workers=WorkerConfig(num_workers=2, envs_per_worker=8, max_decisions=4),
+    num_updates=60,
+    evaluate_every=6,
+    groups_per_update=8,
+    lr=2e-3,
+    entropy_coeff=0.01,
+)
+
+
+def main() -> None:
+    options = arguments(__doc__ or "", "two seeds, a few updates", repeats=5, csv=str)
+    kinds = [Kind(lag, name) for lag in LAGS for name in LOSSES if lag or name == "behavior"]
+    kinds.append(Kind(1, is_forced=False))
+    repeats, num_updates = (2, 12) if options.quick else (options.repeats, TOY.num_updates)
+    result = measure(TOY, kinds, repeats, num_updates, options.csv)
     report("staleness", result, options.quick)
 
 
