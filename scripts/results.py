@@ -86,9 +86,11 @@ def of_benchmark(path: Path, options: str) -> dict[str, Any]:
     for policy, rows in itertools.groupby(found.get("predicted", ()), lambda row: row["policy"]):
         feasible = (row for row in rows if row["feasible"])
         for row in itertools.takewhile(lambda row: row["efficiency"] >= 0.9, feasible):
-            reach[policy] = f"{row['nodes']:,} nodes with {policy}"
+            reach[policy] = row["nodes"]
     command = f".venv/bin/python benchmarks/{path.stem}.py {options}".strip()
-    values = {"reach": ", ".join(reach.values()), "command": command}
+    policies = {nodes: [p for p in reach if reach[p] == nodes] for nodes in reach.values()}
+    by_nodes = "; ".join(f"{n:,} nodes with {', '.join(names)}" for n, names in policies.items())
+    values = {"reach": by_nodes, "command": command}
     return {**found, **values, "machines": [found["machine"]]}
 
 
@@ -107,6 +109,8 @@ def of_runs(paths: list[Path]) -> dict[str, Any]:
         raise ValueError(f"Runs must differ in seeds alone, got {own}. Name others by name=NAME.")
     settings = own.pop().replace("torchrl-dvla train", "--multirun")
     worse = [sum(is_worse(**found) for found in run.get("tasks", {}).values()) for run in whole]
+    num_broken = len(runs) - len(whole)
+    broken_off = f", {num_broken} of them broken off" if num_broken else ""
     return {
         **{key: spread(run[key]["num_successes"] for run in whole) for key in ("before", "after")},
         **{key: spread(run[key] for run in runs) for key in ("num_env_steps", "num_episodes")},
@@ -115,7 +119,7 @@ def of_runs(paths: list[Path]) -> dict[str, Any]:
         "worst_drop": spread(max(drop, default=0.0) for drop in drops),
         "num_looks": spread(map(len, curves)),
         "tasks_worse": spread(worse),
-        "runs": f"runs: {len(runs)}, broken off: {len(runs) - len(whole)}; seeds {seeds}",
+        "runs": f"{len(runs)} run{'s'[: len(runs) > 1]}{broken_off}, seeds {seeds}",
         "machines": [run["machine"] for run in runs],
         "command": f"make train ARGS='{settings} seed={seeds} log.backend=csv'",
     }
@@ -150,34 +154,46 @@ def filled(answer: str, values: dict[str, Any]) -> str:
 
 
 def machine_name(machine: dict[str, Any]) -> str:
-    """Cores, processor and, of a benchmark, the load."""
+    """Cores and processor."""
     cpu = re.sub(r"\(R\)|\(TM\)| Processor| CPU", "", machine["cpu"])
-    load = f", load {machine['load']}" if "load" in machine else ""
-    return f"{machine['cores']} cores, {cpu}{load}"
+    return f"{machine['cores']} cores, {cpu}"
+
+
+def load_of(machine: dict[str, Any]) -> str:
+    """The load beside a benchmark; runs were not asked for it."""
+    return f", load {machine['load']}" if "load" in machine else ""
 
 
 def table(page: Path, results: Path = RESULTS) -> tuple[str, list[str]]:
-    """Table of a page in Markdown, and the files that further rows need."""
-    lines = ["| question | answer | command | machine, raw file |", "|---|---|---|---|"]
-    missing: list[str] = []
+    """Table of a page in Markdown, and the files that further rows need.
+
+    The README's has its raw files as links and its machines below; the guide's has a column of
+    them, for it is built without the folder of the files.
+    """
+    is_readme = page == README
+    titles = ["question", "answer", "command", *([] if is_readme else ["machine, raw file"])]
+    lines, machines, missing = [titles, ["---"] * len(titles)], set[str](), list[str]()
     for row in tomllib.loads((results / "rows.toml").read_text())["row"]:
         files, folder = row["files"], row["files"].partition("/")[0]
         paths = sorted(results.glob(files))
-        if page == README and not row.get("readme"):
+        if is_readme and not row.get("readme"):
             continue
         if not paths:
             missing.append(files)
             continue
         options = row.get("options", "")
         values = of_runs(paths) if folder == "runs" else of_benchmark(paths[0], options)
-        machines = " and ".join(sorted({*map(machine_name, values["machines"])}))
-        machines += ", **quick run**" if values.get("quick") else ""
-        source = f"`docs/results/{files}`"  # the guide is built without this folder
-        if page == README:
-            source = f"[`{Path(files).name}`](docs/results/{folder if folder == 'runs' else files})"
-        cells = row["question"], filled(row["answer"], values), f"`{values['command']}`"
-        lines.append(f"| {' | '.join(cells)} | {machines}: {source} |")
-    return "\n".join(lines) + "\n", missing
+        answer = filled(row["answer"], values) + "; **quick run**" * values.get("quick", False)
+        cells = [row["question"], answer, f"`{values['command']}`"]
+        if is_readme:
+            cells[1] += f" ([raw](docs/results/{folder if folder == 'runs' else files}))"
+            machines |= {machine_name(machine) for machine in values["machines"]}
+        else:
+            found = {f"{machine_name(m)}{load_of(m)}" for m in values["machines"]}
+            cells.append(f"{' and '.join(sorted(found))}: `docs/results/{files}`")
+        lines.append(cells)
+    below = f"\nMeasured on: {'; '.join(sorted(machines))}.\n" if is_readme else ""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n" + below, missing
 
 
 def with_table(text: str, made: str) -> str:

@@ -120,9 +120,15 @@ def test_a_benchmark_by_hand(folder: Path) -> None:
     assert json.loads(kept.read_text())["failed"] == {"one at rllib": "no wheel in wheels"}
     made, missing = results.table(results.README, folder)
     assert made.splitlines()[2] == (
-        "| How fast? | 2.5 (2.0 to 3.0) times, 25%, failed: one at rllib | "
-        "`.venv/bin/python benchmarks/speed.py --all` | "
-        "2 cores, Intel Xeon, load 0.5: [`speed.json`](docs/results/benchmarks/speed.json) |"
+        "| How fast? | 2.5 (2.0 to 3.0) times, 25%, failed: one at rllib "
+        "([raw](docs/results/benchmarks/speed.json)) | "
+        "`.venv/bin/python benchmarks/speed.py --all` |"
+    )
+    assert made.splitlines()[-1] == "Measured on: 2 cores, Intel Xeon."
+    assert (
+        results.table(results.PAGE, folder)[0]
+        .splitlines()[2]
+        .endswith("| 2 cores, Intel Xeon, load 0.5: `docs/results/benchmarks/speed.json` |")
     )
     assert missing == []  # the other row is not the README's
     output.write_text(json.dumps(SPEED | {"quick": True}))
@@ -138,14 +144,14 @@ def test_a_value_that_a_benchmark_does_not_have_is_named(folder: Path) -> None:
 
 def test_reach_ends_where_a_policy_is_no_longer_efficient(folder: Path) -> None:
     rows = [("3 B", 8, 1.0), ("3 B", 16, 0.9), ("3 B", 32, 0.89), ("3 B", 64, 0.95)]
-    rows += [("1 T", 8, None), ("1 T", 1024, 1.0)]  # None: does not fit
+    rows += [("7 B", 16, 1.0), ("1 T", 8, None), ("1 T", 1024, 1.0)]  # None: does not fit
     predicted = [
         {"policy": policy, "nodes": nodes, "feasible": bool(found), "efficiency": found}
         for policy, nodes, found in rows
     ]
     file = folder / "simulate.json"
     file.write_text(json.dumps(SPEED | {"predicted": predicted}))
-    assert results.of_benchmark(file, "")["reach"] == "16 nodes with 3 B, 1,024 nodes with 1 T"
+    assert results.of_benchmark(file, "")["reach"] == "16 nodes with 3 B, 7 B; 1,024 nodes with 1 T"
 
 
 def test_runs_by_hand(folder: Path) -> None:
@@ -166,7 +172,7 @@ def test_runs_by_hand(folder: Path) -> None:
     cells = made.splitlines()[2].split(" | ")
     assert cells[1] == (
         "3 (2 to 4) of 50, 45 (40 to 50); 4,000 (2,000 to 4,000); 4.0 (2.0 to 4.0); "
-        "0% (0% to 50%); 2 (0 to 4); runs: 3, broken off: 1; seeds 0,1"
+        "0% (0% to 50%); 2 (0 to 4); 3 runs, 1 of them broken off, seeds 0,1"
     )
     assert cells[2] == (
         "`make train ARGS='--multirun --config-name toy lr=1 seed=0,1 log.backend=csv'`"
