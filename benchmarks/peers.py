@@ -374,46 +374,34 @@ def _adopt_orphans() -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a run: all that is below this process, for there is one run a time."""
+    """Kill what is left of a run: children of this process, to which those of a killed one fall."""
     if process.poll() is None:
         process.kill()
         process.wait()
     # Trackers that take away what others have left in shared memory end by themselves.
     end_s = time.monotonic() + GRACE_S
-    while _below(os.getpid()) and time.monotonic() < end_s:
-        _reap(os.WNOHANG)
+    while _children() and time.monotonic() < end_s:
+        _reap_ended()
         time.sleep(0.05)
-    while left := _below(os.getpid()):
+    while left := _children():
         for pid in left:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        _reap(0)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
-def _reap(options: int) -> None:
-    """Take note of the ends of adopted processes; with 0, wait for all of them."""
+def _reap_ended() -> None:
+    """Take note of the ends of adopted processes."""
     try:
-        while os.waitpid(-1, options)[0]:
+        while os.waitpid(-1, os.WNOHANG)[0]:
             pass
     except ChildProcessError:  # there are none
         pass
 
 
-def _below(root: int) -> set[int]:
-    parents: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended
-            continue
-    found: set[int] = set()
-    new = {root}
-    while new:
-        found |= new
-        new = {pid for pid, parent in parents.items() if parent in found} - found
-    return found - {root}
+def _children() -> list[int]:
+    """Processes whose parent is this one."""
+    tasks = Path("/proc/self/task").glob("*/children")
+    return [int(pid) for path in tasks for pid in path.read_text().split()]
 
 
 # -- measuring -------------------------------------------------------------------------------------
