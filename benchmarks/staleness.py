@@ -178,15 +178,15 @@ def measure(
                     for k, rate in enumerate(run["success"]):
                         update, seconds = k * task.evaluate_every, round(run["times_s"][k], 2)
                         table.writerow([*astuple(kind), seed, update, seconds, rate])
-    forced = {
+    learned = {
         kind: {
             "success": spread(run["success"][-1] for run in found),
             "area": spread(statistics.mean(run["success"]) for run in found),
             "lag": spread(run["lag"] for run in found),
         }
         for kind, found in runs.items()
-        if kind.is_forced
     }
+    forced = {kind: values for kind, values in learned.items() if kind.is_forced}
     area = {kind: values["area"]["median"] for kind, values in forced.items()}
     timed = {"lag 0": runs[Kind(0)], "lag 1": runs[Kind(1, is_forced=False)]}
     seconds = {name: [run["times_s"][-1] for run in found] for name, found in timed.items()}
@@ -195,6 +195,7 @@ def measure(
         "decisions": spread((run["decisions"] for run in runs[Kind(0)]), 0),
         "env_steps": spread((run["env_steps"] for run in runs[Kind(0)]), 0),
         "forced": {f"{kind.importance}, lag {kind.lag}": found for kind, found in forced.items()},
+        "as_it_is": learned[Kind(1, is_forced=False)],
         "worst_loss": {
             name: round(
                 max(area[Kind(0)] - rate for kind, rate in area.items() if kind.importance == name),
