@@ -114,11 +114,11 @@ ROWS: dict[str, Row] = {
         "ours",
         "ours.py",
         {
-            "num_workers": 2,
-            "envs_per_worker": 1,
+            "num_workers": 3,
+            "envs_per_worker": 2,
             "num_scenes": 32,
             "group_size": 8,
-            "groups_per_update": 8,
+            "groups_per_update": 4,
             "max_policy_lag": 2,
             "max_batch_size": None,
             "max_wait_s": 0.0,
@@ -143,9 +143,9 @@ ROWS: dict[str, Row] = {
         {
             "arrangement": "sync",
             "batched_env": "parallel",
-            "num_workers": 4,
-            "frames_per_batch": 1024,
-            "learner_threads": 1,
+            "num_workers": 8,
+            "frames_per_batch": 2048,
+            "learner_threads": 2,
         },
         {
             "batched_env": ("serial", "parallel"),
@@ -160,7 +160,7 @@ ROWS: dict[str, Row] = {
         {
             "arrangement": "multi_sync",
             "num_workers": 2,
-            "envs_per_worker": 4,
+            "envs_per_worker": 16,
             "frames_per_batch": 1024,
             "learner_threads": 1,
         },
@@ -171,8 +171,8 @@ ROWS: dict[str, Row] = {
         "torchrl_ppo.py",
         {
             "arrangement": "multi_async",
-            "num_workers": 2,
-            "envs_per_worker": 4,
+            "num_workers": 4,
+            "envs_per_worker": 16,
             "frames_per_batch": 1024,
             "learner_threads": 1,
         },
@@ -185,7 +185,7 @@ ROWS: dict[str, Row] = {
             "arrangement": "async",
             "transport": "auto",
             "num_workers": 8,
-            "envs_per_worker": 1,
+            "envs_per_worker": 8,
             "frames_per_batch": 1024,
             "max_batch_size": 64,
             "server_timeout": 0.01,
@@ -378,30 +378,22 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.kill()
         process.wait()
-    # Trackers that take away what others have left in shared memory end by themselves.
-    end_s = time.monotonic() + GRACE_S
-    while _children() and time.monotonic() < end_s:
-        _reap_ended()
-        time.sleep(0.05)
-    while left := _children():
-        for pid in left:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+    # Trackers go last: they take away what the others have left in shared memory, and then end.
+    for spare in (b"", b"resource_tracker"), (b"resource_tracker",), ():
+        end_s = time.monotonic() + GRACE_S
+        while (left := _children()) and time.monotonic() < end_s:
+            for pid, command in left.items():
+                if not any(name in command for name in spare):
+                    os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, os.WNOHANG)
+            time.sleep(0.05)
 
 
-def _reap_ended() -> None:
-    """Take note of the ends of adopted processes."""
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:  # there are none
-        pass
-
-
-def _children() -> list[int]:
-    """Processes whose parent is this one."""
+def _children() -> dict[int, bytes]:
+    """Processes whose parent is this one, with their command lines; those that have ended too."""
     tasks = Path("/proc/self/task").glob("*/children")
-    return [int(pid) for path in tasks for pid in path.read_text().split()]
+    pids = [int(pid) for path in tasks for pid in path.read_text().split()]
+    return {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids}
 
 
 # -- measuring -------------------------------------------------------------------------------------

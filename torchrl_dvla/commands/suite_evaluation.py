@@ -342,7 +342,7 @@ def _play_missing(
                 record.add(episode)
                 mean = report.mean(episode.rendering)
                 assert mean is not None
-                bar.set_postfix_str(f"success {100 * mean[0]:.0f} %")
+                bar.set_postfix_str(f"success {100 * mean[0]:.0f} %", refresh=False)
                 bar.update()
 
             task_cfg = with_rendering(cfg, rendering, task_id)

@@ -63,7 +63,7 @@ def record_missing(cfg: Settings, folder: Path) -> None:
             )
             for num_done, solved in enumerate(bar, start=1):
                 num_solved += solved
-                bar.set_postfix_str(f"expert solved {num_solved}/{num_done}")
+                bar.set_postfix_str(f"expert solved {num_solved}/{num_done}", refresh=False)
 
 
 def evaluate(cfg: Settings, checkpoint: Path, *, greedy: bool) -> list[EpisodeResult]:
@@ -77,7 +77,7 @@ def evaluate(cfg: Settings, checkpoint: Path, *, greedy: bool) -> list[EpisodeRe
             for num_done, result in enumerate(bar, start=1):
                 results.append(result)
                 num_solved = sum(r.success for r in results if r.task_id == task_id)
-                bar.set_postfix_str(f"solved {num_solved}/{num_done}")
+                bar.set_postfix_str(f"solved {num_solved}/{num_done}", refresh=False)
     return results
 
 
