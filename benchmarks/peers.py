@@ -107,8 +107,8 @@ _RLLIB = {
     "learner_threads": _THREADS,
 }
 #: Whether the settings in ``ROWS`` are those that ``--search all --quick`` found on two idle cores.
-#: ``torchrl_async_batched``, whose 64 processes take minutes to start, was tried with each number of
-#: workers and environments alone, ``rllib_appo`` without its last three alternatives.
+#: ``torchrl_async_batched``, whose 64 processes take minutes to start, was tried with each number
+#: of workers and environments alone, ``rllib_appo`` without its last three alternatives.
 SEARCHED = True
 ROWS: dict[str, Row] = {
     "ours": Row(
