@@ -22,7 +22,6 @@ ratio                ours over each row, within each repeat.
 spread               ours over the fastest other row of each repeat.
 share_of_others      CPU time that processes of neither this script nor its rows took, over that
                      of the machine, in the worst run. Rates are worth nothing where it is large.
-settings_searched    whether the settings are those of a search, see below.
 failed               rows whose library cannot be installed or run, with the reason.
 
 ``--search`` measures the alternatives in ``ROWS``, one setting after another from the constants
@@ -106,10 +105,9 @@ _RLLIB = {
     "num_learners": (0, 1),
     "learner_threads": _THREADS,
 }
-#: Whether the settings in ``ROWS`` are those that ``--search all --quick`` found on two idle cores.
+#: The settings are those that ``--search all --quick`` found on two idle cores.
 #: ``torchrl_async_batched``, whose 64 processes take minutes to start, was tried with each number
 #: of workers and environments alone, ``rllib_appo`` without its last three alternatives.
-SEARCHED = True
 ROWS: dict[str, Row] = {
     "ours": Row(
         "ours",
@@ -380,11 +378,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.kill()
         process.wait()
     # Trackers go last: they take away what the others have left in shared memory, and then end.
-    for spare in (b"", b"resource_tracker"), (b"resource_tracker",), ():
+    for spared in (b"", b"resource_tracker", None):  # all of them, trackers, none
         end_s = time.monotonic() + GRACE_S
         while (left := _children()) and time.monotonic() < end_s:
             for pid, command in left.items():
-                if not any(name in command for name in spare):
+                if spared is None or spared not in command:
                     os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, os.WNOHANG)
             time.sleep(0.05)
@@ -490,7 +488,6 @@ def main() -> None:
             for lane in runs["ours"][0]["lanes"]
             if lane.endswith("_busy")
         },
-        "settings_searched": SEARCHED,
         "settings": {name: row.settings for name, row in ROWS.items()},
         "versions": {name: found[-1]["versions"] for name, found in runs.items()},
     }

@@ -20,8 +20,7 @@ as it is   with bound 1 the learner waits for nothing but its groups. ``seconds`
            seed.
 
 What is evaluated are snapshots, afterwards: whoever samples meanwhile would get ahead for nothing.
-``worst_loss`` is the largest drop of the median ``area`` against bound 0, by loss. The last line of
-stdout is one JSON object.
+The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ SOLVED, EPOCHS, GROUP_SIZE = 0.9, 2, 8
 class Task:
     """What is learned, and in what amounts."""
 
-    make_env: Callable[[], Any]
+    make_env: Any  # as DVLACollector takes it
     make_policy: Callable[[], Any]
     held_out: Sequence[EpisodeSpec]
     workers: WorkerConfig
@@ -186,23 +185,18 @@ def measure(
         }
         for kind, found in runs.items()
     }
-    forced = {kind: values for kind, values in learned.items() if kind.is_forced}
-    area = {kind: values["area"]["median"] for kind, values in forced.items()}
     timed = {"lag 0": runs[Kind(0)], "lag 1": runs[Kind(1, is_forced=False)]}
     seconds = {name: [run["times_s"][-1] for run in found] for name, found in timed.items()}
     return {
         "updates": num_updates,
         "decisions": spread((run["decisions"] for run in runs[Kind(0)]), 0),
         "env_steps": spread((run["env_steps"] for run in runs[Kind(0)]), 0),
-        "forced": {f"{kind.importance}, lag {kind.lag}": found for kind, found in forced.items()},
-        "as_it_is": learned[Kind(1, is_forced=False)],
-        "worst_loss": {
-            name: round(
-                max(area[Kind(0)] - rate for kind, rate in area.items() if kind.importance == name),
-                3,
-            )
-            for name in LOSSES
+        "forced": {
+            f"{kind.importance}, lag {kind.lag}": found
+            for kind, found in learned.items()
+            if kind.is_forced
         },
+        "as_it_is": learned[Kind(1, is_forced=False)],
         "seconds": {name: spread(found) for name, found in seconds.items()},
         "seconds_until_solved": {
             name: [seconds_until_solved(run) for run in found] for name, found in timed.items()

@@ -57,7 +57,7 @@ def main(source: str, picture: str) -> None:
         axes.grid(color="#e0e0e0")
         axes.set_ylim(0, 102)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": ""}):  # equal figures, equal file
-        figure.savefig(picture, metadata={"Date": None} if picture.endswith(".svg") else None)
+        figure.savefig(picture, format="svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

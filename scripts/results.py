@@ -20,6 +20,7 @@ import re
 import statistics
 import sys
 import tomllib
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,9 @@ def of_benchmark(path: Path, options: str) -> dict[str, Any]:
         for row in itertools.takewhile(lambda row: row["efficiency"] >= 0.9, feasible):
             reach[policy] = row["nodes"]
     command = f".venv/bin/python benchmarks/{path.stem}.py {options}".strip()
-    policies = {nodes: [p for p in reach if reach[p] == nodes] for nodes in reach.values()}
+    policies = defaultdict(list)
+    for policy, nodes in reach.items():
+        policies[nodes].append(policy)
     by_nodes = "; ".join(f"{n:,} nodes with {', '.join(names)}" for n, names in policies.items())
     values = {"reach": by_nodes, "command": command}
     return {**found, **values, "machines": [found["machine"]]}
@@ -119,7 +122,7 @@ def of_runs(paths: list[Path]) -> dict[str, Any]:
         "worst_drop": spread(max(drop, default=0.0) for drop in drops),
         "num_looks": spread(map(len, curves)),
         "tasks_worse": spread(worse),
-        "runs": f"{len(runs)} run{'s'[: len(runs) > 1]}{broken_off}, seeds {seeds}",
+        "runs": f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}{broken_off}, seeds {seeds}",
         "machines": [run["machine"] for run in runs],
         "command": f"make train ARGS='{settings} seed={seeds} log.backend=csv'",
     }
