@@ -99,11 +99,14 @@ def of_benchmark(path: Path, options: str) -> dict[str, Any]:
 
 def of_runs(paths: list[Path]) -> dict[str, Any]:
     """What the runs of a configuration found, those of a seed again included."""
-    runs, curves = [json.loads(path.read_text()) for path in paths], []
+    runs, curves, num_looks = [json.loads(path.read_text()) for path in paths], [], []
     for path in paths:
         with open(path.with_name(f"{path.stem}_success.csv"), newline="") as file:
-            points = [row for row in csv.DictReader(file) if row["evaluation"] == "eval_subset"]
-        curves.append([float(point["success_rate"]) for point in points])
+            points = list(csv.DictReader(file))
+        # from the start on, else a run that loses all at once would have no drop
+        of_curve = [p for p in points if p["evaluation"] == "eval_subset" or p["update"] == "0"]
+        curves.append([float(point["success_rate"]) for point in of_curve])
+        num_looks.append(sum(point["evaluation"] == "eval_subset" for point in points))
     drops = [[best - x for best, x in zip(itertools.accumulate(c, max), c)] for c in curves]
     whole = [run for run in runs if run["before"] and run["after"]]
     seeds = ",".join(sorted({run["name"].rpartition(" ")[2] for run in runs}, key=int))
@@ -120,7 +123,7 @@ def of_runs(paths: list[Path]) -> dict[str, Any]:
         "num_scenes": whole[0]["after"]["num_episodes"],
         "minutes": spread(run["training_s"] / 60 for run in runs),
         "worst_drop": spread(max(drop, default=0.0) for drop in drops),
-        "num_looks": spread(map(len, curves)),
+        "num_looks": spread(num_looks),
         "tasks_worse": spread(worse),
         "runs": f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}{broken_off}, seeds {seeds}",
         "machines": [run["machine"] for run in runs],
