@@ -103,10 +103,11 @@ def of_runs(paths: list[Path]) -> dict[str, Any]:
     for path in paths:
         with open(path.with_name(f"{path.stem}_success.csv"), newline="") as file:
             points = list(csv.DictReader(file))
-        # from the start on, else a run that loses all at once would have no drop
-        of_curve = [p for p in points if p["evaluation"] == "eval_subset" or p["update"] == "0"]
-        curves.append([float(point["success_rate"]) for point in of_curve])
-        num_looks.append(sum(point["evaluation"] == "eval_subset" for point in points))
+        looks = [point for point in points if point["evaluation"] == "eval_subset"]
+        num_looks.append(len(looks))
+        # without its start, a run that loses all at once would have no drop
+        start = [point for point in points if point["update"] == "0"]
+        curves.append([float(point["success_rate"]) for point in start + looks])
     drops = [[best - x for best, x in zip(itertools.accumulate(c, max), c)] for c in curves]
     whole = [run for run in runs if run["before"] and run["after"]]
     seeds = ",".join(sorted({run["name"].rpartition(" ")[2] for run in runs}, key=int))

@@ -213,23 +213,7 @@ def test_a_task_is_worse_below_its_interval_from_before(
 
 
 def test_a_run_that_falls_below_its_start_at_once_has_a_drop(folder: Path) -> None:
-    runs = folder / "runs"
-    (runs / "toy_seed0.json").write_text(
-        json.dumps(
-            {
-                "name": "toy, seed 0",
-                "before": {"num_successes": 26, "num_episodes": 50},
-                "after": {"num_successes": 0, "num_episodes": 50},
-                "num_env_steps": 1,
-                "num_episodes": 1,
-                "training_s": 60.0,
-                "commands": ["torchrl-dvla train seed=0"],
-                "machine": {},
-            }
-        )
-    )
-    curve = "evaluation,update,success_rate\neval,0,0.52\neval,9,0.0\neval_subset,5,0.02\n"
-    (runs / "toy_seed0_success.csv").write_text(curve)
-    found = results.of_runs([runs / "toy_seed0.json"])
-    assert found["worst_drop"]["max"] == pytest.approx(0.52 - 0.02)
+    kept = results.keep(make_run(folder, 0, 5, 1, "5,0.02\n"), folder)  # from 0.1 at the start
+    found = results.of_runs([kept])
+    assert found["worst_drop"]["max"] == pytest.approx(0.1 - 0.02)
     assert found["num_looks"]["max"] == 1
