@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensordict import NonTensorStack, TensorDict
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_dvla.collectors import Evaluation
 from torchrl_dvla.commands import suite_evaluation
@@ -37,12 +40,14 @@ class FakeCollector:
 
     made: list = []
     played: list = []
+    policies: list = []
     #: After so many episodes ``then`` is called.
     num_left = -1
 
     def __init__(self, cfg, policy, buffer):
         self.cfg = cfg
         self.made.append(cfg)
+        self.policies.append(copy.deepcopy(policy))  # as the inference lane's
 
     def __exit__(self, *exc_info):
         self.made[-1] = self.cfg.env
@@ -88,6 +93,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(utils, "make_collector", FakeCollector)
     monkeypatch.chdir(tmp_path)
     FakeCollector.made, FakeCollector.played, FakeCollector.num_left = [], [], -1
+    FakeCollector.policies = []
     return FakeCollector
 
 
@@ -125,6 +131,27 @@ def test_every_init_state_is_played_once_and_reported(call, fake, tmp_path):
     assert videos[:2] == ["benchmark_00_00_success.gif", "benchmark_01_00_success.gif"]
     assert len(videos) == 6
     assert "| mean over tasks | 25.0 % | 3/12 |" in (tmp_path / "out/report.md").read_text()
+
+
+def test_blank_rendering_hides_the_images_and_nothing_else(call, fake):
+    for rendering in ("blank", "fast"):
+        code, out, err = call("evaluate", SHIPPED, *SUITE, "--tasks", 0, "--rendering", rendering)
+        assert code == 0 and f"libero_object, {rendering} rendering" in out, err
+    blind, seeing = fake.policies
+    images = torch.stack([torch.zeros(3, 128, 128), torch.full((3, 128, 128), 255)]).byte()
+    rows = TensorDict(
+        {"observation": {"image": images, "state": torch.zeros(2, 9)}}, batch_size=[2]
+    )
+    rows["language_instruction"] = NonTensorStack(*["pick up the butter and place it in the basket"] * 2)
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        first, second = blind(rows.copy())["vla_action", "log_probs"]
+        assert torch.equal(first, second)
+        first, second = seeing(rows.copy())["vla_action", "log_probs"]
+        assert not torch.equal(first, second)
+        rows["observation", "state"][1] += 0.1
+        first, second = blind(rows.copy())["vla_action", "log_probs"]
+        assert not torch.equal(first, second)
+    assert torch.equal(rows["observation", "image"], images)
 
 
 def test_a_failure_and_a_signal_lose_no_episode(call, fake, tmp_path, monkeypatch):

@@ -73,8 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     suite = parser.add_argument_group("a whole suite of LIBERO")
     suite.add_argument("--suite", help="libero_spatial, _object, _goal, _10 or _90")
     suite.add_argument("--tasks", metavar="ID,ID", help="such as 0,3; default: all")
-    drawn = "benchmark (default): with shadows; fast: without shadows and multisampling"
-    suite.add_argument("--rendering", choices=("benchmark", "fast", "both"), help=drawn)
+    drawn = (
+        "benchmark (default): with shadows; fast: without shadows and multisampling; both of them; "
+        "blank: images are grey, to see what is solved without looking"
+    )
+    suite.add_argument("--rendering", choices=("benchmark", "fast", "both", "blank"), help=drawn)
     suite.add_argument("--out", metavar="FOLDER", help="default: evaluations/<suite>-<policy>")
     limit = "env steps of an episode, if not the suite's: for a quick look"
     suite.add_argument("--horizon", type=int, metavar="N", help=limit)

@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +22,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from tensordict.nn import TensorDictModuleBase
+from torch import nn
 from tqdm import tqdm
 
 from torchrl_dvla import EpisodeSpec
 from torchrl_dvla.collectors import Evaluation
 from torchrl_dvla.commands.saved_policy import SavedPolicy
 from torchrl_dvla.data import Rollout
-from torchrl_dvla.data.schema import NO_HASH
+from torchrl_dvla.data.schema import CAMERA_KEYS, NO_HASH
 from torchrl_dvla.envs import LIBERO_SUITES
 from torchrl_dvla.envs.libero_setup import (
     LIBERO_HORIZONS,
@@ -68,7 +69,10 @@ __all__ = ["RENDERINGS", "evaluate_suite", "protocol_settings"]
 RENDERINGS: dict[str, str] = {
     "benchmark": "shadows, reflections and 4 samples per pixel, as the benchmark draws",
     "fast": "without shadows, reflections and multisampling",
+    "blank": "all images grey, so that it says what the policy does without looking",
 }
+#: Value of each colour of a pixel of a grey image.
+_GREY = 128
 #: Env steps without motion before an episode, in which objects come to rest.
 _SETTLE_STEPS = 10
 #: Decisions of an episode, until the protocol's horizon is known.
@@ -137,7 +141,7 @@ class _Suite:
         horizon = LIBERO_HORIZONS[name]
         if args.horizon is not None:
             horizon = check("--horizon", args.horizon, Count)
-        both = tuple(RENDERINGS)
+        both = ("benchmark", "fast")
         renderings = both if args.rendering == "both" else (args.rendering or both[0],)
         return cls(name, tasks, _hashes(states, num_episodes), renderings, horizon)
 
@@ -347,6 +351,8 @@ def _play_missing(
 
             task_cfg = with_rendering(cfg, rendering, task_id)
             with contextlib.ExitStack() as stack:
+                if rendering == "blank":
+                    stack.enter_context(_blank_images(policy))
                 with stop.interruptible():
                     buffer = utils.make_replay_buffer(task_cfg)
                     collector = utils.make_collector(task_cfg, policy, buffer)
@@ -357,6 +363,23 @@ def _play_missing(
                     num_frames_episodes=sum(key.init_state_id < num_videos for key in keys),
                 )
                 follow(evaluation, take, cfg.eval.timeout_s, stop)
+
+
+@contextlib.contextmanager
+def _blank_images(policy: TensorDictModuleBase) -> Iterator[None]:
+    """Grey images for a policy, and for copies made of it meanwhile; videos have them as drawn."""
+    handle = policy.register_forward_pre_hook(_see_grey)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _see_grey(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    seen = args[0].copy()  # the policy writes into what it is given, and returns it
+    for key in set(CAMERA_KEYS) & set(seen.keys(True, True)):
+        seen.set(key, torch.full_like(seen.get(key), _GREY))
+    return seen, *args[1:]
 
 
 def follow(
