@@ -102,7 +102,7 @@ SUITE = ("--suite", "libero_object", "--out", "out")
 
 def test_every_init_state_is_played_once_and_reported(call, fake, tmp_path):
     code, out, err = call(
-        "evaluate", SHIPPED, *SUITE, "--rendering", "both", "--videos", 1, "--workers", 3
+        "evaluate", SHIPPED, *SUITE, "--rendering", "fast,benchmark", "--videos", 1, "--workers", 3
     )
     assert code == 0, err
     every = [(task_id, number) for task_id in range(3) for number in range(NUM_STATES)]

@@ -14,7 +14,7 @@ it plays itself.
 With --suite, a whole suite of LIBERO by the benchmark's protocol instead: all its tasks and init
 states, its horizon and its rendering. What was interrupted goes on with the same command.
 
-  torchrl-dvla evaluate my/policy --suite libero_object --rendering both --workers 8
+  torchrl-dvla evaluate my/policy --suite libero_object --rendering benchmark,blank --workers 8
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     suite.add_argument("--suite", help="libero_spatial, _object, _goal, _10 or _90")
     suite.add_argument("--tasks", metavar="ID,ID", help="such as 0,3; default: all")
     drawn = (
-        "benchmark (default): with shadows; fast: without shadows and multisampling; both of them; "
-        "blank: images are grey, to see what is solved without looking"
+        "benchmark (default): with shadows; fast: without shadows and multisampling; "
+        "blank: all images grey, to see what is solved without looking"
     )
-    suite.add_argument("--rendering", choices=("benchmark", "fast", "both", "blank"), help=drawn)
+    suite.add_argument("--rendering", metavar="NAME,NAME", help=drawn)
     suite.add_argument("--out", metavar="FOLDER", help="default: evaluations/<suite>-<policy>")
     limit = "env steps of an episode, if not the suite's: for a quick look"
     suite.add_argument("--horizon", type=int, metavar="N", help=limit)

@@ -141,8 +141,13 @@ class _Suite:
         horizon = LIBERO_HORIZONS[name]
         if args.horizon is not None:
             horizon = check("--horizon", args.horizon, Count)
-        both = ("benchmark", "fast")
-        renderings = both if args.rendering == "both" else (args.rendering or both[0],)
+        asked = (args.rendering or "benchmark").replace(" ", "").split(",")
+        if unknown := [name for name in asked if name not in RENDERINGS]:
+            raise ValueError(
+                f"--rendering must be of {', '.join(RENDERINGS)}, separated by commas, got "
+                f"{unknown[0]!r}. Leave it out for the benchmark's."
+            )
+        renderings = tuple(each for each in RENDERINGS if each in asked)
         return cls(name, tasks, _hashes(states, num_episodes), renderings, horizon)
 
     def spec(self, key: EpisodeKey) -> EpisodeSpec:
