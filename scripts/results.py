@@ -5,7 +5,8 @@
 """Results tables of the README and the guide, made from the raw results in ``docs/results``.
 
     python scripts/results.py [--check]             # make them anew, or say whether they are
-    python scripts/results.py --keep FILE|RUN ...   # first keep benchmarks' outputs, runs' folders
+    python scripts/results.py --keep PATH ...       # first keep benchmarks' outputs, folders of runs
+                                                    # and of evaluations of a suite
 
 ``docs/results/rows.toml`` says what is in them. A row without its files is left out, and named.
 """
@@ -38,7 +39,9 @@ FOLDERS = re.compile(r"(?<![\w.:/])/(?:[\w.@+-]+/)*(?=[\w.@+-])")
 
 # -- from a benchmark or a run to raw results ------------------------------------------------------
 def keep(path: Path, results: Path = RESULTS) -> Path:
-    """Keep the output of a benchmark, or the folder of a run of this machine; returns the JSON."""
+    """Keep a benchmark's output, or a run's or an evaluation's folder of this machine, as JSON."""
+    if (path / "episodes.jsonl").is_file():
+        return keep_evaluation(path, results)
     return keep_run(path, results) if path.is_dir() else keep_benchmark(path, results)
 
 
@@ -52,13 +55,10 @@ def keep_benchmark(file: Path, results: Path) -> Path:
 
 def keep_run(folder: Path, results: Path) -> Path:
     """Report, commands and curve of greedy success; another run of its seed is kept beside it."""
-    sys.path.append(str(ROOT / "benchmarks"))
-    from _machine import machine
-
     report = json.loads((folder / "report.json").read_text())
     settings = (folder / "settings.yaml").read_text().splitlines()
     report["commands"] = [line[2:] for line in settings if line.startswith("# torchrl-dvla")]
-    report["machine"] = {key: value for key, value in machine().items() if key != "load"}
+    report["machine"] = this_machine()
     del report["checkpoint"]
     curve = ["evaluation,update,success_rate"]
     for file in sorted(folder.glob("scalars/eval*/success_rate.csv")):
@@ -72,6 +72,25 @@ def keep_run(folder: Path, results: Path) -> Path:
     kept.write_text(text)
     kept.with_name(f"{kept.stem}_success.csv").write_text("\n".join(curve) + "\n")
     return kept
+
+
+def keep_evaluation(folder: Path, results: Path) -> Path:
+    """Report of ``evaluate --suite``, by the name of its folder, in place of an earlier one."""
+    report = json.loads((folder / "report.json").read_text())
+    if not report["is_over"]:
+        raise ValueError(f"{folder} must have all of its episodes. Call its command again.")
+    report["machine"] = this_machine()
+    kept = results / "evaluations" / f"{folder.resolve().name}.json"
+    kept.write_text(FOLDERS.sub("", json.dumps(report)) + "\n")
+    return kept
+
+
+def this_machine() -> dict[str, Any]:
+    """As benchmarks have it; the load of now says nothing of a run that is over."""
+    sys.path.append(str(ROOT / "benchmarks"))
+    from _machine import machine
+
+    return {key: value for key, value in machine().items() if key != "load"}
 
 
 # -- from raw results to values --------------------------------------------------------------------
@@ -132,6 +151,22 @@ def of_runs(paths: list[Path]) -> dict[str, Any]:
     }
 
 
+def of_evaluations(paths: list[Path]) -> dict[str, Any]:
+    """Renderings of each evaluation, by the last word of its name: ``NAME_after``."""
+    reports = {path.stem.rpartition("_")[2]: json.loads(path.read_text()) for path in paths}
+    first = next(iter(reports.values()))
+    num_tasks = len(next(iter(first["renderings"].values()))["tasks"])
+    num_scenes = next(iter(first["renderings"].values()))["num_episodes"]
+    command = f"torchrl-dvla evaluate POLICY --suite {first['suite']} --episodes "
+    command += f"{num_scenes // num_tasks} --rendering {','.join(first['renderings'])}"
+    return {
+        **{name: report["renderings"] for name, report in reports.items()},
+        "num_scenes": num_scenes,
+        "machines": [report["machine"] for report in reports.values()],
+        "command": command,
+    }
+
+
 def is_worse(before: dict[str, int], after: dict[str, int]) -> bool:
     """Whether the success rate of a task fell below its 95 % interval from before."""
     low, _ = wilson_interval(before["num_successes"], before["num_episodes"])
@@ -189,11 +224,14 @@ def table(page: Path, results: Path = RESULTS) -> tuple[str, list[str]]:
             missing.append(files)
             continue
         options = row.get("options", "")
-        values = of_runs(paths) if folder == "runs" else of_benchmark(paths[0], options)
+        if folder == "benchmarks":
+            values = of_benchmark(paths[0], options)
+        else:
+            values = of_runs(paths) if folder == "runs" else of_evaluations(paths)
         answer = filled(row["answer"], values) + "; **quick run**" * values.get("quick", False)
         cells = [row["question"], answer, f"`{values['command']}`"]
         if is_readme:
-            cells[1] += f" ([raw](docs/results/{folder if folder == 'runs' else files}))"
+            cells[1] += f" ([raw](docs/results/{files if folder == 'benchmarks' else folder}))"
             machines |= {machine_name(machine) for machine in values["machines"]}
         else:
             found = {f"{machine_name(m)}{load_of(m)}" for m in values["machines"]}
@@ -212,7 +250,7 @@ def with_table(text: str, made: str) -> str:
 def main() -> None:
     """Keep what is given; write or check the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--keep", nargs="+", type=Path, default=[], metavar="FILE|RUN")
+    parser.add_argument("--keep", nargs="+", type=Path, default=[], metavar="PATH")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if there is need to")
     args = parser.parse_args()
     for path in args.keep:

@@ -180,6 +180,47 @@ def test_runs_by_hand(folder: Path) -> None:
     assert missing == ["benchmarks/speed.json"]
 
 
+def make_evaluation(folder: Path, name: str, successes: dict[str, int], is_over: bool = True) -> Path:
+    """The folder of an evaluation of two tasks, ten init states each."""
+    evaluation = folder / name
+    evaluation.mkdir()
+    (evaluation / "episodes.jsonl").touch()
+    renderings = {
+        rendering: {"num_successes": number, "num_episodes": 20, "tasks": {"0": {}, "1": {}}}
+        for rendering, number in successes.items()
+    }
+    report = {"policy": "/home/me/runs/p", "suite": "libero_object", "is_over": is_over}
+    (evaluation / "report.json").write_text(json.dumps(report | {"renderings": renderings}))
+    return evaluation
+
+
+def test_evaluations_by_hand(folder: Path) -> None:
+    (folder / "evaluations").mkdir()
+    (folder / "rows.toml").write_text(
+        """[[row]]
+question = "Does it look?"
+files = "evaluations/suite_*.json"
+answer = "{before.fast.num_successes}, {after.blank.num_successes:03d} of {num_scenes}"
+"""
+    )
+    for name, successes in (
+        ("suite_before", {"fast": 12, "blank": 3}),
+        ("suite_after", {"fast": 19, "blank": 4}),
+    ):
+        results.keep(make_evaluation(folder, name, successes), folder)
+    made, missing = results.table(results.PAGE, folder)
+    assert not missing
+    answer, command, raw = made.strip().splitlines()[-1].split(" | ")[1:]
+    assert answer == "12, 004 of 20"
+    assert command == (
+        "`torchrl-dvla evaluate POLICY --suite libero_object --episodes 10 --rendering fast,blank`"
+    )
+    assert "evaluations/suite_*.json" in raw and "load" not in raw
+    assert "/home" not in (folder / "evaluations/suite_after.json").read_text()
+    with pytest.raises(ValueError, match="must have all of its episodes"):
+        results.keep(make_evaluation(folder, "suite_other", {"fast": 1}, is_over=False), folder)
+
+
 def test_runs_with_other_settings_are_not_mixed(folder: Path) -> None:
     first, second = make_run(folder, 0, 2, 40, "1,0.5\n"), make_run(folder, 1, 4, 50, "1,0.5\n")
     settings = second / "settings.yaml"
