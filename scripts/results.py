@@ -5,8 +5,8 @@
 """Results tables of the README and the guide, made from the raw results in ``docs/results``.
 
     python scripts/results.py [--check]             # make them anew, or say whether they are
-    python scripts/results.py --keep PATH ...       # first keep benchmarks' outputs, folders of runs
-                                                    # and of evaluations of a suite
+    python scripts/results.py --keep PATH ...       # first keep outputs of benchmarks, folders of
+                                                    # runs and of evaluations of a suite
 
 ``docs/results/rows.toml`` says what is in them. A row without its files is left out, and named.
 """

@@ -180,7 +180,9 @@ def test_runs_by_hand(folder: Path) -> None:
     assert missing == ["benchmarks/speed.json"]
 
 
-def make_evaluation(folder: Path, name: str, successes: dict[str, int], is_over: bool = True) -> Path:
+def make_evaluation(
+    folder: Path, name: str, successes: dict[str, int], is_over: bool = True
+) -> Path:
     """The folder of an evaluation of two tasks, ten init states each."""
     evaluation = folder / name
     evaluation.mkdir()

@@ -142,7 +142,8 @@ def test_blank_rendering_hides_the_images_and_nothing_else(call, fake):
     rows = TensorDict(
         {"observation": {"image": images, "state": torch.zeros(2, 9)}}, batch_size=[2]
     )
-    rows["language_instruction"] = NonTensorStack(*["pick up the butter and place it in the basket"] * 2)
+    instruction = "pick up the butter and place it in the basket"
+    rows["language_instruction"] = NonTensorStack(instruction, instruction)
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
         first, second = blind(rows.copy())["vla_action", "log_probs"]
         assert torch.equal(first, second)
