@@ -239,6 +239,7 @@ def test_an_evaluation_that_stands_still_ends(call, fake, monkeypatch):
         (("--episodes", "5"), "--episodes must be at most 4 with --suite"),
         (("--tasks", "0,3"), "--tasks must be numbers from 0 to 2 in libero_object, separated"),
         (("--tasks", "all"), "separated by commas, got 'all'"),
+        (("--rendering", "fast,both"), "--rendering must be of benchmark, fast, blank, separated"),
         (("--horizon", "0"), "--horizon must be at least 1, got 0"),
         (("--workers", "0"), "workers.num_workers must be at least 1, got 0"),
         (("--seed", "1"), "--seed must be left out with --suite, got 1"),

@@ -91,7 +91,8 @@ class StateNoise(Transform):
     """Adds Gaussian noise to the proprioception of a sampled batch.
 
     A policy that may trust its joint readings to the last digit learns to replay trajectories by
-    them and stops looking; a little noise keeps the image worth reading.
+    them; a little noise takes those digits away. It does not make a policy look where nothing has
+    to be seen: ``evaluate --suite --rendering blank`` says whether one does.
 
     Args:
         scale (float): standard deviation, in the state's own units. Defaults to 0.003.
