@@ -154,16 +154,22 @@ def of_runs(paths: list[Path]) -> dict[str, Any]:
 def of_evaluations(paths: list[Path]) -> dict[str, Any]:
     """Renderings of each evaluation, by the last word of its name: ``NAME_after``."""
     reports = {path.stem.rpartition("_")[2]: json.loads(path.read_text()) for path in paths}
-    first = next(iter(reports.values()))
-    num_tasks = len(next(iter(first["renderings"].values()))["tasks"])
-    num_scenes = next(iter(first["renderings"].values()))["num_episodes"]
-    command = f"torchrl-dvla evaluate POLICY --suite {first['suite']} --episodes "
-    command += f"{num_scenes // num_tasks} --rendering {','.join(first['renderings'])}"
+    commands, num_scenes = set(), 0
+    for report in reports.values():
+        renderings = report["renderings"]
+        found = next(iter(renderings.values()))
+        num_scenes = found["num_episodes"]
+        commands.add(
+            f"torchrl-dvla evaluate POLICY --suite {report['suite']} --episodes "
+            f"{num_scenes // len(found['tasks'])} --rendering {','.join(renderings)}"
+        )
+    if len(commands) > 1:
+        raise ValueError(f"Evaluations of a row must differ in policies alone, got {commands}.")
     return {
         **{name: report["renderings"] for name, report in reports.items()},
         "num_scenes": num_scenes,
         "machines": [report["machine"] for report in reports.values()],
-        "command": command,
+        "command": commands.pop(),
     }
 
 

@@ -219,6 +219,9 @@ answer = "{before.fast.num_successes}, {after.blank.num_successes:03d} of {num_s
     )
     assert "evaluations/suite_*.json" in raw and "load" not in raw
     assert "/home" not in (folder / "evaluations/suite_after.json").read_text()
+    results.keep(make_evaluation(folder, "suite_again", {"fast": 12}), folder)
+    with pytest.raises(ValueError, match="must differ in policies alone"):
+        results.table(results.PAGE, folder)
     with pytest.raises(ValueError, match="must have all of its episodes"):
         results.keep(make_evaluation(folder, "suite_other", {"fast": 1}, is_over=False), folder)
 
