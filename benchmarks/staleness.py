@@ -4,10 +4,11 @@
 # LICENSE file in the root directory of this source tree.
 """What does stale data cost in samples, and what does it buy in time?
 
-    python benchmarks/staleness.py [--quick] [--csv staleness.csv] [--repeats 5]
+    python benchmarks/staleness.py [--quick] [--csv staleness.csv] [--repeats 5] [--runs runs.jsonl]
 
 The toy task from scratch (``staleness_libero.py``: LIBERO), greedy success on held-out scenes over
-equal numbers of updates (so of decisions, all groups counted), seed by seed:
+equal numbers of updates, so of groups with contrast, seed by seed. ``env_steps`` are all that were
+sampled for them, groups without contrast included:
 
 forced     the learner begins an update only when admission lets nothing more in, so the lag *is*
            the bound (0, 1, 2, 4), whatever is faster; with the plain clip (``behavior``) and with
@@ -20,6 +21,8 @@ as it is   with bound 1 the learner waits for nothing but its groups. ``seconds`
            seed.
 
 What is evaluated are snapshots, afterwards: whoever samples meanwhile would get ahead for nothing.
+With ``--runs`` every run is written down as it ends, and one that is there is not repeated: the
+same command goes on where an earlier one was stopped.
 The last line of stdout is one JSON object.
 """
 
@@ -29,10 +32,13 @@ import contextlib
 import copy
 import csv
 import functools
+import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,7 +99,7 @@ def train(task: Task, kind: Kind, seed: int, num_updates: int) -> dict[str, Any]
             group_size=GROUP_SIZE,
             groups_per_update=task.groups_per_update,
             max_policy_lag=kind.lag,
-            on_no_signal="keep",  # equal data: no group is sampled for nothing
+            on_no_signal="keep",  # of a task that is solved no group has contrast
         ),
         workers=task.workers,
         seed=seed,
@@ -158,13 +164,26 @@ def seconds_until_solved(run: dict[str, Any]) -> float | None:
 
 
 def measure(
-    task: Task, kinds: Sequence[Kind], repeats: int, num_updates: int, csv_file: str | None
+    task: Task,
+    kinds: Sequence[Kind],
+    repeats: int,
+    num_updates: int,
+    csv_file: str | None,
+    record: str | None,
 ) -> dict[str, Any]:
     """What every kind came to, seed by seed, every other seed backwards."""
     runs: dict[Kind, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+    path = Path(record or os.devnull)
+    lines = path.read_text().splitlines() if path.is_file() else []
+    known = {tuple(line.pop("of")): line for line in map(json.loads, lines)}
     for seed in range(repeats):
         for kind in kinds if seed % 2 == 0 else kinds[::-1]:
-            runs[kind].append(in_process(train, task, kind, seed, num_updates))
+            of = (*astuple(kind), seed, num_updates)
+            if of not in known:
+                known[of] = in_process(train, task, kind, seed, num_updates)
+                with path.open("a") as file:
+                    file.write(json.dumps({"of": of, **known[of]}) + "\n")
+            runs[kind].append(known[of])
             log(f"seed {seed}, {kind}: {runs[kind][-1]}")
     if csv_file:
         with open(csv_file, "w", newline="") as file:
@@ -182,6 +201,7 @@ def measure(
             "success": spread(run["success"][-1] for run in found),
             "area": spread(statistics.mean(run["success"]) for run in found),
             "lag": spread(run["lag"] for run in found),
+            "env_steps": spread((run["env_steps"] for run in found), 0),
         }
         for kind, found in runs.items()
     }
@@ -190,7 +210,6 @@ def measure(
     return {
         "updates": num_updates,
         "decisions": spread((run["decisions"] for run in runs[Kind(0)]), 0),
-        "env_steps": spread((run["env_steps"] for run in runs[Kind(0)]), 0),
         "forced": {
             f"{kind.importance}, lag {kind.lag}": found
             for kind, found in learned.items()
@@ -222,11 +241,11 @@ TOY = Task(
 
 
 def main() -> None:
-    options = arguments(__doc__ or "", "two seeds, a few updates", repeats=5, csv=str)
+    options = arguments(__doc__ or "", "two seeds, a few updates", repeats=5, csv=str, runs=str)
     kinds = [Kind(lag, name) for lag in LAGS for name in LOSSES if lag or name == "behavior"]
     kinds.append(Kind(1, is_forced=False))
     repeats, num_updates = (2, 12) if options.quick else (options.repeats, TOY.num_updates)
-    result = measure(TOY, kinds, repeats, num_updates, options.csv)
+    result = measure(TOY, kinds, repeats, num_updates, options.csv, options.runs)
     report("staleness", result, options.quick)
 
 

@@ -5,6 +5,7 @@
 """What does stale data cost in samples on LIBERO, and what does it buy in time?
 
     python benchmarks/staleness_libero.py [--quick] [--csv staleness_libero.csv] [--repeats 3]
+        [--runs staleness_libero.jsonl]
 
 ``staleness.py``, which says what is measured, on the task of ``make train`` from the shipped
 checkpoint: success on the benchmark's 50 init states, which training never starts from. The
@@ -31,7 +32,7 @@ def make_task() -> Task:
         make_policy=functools.partial(utils.make_policy, cfg),
         held_out=held_out,
         workers=cfg.workers,
-        num_updates=18,
+        num_updates=12,
         evaluate_every=6,
         groups_per_update=cfg.group.groups_per_update,
         lr=1e-4,
@@ -39,11 +40,11 @@ def make_task() -> Task:
 
 
 def main() -> None:
-    options = arguments(__doc__ or "", "one seed, two updates", repeats=3, csv=str)
+    options = arguments(__doc__ or "", "one seed, two updates", repeats=3, csv=str, runs=str)
     kinds = [Kind(lag) for lag in LAGS] + [Kind(max(LAGS), "decoupled"), Kind(1, is_forced=False)]
     task = make_task()
     repeats, num_updates = (1, 2) if options.quick else (options.repeats, task.num_updates)
-    result = measure(task, kinds, repeats, num_updates, options.csv)
+    result = measure(task, kinds, repeats, num_updates, options.csv, options.runs)
     report("staleness_libero", result, options.quick)
 
 
