@@ -64,6 +64,30 @@ def test_a_policy_alone_is_played_in_the_environment_that_is_named(call, trained
     ]
 
 
+def test_blank_rendering_hides_the_images_from_the_policy_of_a_run(
+    call, trained, tmp_path, monkeypatch
+):
+    outcomes, seen = tmp_path / "outcomes.json", []
+    make_collector = utils.make_collector
+
+    def make(cfg, policy, buffer):
+        policy.register_forward_pre_hook(
+            lambda module, args: seen.append(args[0]["observation", "image"].unique().tolist())
+        )
+        return make_collector(cfg, policy, buffer)
+
+    monkeypatch.setattr(utils, "make_collector", make)
+    arguments = (trained, "--episodes", 2, "--json", outcomes)
+    for rendering in ("blank", None):
+        given = () if rendering is None else ("--rendering", rendering)
+        code, out, err = call("evaluate", *arguments, *given)
+        assert code == 0, err
+        assert ("all images grey" in out) == (rendering == "blank")
+        assert json.loads(outcomes.read_text())["rendering"] == rendering
+        assert all((values == [128]) == (rendering == "blank") for values in seen) and seen
+        seen.clear()
+
+
 def test_a_policy_that_is_a_state_dict(call, tmp_path):
     small = ["policy.kind=tiny_vla", "workers.num_workers=1", "workers.envs_per_worker=2"]
     cfg = compose_settings("toy", [*small, f"log.dir={tmp_path}"])
@@ -88,6 +112,7 @@ def test_a_policy_that_is_a_state_dict(call, tmp_path):
         (("--seed", "-1"), "--seed must be at least 0, got -1"),
         (("--videos", "1", "--video-dir", "/dev/null/x"), "--video-dir must be a folder that can"),
         (("--json", "/dev/null/x.json"), "--json must be a file that can be written to"),
+        (("--rendering", "fast"), "--rendering must be blank without --suite, got 'fast'"),
         (("env.image_size=16",), "image_shape must be (3, 32, 32) as the policy's"),
         (("env.imgae_size=16",), "Could not override 'env.imgae_size'"),
         (("workers.num_workers=0",), "workers.num_workers must be at least 1, got 0"),

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from torchrl_dvla import EpisodeSpec
 from torchrl_dvla.collectors import Evaluation, EvaluationResult
 from torchrl_dvla.commands.saved_policy import SavedPolicy, add_settings
-from torchrl_dvla.commands.suite_evaluation import evaluate_suite
+from torchrl_dvla.commands.suite_evaluation import RENDERINGS, blank_images, evaluate_suite
 from torchrl_dvla.recipes.dvla_grpo import utils
 from torchrl_dvla.recipes.dvla_grpo.settings import Settings, to_dict
 from torchrl_dvla.recipes.dvla_grpo.train import begin_evaluation
@@ -70,14 +70,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--videos", type=int, default=0, metavar="N", help="GIFs of the first N")
     parser.add_argument("--video-dir", default="videos", metavar="DIR", help="default: videos")
     parser.add_argument("--json", metavar="FILE", help="write outcomes and settings there as well")
+    drawn = (
+        "blank: all images grey, to see what is solved without looking; with --suite also "
+        "benchmark (its default): with shadows; fast: without shadows and multisampling"
+    )
+    parser.add_argument("--rendering", metavar="NAME,NAME", help=drawn)
     suite = parser.add_argument_group("a whole suite of LIBERO")
     suite.add_argument("--suite", help="libero_spatial, _object, _goal, _10 or _90")
     suite.add_argument("--tasks", metavar="ID,ID", help="such as 0,3; default: all")
-    drawn = (
-        "benchmark (default): with shadows; fast: without shadows and multisampling; "
-        "blank: all images grey, to see what is solved without looking"
-    )
-    suite.add_argument("--rendering", metavar="NAME,NAME", help=drawn)
     suite.add_argument("--out", metavar="FOLDER", help="default: evaluations/<suite>-<policy>")
     limit = "env steps of an episode, if not the suite's: for a quick look"
     suite.add_argument("--horizon", type=int, metavar="N", help=limit)
@@ -90,12 +90,17 @@ def run(args: argparse.Namespace) -> int:
         args.overrides = [*args.overrides, f"workers.num_workers={args.workers}"]
     if args.suite is not None:
         return evaluate_suite(args, saved)
-    for name in ("tasks", "rendering", "out", "horizon"):
+    for name in ("tasks", "out", "horizon"):
         if (given := getattr(args, name)) is not None:
             raise ValueError(
                 f"--{name} must be used with --suite, got {given!r} without. Add --suite "
                 "libero_object, or leave it out."
             )
+    if args.rendering not in (None, "blank"):
+        raise ValueError(
+            f"--rendering must be blank without --suite, got {args.rendering!r}. Leave it out for "
+            "images as the policy's environment draws them."
+        )
     cfg = saved.settings(args)
     num_episodes = check("--episodes", args.episodes or cfg.eval.num_episodes, Count)
     videos = check("--videos", args.videos, Natural)
@@ -118,6 +123,8 @@ def run(args: argparse.Namespace) -> int:
     check_policy(cfg, policy)
     episodes, _ = utils.make_evaluation_episodes(cfg, block)
     with GracefulStop() as stop, contextlib.ExitStack() as stack:
+        if args.rendering is not None:
+            stack.enter_context(blank_images(policy))
         try:
             with stop.interruptible():
                 collector = utils.make_collector(cfg, policy, utils.make_replay_buffer(cfg))
@@ -129,6 +136,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"{stop.reason}: ended before all episodes were played", file=sys.stderr)
             return 128 + signal.Signals[str(stop.reason)]
     print(_table(episodes, result))
+    if args.rendering is not None:
+        print(f"{args.rendering} rendering: {RENDERINGS[args.rendering]}")
     for index, frames in sorted(result.frames.items()):
         assert video_dir is not None
         outcome = "success" if result.successes[index] else "failure"
@@ -137,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
         path.write_bytes(encode_gif(frames, fps=cfg.eval.video_fps))
         print(f"video: {path}")
     if args.json:
-        data = _as_data(saved, cfg, episodes, result)
+        data = _as_data(saved, cfg, episodes, result) | {"rendering": args.rendering}
         Path(args.json).write_text(json.dumps(data, indent=2) + "\n")
         print(f"json: {args.json}")
     return 0

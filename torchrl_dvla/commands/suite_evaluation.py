@@ -63,7 +63,7 @@ from torchrl_dvla.recording import (
 from torchrl_dvla.recording.suite_record import write_whole
 from torchrl_dvla.validation import Count, Natural, check
 
-__all__ = ["RENDERINGS", "evaluate_suite", "protocol_settings"]
+__all__ = ["RENDERINGS", "blank_images", "evaluate_suite", "protocol_settings"]
 
 #: How frames are drawn, by the name of the rendering.
 RENDERINGS: dict[str, str] = {
@@ -357,7 +357,7 @@ def _play_missing(
             task_cfg = with_rendering(cfg, rendering, task_id)
             with contextlib.ExitStack() as stack:
                 if rendering == "blank":
-                    stack.enter_context(_blank_images(policy))
+                    stack.enter_context(blank_images(policy))
                 with stop.interruptible():
                     buffer = utils.make_replay_buffer(task_cfg)
                     collector = utils.make_collector(task_cfg, policy, buffer)
@@ -371,7 +371,7 @@ def _play_missing(
 
 
 @contextlib.contextmanager
-def _blank_images(policy: TensorDictModuleBase) -> Iterator[None]:
+def blank_images(policy: TensorDictModuleBase) -> Iterator[None]:
     """Grey images for a policy, and for copies made of it meanwhile; videos have them as drawn."""
     handle = policy.register_forward_pre_hook(_see_grey)
     try:
