@@ -246,6 +246,7 @@ def test_an_evaluation_that_stands_still_ends(call, fake, monkeypatch):
         (("--json", "x.json"), "--json must be left out with --suite"),
         (("env.shadows=false",), "env.shadows must be left out with --suite"),
         (("env.task_ids=[1]",), "env.task_ids must be left out with --suite"),
+        (("env.shuffle_objects=true",), "env.shuffle_objects must be left out with --suite"),
         (("env.camera_height=64",), "image_shape must be (3, 128, 128) as the policy's, got"),
         (("env.chunk_size=4",), "policy must write chunks of [chunk_size=4, action_dim=7]"),
         (

@@ -19,7 +19,6 @@ from torchrl_dvla.data.augmentation import RandomShift, StateNoise, shift_image
 from torchrl_dvla.data.demonstrations import (
     Demonstration,
     DemonstrationInfo,
-    load_demonstrations,
     make_demonstration_buffer,
     stack_demonstrations,
 )
@@ -136,18 +135,6 @@ def test_entries_that_do_not_belong_together_are_refused(tmp_path, name, value):
     save_file(tensors, path, metadata=metadata)
     with pytest.raises(ValueError, match=rf"whole demonstration file, got .*{name}"):
         Demonstration.load(path)
-
-
-def test_only_successes_are_learned_from(tmp_path):
-    make_demo(seed=1).save(tmp_path / "1.safetensors")
-    make_demo(seed=2, success=False).save(tmp_path / "2.safetensors")
-    assert [d.info.seed for d in load_demonstrations(tmp_path)] == [1]
-    assert [d.info.seed for d in load_demonstrations(tmp_path, only_success=False)] == [1, 2]
-
-
-def test_an_empty_folder_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match="with 0 files"):
-        load_demonstrations(tmp_path)
 
 
 def test_stack_tokenises_and_numbers_instructions():

@@ -17,6 +17,7 @@ from torchrl.envs import RewardSum, StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_dvla.envs.libero_env import LiberoChunkEnv
+from torchrl_dvla.envs.libero_scene import LiberoScene
 from torchrl_dvla.envs.libero_setup import hash_init_state, libero_tasks, load_init_states
 
 pytestmark = pytest.mark.libero
@@ -191,6 +192,62 @@ def test_sampled_scenes_differ_settle_and_are_unsolved(env):
         seen.append(qpos)
     assert np.abs(seen[0] - seen[1]).max() > 1e-3
     assert np.abs(seen[1] - seen[2]).max() > 1e-3
+
+
+OBJECTS = ("libero_object", 1)  # six objects that can change places, and a basket
+
+
+@pytest.fixture(scope="module")
+def shuffled():
+    env = LiberoChunkEnv(*OBJECTS, chunk_size=4, settle_steps=0, shuffle_objects=True, **FAST)
+    yield env
+    env.close()
+
+
+def positions(env) -> dict[str, np.ndarray]:
+    simulation = env.robosuite_env.sim
+    objects = env.robosuite_env.objects_dict
+    return {
+        name: simulation.data.get_joint_qpos(each.joints[0])[:3].copy()
+        for name, each in objects.items()
+    }
+
+
+@pytest.mark.parametrize("init_state_id", [7, -1])
+def test_shuffled_objects_exchange_their_places_by_the_seed(shuffled, init_state_id):
+    plain = LiberoChunkEnv(*OBJECTS, chunk_size=4, settle_steps=0, **FAST)
+    try:
+        targets, scenes = set(), []
+        for seed in range(8):
+            reset(plain, seed, init_state_id)
+            before = positions(plain)
+            td = reset(shuffled, seed, init_state_id)
+            after = positions(shuffled)
+            assert sorted(tuple(p[:2]) for p in before.values()) == sorted(
+                tuple(p[:2]) for p in after.values()
+            )
+            assert np.array_equal(before["basket_1"], after["basket_1"])  # the destination
+            assert all(before[name][2] == after[name][2] for name in before)
+            scene = scene_of(shuffled)
+            again = reset(shuffled, seed, init_state_id)
+            assert np.array_equal(scene, scene_of(shuffled))
+            assert again["init_state_hash"] == td["init_state_hash"]
+            targets.add(
+                min(before, key=lambda k: np.abs(before[k][:2] - after["cream_cheese_1"][:2]).sum())
+            )
+            scenes.append(int(td["init_state_hash"]))
+        assert len(targets) > 2 and "basket_1" not in targets
+        assert len(set(scenes)) == 8
+    finally:
+        plain.close()
+
+
+def test_there_must_be_something_to_shuffle(shuffled, monkeypatch):
+    problem = shuffled.robosuite_env.parsed_problem
+    of_two = [atom for atom in problem["initial_state"] if atom[1] in ("milk_1", "basket_1")]
+    monkeypatch.setitem(problem, "initial_state", of_two)
+    with pytest.raises(ValueError, match="^shuffle_objects must be False .* got 1. Choose another"):
+        LiberoScene(shuffled.robosuite_env, shuffle_objects=True)
 
 
 def test_consecutive_resets_follow_the_stream_of_the_seed(env):

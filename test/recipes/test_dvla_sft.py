@@ -387,6 +387,14 @@ def test_demonstrations_of_other_tasks_are_not_read(tmp_path):
     assert [demo.info.seed for demo in utils.make_demonstrations(cfg, tmp_path)] == [0, 1, 2]
 
 
+def test_demonstrations_of_shuffled_objects_are_others(tmp_path):
+    write_demonstrations(tmp_path, num=4)
+    cfg = sft_settings("demonstrations.num_per_task=3", "env.shuffle_objects=true")
+    with pytest.raises(ValueError, match="got 0 of 0"):
+        utils.make_demonstrations(cfg, tmp_path)
+    assert "env.shuffle_objects=true" in utils.training_settings(cfg, "policy")
+
+
 # -- signals ---------------------------------------------------------------------------------------
 @pytest.mark.slow  # three processes that import everything
 @pytest.mark.timeout(300)

@@ -79,7 +79,7 @@ _SETTLE_STEPS = 10
 _MAX_DECISIONS = 10_000
 #: Settings that the protocol decides.
 _DECIDED = re.compile(
-    r"env\.(task_suite|task_ids|max_episode_steps|settle_steps|shadows|msaa)"
+    r"env\.(task_suite|task_ids|max_episode_steps|settle_steps|shadows|msaa|shuffle_objects)"
     r"|eval\.num_episodes|workers\.max_decisions|cluster(\..+)?|learner(\..+)?"
 )
 #: Pause between two looks at how far an evaluation is, and between lines without a terminal.
@@ -184,6 +184,7 @@ def protocol_settings(cfg: Settings, suite: str, task_ids: Sequence[int], horizo
         task_ids=tuple(task_ids),
         max_episode_steps=horizon,
         settle_steps=_SETTLE_STEPS,
+        shuffle_objects=False,
         env_kwargs=kwargs or None,
     )
     num_decisions = -(-horizon // env.env_steps_per_decision)

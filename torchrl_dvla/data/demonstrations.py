@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,7 +44,6 @@ from torchrl_dvla.saved_state import COUNT, MaybeAbsent, Number, require_form
 __all__ = [
     "Demonstration",
     "DemonstrationInfo",
-    "load_demonstrations",
     "make_demonstration_buffer",
     "stack_demonstrations",
 ]
@@ -179,44 +178,6 @@ def _check(tensors: dict[str, torch.Tensor]) -> None:
     ):
         found = {name: (str(t.dtype), list(t.shape)) for name, t in tensors.items()}
         raise ValueError(f"its rows must be finite and belong together, got {found}")
-
-
-def load_demonstrations(
-    folder: str | os.PathLike[str],
-    *,
-    only_success: bool = True,
-    select: Callable[[DemonstrationInfo], bool] = lambda info: True,
-) -> list[Demonstration]:
-    """Read the demonstrations of a folder, in the order of the file names.
-
-    Of those that are left out only the origin is read.
-
-    Args:
-        folder (path): folder of ``*.safetensors`` files; sub-folders are read too.
-
-    Keyword Args:
-        only_success (bool): leave out episodes that missed their goal. Defaults to ``True``.
-        select (Callable): whether one of this origin is wanted. Defaults to all.
-
-    Returns:
-        List of :class:`Demonstration`.
-
-    Raises:
-        FileNotFoundError: if the folder has no usable demonstration.
-    """
-    files = sorted(Path(folder).rglob("*.safetensors"))
-    kept = []
-    for file in files:
-        with _opened(file) as (_, info):
-            is_wanted = (info.success or not only_success) and select(info)
-        if is_wanted:
-            kept.append(Demonstration.load(file))
-    if not kept:
-        raise FileNotFoundError(
-            f"folder must hold demonstrations, got {folder} with {len(files)} files, "
-            f"{len(kept)} of them usable. Record some first."
-        )
-    return kept
 
 
 def stack_demonstrations(

@@ -66,7 +66,8 @@ class LiberoChunkEnv(LiberoEnv):
     repeatable, in any process and after any history: the members of a GRPO group pass the same seed
     and ``"init_state_id"`` (int64 ``[1]`` in the reset tensordict) and start bit-identical. The id
     picks one of the task's 50 benchmark init states, which fixes the movable objects; the seed also
-    fixes the fixtures, which LIBERO places anew at each reset. ``-1``, or no key, samples the
+    fixes the fixtures, which LIBERO places anew at each reset, and who stands where if objects are
+    shuffled. ``-1``, or no key, samples the
     movable objects too, from the distribution in the task's definition; such scenes are not among
     the 50 of the benchmark, and are drawn again where an object would not come to rest or the goal
     already holds. A reset returns the id that it plays, and as ``"init_state_hash"`` the
@@ -95,13 +96,18 @@ class LiberoChunkEnv(LiberoEnv):
         orientation (str): of the gripper in the state: ``"quaternion"``, four numbers, or
             ``"axis_angle"``, three, with which pi0, pi0.5, SmolVLA and OpenVLA-OFT were trained.
             Defaults to ``"quaternion"``.
+        shuffle_objects (bool): let the objects on the work surface exchange their places at each
+            reset, also those of an init state, so that a policy has to look where what it is to
+            fetch stands; the goal's destination stays. For tasks whose instruction names objects,
+            as ``libero_object``. The benchmark does not. Defaults to ``False``.
         env_kwargs (dict, optional): further arguments of LIBERO's ``ControlEnv``.
 
     Attributes:
         robosuite_env: robosuite's environment underneath, for privileged reads (experts, probes).
 
     Raises:
-        ValueError: for an unknown suite, camera, task id or image size.
+        ValueError: for an unknown suite, camera, task id or image size, or if there is nothing to
+            shuffle.
         ImportError: if LIBERO is not installed.
         FileNotFoundError: if LIBERO's files are incomplete.
 
@@ -135,6 +141,7 @@ class LiberoChunkEnv(LiberoEnv):
         max_mesh_faces: int | None = None,
         settle_steps: int = 10,
         orientation: Literal["quaternion", "axis_angle"] = "quaternion",
+        shuffle_objects: bool = False,
         env_kwargs: dict[str, Any] | None = None,
     ) -> None:
         task = validate_libero(
@@ -156,12 +163,14 @@ class LiberoChunkEnv(LiberoEnv):
         check("shadows", shadows, bool)
         check("msaa", msaa, bool)
         check("orientation", orientation, Literal["quaternion", "axis_angle"])
+        check("shuffle_objects", shuffle_objects, bool)
         choose_gl_backend()
         self._task = task
         self.chunk_size = chunk_size
         self.replan_interval = chunk_size if replan_interval is None else replan_interval
         self._camera_names = tuple(cameras)
         self._orientation = orientation
+        self._shuffle_objects = shuffle_objects
         self._render_kwargs: dict[str, Any] = {
             "height": camera_height,
             "width": camera_width,
@@ -215,7 +224,7 @@ class LiberoChunkEnv(LiberoEnv):
         self.task_suite = task_suite
         self.task_id = task_id
         self.robosuite_env = env.env
-        self._scene = LiberoScene(env.env)
+        self._scene = LiberoScene(env.env, shuffle_objects=self._shuffle_objects)
         self._physics = LiberoPhysics(env.env, self._sample)
         self._renderer = FrameRenderer(
             env.env.sim.model._model, self._camera_names, **self._render_kwargs

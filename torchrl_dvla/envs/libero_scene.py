@@ -74,10 +74,19 @@ class LiberoScene:
 
     Args:
         robosuite_env: the environment, freshly constructed and never stepped.
+
+    Keyword Args:
+        shuffle_objects (bool): let the objects on the work surface exchange their places at each
+            reset, those excepted that the goal names as a destination. Each stays at its height
+            and turned as it was. Defaults to ``False``.
+
+    Raises:
+        ValueError: if objects are to be shuffled and fewer than two can be.
     """
 
-    def __init__(self, robosuite_env: Any) -> None:
+    def __init__(self, robosuite_env: Any, *, shuffle_objects: bool = False) -> None:
         self._env = robosuite_env
+        self._places = _places(robosuite_env) if shuffle_objects else None
         model = robosuite_env.sim.model._model
         self._site_rgba = model.site_rgba.copy()
         self._body_pos = model.body_pos.copy()
@@ -101,7 +110,7 @@ class LiberoScene:
             self._body_quat[body] = quat / np.linalg.norm(quat)
 
     def reset(self, init_state: np.ndarray | None) -> int:
-        """Start an episode. Draws placements from ``numpy.random``'s global generator.
+        """Start an episode. Draws from ``numpy.random``'s global generator where things stand.
 
         Args:
             init_state (np.ndarray, optional): flattened simulator state ``[D]``. ``None`` keeps the
@@ -120,8 +129,10 @@ class LiberoScene:
         env._obs_cache = {}
         env.visualize(vis_settings=dict.fromkeys(env._visualizations, False))
         if init_state is None:
+            self._shuffle()
             return 1
         env.sim.set_state_from_flattened(init_state)
+        self._shuffle()
         env.sim.forward()
         env._check_success()
         env._post_process()
@@ -158,6 +169,13 @@ class LiberoScene:
             "Pass an init_state_id, or another seed."
         )
 
+    def _shuffle(self) -> None:
+        if self._places is None:
+            return
+        qpos = self._env.sim.data._data.qpos
+        qpos[self._places] = qpos[np.random.permutation(self._places)]
+        self._env.sim.forward()
+
     def is_settled(self) -> bool:
         """Whether all movable objects rest, none of them below the work surface."""
         model, data = self._env.sim.model._model, self._env.sim.data._data
@@ -166,3 +184,24 @@ class LiberoScene:
         heights = data.qpos[model.jnt_qposadr[free] + 2]
         lowest = self._env.workspace_offset[2] - _SURFACE_TOLERANCE_M
         return bool(max(speeds, default=0.0) <= _REST_SPEED and np.all(heights >= lowest))
+
+
+def _places(env: Any) -> np.ndarray:
+    """Addresses in ``qpos`` of the horizontal places ``[N, 2]`` that objects may exchange."""
+    problem = env.parsed_problem
+    destinations = {word for atom in problem["goal_state"] for word in atom[2:]}
+    destinations |= {problem["regions"].get(name, {}).get("target") for name in destinations}
+    addresses = []
+    for atom in problem["initial_state"]:
+        region = problem["regions"].get(atom[-1], {})
+        name = atom[1]
+        stands_free = region.get("target") == env.workspace_name and name in env.objects_dict
+        if stands_free and name not in destinations:
+            first, _ = env.sim.model.get_joint_qpos_addr(env.objects_dict[name].joints[0])
+            addresses.append((first, first + 1))
+    if len(addresses) < 2:
+        raise ValueError(
+            "shuffle_objects must be False where fewer than two objects stand on the work surface "
+            f"besides the goal's destination, got {len(addresses)}. Choose another task."
+        )
+    return np.array(addresses)

@@ -35,6 +35,7 @@ class LiberoTasks(Section):
     orientation: Literal["quaternion", "axis_angle"] = "quaternion"
     shadows: bool = True
     msaa: bool = True
+    shuffle_objects: bool = False
     env_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:

@@ -24,8 +24,6 @@ from torchrl.data.vla import UniformActionTokenizer
 from torchrl_dvla.data.augmentation import RandomShift, StateNoise
 from torchrl_dvla.data.demonstrations import (
     Demonstration,
-    DemonstrationInfo,
-    load_demonstrations,
     make_demonstration_buffer,
     stack_demonstrations,
 )
@@ -52,6 +50,7 @@ from torchrl_dvla.recipes.dvla_sft.settings import (
     ACTION_DIM,
     FlowCheckpointSettings,
     FlowSettings,
+    LiberoSettings,
     ManiSkillSettings,
     Settings,
     TokenSettings,
@@ -147,8 +146,11 @@ def _words(sizes: dict[Any, tuple[int, ...]]) -> str:
 
 def paths_of(cfg: Settings, task_id: int, folder: Path) -> Iterator[Path]:
     """Files of the demonstrations of a task, in the order of :func:`seeds_of`."""
+    # a seed is another scene where objects are shuffled
+    is_shuffled = isinstance(cfg.env, LiberoSettings) and cfg.env.shuffle_objects
+    name = f"{cfg.env.task_suite}_{task_id}{'_shuffled' * is_shuffled}"
     for seed in seeds_of(cfg):
-        yield folder / f"{cfg.env.task_suite}_{task_id}" / f"{seed:06d}.safetensors"
+        yield folder / name / f"{seed:06d}.safetensors"
 
 
 def seeds_of(cfg: Settings) -> range:
@@ -183,7 +185,7 @@ def make_env(cfg: Settings, task_id: int, *, recording: bool) -> LiberoChunkEnv 
     }
     if isinstance(cfg.env, ManiSkillSettings):
         return ManiSkillChunkEnv(cfg.env.task, **kwargs)
-    names = ("cameras", "orientation", "shadows", "msaa")
+    names = ("cameras", "orientation", "shadows", "msaa", "shuffle_objects")
     kwargs |= {name: getattr(cfg.env, name) for name in names}
     return LiberoChunkEnv(cfg.env.task_suite, task_id, **kwargs)
 
@@ -194,13 +196,8 @@ def make_demonstrations(cfg: Settings, folder: Path) -> list[Demonstration]:
     Raises:
         ValueError: if there are none but one: with nothing to train on, or to validate on.
     """
-    seeds = seeds_of(cfg)
-
-    def is_asked_for(info: DemonstrationInfo) -> bool:
-        is_of_env = info.task_suite == cfg.env.task_suite and info.task_id in cfg.env.task_ids
-        return is_of_env and info.seed in seeds
-
-    found = load_demonstrations(folder, only_success=False, select=is_asked_for)
+    paths = [path for task_id in cfg.env.task_ids for path in paths_of(cfg, task_id, folder)]
+    found = [Demonstration.load(path) for path in paths if path.exists()]
     successes = [demo for demo in found if demo.info.success]
     if len(successes) < 2:
         raise ValueError(
@@ -394,7 +391,7 @@ def training_settings(cfg: Settings, checkpoint: str) -> list[str]:
     else:
         told, size = [], cfg.env.image_size
         names = ["task_suite", "task_ids", "chunk_size", "replan_interval", "cameras"]
-        names += ["orientation", "shadows", "msaa"]
+        names += ["orientation", "shadows", "msaa", "shuffle_objects"]
         found: dict[str, Any] = {name: getattr(cfg.env, name) for name in names}
         found |= {"camera_height": size, "camera_width": size}
         path = Path(dvla_grpo.__file__).parent / "config/env/libero.yaml"
