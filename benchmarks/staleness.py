@@ -16,7 +16,8 @@ forced     the learner begins an update only when admission lets nothing more in
            ``success`` is greedy, at the end; ``area`` is the mean over all evaluations; ``lag`` is
            what the rows had.
 as it is   with bound 1 the learner waits for nothing but its groups. ``seconds`` are those of all
-           updates, beside those of the synchronous loop, which is bound 0;
+           updates, beside those of the synchronous loop, which is bound 0; ``rate_async_over_sync``
+           compares env steps/s, for how many groups have contrast is chance;
            ``seconds_until_solved`` those until ``SOLVED`` of the held-out scenes are solved, by
            seed.
 
@@ -163,6 +164,11 @@ def seconds_until_solved(run: dict[str, Any]) -> float | None:
     return next(solved, None)
 
 
+def env_steps_per_s(run: dict[str, Any]) -> float:
+    """Env steps per second of sampling and learning, however many groups had contrast."""
+    return run["env_steps"] / run["times_s"][-1]
+
+
 def measure(
     task: Task,
     kinds: Sequence[Kind],
@@ -221,6 +227,10 @@ def measure(
             name: [seconds_until_solved(run) for run in found] for name, found in timed.items()
         },
         "time_sync_over_async": spread(a / b for a, b in zip(seconds["lag 0"], seconds["lag 1"])),
+        "rate_async_over_sync": spread(
+            env_steps_per_s(overlapped) / env_steps_per_s(in_turn)
+            for in_turn, overlapped in zip(*timed.values())
+        ),
     }
 
 
