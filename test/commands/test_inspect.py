@@ -119,7 +119,7 @@ def test_a_flow_policy(call, tmp_path):
     assert found["format"].startswith("FlowVLA") and found["chunk size"] == "4 env steps"
     assert found["fingerprint"] == "compared when it is loaded"
     assert found["action head"] == (
-        "flow matching, 4 denoising steps; stochastic: random, by sde, noise 0.5"
+        "flow matching, 4 denoising steps; stochastic: random, by sde, noise 0.5, at the start 1"
     )
     assert found["base model"].startswith("pi0") and found["fits"].startswith("toy")
     arguments = ("inspect", tmp_path, "--config-name", "toy", "policy.temperature=0.5")

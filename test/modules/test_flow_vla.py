@@ -158,6 +158,19 @@ def test_greedy_draws_nothing():
     assert not torch.equal(decide(policy, 3)[CHUNK], decide(policy, 3, seed=1)[CHUNK])
 
 
+@pytest.mark.parametrize("std", [0.0, 0.5])
+def test_the_noise_that_a_sampled_decision_starts_from(std):
+    policy = make_flow_policy(initial_noise=std, stochastic_step="all", max_action_dim=8)
+    start = decide(policy, 500)[PATH][:, :, 0]
+    assert start.std().item() == pytest.approx(std, rel=0.02)
+    barely = make_flow_policy(initial_noise=std, noise_level=1e-6)
+    one, other = (decide(barely, 3, seed=seed)[CHUNK] for seed in (0, 1))
+    greedy = decide(barely, 3, explore=False)[CHUNK]
+    # from zero, and hardly disturbed on the way, it comes to where a greedy one does
+    assert torch.allclose(one, greedy, atol=1e-4) == torch.allclose(one, other, atol=1e-4)
+    assert torch.allclose(one, greedy, atol=1e-4) == (std == 0)
+
+
 @pytest.mark.parametrize(("sampler", "last"), [("sde", 3), ("cps", 2)])
 def test_the_stochastic_step_is_any(sampler, last):
     policy = make_flow_policy(sampler=sampler)
@@ -422,6 +435,7 @@ def test_a_chunk_of_another_size_is_refused():
         ({"state_dim": 0, "model_type": "pi06"}, "model_type must be one of"),
         ({"sampler": "ddpm"}, "sampler must be one of"),
         ({"noise_level": 0.0}, "noise_level must be positive"),
+        ({"initial_noise": -1.0}, "initial_noise must be at least 0"),
         (
             {"sampler": "cps", "noise_level": 1.5},
             "noise_level must be at most 1 with sampler",

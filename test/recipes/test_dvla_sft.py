@@ -360,6 +360,17 @@ def test_demonstrations_of_other_sizes(run, tmp_path, override, message):
         run("policy=flow", *TINY, override)
 
 
+def test_a_demonstration_in_the_folder_of_another_task(run, tmp_path):
+    folder = tmp_path / "demonstrations"
+    write_demonstrations(folder, num=2)
+    path = folder / "libero_object_3" / "000000.safetensors"
+    path.unlink()
+    path.with_name("000001.safetensors").rename(path)
+    message = r"000000.safetensors with task 3 of libero_object, seed 1\. Delete it"
+    with pytest.raises(ValueError, match=f"^demonstrations.folder must hold .*{message}"):
+        run("policy=flow", *TINY)
+
+
 def test_a_device_that_is_not_there(run, tmp_path):
     with pytest.raises(ValueError, match=r"^device must be one that torch sees, got 'cuda:64' and"):
         run("policy=flow", *TINY, "device=cuda:64")

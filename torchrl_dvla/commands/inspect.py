@@ -211,7 +211,8 @@ def _head_rows(config: PolicyConfig) -> Iterator[tuple[str, str]]:
         yield "frozen", "images and instruction" if config.freeze_prefix else "nothing"
         noise = "a learned deviation" if config.sampler == "noise" else f"{config.noise_level:g}"
         head = f"flow matching, {config.num_steps} denoising steps; stochastic: "
-        head += f"{config.stochastic_step}, by {config.sampler}, noise {noise}"
+        head += f"{config.stochastic_step}, by {config.sampler}, noise {noise}, at the start "
+        head += f"{config.initial_noise:g}"
         yield "action head", head
         yield "chunk size", f"{config.backbone['chunk_size']} env steps"
         words = {"standard": "mean and standard deviation", "range": "a range"}

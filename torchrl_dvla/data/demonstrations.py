@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -130,38 +129,31 @@ class Demonstration:
         Raises:
             ValueError: if the file is damaged or is not a demonstration.
         """
-        with _opened(path) as (file, info):
-            entries = _ENTRIES | (_WRIST if _WRIST.keys() <= set(file.keys()) else {})
-            tensors = {name: file.get_tensor(name) for name in entries}
-            _check(tensors)
+        form: dict[str, Any] = {"instruction": str, "task_suite": str, "task_id": COUNT}
+        form |= {"seed": COUNT, "success": bool, "num_env_steps": COUNT}
+        form["init_state_hash"] = MaybeAbsent(Number(NO_HASH, whole=True))
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(
+                        f"path must be a demonstration file ({_FORMAT}), got {path} of format "
+                        f"{metadata.get('format')!r}. Record it with Demonstration.save."
+                    )
+                info = json.loads(metadata["info"])
+                require_form(form, info, "info")
+                entries = _ENTRIES | (_WRIST if _WRIST.keys() <= set(file.keys()) else {})
+                tensors = {name: file.get_tensor(name) for name in entries}
+                _check(tensors)
+        except (SafetensorError, ValueError, KeyError) as err:
+            raise ValueError(
+                f"path must be a whole demonstration file, got {path} ({err}). "
+                "Delete it and record it again."
+            ) from err
         rows = TensorDict({}, batch_size=[len(tensors["state"])])
         for name, key in entries.items():
             rows.set(key, tensors[name])
-        return cls(rows, info)
-
-
-@contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, DemonstrationInfo]]:
-    """A file whose tensors can be read, and its origin; errors inside are told of the file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(
-                    f"path must be a demonstration file ({_FORMAT}), got {path} of format "
-                    f"{metadata.get('format')!r}. Record it with Demonstration.save."
-                )
-            info = json.loads(metadata["info"])
-            form: dict[str, Any] = {"instruction": str, "task_suite": str, "task_id": COUNT}
-            form |= {"seed": COUNT, "success": bool, "num_env_steps": COUNT}
-            form["init_state_hash"] = MaybeAbsent(Number(NO_HASH, whole=True))
-            require_form(form, info, "info")
-            yield file, DemonstrationInfo(**info)
-    except (SafetensorError, ValueError, KeyError) as err:
-        raise ValueError(
-            f"path must be a whole demonstration file, got {path} ({err}). "
-            "Delete it and record it again."
-        ) from err
+        return cls(rows, DemonstrationInfo(**info))
 
 
 def _check(tensors: dict[str, torch.Tensor]) -> None:

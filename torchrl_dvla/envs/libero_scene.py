@@ -129,10 +129,13 @@ class LiberoScene:
         env._obs_cache = {}
         env.visualize(vis_settings=dict.fromkeys(env._visualizations, False))
         if init_state is None:
-            self._shuffle()
+            if self._places is not None:
+                self._shuffle(self._places)
+                env.sim.forward()
             return 1
         env.sim.set_state_from_flattened(init_state)
-        self._shuffle()
+        if self._places is not None:
+            self._shuffle(self._places)
         env.sim.forward()
         env._check_success()
         env._post_process()
@@ -169,12 +172,9 @@ class LiberoScene:
             "Pass an init_state_id, or another seed."
         )
 
-    def _shuffle(self) -> None:
-        if self._places is None:
-            return
+    def _shuffle(self, places: np.ndarray) -> None:
         qpos = self._env.sim.data._data.qpos
-        qpos[self._places] = qpos[np.random.permutation(self._places)]
-        self._env.sim.forward()
+        qpos[places] = qpos[np.random.permutation(places)]
 
     def is_settled(self) -> bool:
         """Whether all movable objects rest, none of them below the work surface."""

@@ -20,7 +20,7 @@ from torchrl.data.vla import (
 from torchrl_dvla.differences import differences
 from torchrl_dvla.modules.adapters import LoraConfig
 from torchrl_dvla.modules.backbones import PixelStyle, PromptStyle
-from torchrl_dvla.validation import Count, Natural, Positive, Range, check_fields
+from torchrl_dvla.validation import Count, Natural, NonNegative, Positive, Range, check_fields
 
 if TYPE_CHECKING:
     from typing import Self
@@ -193,6 +193,9 @@ class FlowVLAConfig(PolicyConfig):
         sampler (str): what makes a denoising step stochastic: ``"sde"``, ``"cps"`` or ``"noise"``
             (a learned head), see :mod:`torchrl_dvla.functional.flow`.
         noise_level (float): ``eta`` of ``"sde"`` and ``"cps"``.
+        initial_noise (float): standard deviation of the noise that a sampled decision starts from;
+            1 is what the flow was trained for. At 0 it starts where a greedy one does, and all that
+            rollouts of a group differ by is recorded and learned from.
         stochastic_step (str or int): ``"all"``, or the one step that is stochastic while the others
             follow the ODE: its number from 0, or ``"random"``, drawn for each decision. One
             stochastic step is learned from with one pass of the expert, ``K`` with ``K``.
@@ -212,13 +215,14 @@ class FlowVLAConfig(PolicyConfig):
     """
 
     changeable = (
-        "dtype", "gradient_checkpointing", "freeze_prefix", "noise_level", "num_steps", "sampler",
-        "stochastic_step",
+        "dtype", "gradient_checkpointing", "freeze_prefix", "initial_noise", "noise_level",
+        "num_steps", "sampler", "stochastic_step",
     )  # fmt: skip
 
     num_steps: Count = 4
     sampler: Literal["sde", "cps", "noise"] = "sde"
     noise_level: Positive = 0.5
+    initial_noise: NonNegative = 1.0
     stochastic_step: Literal["random", "all"] | Natural = "random"
     freeze_prefix: bool = False
     state_scaling: Literal["standard", "range"] = "standard"

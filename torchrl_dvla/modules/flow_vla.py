@@ -280,7 +280,9 @@ class FlowVLA(PretrainedMixin, VLAWrapperBase):
         explores = self._interaction_type() == InteractionType.RANDOM
         num_rows, device = len(prefix.mask), prefix.mask.device
         shape = (num_rows, self.chunk_size, self._max_action_dim)
-        x = torch.randn(shape, device=device) if explores else torch.zeros(shape, device=device)
+        x = torch.zeros(shape, device=device)
+        if explores:
+            x.normal_(std=self.config.initial_noise)
         first = self._first_step(num_rows, device, explores)
         num_stochastic = self.config.num_stochastic
         points, log_probs = [x], torch.zeros(shape, device=device)

@@ -46,7 +46,7 @@ _LOGGED = re.compile(
 #: Settings that runs are compared by.
 _COMPARED = re.compile(
     r"seed|env\.(task_suite|chunk_size|replan_interval)"
-    r"|policy\.(kind|path|temperature|num_steps|sampler|noise_level)"
+    r"|policy\.(kind|path|temperature|num_steps|sampler|noise_level|initial_noise)"
     r"|(group|loss|optim)\.\w+|workers\.(num_workers|envs_per_worker)"
 )
 

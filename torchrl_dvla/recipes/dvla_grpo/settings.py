@@ -162,6 +162,7 @@ class PolicySettings(Section):
     num_steps: Count | None = None
     sampler: Literal["sde", "cps", "noise"] | None = None
     noise_level: Positive | None = None
+    initial_noise: NonNegative | None = None
     stochastic_step: Literal["random", "all"] | Natural | None = None
     stated: Stated = field(default_factory=Stated)
     action_dim: Size = 2

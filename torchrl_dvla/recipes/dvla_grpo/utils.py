@@ -184,7 +184,7 @@ def make_policy(cfg: Settings, device: str | None = None) -> TensorDictModuleBas
 #: Settings of a checkpoint that one kind of policy has, with what leaves it as it is.
 _OF_TOKENS = {"freeze_vision": None, "freeze_language": None, "temperature": 1.0}
 _OF_FLOWS = dict.fromkeys(
-    ("freeze_prefix", "num_steps", "sampler", "noise_level", "stochastic_step")
+    ("freeze_prefix", "num_steps", "sampler", "noise_level", "initial_noise", "stochastic_step")
 )
 
 

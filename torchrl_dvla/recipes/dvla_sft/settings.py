@@ -119,6 +119,7 @@ class FlowSettings(Section):
     num_steps: Count = 4
     sampler: Sampler = "sde"
     noise_level: Positive = 0.5
+    initial_noise: NonNegative = 1.0
     stochastic_step: StochasticStep = "random"
 
 
@@ -134,6 +135,7 @@ class FlowCheckpointSettings(Section):
     num_steps: Count | None = None
     sampler: Sampler | None = None
     noise_level: Positive | None = None
+    initial_noise: NonNegative | None = None
     stochastic_step: StochasticStep | None = None
     stated: Stated = field(default_factory=Stated)
 

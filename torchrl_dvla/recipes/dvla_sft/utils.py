@@ -119,16 +119,27 @@ def check_demonstrations(cfg: Settings, folder: Path) -> None:
     """Require that demonstrations which *folder* holds already are those of these settings.
 
     Raises:
-        ValueError: if one is damaged or of other sizes.
+        ValueError: if one is damaged, of another scene or of other sizes.
     """
     env = cfg.env
     image = (3, env.image_size, env.image_size)
     wanted: dict[Any, tuple[int, ...]] = dict.fromkeys(CAMERA_KEYS[: len(env.cameras)], image)
     wanted[ACTION_CHUNK_KEY] = (env.chunk_size, ACTION_DIM)
-    for path in (path for task_id in env.task_ids for path in paths_of(cfg, task_id, folder)):
-        if not path.exists():
-            continue
-        rows = Demonstration.load(path).rows
+    scenes = [
+        (path, (env.task_suite, task_id, seed))
+        for task_id in env.task_ids
+        for path, seed in zip(paths_of(cfg, task_id, folder), seeds_of(cfg), strict=True)
+        if path.exists()
+    ]
+    for path, scene in scenes:
+        demonstration = Demonstration.load(path)
+        rows, info = demonstration.rows, demonstration.info
+        if (recorded := (info.task_suite, info.task_id, info.seed)) != scene:
+            raise ValueError(
+                f"demonstrations.folder must hold what its files are named after, got {path} with "
+                f"task {recorded[1]} of {recorded[0]}, seed {recorded[2]}. Delete it; it will be "
+                "recorded again."
+            )
         sizes = {STATE_KEY: (env.state_dim or rows.get(STATE_KEY).shape[-1],), **wanted}
         keys = {*sizes, *CAMERA_KEYS} & set(rows.keys(True, True))
         found = {key: tuple(rows.get(key).shape[1:]) for key in keys}
@@ -273,7 +284,7 @@ def make_policy(
         raise ValueError(f"policy.{error}") from error
 
 
-_OF_SAMPLER = ("sampler", "noise_level", "stochastic_step")
+_OF_SAMPLER = ("sampler", "noise_level", "initial_noise", "stochastic_step")
 
 
 def _load_flow(settings: FlowCheckpointSettings) -> FlowVLA:
