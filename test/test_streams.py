@@ -46,6 +46,22 @@ def test_a_reader_that_went_changes_nothing(way):
     assert process.returncode == 7
 
 
+UNBUFFERED = """
+import os
+from multiprocessing.connection import Connection
+from torchrl_dvla.streams import use_workers_output
+
+source, target = os.pipe2(os.O_DIRECT)  # what is read at once was written at once
+use_workers_output((Connection(target, readable=False),))
+print("a", "line")
+assert os.read(source, 100) == b"a line\\n"
+"""
+
+
+def test_a_line_of_a_worker_is_written_at_once():
+    subprocess.run([sys.executable, "-u", "-c", UNBUFFERED], check=True)
+
+
 SHARED = """
 import logging, sys, threading, warnings
 from tqdm import tqdm

@@ -144,7 +144,8 @@ def use_workers_output(outputs: tuple[Connection, ...]) -> None:
         output.close()
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
-        getattr(sys, name).reconfigure(line_buffering=True)
+        # a line in one write, also by ``python -u``: others write into the same pipe
+        getattr(sys, name).reconfigure(line_buffering=True, write_through=False)
 
 
 def _relay(source: Connection, name: str) -> None:
